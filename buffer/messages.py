@@ -1,0 +1,348 @@
+"""Every message on the wire: one tagged union per sender, named by who sends it to whom.
+
+Encoded as msgpack against these types (unknown fields and wrong types are refused, nothing is unpickled). Tokens,
+log-probabilities and masks travel as little-endian arrays: `tokens` int32, `logprobs` float32.
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+import msgspec
+
+
+class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Base of everything that travels."""
+
+
+class SnapshotRef(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Where to fetch an immutable weight snapshot, and how to know that it is the right one."""
+
+    version: int
+    digest: str  # sha256 of the safetensors bytes, hex
+    num_bytes: int
+    address: str  # zmq endpoint that serves it, or "" for the file transport
+    path: str  # file that holds it, or "" for the zmq transport
+
+
+class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Consecutive tokens of one rollout: sampled by one policy version, or given (`sampled=False`, no logprobs)."""
+
+    rollout_id: int
+    sampled: bool
+    version: int
+    tokens: bytes
+    logprobs: bytes
+
+
+# both --------------------------------------------------------------------------------------------------------------
+
+
+class Heartbeat(Message):
+    """Sent by every link each second: I am alive."""
+
+
+class Shutdown(Message):
+    """The run is over. `error` is empty when it ended well."""
+
+    error: str
+
+
+# actor -> buffer ---------------------------------------------------------------------------------------------------
+
+
+class ActorHello(Message):
+    """An engine offers `slots` credits. Repeated until a `Welcome` comes; a second hello of one engine replaces the first."""
+
+    engine_id: str
+    engine_type: str  # engines of one type share a latency curve, e.g. "cpu/float32/tp1"
+    slots: int
+    policy_version: int
+    pid: int
+
+
+class Progress(Message):
+    """Chunks decoded since the last report, in order."""
+
+    chunks: list[Chunk]
+
+
+class Finished(Message):
+    """A rollout ended by itself and was scored. All its chunks were sent before."""
+
+    rollout_id: int
+    truncated: bool
+    reward: float
+    text: str  # the response as text, for samples.jsonl; may be cut
+
+
+class Failed(Message):
+    """A rollout could not be generated or scored; `error` is one line that names what, where and how to mend it."""
+
+    rollout_id: int
+    error: str
+    fatal: bool  # no retry can help: the run stops
+
+
+class Stopped(Message):
+    """A cancelled rollout's slot is free; `seconds` from receipt of the cancel to the engine's confirmation."""
+
+    rollout_id: int
+    seconds: float
+
+
+class PolicyLoaded(Message):
+    """The engine swapped in a snapshot: seconds to fetch it, and seconds for which decoding paused."""
+
+    version: int
+    fetch_s: float
+    pause_s: float
+
+
+class EngineReport(Message):
+    """What the engine measured since its last report."""
+
+    batch: float  # mean number of requests decoding
+    ms_per_token: float  # mean time between two tokens of one request
+    tokens_per_s: float
+    busy_frac: float  # mean occupied slots / slots
+
+
+class EngineLost(Message):
+    """From a pool: one of its engines died."""
+
+    engine_id: str
+    reason: str
+
+
+ActorMessage = Union[ActorHello, Progress, Finished, Failed, Stopped, PolicyLoaded, EngineReport, EngineLost]
+
+
+# buffer -> actor ---------------------------------------------------------------------------------------------------
+
+
+class PromptPayload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A prompt as its source gave it: text, or chat messages, and whatever its environment needs to score it."""
+
+    prompt_id: str
+    text: str  # "" where `messages` is given
+    messages: list[dict[str, str]]
+    answer: str
+    metadata: str  # JSON, for the environment (reasoning_gym's entry, say)
+
+
+class LaunchedRollout(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """One rollout to start; `prefix` holds the tokens already paid for on an engine that died."""
+
+    rollout_id: int
+    seed: int
+    prefix: bytes  # int32 sampled tokens, empty as a rule
+
+
+class Launch(Message):
+    """Start these rollouts of one prompt."""
+
+    group_id: int
+    prompt: PromptPayload
+    rollouts: list[LaunchedRollout]
+
+
+class Cancel(Message):
+    """Abort these rollouts; answer each with `Stopped` (or `Finished`, if it got there first)."""
+
+    rollout_ids: list[int]
+
+
+class Welcome(Message):
+    """The buffer accepts an engine. `policy`: the newest snapshot, if one was published."""
+
+    policy: SnapshotRef | None
+
+
+class PolicyPublished(Message):
+    """A newer snapshot can be fetched."""
+
+    policy: SnapshotRef
+
+
+ActorCommand = Union[Welcome, Launch, Cancel, PolicyPublished, Heartbeat, Shutdown]
+
+
+# learner -> buffer -------------------------------------------------------------------------------------------------
+
+
+class LearnerHello(Message):
+    """A learner rank is ready to train `step` (0 for a fresh run). Rank 0 waits for the others before it says so."""
+
+    rank: int
+    num_ranks: int
+    step: int
+    pid: int
+
+
+class Pull(Message):
+    """Rank asks for its shard of `step`."""
+
+    rank: int
+    step: int
+
+
+class Trained(Message):
+    """`step` is done (rank 0 says so): its groups may be forgotten. Metrics under their `metrics.jsonl` names."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+class Published(Message):
+    """A snapshot is ready to be fetched."""
+
+    policy: SnapshotRef
+    seconds: float
+
+
+class LearnerFailed(Message):
+    """The learner cannot go on; one line says why."""
+
+    rank: int
+    error: str
+
+
+LearnerMessage = Union[LearnerHello, Pull, Trained, Published, LearnerFailed]
+
+
+# buffer -> learner -------------------------------------------------------------------------------------------------
+
+
+class LearnerWelcome(Message):
+    """The buffer's policy version: -1 before any publication. A learner publishes first, with the next version."""
+
+    policy_version: int
+
+
+class Trajectory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A selected rollout: prompt and response in one row. `sampled` is uint8 per token: 1 where the policy sampled it."""
+
+    rollout_id: int
+    group_id: int
+    tokens: bytes  # int32 [T]
+    sampled: bytes  # uint8 [T]
+    actor_logprobs: bytes  # float32 [T], 0 where given
+    versions: list[tuple[int, int]]  # runs of (policy version, number of sampled tokens), in order
+    reward: float
+    truncated: bool
+    group_rewards: list[float]  # of the M trajectories of its group, this one included
+
+
+class Shard(Message):
+    """One rank's part of a step."""
+
+    step: int
+    policy_version: int
+    trajectories: list[Trajectory]
+    step_sampled_tokens: int  # over all ranks: the loss is a mean over these
+    step_trained_tokens: int  # of those, the ones that are not truncated
+    waited_s: float  # how long the request waited for groups
+
+
+LearnerCommand = Union[LearnerWelcome, Shard, Heartbeat, Shutdown]
+
+
+# all that the buffer receives, and all that it sends to its peers
+Inbound = Union[ActorMessage, LearnerMessage, Heartbeat]
+Outbound = Union[ActorCommand, LearnerCommand]
+
+
+# buffer -> monitors (PUB) ------------------------------------------------------------------------------------------
+
+
+class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
+    """A rollout of a group in flight, as a monitor draws it."""
+
+    rollout_id: int
+    tokens: int
+    state: str  # "running", or its end
+
+
+class GroupView(msgspec.Struct, frozen=True, kw_only=True):
+    """A group in flight."""
+
+    group_id: int
+    prompt_id: str
+    mode: str
+    budget: int
+    cut: int  # length of the K-th shortest so far; 0 while fewer have finished
+    rollouts: list[RolloutView]
+
+
+class EngineView(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine, as the buffer sees it."""
+
+    engine_id: str
+    engine_type: str
+    slots: int
+    in_flight: int
+    policy_version: int
+    tokens_per_s: float
+    busy_frac: float
+    curve: list[tuple[float, float]]  # (batch, ms per token)
+
+
+class PromptView(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a recently closed prompt."""
+
+    prompt_id: str
+    spread: float  # standard deviation of log length
+    budget: int
+    pass_rate: float
+    lengths_right: list[int]  # finished lengths with reward above 0.5
+    lengths_wrong: list[int]
+
+
+class Snapshot(Message):
+    """The live state, published a few times a second. `histogram` counts ends by length bin over recent groups."""
+
+    time_s: float
+    run_name: str
+    phase: str  # "starting", "training", "evaluating", "done"
+    step: int
+    steps: int
+    policy_version: int
+    max_lag: int
+    waiting: str  # who waits for whom, in words
+    groups_open: int
+    groups_ready: int
+    bytes_held: int
+    histogram_edges: list[int]
+    histogram: dict[str, list[int]]  # end -> count per bin
+    lags: list[int]  # lag of recently shipped trajectories
+    metrics: dict[str, float]  # the newest line of metrics.jsonl
+    groups: list[GroupView]
+    engines: list[EngineView]
+    prompts: list[PromptView]
+
+
+# weights: actor <-> the learner's snapshot server ------------------------------------------------------------------
+
+
+class FetchSnapshot(Message):
+    """Give me `num_bytes` of snapshot `version` from `offset`."""
+
+    version: int
+    offset: int
+    num_bytes: int
+
+
+class SnapshotChunk(Message):
+    """A part of a snapshot's safetensors bytes."""
+
+    version: int
+    offset: int
+    data: bytes
+
+
+class SnapshotGone(Message):
+    """That version is no longer kept; `newest` is."""
+
+    version: int
+    newest: int

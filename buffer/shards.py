@@ -1,0 +1,56 @@
+"""Which trajectory goes to which rank: shards whose token counts are as equal as can be had cheaply.
+
+Pure; driven by the buffer's service. Every rank waits for the slowest, so what counts is the largest shard.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+Part = tuple[int, int, list[int]]  # (total cost, number of items, items): the count makes empty parts come last among zeros
+
+
+def balance(costs: Sequence[int], num_shards: int) -> list[list[int]]:
+    """Split the indices of `costs` into `num_shards` lists, ascending, with the largest total as small as can be.
+
+    Deterministic. No shard stays empty while there are as many items as shards. The better of largest differencing and
+    greedy (longest first), so never worse than greedy's (4 - 1/k)/3 of the optimum.
+    Source: Karmarkar & Karp, The differencing method of set partitioning (1982), in its k-way form.
+    """
+    if num_shards < 1:
+        raise ValueError(f"num_shards={num_shards}: at least 1 is needed, one shard per learner rank")
+    if any(cost < 0 for cost in costs):
+        raise ValueError(f"costs: {min(costs)} is negative; a trajectory costs its number of tokens")
+    split = min(_largest_differencing(costs, num_shards), _greedy(costs, num_shards), key=_largest)
+    return [sorted(items) for _, _, items in split]
+
+
+def _largest(parts: list[Part]) -> int:
+    return max(total for total, _, _ in parts)
+
+
+def _greedy(costs: Sequence[int], num_shards: int) -> list[Part]:
+    """Each item, the costliest first, to the part with the least so far."""
+    heap: list[Part] = [(0, 0, []) for _ in range(num_shards)]
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        total, count, items = heap[0]
+        heapq.heapreplace(heap, (total + costs[index], count + 1, [*items, index]))
+    return sorted(heap)
+
+
+def _largest_differencing(costs: Sequence[int], num_shards: int) -> list[Part]:
+    """Merge the two splits with the widest spread, one's largest part with the other's smallest, until one split is left."""
+    empty: list[Part] = [(0, 0, [])] * num_shards
+    heap: list[tuple[int, int, list[Part]]] = []
+    for index, cost in enumerate(costs):
+        heapq.heappush(heap, (-cost, index, [(cost, 1, [index]), *empty[1:]]))
+    order = len(heap)  # ties: the earlier split first
+    while len(heap) > 1:
+        _, _, wide = heapq.heappop(heap)
+        _, _, other = heapq.heappop(heap)
+        merged = [(a[0] + b[0], a[1] + b[1], a[2] + b[2]) for a, b in zip(wide, reversed(other), strict=True)]
+        merged.sort(key=lambda part: (-part[0], -part[1], part[2]))
+        heapq.heappush(heap, (merged[-1][0] - merged[0][0], order, merged))
+        order += 1
+    return heap[0][2] if heap else empty

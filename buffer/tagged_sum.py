@@ -1,0 +1,118 @@
+"""The embedded task: add up tagged digits, aloud. Problems, example traces, and the verifier.
+
+    A8B3C7D3=    ->    A8=08,B3=11,C7=18,D3=31.again A8=08,B3=11,C7=18,D3=21.no.#21<eos>
+
+Traces imitate a reasoner's habits: answers at once, repairs after a second look (long and right), and useless loops
+(long and wrong), so that response lengths are long-tailed within a prompt. `prompts` draws problems from here, the actors'
+environments score with `score`, `tools.warm_start` trains on traces. Owns no randomness: the caller passes a `Random`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from random import Random
+
+TAGS = "ABCDEFGH"
+EOS = "<eos>"
+MIN_DIGITS, MAX_DIGITS = 3, 6
+MAX_PROBLEMS = sum(9**n for n in range(MIN_DIGITS, MAX_DIGITS + 1))
+MAX_TRACE_TOKENS = 512  # <eos> included
+TOKEN = re.compile(r"[a-z]+|<eos>|[^a-z]")  # the tokenizer's split: words, otherwise single characters
+
+_PROBLEM = re.compile(r"(?:[A-H][1-9])+=")
+_ANSWER = re.compile(r"#([0-9]{2})" + re.escape(EOS))
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """How traces go wrong and on. Error rates are per added digit; what is neither careful nor a rambler stops after one pass."""
+
+    first_error: float = 0.25
+    careful_frac: float = 0.28
+    careful_error: float = 0.02
+    careful_stop: float = 0.65
+    ramble_frac: float = 0.13
+    ramble_error: float = 0.10
+    ramble_flip: float = 0.06
+
+
+FULL = Grammar()
+CLEAN = Grammar(first_error=0, careful_error=0, ramble_error=0, ramble_flip=0)
+SINGLE_PASS = Grammar(first_error=0, careful_frac=0, ramble_frac=0)
+
+
+def draw_problem(random: Random, max_digits: int = MAX_DIGITS) -> str:
+    """A prompt such as `A6B6C2D8=`: 3 to `max_digits` digits 1-9, as many of one number of digits as of another."""
+    num_digits = random.randint(MIN_DIGITS, max_digits)
+    return "".join(f"{tag}{random.randint(1, 9)}" for tag in TAGS[:num_digits]) + "="
+
+
+def solve(prompt: str) -> str:
+    """The sum, as two digits. Raises ValueError when `prompt` is no problem of this task."""
+    if not _PROBLEM.fullmatch(prompt):
+        raise ValueError(f"not a tagged_sum problem: {prompt!r}; expected something like 'A6B6C2D8='")
+    return f"{sum(_digits(prompt)):02d}"
+
+
+def score(prompt: str, response: str) -> float:
+    """1.0 iff the response ends with <eos> and what follows its last # is the two-digit sum; else 0.0."""
+    match = _ANSWER.fullmatch(response, response.rfind("#")) if "#" in response else None
+    return float(match is not None and match[1] == solve(prompt))
+
+
+def draw_trace(random: Random, prompt: str, grammar: Grammar = FULL) -> str:
+    """A response to `prompt`, <eos> included, of at most MAX_TRACE_TOKENS tokens (longer ones are drawn again)."""
+    while True:
+        trace = _draw_trace(random, _digits(prompt), grammar)
+        if len(TOKEN.findall(trace)) <= MAX_TRACE_TOKENS:
+            return trace
+
+
+def _digits(prompt: str) -> list[int]:
+    return [int(char) for char in prompt[1::2]]
+
+
+def _draw_trace(random: Random, digits: list[int], grammar: Grammar) -> str:
+    first, total = _draw_pass(random, digits, grammar.first_error)
+    parts = [first]
+
+    def redo(error: float) -> None:
+        nonlocal total
+        again, new_total = _draw_pass(random, digits, error)
+        parts.append(f"again {again}{'ok' if new_total == total else 'no'}.")
+        total = new_total
+
+    habit = random.random()
+    if habit < grammar.careful_frac:
+        redo(grammar.careful_error)
+        while random.random() >= grammar.careful_stop:
+            redo(grammar.careful_error)
+    elif habit < grammar.careful_frac + grammar.ramble_frac:
+        for _ in range(max(1, round(math.exp(random.gauss(2.3, 0.9))))):
+            loop = random.random()
+            if loop < 0.15:
+                redo(grammar.ramble_error)
+            elif loop < 0.65:
+                if random.random() < grammar.ramble_flip:
+                    total = _mistaken(random, total)
+                parts.append(f"wait {TAGS[len(digits) - 1]}{digits[-1]}={total:02d}ok.")
+            else:
+                parts.append("hmm." * random.randint(1, 3))
+    return "".join(parts) + f"#{total:02d}{EOS}"
+
+
+def _draw_pass(random: Random, digits: list[int], error: float) -> tuple[str, int]:
+    """One pass with its running total, and where it ends. A mistake persists; the first item is never mistaken."""
+    total, steps = 0, []
+    for i, digit in enumerate(digits):
+        total = min(99, total + digit)
+        if i > 0 and random.random() < error:
+            total = _mistaken(random, total)
+        steps.append(f"{TAGS[i]}{digit}={total:02d}")
+    return ",".join(steps) + ".", total
+
+
+def _mistaken(random: Random, total: int) -> int:
+    return min(99, max(1, total + random.choice((-10, -2, -1, 1, 2, 10))))

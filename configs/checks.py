@@ -1,0 +1,92 @@
+"""Whether the keys of a run fit together. Each check names the keys, their values, what is allowed and the consequence.
+
+What one key allows by itself is written beside it in `configs.schema`. Called by `configs.cli.load`.
+"""
+
+from __future__ import annotations
+
+import re
+
+from configs.schema import Config
+
+BYTES_PER_TOKEN = 12  # int32 token, float32 log-probability, and what the journal and the ledger keep beside them
+
+
+def check(config: Config) -> None:
+    """Raise `ValueError` on the first combination of keys that cannot work."""
+    for one in (_group, _upper, _context, _betas, _ranks, _attention, _addresses, _bytes_held):
+        one(config)
+
+
+def _group(config: Config) -> None:
+    darts = config.darts
+    if darts.long_end != "none" and darts.long >= darts.group_size:
+        raise ValueError(
+            f"darts.long={darts.long}: must be < darts.group_size={darts.group_size}; otherwise no seat is left for the shortest responses "
+            "(darts.long_end=none takes the shortest alone)"
+        )
+
+
+def _upper(config: Config) -> None:
+    upper, group_size = config.redundancy.upper, config.darts.group_size
+    if config.redundancy.rule != "none" and upper > 1 and int(upper * group_size) == group_size:
+        raise ValueError(
+            f"redundancy.upper={upper:g}: with darts.group_size={group_size} must be 1 or >= {(group_size + 1) / group_size:g}; "
+            "otherwise no prompt gets one rollout more"
+        )
+
+
+def _context(config: Config) -> None:
+    max_tokens, max_context = config.sampling.max_tokens, config.model.max_context
+    if max_tokens >= max_context:
+        raise ValueError(
+            f"sampling.max_tokens={max_tokens}: must be < model.max_context={max_context}; otherwise a prompt and its longest response "
+            "do not fit into an engine"
+        )
+
+
+def _betas(config: Config) -> None:
+    betas = config.optimizer.betas
+    if len(betas) != 2:
+        raise ValueError(f"optimizer.betas={betas}: must be two numbers, such as [0.9,0.95]; AdamW has no others")
+
+
+def _ranks(config: Config) -> None:
+    ranks, trajectories = config.learner.ranks, config.batch.groups * config.darts.group_size
+    if ranks > trajectories:
+        raise ValueError(
+            f"learner.ranks={ranks}: must be <= batch.groups x darts.group_size = {trajectories}; otherwise a rank has nothing to train on"
+        )
+
+
+def _attention(config: Config) -> None:
+    if config.model.attention != "flash_attention_2":
+        return
+    if config.model.dtype == "float32":
+        raise ValueError("model.attention=flash_attention_2: needs model.dtype bfloat16 or float16; it has no float32 kernels")
+    if config.learner.device == "cpu":
+        raise ValueError("model.attention=flash_attention_2: needs learner.device=cuda; it has no CPU kernels (take sdpa)")
+
+
+def _addresses(config: Config) -> None:
+    address = re.fullmatch(r"tcp://[^\s/]+:(\d+)", config.buffer.address)
+    if not address or not 1 <= int(address[1]) <= 65534:
+        raise ValueError(
+            f"buffer.address={config.buffer.address}: must be tcp://HOST:PORT with a port in 1..65534, since the next port carries the "
+            "statistics; otherwise nobody can find the buffer"
+        )
+    address = re.fullmatch(r"tcp://[^\s/]+:(\d+|\*)", config.weights.address)
+    if not address or (address[1] != "*" and not 1 <= int(address[1]) <= 65535):
+        raise ValueError(f"weights.address={config.weights.address}: must be tcp://HOST:PORT, or tcp://HOST:* for a free port")
+
+
+def _bytes_held(config: Config) -> None:
+    """One step's groups at their longest must fit, or the learner waits for groups that a full store does not admit."""
+    upper = 1.0 if config.redundancy.rule == "none" or config.darts.policy == "plain" else config.redundancy.upper
+    rollouts = config.batch.groups * int(upper * config.darts.group_size)
+    needed = rollouts * config.model.max_context * BYTES_PER_TOKEN
+    if config.buffer.max_bytes < needed:
+        raise ValueError(
+            f"buffer.max_bytes={config.buffer.max_bytes}: must be >= {needed}, the {rollouts} rollouts of one step "
+            f"(batch.groups x budget) at model.max_context={config.model.max_context}; otherwise admission stalls, and the learner with it"
+        )

@@ -1,0 +1,58 @@
+"""Which finished rollouts of a group are trained on: pure functions of lengths, truncation flags, M and L.
+
+Source: DARTS (arXiv 2605.30859), distribution-aware trajectory sampling: the K = M - L shortest plus the L longest,
+responses that hit the length limit left out. Differs: ties go to the earlier rollout id, and a group with too few valid
+responses may be filled with truncated ones, so that no hard prompt starves.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Candidate(NamedTuple):
+    """A rollout that ended by itself. Sorts by length, ties by id."""
+
+    tokens: int
+    rollout_id: int
+
+
+class Selection(NamedTuple):
+    """Rollout ids by seat. `filled`: truncated ones that took a seat nobody valid could take."""
+
+    short: tuple[int, ...]
+    long: tuple[int, ...]
+    filled: tuple[int, ...] = ()
+
+
+def select_dual_end(
+    finished: Sequence[Candidate], truncated: Sequence[Candidate], group_size: int, num_long: int, fill_truncated: bool
+) -> Selection | None:
+    """The K shortest and the L longest of `finished`, or None when there are too few and they may not be filled."""
+    valid = sorted(finished)
+    missing = group_size - len(valid)
+    if missing > 0:
+        return _fill(valid, truncated, missing) if fill_truncated else None
+    num_short = group_size - num_long
+    short = tuple(c.rollout_id for c in valid[:num_short])
+    long = tuple(c.rollout_id for c in valid[len(valid) - num_long :])
+    return Selection(short, long)
+
+
+def select_random(
+    finished: Sequence[Candidate], truncated: Sequence[Candidate], group_size: int, num_long: int, fill_truncated: bool, rng: random.Random
+) -> Selection | None:
+    """A control: any M of `finished`, whatever their length. Shows what selecting by length adds to sampling more."""
+    valid = sorted(finished, key=lambda c: c.rollout_id)
+    if len(valid) > group_size:
+        valid = rng.sample(valid, group_size)
+    return select_dual_end(valid, truncated, group_size, num_long, fill_truncated)
+
+
+def _fill(valid: list[Candidate], truncated: Sequence[Candidate], missing: int) -> Selection | None:
+    filled = sorted(truncated, key=lambda c: c.rollout_id)[:missing]
+    if len(filled) < missing:
+        return None
+    return Selection(tuple(c.rollout_id for c in valid), (), tuple(c.rollout_id for c in filled))

@@ -1,0 +1,109 @@
+"""Trajectories to packed tensors: several sequences in one row, no padding, nothing that sees across a boundary.
+
+Owns the layout of a micro-batch. Never touches the model, and never decides what is trained on: the shard came balanced from the buffer.
+Driven by `learner.train`. Shapes: T tokens in a pack, S of its positions that predict a token to train on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from buffer.messages import Shard, Trajectory
+from darts.events import ProtocolError
+from learner.advantage import group_advantage
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One micro-batch. Position p of a sequence predicts its token p + 1, so a sequence's last token is only ever a target."""
+
+    input_ids_T: torch.Tensor  # int64
+    position_ids_T: torch.Tensor  # int64, from 0 in each sequence: this alone keeps sequences apart
+    predicts_S: torch.Tensor  # int64, indices into T
+    targets_S: torch.Tensor  # int64
+    actor_logprobs_S: torch.Tensor  # float32
+    advantages_S: torch.Tensor  # float32
+    current_S: torch.Tensor  # bool: sampled by the very weights that are about to be trained
+
+    def to(self, device: torch.device) -> Pack:
+        return Pack(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
+
+
+def make_packs(shard: Shard, max_tokens: int, train_truncated: bool, current_version: int) -> list[Pack]:
+    """Micro-batches of at most `max_tokens` input tokens, in which every trained trajectory of `shard` appears once.
+
+    A trajectory longer than `max_tokens` has a pack to itself. `current_version` is the policy version whose weights the learner holds
+    now (one that no actor can have, such as -1, if it holds unpublished ones). Truncated trajectories are left out unless
+    `train_truncated`: they count in their group's advantages only. Raises `ProtocolError` for a malformed trajectory.
+    """
+    trained = [trajectory for trajectory in shard.trajectories if train_truncated or not trajectory.truncated]
+    sequences = [_sequence(trajectory, current_version) for trajectory in trained]
+    bins = first_fit([len(sequence.input_ids_T) for sequence in sequences], max_tokens)
+    return [_concatenate(sequences[index] for index in members) for members in bins]
+
+
+def empty_pack() -> Pack:
+    """A micro-batch without a loss, for a rank that has fewer than the others: collectives need every rank."""
+    nothing = torch.zeros(0)
+    start = torch.zeros(2, dtype=torch.int64)
+    return Pack(start, torch.arange(2), nothing.long(), nothing.long(), nothing, nothing, nothing.bool())
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in bins of at most `capacity`, longest first; what exceeds it lies alone."""
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for number, room in enumerate(free):
+            if lengths[index] <= room:
+                bins[number].append(index)
+                free[number] -= lengths[index]
+                break
+        else:
+            bins.append([index])
+            free.append(capacity - lengths[index])
+    return bins
+
+
+def _sequence(trajectory: Trajectory, current_version: int) -> Pack:
+    tokens_T = np.frombuffer(trajectory.tokens, dtype="<i4")
+    sampled_T = np.frombuffer(trajectory.sampled, dtype=np.uint8).astype(bool)
+    logprobs_T = np.frombuffer(trajectory.actor_logprobs, dtype="<f4")
+    versions_S = np.repeat([version for version, _ in trajectory.versions], [count for _, count in trajectory.versions])
+    _check(trajectory, tokens_T, sampled_T, logprobs_T, versions_S)
+    predicts_S = np.flatnonzero(sampled_T[1:])
+    return Pack(
+        input_ids_T=torch.from_numpy(tokens_T[:-1].astype(np.int64)),
+        position_ids_T=torch.arange(len(tokens_T) - 1),
+        predicts_S=torch.from_numpy(predicts_S),
+        targets_S=torch.from_numpy(tokens_T[predicts_S + 1].astype(np.int64)),
+        actor_logprobs_S=torch.from_numpy(logprobs_T[predicts_S + 1].copy()),
+        advantages_S=torch.full((len(predicts_S),), group_advantage(trajectory.reward, trajectory.group_rewards)),
+        current_S=torch.from_numpy(versions_S == current_version),
+    )
+
+
+def _check(trajectory: Trajectory, tokens_T: np.ndarray, sampled_T: np.ndarray, logprobs_T: np.ndarray, versions_S: np.ndarray) -> None:
+    wrong = ""
+    if not len(tokens_T) == len(sampled_T) == len(logprobs_T):
+        wrong = f"has {len(tokens_T)} tokens, {len(sampled_T)} marks and {len(logprobs_T)} log-probabilities"
+    elif len(tokens_T) < 2 or sampled_T[0]:
+        wrong = "begins with a sampled token, or has no second one: nothing precedes what is to be predicted"
+    elif len(versions_S) != sampled_T.sum():
+        wrong = f"has {sampled_T.sum()} sampled tokens, of which versions account for {len(versions_S)}"
+    elif not np.isfinite(logprobs_T).all():
+        wrong = "has log-probabilities that are not finite"
+    if wrong:
+        raise ProtocolError(f"rollout {trajectory.rollout_id} of group {trajectory.group_id} {wrong}")
+
+
+def _concatenate(sequences: Iterable[Pack]) -> Pack:
+    members = list(sequences)
+    starts = np.cumsum([0] + [len(member.input_ids_T) for member in members[:-1]])
+    columns = {name: torch.cat([getattr(member, name) for member in members]) for name in Pack.__slots__}
+    columns["predicts_S"] = torch.cat([member.predicts_S + int(start) for member, start in zip(members, starts, strict=True)])
+    return Pack(**columns)

@@ -1,0 +1,93 @@
+"""Checkpoints a learner can resume from, on any number of ranks: never half-written, never unpickled.
+
+Owns <run>/checkpoints: `step_000040/` (model and optimizer as sharded safetensors, `meta.json`) and `latest`, which names the newest
+complete one. A checkpoint of step 40 holds the state after 40 steps. Never decides when to save. Driven by `learner.train`.
+
+Left out: the random state (training draws nothing) and the learning rate's schedule (a function of the step).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, int], keep: int) -> None:
+    """Write the checkpoint of `meta["step"]`, point `latest` at it, and remove all but the newest `keep`. A collective.
+
+    All is written under a temporary name and renamed when complete, so whoever dies at any moment leaves the previous one intact.
+    """
+    name = f"step_{meta['step']:06d}"
+    partial = folder / f".{name}.partial"
+    leads = dist.get_rank() == 0
+    if leads:
+        for leftover in folder.glob(".step_*.partial"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    # Sharded safetensors: torch.distributed.checkpoint's default format keeps its metadata as a pickle.
+    dcp.save(_tensors(model, optimizer), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    dist.barrier()
+    if leads:
+        (partial / "meta.json").write_text(json.dumps(meta) + "\n")
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+        partial.rename(folder / name)
+        _replace_text(folder / "latest", name + "\n")
+        for old in sorted(path for path in folder.glob("step_*") if path.name != name)[: -(keep - 1) or None]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_latest(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int] | None:
+    """Load the newest complete checkpoint in place and return its `meta.json`; None where there is none. A collective.
+
+    Raises `ValueError` if it does not fit the model or is damaged.
+    """
+    latest = folder / "latest"
+    if not latest.is_file():
+        return None
+    source = folder / latest.read_text().strip()
+    try:
+        meta = json.loads((source / "meta.json").read_text())
+        _create_moments(optimizer, float(meta["step"]))
+        dcp.load(_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(source)))
+    except (OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"run.resume=true: checkpoint {source} does not load into this model: {reason}; remove it to start anew") from error
+    return meta
+
+
+def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Everything that must survive, as sharded tensors by name. Tied weights appear once."""
+    tensors: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for moment in MOMENTS:
+            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    return tensors
+
+
+def _create_moments(optimizer: torch.optim.Optimizer, num_steps: float) -> None:
+    """AdamW's state as it is after `num_steps`, zero until loaded: an optimizer that has not stepped has none to load into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            step_device = parameter.device if group["fused"] else "cpu"
+            optimizer.state[parameter] = {"step": torch.tensor(num_steps, dtype=torch.float32, device=step_device)}
+            optimizer.state[parameter] |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

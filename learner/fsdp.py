@@ -1,0 +1,114 @@
+"""Process group, model and sharding of one learner rank: everything that differs between devices and numbers of ranks.
+
+Owns: where a rank runs, how many threads it takes, FSDP2, mixed precision, activation checkpointing, and the few collectives that
+training needs besides FSDP's own. Never trains. Driven by `learner.train`. One rank takes the very same path as many.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from configs.schema import Config, ModelConfig
+
+# float16 gradients would underflow without loss scaling, so a learner whose engines use float16 computes in float32.
+COMPUTE_DTYPE = {"float32": torch.float32, "float16": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(config: Config, local_rank: int) -> torch.device:
+    """This rank's device. Raises `ValueError` if CUDA is asked for, or short of one GPU per rank."""
+    wanted = config.learner.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= local_rank:
+        raise ValueError(
+            f"learner.device={wanted}: rank {local_rank} of this node needs a GPU of its own, and {torch.cuda.device_count()} are visible; "
+            "lower learner.ranks, or take learner.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(config: Config, rank: int = 0, num_ranks: int = 1, local_rank: int = 0) -> Iterator[torch.device]:
+    """Join the learner's process group, yielding this rank's device.
+
+    A single rank needs no rendezvous. Several find one another as torchrun has it: through `MASTER_ADDR` and `MASTER_PORT`.
+    """
+    device = pick_device(config, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # One core stays with whatever feeds us: engine and buffer share this machine in a small run.
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+        torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // ranks_here))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    rendezvous = {"store": dist.HashStore()} if num_ranks == 1 else {"init_method": "env://"}
+    dist.init_process_group(backend, rank=rank, world_size=num_ranks, **rendezvous)  # type: ignore[arg-type]
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
+    """The model of `model.path`, float32 master weights, sharded over all ranks. Raises `ValueError` if it cannot be loaded."""
+    model = _load(config.model)
+    # Evaluation mode: dropout would make the learner's log-probabilities differ from the actors'.
+    model.eval()
+    blocks = [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules or ())]
+    if config.learner.activation_checkpointing:
+        for block in blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPE[config.model.dtype], reduce_dtype=torch.float32)
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is already divided by the token count of the whole step, so gradients are summed; FSDP would average them.
+            module.set_gradient_divide_factor(1.0)
+    return model.to(device)  # buffers outside the blocks
+
+
+def _load(config: ModelConfig) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(config.path, dtype=torch.float32, attn_implementation=config.attention)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model.path={config.path}, model.attention={config.attention}: the learner cannot load it: {reason}") from error
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor on every rank. A collective if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def barrier() -> None:
+    """Return once every rank is here."""
+    dist.barrier()
+
+
+def all_sum(values: list[float], device: torch.device) -> list[float]:
+    """Sums over ranks, in float64."""
+    return _reduce(values, device, dist.ReduceOp.SUM)
+
+
+def all_max(value: float, device: torch.device) -> float:
+    """The largest over ranks."""
+    return _reduce([value], device, dist.ReduceOp.MAX)[0]
+
+
+def _reduce(values: list[float], device: torch.device, operation: dist.ReduceOp.RedOpType) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=operation)
+    return tensor.tolist()

@@ -1,0 +1,277 @@
+"""The core's invariants under arbitrary orders of arbitrary events (see `darts/core.py` for their list)."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from math import nan
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from darts import events as ev
+from darts.core import Core, CoreConfig
+from darts.selection import Candidate, select_dual_end
+from tests.fakes import World
+
+CONFIGS = st.builds(
+    CoreConfig,
+    groups_per_step=st.integers(1, 3),
+    steps_per_version=st.integers(1, 2),
+    max_lag=st.integers(0, 3),
+    on_deadline=st.sampled_from(["wait", "drop"]),
+    release_at_deadline=st.booleans(),
+    policy=st.sampled_from(["darts", "darts", "darts", "plain", "first_finished", "random"]),
+    group_size=st.just(3),
+    num_long=st.integers(0, 2),
+    long_end=st.sampled_from(["none", "survivor", "longest"]),
+    cancel=st.sampled_from(["exact", "eager"]),
+    fill_truncated=st.booleans(),
+    max_attempts=st.integers(1, 3),
+    max_reopens=st.integers(0, 2),
+    redundancy=st.sampled_from(["none", "fixed", "paper", "marginal"]),
+    upper=st.sampled_from([1.0, 1.5, 2.0]),
+    max_tokens=st.just(30),
+)
+
+
+def state_of(core: Core) -> bytes:
+    return pickle.dumps({k: v for k, v in vars(core).items() if k != "_handlers"})
+
+
+class CoreMachine(RuleBasedStateMachine):
+    """Rules act on a `World`, whose checks are the per-decision invariants; here stand the global ones."""
+
+    @initialize(config=CONFIGS, seed=st.integers(0, 2**16))
+    def start(self, config: CoreConfig, seed: int) -> None:
+        self.world = World(config, random.Random(seed))
+        self.serial = 0
+
+    @rule(slots=st.integers(1, 6), back=st.integers(0, 2))
+    def join(self, slots: int, back: int) -> None:
+        self.serial += 1
+        self.world.join(f"e{self.serial}", slots, max(-1, self.world.version - back))
+
+    @precondition(lambda self: self.world.engine_versions)
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        self.world.lose(data.draw(st.sampled_from(sorted(self.world.engine_versions))))
+
+    @precondition(lambda self: any(v < self.world.version for v in self.world.engine_versions.values()))
+    @rule(data=st.data())
+    def load(self, data: st.DataObject) -> None:
+        behind = sorted(e for e, v in self.world.engine_versions.items() if v < self.world.version)
+        self.world.load(data.draw(st.sampled_from(behind)), self.world.version)
+
+    @rule(num=st.integers(1, 5))
+    def draw(self, num: int) -> None:
+        self.serial += 1
+        self.world.draw([f"p{(self.serial + i) % 7}" for i in range(num)])
+
+    @rule(num=st.integers(1, 3), samples=st.integers(1, 3))
+    def evaluate(self, num: int, samples: int) -> None:
+        prompts = tuple(ev.Prompt(f"held-out {i}") for i in range(num))
+        self.world.send(ev.EvaluationRequested(self.world.tick(), prompts, samples, max(self.world.version, 0)))
+
+    @precondition(lambda self: self.world.running())
+    @rule(data=st.data(), num_tokens=st.integers(1, 30))
+    def advance(self, data: st.DataObject, num_tokens: int) -> None:
+        self.world.advance(data.draw(st.sampled_from(self.world.running())), num_tokens)
+
+    @precondition(lambda self: self.world.running())
+    @rule(num_tokens=st.integers(1, 12))
+    def advance_all(self, num_tokens: int) -> None:
+        for rollout in self.world.running():
+            if not rollout.end:
+                self.world.advance(rollout, num_tokens)
+
+    @precondition(lambda self: self.world.running())
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        self.world.fail(data.draw(st.sampled_from(self.world.running())))
+
+    @precondition(lambda self: self.world.cancelling())
+    @rule(data=st.data(), raced=st.booleans())
+    def confirm(self, data: st.DataObject, raced: bool) -> None:
+        rollout = data.draw(st.sampled_from(self.world.cancelling()))
+        if raced:
+            self.world.advance(rollout, 10_000)
+        else:
+            self.world.confirm(rollout)
+
+    @precondition(lambda self: self.world.steps_left == 0 and not self.world.step_pending)
+    @rule()
+    def publish(self) -> None:
+        self.world.publish()
+
+    @precondition(lambda self: self.world.steps_left > 0 and not self.world.step_pending)
+    @rule()
+    def request(self) -> None:
+        self.world.request()
+
+    @precondition(lambda self: self.world.handed and not self.world.step_pending)
+    @rule()
+    def train(self) -> None:
+        self.world.train()
+
+    @rule()
+    def learner_dies_and_returns(self) -> None:
+        self.world.rejoin_learner()
+
+    @rule(paused=st.booleans())
+    def pause(self, paused: bool) -> None:
+        self.world.send(ev.AdmissionPaused(self.world.tick(), paused))
+
+    @precondition(lambda self: self.world.rollouts)
+    @rule(data=st.data())
+    def late_news(self, data: st.DataObject) -> None:
+        """News of rollouts long over is ignored."""
+        over = [r for r in self.world.rollouts.values() if r.end not in ("", "cancelling")]
+        if over:
+            rollout = data.draw(st.sampled_from(over))
+            before = state_of(self.world.core)
+            assert not self.world.core.handle(ev.RolloutProgressed(0.0, rollout.rollout_id, rollout.tokens))
+            assert not self.world.core.handle(ev.RolloutFinished(0.0, rollout.rollout_id, rollout.length, False, 1.0, 0))
+            assert state_of(self.world.core) == before
+
+    @rule(data=st.data())
+    def illegal(self, data: st.DataObject) -> None:
+        """Each of these cannot happen now: it raises and changes nothing."""
+        world, core = self.world, self.world.core
+        events: list[ev.Event] = [
+            ev.RolloutProgressed(0.0, 10**9, 1),
+            ev.RolloutFinished(0.0, -1, 1, False, 1.0, 0),
+            ev.ActorLost(0.0, "nobody"),
+            ev.LatencyReported(0.0, "nobody", 1.0, 1.0),
+            ev.GroupTrained(0.0, 10**9),
+            ev.PolicyPublished(0.0, world.version),
+            ev.EvaluationRequested(0.0, (ev.Prompt("x"),), 0, 0),
+        ]
+        if world.step_pending or world.steps_left == 0:
+            events.append(ev.ShardsRequested(0.0, 0))
+        if world.engine_versions:
+            engine_id = sorted(world.engine_versions)[0]
+            events += [ev.PolicyLoaded(0.0, engine_id, world.version + 1), ev.ActorJoined(0.0, engine_id, "fake", 1, -1)]
+        if world.running():
+            rollout = world.running()[0]
+            events += [
+                ev.RolloutFinished(0.0, rollout.rollout_id, rollout.length, False, nan, rollout.oldest_version),
+                ev.RolloutFinished(0.0, rollout.rollout_id, rollout.length, False, 1.0, world.version + 1),
+                ev.RolloutProgressed(0.0, rollout.rollout_id, rollout.tokens - 1),
+                ev.RolloutProgressed(0.0, rollout.rollout_id, world.config.max_tokens + 1),
+                ev.RolloutStopped(0.0, rollout.rollout_id, rollout.tokens),
+            ]
+        event = data.draw(st.sampled_from(events))
+        before = state_of(core)
+        with pytest.raises(ev.ProtocolError):
+            core.handle(event)
+        assert state_of(core) == before
+
+    @invariant()
+    def slots_and_memory_are_bounded(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        world, core = self.world, self.world.core
+        in_flight = {r.rollout_id for r in world.rollouts.values() if r.end in ("", "cancelling")}
+        assert set(core.rollouts) == in_flight
+        assert set(core.groups) == set(world.opened) - set(world.ended)
+        assert core.num_outstanding == len([g for g in core.groups.values() if g.purpose == "train"]) - len(world.handed)
+        for engine in core.engines.by_id.values():
+            assert engine.queued == sum(len(g.planned) for g in engine.backlog)
+
+    def teardown(self) -> None:
+        """Given time, every rollout and every group ends, and every prompt was trained on or given up after its last chance."""
+        if not hasattr(self, "world"):
+            return
+        self.world.send(ev.AdmissionPaused(self.world.tick(), False))
+        self.world.finish_everything()
+        self.slots_and_memory_are_bounded()
+        left = {g.prompt.prompt_id for g in self.world.core.groups.values()}
+        for prompt_id, count in self.world.drawn.items():
+            still_there = sum(g.prompt.prompt_id == prompt_id for g in self.world.core.groups.values())
+            assert self.world.settled[prompt_id] + still_there == count, (prompt_id, left)
+        self.world.send(ev.RunEnded(self.world.tick()))
+        for rollout in self.world.cancelling():
+            self.world.confirm(rollout)
+        assert not self.world.core.rollouts and not self.world.core.groups and not self.world.core._outstanding
+        assert set(self.world.opened) == set(self.world.ended)
+
+
+TestCore = CoreMachine.TestCase
+TestCore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("long_end", ["none", "longest"])
+@pytest.mark.parametrize("seed", range(30))
+def test_online_selection_equals_the_offline_rule(long_end: str, seed: int) -> None:
+    """With the whole budget launched, the machine keeps just whom the pure rule keeps of all true lengths."""
+    rng = random.Random(seed)
+    num_long = 0 if long_end == "none" else 2
+    config = CoreConfig(1, group_size=5, num_long=num_long, long_end=long_end, redundancy="fixed", upper=2.0, max_tokens=60)
+    world = World(config, rng)
+    world.publish()
+    world.join("e", 64, 0)
+    world.draw(["p"])
+    while world.running():
+        world.advance(rng.choice(world.running()), rng.randint(1, 5))
+    world.request()
+    truth = world.rollouts.values()
+    valid = [Candidate(r.length, r.rollout_id) for r in truth if r.length < config.max_tokens]
+    cut = [Candidate(r.length, r.rollout_id) for r in truth if r.length >= config.max_tokens]
+    expected = select_dual_end(valid, cut, 5, num_long, True)
+    assert expected is not None
+    kept = {r.rollout_id for r in world.ships[0].record.rollouts if r.end.startswith("selected")}
+    assert kept == set(expected.short + expected.long + expected.filled)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_survivor_keeps_the_shortest_and_one_longer_than_them(seed: int) -> None:
+    rng = random.Random(seed)
+    config = CoreConfig(1, group_size=5, num_long=1, long_end="survivor", redundancy="fixed", upper=2.0, max_tokens=100_000)
+    world = World(config, rng)
+    world.publish()
+    world.join("e", 64, 0)
+    world.draw(["p"])
+    while world.running():
+        world.advance(rng.choice(world.running()), rng.randint(1, 5))
+    world.request()
+    short = sorted(r.tokens for r in world.ships[0].record.rollouts if r.end == "selected_short")
+    long = [r.tokens for r in world.ships[0].record.rollouts if r.end == "selected_long"]
+    assert short == sorted(r.length for r in world.rollouts.values())[:4]
+    assert len(long) == 1 and long[0] >= short[-1]
+
+
+def test_adversarial_lengths_starve_no_prompt() -> None:
+    """One prompt is always truncated, one always slow, one fails often: each still comes to training or is accounted for."""
+    config = CoreConfig(2, max_lag=1, group_size=3, num_long=1, redundancy="fixed", upper=2.0, max_tokens=50, max_attempts=2)
+    world = World(config, random.Random(0))
+    world.publish()
+    world.join("e", 7, 0)
+    prompts = [f"p{i}" for i in range(6)] * 20
+    world.draw(prompts)
+    for step in range(40_000):
+        if not world.running():
+            break
+        rollout = world.running()[step % len(world.running())]
+        prompt_id = world.opened[rollout.group_id].prompt_id
+        if prompt_id == "p0":
+            rollout.length = 50
+        if prompt_id == "p2" and step % 5 == 0:
+            world.fail(rollout)
+        elif prompt_id != "p1" or step % 4 == 0:
+            world.advance(rollout, 3)
+        for r in world.cancelling():
+            world.confirm(r)
+        if world.handed and not world.step_pending:
+            world.train()
+            world.publish()
+            world.load("e", world.version)
+        if not world.step_pending and world.steps_left:
+            world.request()
+    world.finish_everything()
+    trained = {p: world.settled[p] for p in world.drawn}
+    assert all(trained[p] >= 19 for p in trained), trained
+    shipped = {s.record.prompt_id for s in world.ships}
+    assert shipped == set(world.drawn)

@@ -1,0 +1,134 @@
+"""Reads what a run left in its directory, finished or not. Never writes, never raises over a half-written line.
+
+Driven by `tools.report` and by `tools.tail_monitor --replay`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Row = dict[str, Any]
+
+FILES = {
+    "config.yaml": "the settings are unknown",
+    "metrics.jsonl": "there are no curves",
+    "groups.jsonl": "there is nothing to say about single prompts",
+    "samples.jsonl": "there are no responses to read",
+}
+REQUIRED_KEYS = {
+    "metrics.jsonl": {"step"},
+    "groups.jsonl": {"prompt_id", "opened_version", "shipped_version", "budget", "end", "rollouts"},
+    "samples.jsonl": set(),
+}
+
+
+@dataclass
+class RunDirectory:
+    """The rows of a run. `problems`: one sentence for each thing that is missing, skipped or unfinished."""
+
+    path: Path
+    config: Row = field(default_factory=dict)
+    metrics: list[Row] = field(default_factory=list)
+    groups: list[Row] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> RunDirectory:
+        """Raises `ValueError` if `path` holds none of a run's files."""
+        if not any((path / name).is_file() for name in FILES):
+            what = "is not a folder" if not path.is_dir() else f"holds none of {', '.join(FILES)}"
+            raise ValueError(f"{path} {what}: give the directory of a run, such as runs/<name>")
+        run = cls(path)
+        run._read_config()
+        run.metrics = run._latest_per_step(run._read_rows("metrics.jsonl"))
+        run.groups = run._read_rows("groups.jsonl")
+        run.samples = run._read_rows("samples.jsonl")
+        planned = run.setting("run.steps")
+        if run.metrics and isinstance(planned, int) and len(run.metrics) < planned:
+            run.problems.append(f"The run has not finished: {len(run.metrics)} of {planned} steps are recorded.")
+        return run
+
+    @property
+    def name(self) -> str:
+        return str(self.setting("run.name") or self.path.resolve().name)
+
+    def setting(self, key: str) -> Any:
+        """The value of a dotted configuration key, or None where it is not known."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """The steps at which metric `key` was recorded, and its values."""
+        rows = [row for row in self.metrics if is_number(row.get(key))]
+        return [float(row["step"]) for row in rows], [float(row[key]) for row in rows]
+
+    def seconds(self) -> list[float]:
+        """Wall time of each row of `metrics`, from the run's start (from its first row, where the clock is the epoch's)."""
+        times = [float(row["time_s"]) if is_number(row.get("time_s")) else 0.0 for row in self.metrics]
+        start = times[0] if times and times[0] > 1e8 else 0.0
+        return [time - start for time in times]
+
+    def trained_groups(self) -> list[Row]:
+        return [group for group in self.groups if group["end"] == "shipped"]
+
+    def _read_config(self) -> None:
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            self.problems.append(f"config.yaml is missing: {FILES['config.yaml']}.")
+            return
+        try:
+            config = OmegaConf.to_container(OmegaConf.load(file))
+        except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+            self.problems.append(f"config.yaml cannot be read ({str(error).splitlines()[0]}): {FILES['config.yaml']}.")
+            return
+        self.config = {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+
+    def _read_rows(self, name: str) -> list[Row]:
+        file = self.path / name
+        if not file.is_file():
+            self.problems.append(f"{name} is missing: {FILES[name]}.")
+            return []
+        rows: list[Row] = []
+        skipped: list[int] = []
+        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+            row = _parsed(line)
+            if row is not None and row.keys() >= REQUIRED_KEYS[name]:
+                rows.append(row)
+            elif line.strip():
+                skipped.append(number)
+        if skipped:
+            lines = f"line {skipped[0]}" if len(skipped) == 1 else f"{len(skipped)} lines, the first is {skipped[0]},"
+            self.problems.append(f"{name}: {lines} cannot be read (cut off when the run was killed?) and was skipped.")
+        if not rows:
+            self.problems.append(f"{name} has no rows: {FILES[name]}.")
+        return rows
+
+    def _latest_per_step(self, rows: list[Row]) -> list[Row]:
+        # A resumed run repeats the steps after its checkpoint: what counts is what the final weights went through.
+        latest = {row["step"]: row for row in rows if is_number(row["step"])}
+        if len(latest) < len(rows):
+            self.problems.append(f"{len(rows) - len(latest)} steps are recorded twice (a resumed run): the later record counts.")
+        return [latest[step] for step in sorted(latest)]
+
+
+def is_number(value: Any) -> bool:
+    """True for a finite int or float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+
+
+def _parsed(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # covers malformed JSON and malformed UTF-8
+        return None
+    return row if isinstance(row, dict) else None
