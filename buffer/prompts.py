@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -340,6 +341,6 @@ def _one_line(error: BaseException) -> str:
 
 def _import(module: str, needed_by: str, package: str) -> Any:
     try:
-        return __import__(module, fromlist=["_"])
+        return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"{needed_by} needs the package {package}: {_one_line(error)}; install it with: pip install {package}") from error

@@ -16,7 +16,10 @@ import msgspec
 import numpy as np
 
 from buffer.messages import Chunk, Trajectory
+from buffer.stream import Cursor
 from darts.lengths import LengthStats
+
+KEPT_CURSORS = 10_000  # steps; a learner resumes from one of its newest checkpoints
 
 
 class _Rollout:
@@ -192,6 +195,7 @@ class Journal:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("CREATE TABLE IF NOT EXISTS lengths (prompt_id TEXT PRIMARY KEY, stats BLOB NOT NULL) WITHOUT ROWID")
+            self._db.execute("CREATE TABLE IF NOT EXISTS cursors (step INTEGER PRIMARY KEY, cursor BLOB NOT NULL)")
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise ValueError(f"journal {self.path} cannot be used ({error}): move it away to start without length statistics") from error
@@ -219,6 +223,15 @@ class Journal:
             for prompt_id, stats in self._db.execute(f"SELECT prompt_id, stats FROM lengths WHERE prompt_id IN ({marks})", some):
                 found[prompt_id] = self._decode(stats)
         return found
+
+    def save_cursor(self, num_steps: int, cursor: Cursor) -> None:
+        """Where the prompt stream stood when `num_steps` steps were done; `KEPT_CURSORS` of them are kept."""
+        self._db.execute("INSERT OR REPLACE INTO cursors VALUES (?, ?)", (num_steps, msgspec.msgpack.encode(cursor)))
+        self._db.execute("DELETE FROM cursors WHERE step <= ?", (num_steps - KEPT_CURSORS,))
+
+    def cursor(self, num_steps: int) -> Cursor | None:
+        row = self._db.execute("SELECT cursor FROM cursors WHERE step = ?", (num_steps,)).fetchone()
+        return msgspec.msgpack.decode(row[0], type=Cursor) if row else None
 
     def _decode(self, stats: bytes) -> LengthStats:
         try:

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from darts import redundancy
+from darts.events import LongEnd
 from darts.latency import LatencyCurve
 from darts.lengths import LengthStats, spread
+SATURATING_SPREAD = 1.5  # times the pool's: about one prompt in twenty, as published, where spreads are themselves lognormal
+
 
 @dataclass(frozen=True, slots=True)
 class Budgeter:
@@ -19,7 +22,7 @@ class Budgeter:
     rule: str  # none | fixed | paper | marginal
     group_size: int
     num_long: int
-    long_end: str
+    long_end: LongEnd
     upper: float
     price: float
 
@@ -31,12 +34,12 @@ class Budgeter:
     def by_window(self) -> bool:
         return self.rule == "paper"
 
-    def window(self, stats: Sequence[LengthStats], curve: LatencyCurve | None) -> list[int]:
+    def window(self, stats: Sequence[LengthStats], curve: LatencyCurve | None, num_engines: int) -> list[int]:
         """Budgets of a window of prompts under the published rule: a total by utility, split by spread."""
         if not stats:
             return []
         norms = redundancy.published_norm([spread(s) for s in stats])
-        total = redundancy.paper_total(stats, curve or LatencyCurve(), self.group_size, self.upper, self.price)
+        total = redundancy.paper_total(stats, curve or LatencyCurve(), self.group_size, self.upper, self.price, num_engines)
         return redundancy.paper_split(norms, total, self.group_size, self.most)
 
     def one(self, stats: LengthStats, pool: LengthStats, curve: LatencyCurve, batch: float) -> int:
@@ -53,11 +56,10 @@ class Budgeter:
         """Whether the prompt's spread alone earns it the whole budget; such prompts keep the M shortest.
 
         Source: DARTS, variance-guided tail pruning. Differs: where spare slots give everybody the whole budget, only
-        prompts that would get it on a saturated engine (elasticity 1) count, or necessary depth would lose its seat.
+        prompts far wider than the pool count, or necessary depth would lose its seat everywhere.
         """
-        if budget < self.most or self.most == self.group_size:
-            return False
-        return self.rule == "paper" or (self.rule == "marginal" and self._marginal(stats, pool, 1.0) >= self.most)
+        wide = redundancy.normalised_spread(stats, pool) >= SATURATING_SPREAD
+        return self.rule in ("paper", "marginal") and wide and budget == self.most > self.group_size
 
     def _marginal(self, stats: LengthStats, pool: LengthStats, elasticity: float) -> int:
         v = redundancy.normalised_spread(stats, pool)

@@ -78,8 +78,15 @@ class Core:
         self.admission_paused = False
         self.run_ended = False
         self.num_ignored_reports = 0
-        self._budgeter = Budgeter("none" if config.policy == "plain" else config.redundancy, config.group_size, config.num_long, config.long_end, config.upper, config.price)
         self._eager = config.policy == "first_finished" or (config.policy == "darts" and config.cancel == "eager")
+        self._budgeter = Budgeter(
+            rule="none" if config.policy == "plain" else config.redundancy,
+            group_size=config.group_size,
+            num_long=config.num_long,
+            long_end="none" if self._eager else config.long_end,
+            upper=config.upper,
+            price=config.price,
+        )
         self._pending: deque[tuple[ev.Prompt, int | None]] = deque()  # prompt, and its budget where a window has decided it
         self._pending_eval: deque[tuple[ev.Prompt, int, int]] = deque()  # prompt, samples, least policy version
         self._homeless: deque[Group] = deque()  # their engine is gone and no other is able yet
@@ -272,7 +279,6 @@ class Core:
             del self.groups[group.group_id]
             self._out.append(ev.Evaluated(group.record("evaluated")))
             return
-        self._learn_lengths(group)
         config = self.config
         if config.policy == "random":
             group.selection = select_random(
@@ -283,6 +289,7 @@ class Core:
         if group.selection is None:
             lost = any(r.state is RolloutState.LOST for r in group.rollouts.values())
             return self._drop(group, "failed" if lost else "too_few", requeue=True)
+        self._learn_lengths(group)
         group.move(GroupState.READY)
         self._num_ready += 1
         heapq.heappush(self._ready, (group.floor, group.group_id))
@@ -316,6 +323,8 @@ class Core:
 
     def _drop(self, group: Group, end: ev.GroupEnd, requeue: bool) -> None:
         self._stop(group, "dropped")
+        if group.state is GroupState.OPEN:
+            self._learn_lengths(group)  # the dropped ones are the long ones: leaving them out would lean short
         if group.state is GroupState.READY:
             self._num_ready -= 1
         if group.state is not GroupState.HANDED:
@@ -345,7 +354,7 @@ class Core:
         if self._budgeter.by_window:
             stats = [lengths.estimate(p.lengths, self.pool) for p in event.prompts]
             curve = next(iter(self.engines.curves.values()), None)
-            budgets = list(self._budgeter.window(stats, curve))
+            budgets = list(self._budgeter.window(stats, curve, max(1, len(self.engines.by_id))))
         window = list(zip(event.prompts, budgets, strict=True))
         # Longest expected first: what will take longest starts before the slots run out. Only within a window, so nobody starves.
         window.sort(key=lambda item: -lengths.estimate(item[0].lengths, self.pool).mean_log)
@@ -386,7 +395,8 @@ class Core:
         config = self.config
         stats = lengths.estimate(prompt.lengths, self.pool)
         if budget is None:
-            budget = self._budgeter.one(stats, self.pool, self.engines.curves[engine.engine_type], engine.load)
+            batch = min(engine.load + config.group_size, engine.slots)
+            budget = self._budgeter.one(stats, self.pool, self.engines.curves[engine.engine_type], batch)
         mode = config.long_end if config.policy == "darts" else "longest"
         if config.policy == "darts" and self._budgeter.saturates(stats, self.pool, budget):
             mode = "none"

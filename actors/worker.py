@@ -1,0 +1,402 @@
+"""One engine's life in a run: launch -> generate -> score -> report, and obey every cancel at once.
+
+Owns the rollouts in flight on one engine: each is answered exactly once, by `Finished`, `Failed` or `Stopped`, after all its tokens.
+Decides nothing: the buffer says what to launch and what to cancel. Driven by commands from the buffer and by its engine; started by
+`actors.pool` as `python -m actors.worker`.
+
+Consumes Launch, Cancel, PolicyPublished, Shutdown. Waits for its engine, for verifiers and for snapshots, each in a task of its own, so
+that none holds up another. Unblocks the buffer with every Progress, Finished, Failed, Stopped and PolicyLoaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from actors import weights
+from actors.device import engine_type
+from actors.environments import Environment, EnvironmentFailure, make_environment
+from actors.generation import Generation, Measurement
+from buffer.client import ActorLink
+from buffer.messages import (
+    ActorHello,
+    ActorMessage,
+    Cancel,
+    Chunk,
+    EngineReport,
+    Failed,
+    Finished,
+    Launch,
+    LaunchedRollout,
+    PolicyPublished,
+    Progress,
+    PromptPayload,
+    Shutdown,
+    SnapshotRef,
+    Stopped,
+    Welcome,
+)
+from buffer.snapshots import SnapshotGoneError, fetch
+from buffer.transport import TransportError
+from configs import cli
+from configs.schema import Config
+
+# How a worker ends, for its pool.
+DONE, DIED, RUN_FAILED, COULD_NOT_START = 0, 1, 3, 4
+
+LEAST_ROOM = 16  # tokens that a prompt must leave for the response, unless sampling.max_tokens is less
+TEXT_CHARS = 4000  # of a response, for samples.jsonl
+REPORT_S = 1.0
+RECEIVE_S = 1.0
+SLOWEST_FLUSH = 10  # times actors.flush_s
+CROWDED_BYTES = 1 << 18  # a Progress larger than this says that the buffer had better hear from us less often
+PR_SET_PDEATHSIG = 1
+
+
+class Sampler(Protocol):
+    """What a worker needs of an engine: `actors.engine.Engine`, or a fake in its place."""
+
+    tokenizer: Any
+    eos_ids: frozenset[int]
+    version: int
+
+    @property
+    def died(self) -> asyncio.Event: ...
+    def launch(self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int) -> Generation: ...
+    async def abort(self, request_ids: list[str]) -> None: ...
+    async def swap(self, path: str, version: int) -> float: ...
+    def measure(self) -> Measurement: ...
+
+
+class Link(Protocol):
+    """What a worker needs of `buffer.client.ActorLink`."""
+
+    def send(self, message: ActorMessage) -> None: ...
+    def receive(self, timeout_s: float) -> Any: ...
+
+
+class EngineDied(Exception):
+    """vLLM's processes ended by themselves."""
+
+
+@dataclass(slots=True, eq=False)
+class Rollout:
+    """A launched rollout until it is answered. `prefix`: sampled by an engine that died, and known to the buffer."""
+
+    rollout_id: int
+    prompt: PromptPayload
+    prefix: array[int]
+    generation: Generation
+    cancelled_s: float | None = None
+
+    def take_chunks(self) -> list[Chunk]:
+        """What was sampled since the last call."""
+        return [
+            Chunk(
+                rollout_id=self.rollout_id, sampled=True, version=run.version, tokens=run.tokens.tobytes(), logprobs=run.logprobs.tobytes()
+            )
+            for run in self.generation.take()
+        ]
+
+
+class Worker:
+    """Serves one run on one engine, from the buffer's welcome to its shutdown."""
+
+    def __init__(self, config: Config, engine: Sampler, link: Link, environment: Environment, fetch: weights.Fetch) -> None:
+        self._config, self._engine, self._link, self._environment, self._fetch = config, engine, link, environment, fetch
+        self._rollouts: dict[int, Rollout] = {}
+        self._newest: SnapshotRef | None = None
+        self._published = asyncio.Event()
+        self._inbox: asyncio.Queue[Any] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._broken: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
+
+    async def run(self, welcome: Welcome) -> Shutdown:
+        """Until the buffer ends the run. Raises `TransportError` when the buffer is lost, `EngineDied` when the engine is."""
+        if welcome.policy is not None:
+            self._learn_of(welcome.policy)
+        threading.Thread(target=self._read, args=(asyncio.get_running_loop(),), daemon=True, name="commands").start()
+        for loop in (self._flush_often(), self._report_often(), self._follow_policy(), self._watch_engine()):
+            self._spawn(loop)
+        obeying = self._spawn(self._obey())
+        try:
+            await asyncio.wait({obeying, self._broken}, return_when=asyncio.FIRST_COMPLETED)
+            return self._broken.result() if self._broken.done() else obeying.result()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+        return task
+
+    def _reap(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) and not self._broken.done():
+            self._broken.set_exception(error)
+
+    # Commands --------------------------------------------------------------------------------------------------
+
+    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
+        """On a thread of its own: the link's blocking `receive`, into the event loop's inbox."""
+        message: Any = None
+        while not isinstance(message, (Shutdown, Exception)):
+            try:
+                message = self._link.receive(RECEIVE_S)
+            except Exception as error:  # it must reach whoever waits for commands
+                message = error
+            if message is not None:
+                try:
+                    loop.call_soon_threadsafe(self._inbox.put_nowait, message)
+                except RuntimeError:
+                    return  # the loop has closed
+
+    async def _obey(self) -> Shutdown:
+        while True:
+            command = await self._inbox.get()
+            if isinstance(command, Launch):
+                self._launch(command)
+            elif isinstance(command, Cancel):
+                self._spawn(self._cancel(command.rollout_ids, time.monotonic()))
+            elif isinstance(command, PolicyPublished):
+                self._learn_of(command.policy)
+            elif isinstance(command, Shutdown):
+                return command
+            elif isinstance(command, Exception):
+                raise command
+
+    def _launch(self, command: Launch) -> None:
+        prompt = command.prompt
+        try:
+            prompt_ids = self._environment.render(prompt, self._engine.tokenizer)
+        except Exception as error:  # a template or tokenizer that cannot take this prompt, in whatever way
+            line = f"prompt {prompt.prompt_id} cannot be turned into tokens: {_one_line(error)}; see its row, or data.chat_template"
+            self._fail(command.rollouts, line, fatal=False)
+            return
+        room = self._config.model.max_context - len(prompt_ids)
+        if room < (needed := min(LEAST_ROOM, self._config.sampling.max_tokens)):
+            line = (
+                f"prompt {prompt.prompt_id} has {len(prompt_ids)} tokens and leaves {room} for a response in "
+                f"model.max_context={self._config.model.max_context}, at least {needed} are needed: raise model.max_context, or drop the prompt"
+            )
+            self._fail(command.rollouts, line, fatal=True)
+            return
+        given = array("i", prompt_ids).tobytes()
+        self._link.send(
+            Progress(
+                chunks=[
+                    Chunk(rollout_id=launched.rollout_id, sampled=False, version=0, tokens=given, logprobs=b"")
+                    for launched in command.rollouts
+                ]
+            )
+        )
+        for launched in command.rollouts:
+            self._start(launched, prompt, prompt_ids, min(room, self._config.sampling.max_tokens))
+
+    def _fail(self, rollouts: Iterable[LaunchedRollout], error: str, fatal: bool) -> None:
+        for launched in rollouts:
+            self._link.send(Failed(rollout_id=launched.rollout_id, error=error, fatal=fatal))
+
+    def _start(self, launched: LaunchedRollout, prompt: PromptPayload, prompt_ids: list[int], max_tokens: int) -> None:
+        prefix = array("i", launched.prefix)
+        request_id, left = str(launched.rollout_id), max_tokens - len(prefix)
+        if prefix and (prefix[-1] in self._engine.eos_ids or left <= 0):  # it had ended, and its engine died before it could say so
+            generation = Generation(request_id)
+            generation.end("stop" if prefix[-1] in self._engine.eos_ids else "length")
+        else:
+            generation = self._engine.launch(request_id, [*prompt_ids, *prefix], left, launched.seed)
+        rollout = self._rollouts[launched.rollout_id] = Rollout(launched.rollout_id, prompt, prefix, generation)
+        self._spawn(self._follow(rollout))
+
+    async def _cancel(self, rollout_ids: list[int], received_s: float) -> None:
+        """Those that ended already are answered, or are about to be, by their `Finished`."""
+        decoding = [
+            rollout for rollout_id in rollout_ids if (rollout := self._rollouts.get(rollout_id)) and not rollout.generation.finished.done()
+        ]
+        for rollout in decoding:
+            rollout.cancelled_s = received_s
+        if decoding:
+            await self._engine.abort([rollout.generation.request_id for rollout in decoding])
+
+    # A rollout's end -------------------------------------------------------------------------------------------
+
+    async def _follow(self, rollout: Rollout) -> None:
+        answer = await self._answer(rollout)
+        del self._rollouts[rollout.rollout_id]
+        if answer is not None:
+            self._link.send(answer)
+
+    async def _answer(self, rollout: Rollout) -> Finished | Failed | Stopped | None:
+        """What the buffer is told at the end, its last tokens sent before. None where the whole engine is lost."""
+        try:
+            outcome = await rollout.generation.finished
+        except Exception as error:  # of this request alone, unless the engine is gone
+            line = f"the engine did not accept a rollout of prompt {rollout.prompt.prompt_id}: {_one_line(error)}"
+            return None if self._engine.died.is_set() else Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
+        self._send_progress([rollout])
+        if outcome == "abort" and rollout.cancelled_s is not None:
+            return Stopped(rollout_id=rollout.rollout_id, seconds=time.monotonic() - rollout.cancelled_s)
+        if outcome not in ("stop", "length"):
+            line = f"the engine gave up on a rollout of prompt {rollout.prompt.prompt_id}, saying {outcome!r}"
+            return Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
+        response = [*rollout.prefix, *rollout.generation.tokens]
+        text = self._engine.tokenizer.decode(response, skip_special_tokens=not self._environment.keep_special_tokens)
+        try:
+            reward = await self._environment.score(rollout.prompt, text)
+        except EnvironmentFailure as failure:
+            return Failed(rollout_id=rollout.rollout_id, error=str(failure), fatal=False)
+        return Finished(rollout_id=rollout.rollout_id, truncated=outcome == "length", reward=reward, text=text[:TEXT_CHARS])
+
+    # Reports ---------------------------------------------------------------------------------------------------
+
+    def _send_progress(self, rollouts: Iterable[Rollout]) -> int:
+        """Everything these have sampled since their last chunk, as one message. Returns its payload bytes."""
+        chunks = [chunk for rollout in rollouts for chunk in rollout.take_chunks()]
+        if chunks:
+            self._link.send(Progress(chunks=chunks))
+        return sum(len(chunk.tokens) + len(chunk.logprobs) for chunk in chunks)
+
+    async def _flush_often(self) -> None:
+        fastest_s = interval_s = self._config.actors.flush_s
+        while True:
+            due_s = time.monotonic() + interval_s
+            await asyncio.sleep(interval_s)
+            late_s = time.monotonic() - due_s
+            due = [r for r in self._rollouts.values() if r.generation.num_pending >= self._config.actors.stream_interval]
+            interval_s = next_flush_s(interval_s, fastest_s, late_s, self._send_progress(due))
+
+    async def _report_often(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_S)
+            measured = self._engine.measure()
+            self._link.send(
+                EngineReport(
+                    batch=measured.batch,
+                    ms_per_token=measured.ms_per_token,
+                    tokens_per_s=measured.tokens_per_s,
+                    busy_frac=measured.busy_frac,
+                )
+            )
+
+    async def _watch_engine(self) -> None:
+        await self._engine.died.wait()
+        raise EngineDied("vLLM's processes ended by themselves; their last lines are above, if they wrote any")
+
+    # Policies --------------------------------------------------------------------------------------------------
+
+    def _learn_of(self, policy: SnapshotRef) -> None:
+        self._newest = policy
+        self._published.set()
+
+    async def _follow_policy(self) -> None:
+        """Load the newest policy as soon as there is one; versions published meanwhile are skipped."""
+        while True:
+            await self._published.wait()
+            self._published.clear()
+            assert self._newest is not None
+            policy = self._newest
+            try:
+                self._link.send(await weights.load(policy, self._fetch, self._engine))
+            except SnapshotGoneError:
+                continue  # a newer one has replaced it, and its publication is on the way
+            except (TransportError, ValueError) as error:
+                if self._published.is_set():
+                    continue
+                if self._engine.version < 0:
+                    raise  # nothing is launched here until a policy is loaded: to wait would be to hang
+                print(
+                    f"actors: goes on with policy {self._engine.version}, until the next is published: {_one_line(error)}", file=sys.stderr
+                )
+
+
+def next_flush_s(interval_s: float, fastest_s: float, late_s: float, num_bytes: int) -> float:
+    """Seconds until the next flush: longer while this process is behind (`late_s`) or its messages are large, else back to the fastest."""
+    crowded = late_s > interval_s / 2 or num_bytes > CROWDED_BYTES
+    return min(interval_s * 1.5, SLOWEST_FLUSH * fastest_s) if crowded else max(interval_s / 1.25, fastest_s)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# The process ---------------------------------------------------------------------------------------------------------
+
+
+def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
+    """Run one worker; returns its status, having said why in one line if it is not `DONE`.
+
+    It joins the buffer before it loads the model, so that a wrong address shows at once; with policy -1 nothing is launched on it.
+    """
+    link = ActorLink(config.buffer.address, engine_id, config.buffer.keys, config.buffer.peer_timeout_s)
+    environment = engine = None
+    try:
+        environment = make_environment(config)
+        hello = ActorHello(
+            engine_id=engine_id, engine_type=engine_type(config), slots=config.actors.slots, policy_version=-1, pid=os.getpid()
+        )
+        welcome = link.connect(hello, config.buffer.connect_timeout_s)
+        from actors.engine import Engine  # seconds of import, and only now needed
+
+        engine = Engine(config)
+    except Exception as error:  # whatever it is, another attempt would end the same way
+        say(f"could not start: {_one_line(error)}")
+        return COULD_NOT_START
+    else:
+        try:
+            shutdown = asyncio.run(_run(config, engine, link, environment, welcome))
+        except (TransportError, EngineDied) as error:
+            say(_one_line(error))
+            return DIED
+        if shutdown.error:
+            say(shutdown.error)
+        return RUN_FAILED if shutdown.error else DONE
+    finally:
+        link.close()
+        if environment is not None:
+            environment.close()
+        if engine is not None:
+            engine.close()
+
+
+async def _run(config: Config, engine: Any, link: ActorLink, environment: Environment, welcome: Welcome) -> Shutdown:
+    def fetch_policy(policy: SnapshotRef) -> bytes:
+        return fetch(policy, config.buffer.keys, config.buffer.peer_timeout_s)
+
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await Worker(config, engine, link, environment, fetch_policy).run(welcome)
+
+
+def main(argv: list[str]) -> int:
+    """`python -m actors.worker INDEX CONFIG_FILE ERROR_FD POOL_PID`, started by a pool and ended with it."""
+    index, config_file, error_fd, pool_pid = argv
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool's to answer
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(DONE))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(pool_pid):
+        return DONE  # the pool ended before we could ask to be told
+    config = cli.load(["--config", config_file])
+
+    def say(line: str) -> None:
+        os.write(int(error_fd), line.encode()[:4000])
+
+    try:
+        return serve(config, f"{config.actors.name}/{index}", say)
+    except asyncio.CancelledError:
+        return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,91 @@
+"""The live picture that monitors draw: a `Snapshot` of a running service. Reads, never changes."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from buffer import messages as msg
+from buffer.metrics import HISTOGRAM_EDGES
+from darts.events import GroupRecord
+from darts.groups import Group
+from darts.placement import Engine
+
+if TYPE_CHECKING:
+    from buffer.service import Service
+
+SHOWN_GROUPS = 32
+SHOWN_PROMPTS = 256
+
+
+class Latest:
+    """What peers reported last, and the prompts that closed last."""
+
+    def __init__(self) -> None:
+        self.reports: dict[str, msg.EngineReport] = {}
+        self.prompts: deque[msg.PromptView] = deque(maxlen=SHOWN_PROMPTS)
+
+    def closed(self, record: GroupRecord, spread: float) -> None:
+        scored = [r for r in record.rollouts if r.reward is not None]
+        right = [r.tokens for r in scored if (r.reward or 0.0) > 0.5]
+        self.prompts.append(
+            msg.PromptView(
+                prompt_id=record.prompt_id,
+                spread=spread,
+                budget=record.budget,
+                pass_rate=len(right) / max(1, len(scored)),
+                lengths_right=right,
+                lengths_wrong=[r.tokens for r in scored if (r.reward or 0.0) <= 0.5],
+            )
+        )
+
+
+def snapshot(service: Service) -> msg.Snapshot:
+    core, config = service.core, service.config
+    return msg.Snapshot(
+        time_s=service.now(),
+        run_name=config.run.name,
+        phase=service.phase,
+        step=service.step,
+        steps=config.run.steps,
+        policy_version=core.policy_version,
+        max_lag=core.config.max_lag,
+        waiting=core.waiting_for(),
+        groups_open=core.num_outstanding - core.num_ready,
+        groups_ready=core.num_ready,
+        bytes_held=service.store.bytes_held,
+        histogram_edges=HISTOGRAM_EDGES,
+        histogram=service.metrics.histogram(),
+        lags=list(service.metrics.recent_lags),
+        metrics={k: float(v) for k, v in service.last_row.items()},
+        groups=[_group(g) for g in islice((g for g in core.groups.values() if g.running), SHOWN_GROUPS)],
+        engines=[_engine(e, service) for e in core.engines.by_id.values()],
+        prompts=list(service.latest.prompts),
+    )
+
+
+def _group(group: Group) -> msg.GroupView:
+    cut = group.cut()
+    return msg.GroupView(
+        group_id=group.group_id,
+        prompt_id=group.prompt.prompt_id,
+        mode=group.mode,
+        budget=group.budget,
+        cut=0 if cut == float("inf") else int(cut),
+        rollouts=[msg.RolloutView(rollout_id=r.rollout_id, tokens=r.tokens, state=r.state.value) for r in group.rollouts.values()],
+    )
+
+
+def _engine(engine: Engine, service: Service) -> msg.EngineView:
+    report = service.latest.reports.get(engine.engine_id)
+    return msg.EngineView(
+        engine_id=engine.engine_id,
+        engine_type=engine.engine_type,
+        slots=engine.slots,
+        in_flight=len(engine.in_flight),
+        policy_version=engine.version,
+        tokens_per_s=report.tokens_per_s if report else 0.0,
+        busy_frac=report.busy_frac if report else 0.0,
+        curve=service.core.engines.curves[engine.engine_type].points(),
+    )

@@ -1,0 +1,253 @@
+"""`actors.engine.Engine` on real vLLM: aborts, weight swaps with requests in flight, and the death of vLLM's own process.
+
+The model is tiny, random and made here, so that it never says <eos> unless its weights are made to (`eos_logit`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from actors.engine import BASE_VERSION, Engine
+from actors.generation import Generation, Run
+from configs.schema import Config
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
+
+EOS, VOCABULARY, SLOTS = 2, 64, 4
+PROMPT = [5 + i % 50 for i in range(100)]  # three full blocks of the key-value cache
+BOUND = 1e-4  # of a log-probability in float32, between vLLM and transformers; 2e-5 is what is seen
+
+
+def make_model(tied: bool, seed: int, eos_logit: float = -60) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=2, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=32, tie_word_embeddings=tied, max_position_embeddings=1024, eos_token_id=EOS, bos_token_id=1, pad_token_id=0,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.3 if "embed" in name or "head" in name else 0.8 / parameter.shape[1] ** 0.5)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter[0] = 0  # so that feature 0 stays what the embedding says, 1, and <eos> can be given a logit of its own
+        model.model.embed_tokens.weight[:, 0] = 1
+        model.lm_head.weight[EOS] = 0
+        model.lm_head.weight[EOS, 0] = eos_logit
+    return model.eval()
+
+
+def save_model(model: Qwen3ForCausalLM, folder: Path) -> None:
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": EOS, "<unk>": 3} | {chr(60 + i): i for i in range(4, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def logprobs_of(model: Qwen3ForCausalLM, tokens: list[int]) -> torch.Tensor:
+    """A plain forward pass: the log-probability of each of `tokens` after `PROMPT`."""
+    ids = torch.tensor([PROMPT + tokens])
+    with torch.no_grad():
+        logprobs = model(ids, use_cache=False).logits[0].log_softmax(-1)
+    return logprobs[len(PROMPT) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def error(model: Qwen3ForCausalLM, run: Run, before: list[int] | None = None) -> float:
+    """The largest difference of a run's log-probabilities from those of `model`; `before`: the response's earlier tokens."""
+    before = before or []
+    return float((logprobs_of(model, before + list(run.tokens))[len(before) :] - torch.tensor(list(run.logprobs))).abs().max())
+
+
+@dataclass
+class Served:
+    """An engine, the model it started with, and the loop that both live in."""
+
+    engine: Engine
+    folder: Path
+    tied: bool
+    run: Callable[[Coroutine[Any, Any, Any]], Any]
+    request_ids: Iterator[int] = field(default_factory=lambda: iter(range(10**6)))
+
+    def launch(self, max_tokens: int, seed: int = 0) -> Generation:
+        return self.engine.launch(str(next(self.request_ids)), PROMPT, max_tokens, seed)
+
+    async def swap(self, model: Qwen3ForCausalLM) -> int:
+        """As a checkpoint holds it: a tied head is not in it."""
+        version, path = self.engine.version + 1, str(self.folder / "snapshot")
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if not (self.tied and name == "lm_head.weight")}
+        save_file(tensors, path)
+        await self.engine.swap(path, version)
+        return version
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder, tied = tmp_path_factory.mktemp(request.param), request.param == "tied"
+    save_model(make_model(tied, seed=0), folder / "model")
+    config = Config()
+    config.model.path, config.actors.slots, config.actors.kv_cache_gib = str(folder / "model"), SLOTS, 0.25
+    engine = Engine(config)
+    with asyncio.Runner() as runner:
+        yield Served(engine, folder, tied, runner.run)
+        engine.close()
+
+
+tied_only = pytest.mark.parametrize("served", ["tied"], indirect=True)
+untied_only = pytest.mark.parametrize("served", ["untied"], indirect=True)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        await asyncio.sleep(0.005)
+
+
+@tied_only
+def test_the_base_weights_sample_under_version_minus_one(served: Served) -> None:
+    async def generate() -> list[Run]:
+        generation = served.launch(20)
+        assert await generation.finished == "length"
+        return generation.take()
+
+    (run,) = served.run(generate())
+    assert run.version == BASE_VERSION == -1
+    assert len(run.tokens) == 20
+    assert error(make_model(True, seed=0), run) < BOUND
+
+
+@tied_only
+def test_an_abort_frees_the_slot(served: Served, record_property: Callable[[str, object], None]) -> None:
+    async def generate() -> float:
+        running = [served.launch(800) for _ in range(SLOTS)]
+        await until(lambda: all(len(generation.tokens) > 5 for generation in running))
+        waiting = served.launch(800)
+        await asyncio.sleep(0.2)
+        assert len(waiting.tokens) == 0  # every slot is taken
+        decided = time.monotonic()
+        await served.engine.abort([running[0].request_id])
+        freed_s = time.monotonic() - decided
+        sampled = len(running[0].tokens)
+        await until(lambda: len(waiting.tokens) > 0)
+        assert running[0].finished.result() == "abort"
+        assert 5 < sampled == len(running[0].tokens) < 800
+        assert not any(generation.finished.done() for generation in [*running[1:], waiting])  # nobody else's slot was it
+        await served.engine.abort([generation.request_id for generation in [*running, waiting]])
+        return freed_s
+
+    record_property("decision_to_freed_ms", round(1000 * served.run(generate()), 1))
+
+
+@tied_only
+def test_aborting_what_has_ended_changes_nothing(served: Served) -> None:
+    async def generate() -> str:
+        generation = served.launch(3)
+        await generation.finished
+        await served.engine.abort([generation.request_id, "never launched"])
+        return generation.finished.result()
+
+    assert served.run(generate()) == "length"
+
+
+@tied_only
+def test_an_abort_reaches_a_request_that_was_launched_just_now(served: Served) -> None:
+    async def generate() -> str:
+        generation = served.launch(800)
+        await served.engine.abort([generation.request_id])
+        return await generation.finished
+
+    assert served.run(generate()) == "abort"
+    assert served.engine.measure() is not None
+
+
+def test_after_a_swap_logprobs_are_those_of_the_new_weights(served: Served) -> None:
+    """Of a prompt, too, that the old weights had prefilled and cached."""
+    new = make_model(served.tied, seed=7)
+
+    async def generate() -> tuple[int, Run]:
+        await served.launch(5).finished
+        version = await served.swap(new)
+        generation = served.launch(60)
+        await generation.finished
+        (run,) = generation.take()
+        return version, run
+
+    version, run = served.run(generate())
+    assert run.version == version
+    assert error(new, run) < BOUND
+    assert error(make_model(served.tied, seed=0), run) > 0.1  # the old weights would have shown
+
+
+@tied_only
+def test_requests_in_flight_survive_a_swap_and_every_token_knows_its_version(served: Served) -> None:
+    old, new = make_model(True, seed=1), make_model(True, seed=2)
+
+    async def generate() -> tuple[int, list[Generation]]:
+        await served.swap(old)
+        generations = [served.launch(200, seed) for seed in range(SLOTS)]
+        await until(lambda: all(len(generation.tokens) > 20 for generation in generations))
+        version = await served.swap(new)
+        assert [await generation.finished for generation in generations] == ["length"] * SLOTS
+        return version, generations
+
+    version, generations = served.run(generate())
+    for generation in generations:
+        before, after = generation.take()
+        assert (before.version, after.version) == (version - 1, version)
+        assert len(before.tokens) + len(after.tokens) == len(generation.tokens) == 200
+        assert error(old, before) < BOUND  # up to and including the last token before the pause
+        assert error(old, Run(version, after.tokens[:1], after.logprobs[:1]), list(before.tokens)) > 1e-3  # from the first one after it
+
+
+@tied_only
+def test_a_snapshot_that_lacks_a_parameter_is_refused(served: Served) -> None:
+    path = str(served.folder / "partial")
+    tensors = {name: tensor for name, tensor in make_model(True, seed=1).state_dict().items() if "layers.0." not in name}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    with pytest.raises(Exception, match="lacks"):
+        served.run(served.engine.swap(path, 99))
+
+
+@untied_only
+def test_eos_ends_a_response_and_is_its_last_token(served: Served) -> None:
+    async def generate() -> Generation:
+        await served.swap(make_model(False, seed=3, eos_logit=60))
+        generation = served.launch(50)
+        assert await generation.finished == "stop"
+        return generation
+
+    assert served.run(generate()).tokens.tolist() == [EOS]
+    assert served.engine.eos_ids == {EOS}
+
+
+@untied_only
+def test_the_death_of_vllm_is_noticed(served: Served) -> None:
+    """The last test of this engine."""
+
+    async def generate() -> Generation:
+        await served.swap(make_model(False, seed=3))
+        generation = served.launch(800)
+        await until(lambda: len(generation.tokens) > 0)
+        (core,) = [child for child in psutil.Process(os.getpid()).children() if "EngineCore" in " ".join(child.cmdline())]
+        core.send_signal(signal.SIGKILL)
+        await asyncio.wait_for(served.engine.died.wait(), 30)
+        return generation
+
+    generation = served.run(generate())
+    assert generation.finished.exception() is not None

@@ -1,0 +1,144 @@
+"""The learner as a user starts it, real processes and sockets, against a buffer that hands out prepared shards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from buffer.messages import LearnerHello, Published, Pull, Shard, Trained
+from tests.learner_cases import FakeBuffer, make_shards, make_trajectories, save_model
+
+ROOT = Path(__file__).parents[2]
+NUM_STEPS = 3
+START_TIMEOUT_S = 120
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def address(free_port: Callable[[], int]) -> str:
+    return f"tcp://127.0.0.1:{free_port()}"
+
+
+def start(model: Path, run: Path, address: str, *overrides: str) -> subprocess.Popen[str]:
+    keys = [
+        f"model.path={model}", f"run.dir={run.parent}", f"run.name={run.name}", f"run.steps={NUM_STEPS}", f"buffer.address={address}",
+        "learner.device=cpu", "batch.tokens=64", "optimizer.lr=1e-3", "weights.transport=file", *overrides,
+    ]  # fmt: skip
+    return subprocess.Popen([sys.executable, "-m", "learner", *keys], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def steps_for(parts: list[int] | None, first: int = 0, last: int = NUM_STEPS) -> dict[int, list[Shard]]:
+    return {step: make_shards(make_trajectories(seed=step), step, parts, version=step) for step in range(first, last)}
+
+
+def train(model: Path, run: Path, address: str, parts: list[int] | None, *overrides: str, first: int = 0, last: int = NUM_STEPS) -> FakeBuffer:
+    with FakeBuffer(address, steps_for(parts, first, last), last_step=last - 1) as buffer:
+        learner = start(model, run, address, f"learner.ranks={len(parts or [0])}", f"run.steps={last}", *overrides)
+        _, stderr = learner.communicate(timeout=START_TIMEOUT_S * 2)
+        assert learner.returncode == 0, stderr
+    return buffer
+
+
+def newest_weights(buffer: FakeBuffer) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load(Path(buffer.of(Published)[-1].policy.path).read_bytes())
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs: a dead process that nobody has reaped yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_two_ranks_train_the_same_weights_as_one(model_path: Path, tmp_path: Path, address: str, free_port: Callable[[], int]) -> None:
+    # 11 trajectories against 1: the second rank runs out of micro-batches and must keep the first company.
+    one = train(model_path, tmp_path / "one", address, None)
+    two = train(model_path, tmp_path / "two", f"tcp://127.0.0.1:{free_port()}", [11, 1])
+    expected, measured = newest_weights(one), newest_weights(two)
+    assert expected.keys() == measured.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(measured[name], tensor, rtol=1e-3, atol=1e-5)
+    for step in range(NUM_STEPS):
+        for name in ("train/loss", "train/grad_norm", "train/entropy", "train/logprob_diff_all"):
+            assert two.trained[step][name] == pytest.approx(one.trained[step][name], rel=1e-3), (step, name)
+
+
+def test_the_conversation_of_a_run(model_path: Path, tmp_path: Path, address: str) -> None:
+    buffer = train(model_path, tmp_path / "run", address, None)
+    kinds = [type(message) for message in buffer.heard]
+    assert kinds == [LearnerHello, Published, *([Pull, Published, Trained] * NUM_STEPS)]
+    assert [message.policy.version for message in buffer.of(Published)] == list(range(NUM_STEPS + 1))
+    assert [message.step for message in buffer.of(Pull)] == list(range(NUM_STEPS))
+    expected = {
+        "train/loss", "train/grad_norm", "train/entropy", "train/clip_frac", "train/ratio_mean", "train/tis_clip_frac", "train/tokens_per_s",
+        "train/lr", "train/logprob_diff", "train/logprob_diff_all", "train/step_s", "publish/seconds", "publish/bytes",
+        "memory/learner_peak_bytes", "wait/pull_s",
+    }  # fmt: skip
+    assert all(set(metrics) == expected for metrics in buffer.trained.values())
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{NUM_STEPS:06d}"
+
+
+def test_a_run_resumes_on_another_number_of_ranks(model_path: Path, tmp_path: Path, address: str, free_port: Callable[[], int]) -> None:
+    whole = train(model_path, tmp_path / "whole", address, None)
+    train(model_path, tmp_path / "broken", f"tcp://127.0.0.1:{free_port()}", [5, 7], last=2)
+    resumed = train(model_path, tmp_path / "broken", f"tcp://127.0.0.1:{free_port()}", None, "run.resume=true", first=2)
+    assert resumed.of(LearnerHello)[0].step == 2
+    assert list(resumed.trained) == [2]
+    for name, tensor in newest_weights(whole).items():
+        torch.testing.assert_close(newest_weights(resumed)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_that_the_buffer_stops_with_an_error_fails(model_path: Path, tmp_path: Path, address: str) -> None:
+    with FakeBuffer(address, steps_for(None), last_step=0, error="no engine is left") as buffer:
+        learner = start(model_path, tmp_path / "run", address)
+        _, stderr = learner.communicate(timeout=START_TIMEOUT_S)
+        assert learner.returncode == 1
+        assert stderr.splitlines()[-1] == "error: the buffer stopped the run: no engine is left"
+    assert list(buffer.trained) == [0]
+
+
+@pytest.mark.parametrize("victim", ["rank", "supervisor"])
+def test_who_is_killed_takes_all_along(model_path: Path, tmp_path: Path, address: str, victim: str) -> None:
+    with FakeBuffer(address, {}, last_step=0) as buffer:  # never answers a pull
+        learner = start(model_path, tmp_path / "run", address, "learner.ranks=2")
+        assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
+        pids = {hello.rank: hello.pid for hello in buffer.of(LearnerHello)}
+        os.kill(pids[1] if victim == "rank" else learner.pid, signal.SIGKILL)
+        _, stderr = learner.communicate(timeout=30)
+        assert wait_until(lambda: not any(is_alive(pid) for pid in pids.values()), 10)
+    if victim == "rank":
+        assert learner.returncode == 1
+        assert "rank 1" in stderr.splitlines()[-1]
+
+
+def test_sigterm_ends_all_ranks(model_path: Path, tmp_path: Path, address: str) -> None:
+    with FakeBuffer(address, {}, last_step=0) as buffer:
+        learner = start(model_path, tmp_path / "run", address, "learner.ranks=2")
+        assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
+        learner.terminate()
+        learner.communicate(timeout=30)
+        assert learner.returncode == 128 + signal.SIGTERM
+        assert not any(is_alive(hello.pid) for hello in buffer.of(LearnerHello))

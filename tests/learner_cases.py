@@ -1,0 +1,184 @@
+"""What the learner's tests share: a tiny model on disk, drawn trajectories, and a buffer that hands out prepared shards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from buffer.messages import (
+    Heartbeat,
+    LearnerFailed,
+    LearnerHello,
+    LearnerMessage,
+    LearnerWelcome,
+    Message,
+    Published,
+    Pull,
+    Shard,
+    Shutdown,
+    Trained,
+    Trajectory,
+)
+from buffer.transport import Router
+from configs.schema import Config
+from learner import fsdp
+from learner.train import LearnerState, build_state
+
+VOCABULARY = 48
+
+
+def save_model(folder: Path, family: str = "qwen3", tied: bool = True) -> Path:
+    """A two-layer model with drawn weights, the same each time."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+    }
+    config: PreTrainedConfig = Qwen3Config(**sizes) if family == "qwen3" else LlamaConfig(**sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # away from the initial uniform distribution, so that positions and neighbours matter
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_config(model: Path, run: Path, **changes: Any) -> Config:
+    """Defaults for a tiny run; `changes` are `section__key=value`."""
+    config = Config()
+    config.model.path, config.run.dir, config.run.name = str(model), str(run.parent), run.name
+    config.batch.tokens, config.optimizer.lr, config.learner.device = 64, 1e-3, "cpu"
+    for name, value in changes.items():
+        section, key = name.split("__")
+        assert hasattr(getattr(config, section), key), name
+        setattr(getattr(config, section), key, value)
+    return config
+
+
+def make_trajectory(
+    rng: np.random.Generator, num_prompt: int, num_sampled: int, reward: float, group: list[float], truncated: bool = False, version: int = 0
+) -> Trajectory:
+    num_tokens = num_prompt + num_sampled
+    sampled = np.arange(num_tokens) >= num_prompt
+    logprobs = np.where(sampled, -np.log(VOCABULARY) + 0.3 * rng.standard_normal(num_tokens), 0.0)
+    return Trajectory(
+        rollout_id=int(rng.integers(1 << 40)),
+        group_id=0,
+        tokens=rng.integers(0, VOCABULARY, num_tokens).astype("<i4").tobytes(),
+        sampled=sampled.astype(np.uint8).tobytes(),
+        actor_logprobs=logprobs.astype("<f4").tobytes(),
+        versions=[(version, num_sampled)],
+        reward=reward,
+        truncated=truncated,
+        group_rewards=group,
+    )
+
+
+def make_trajectories(seed: int, num_groups: int = 3, group_size: int = 4, version: int = 0) -> list[Trajectory]:
+    rng = np.random.default_rng(seed)
+    trajectories = []
+    for _ in range(num_groups):
+        group = [float(reward) for reward in rng.permutation([1.0] + [0.0] * (group_size - 1))]
+        for reward in group:
+            trajectories.append(make_trajectory(rng, int(rng.integers(2, 8)), int(rng.integers(3, 50)), reward, group, version=version))
+    return trajectories
+
+
+def num_sampled(trajectories: list[Trajectory]) -> int:
+    return sum(count for trajectory in trajectories for _, count in trajectory.versions)
+
+
+def make_shards(trajectories: list[Trajectory], step: int = 0, parts: list[int] | None = None, version: int = 0) -> list[Shard]:
+    """A step's shards, one per rank: `parts` says how many trajectories each takes, in order; all to one rank if None."""
+    shards, start = [], 0
+    for part in parts or [len(trajectories)]:
+        shards.append(
+            Shard(
+                step=step,
+                policy_version=version,
+                trajectories=trajectories[start : start + part],
+                step_sampled_tokens=num_sampled(trajectories),
+                step_trained_tokens=num_sampled([t for t in trajectories if not t.truncated]),
+                waited_s=0.0,
+            )
+        )
+        start += part
+    return shards
+
+
+@contextmanager
+def single_rank(config: Config) -> Iterator[LearnerState]:
+    """A learner state in this process."""
+    with fsdp.process_group(config) as device:
+        yield build_state(config, device)
+
+
+@dataclass
+class FakeBuffer:
+    """Answers hellos and pulls from prepared shards, `steps[step][rank]`, then says `Shutdown`. Records all it hears."""
+
+    address: str
+    steps: dict[int, list[Shard]]
+    last_step: int
+    policy_version: int = -1
+    error: str = ""
+    heard: list[Message] = field(default_factory=list)
+    trained: dict[int, dict[str, float]] = field(default_factory=dict)
+    on_pull: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Self:
+        self._closing = threading.Event()
+        self._router = Router(self.address, LearnerMessage | Heartbeat)
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._router.close()
+
+    def of(self, kind: type) -> list[Any]:
+        return [message for message in self.heard if isinstance(message, kind)]
+
+    def _serve(self) -> None:
+        peers: set[bytes] = set()
+        while not self._closing.is_set():
+            for peer, message in self._router.receive(0.05):
+                peers.add(peer)
+                if isinstance(message, Heartbeat):
+                    self._router.send(peer, Heartbeat())
+                    continue
+                self.heard.append(message)
+                if isinstance(message, LearnerHello):
+                    self._router.send(peer, LearnerWelcome(policy_version=self.policy_version))
+                elif isinstance(message, Pull):
+                    self.on_pull.set()
+                    if message.step in self.steps:
+                        self._router.send(peer, self.steps[message.step][message.rank])
+                elif isinstance(message, Trained):
+                    self.trained[message.step] = message.metrics
+                    if message.step == self.last_step:
+                        self._shut_down(peers)
+                elif isinstance(message, LearnerFailed | Published):
+                    continue
+
+    def _shut_down(self, peers: set[bytes]) -> None:
+        for peer in peers:
+            self._router.send(peer, Shutdown(error=self.error))

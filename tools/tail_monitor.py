@@ -1,0 +1,209 @@
+"""A live view of a run in a terminal: who is being generated, who is kept, who is cut off, and who waits for whom.
+
+    python tools/tail_monitor.py                       attach to the buffer of buffer.address' default
+    python tools/tail_monitor.py --once                one frame as text
+    python tools/tail_monitor.py --json                one JSON object per snapshot
+    python tools/tail_monitor.py --replay runs/<name>  play a finished run
+
+Owns the keyboard and the screen; what is drawn is `tools.monitor_frame`'s. It only listens to what the buffer publishes anyway, on a
+socket that drops for slow listeners, so it cannot slow the run. Driven by a person.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import select
+import sys
+import termios
+import time
+import tty
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run as a file: the repository, not tools/, is where packages are
+
+import msgspec
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
+
+from buffer.client import MonitorLink
+from buffer.messages import Snapshot
+from buffer.transport import TransportError, next_port
+from configs.schema import BufferConfig
+from tools.monitor_frame import SILENCE_S, frame, pressed
+from tools.monitor_replay import Replay
+from tools.monitor_views import View
+
+FIRST_NEWS_S = 10.0
+POLL_S = 0.05
+ARROWS = {b"A": "up", b"B": "down", b"C": "right", b"D": "left"}
+PIPED_SIZE = (100, 40)
+
+
+class Dashboard:
+    """What is on screen: drawn anew for whatever size the terminal has at that moment."""
+
+    def __init__(self, address: str, color: bool) -> None:
+        self.address = address
+        self.view = View(color=color)
+        self.snapshot: Snapshot | None = None
+        self.since_s = time.monotonic()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text("\n").join(self.lines(options.max_width, options.height or console.height))
+
+    def lines(self, width: int, height: int) -> list[Text]:
+        silent_s = time.monotonic() - self.since_s
+        if self.snapshot is None:
+            return [Text(no_statistics(self.address, silent_s)), Text("q quit")][:height]
+        return frame(self.snapshot, replace(self.view, silent_s=silent_s if not self.view.source else 0.0), width, height)
+
+    def show(self, snapshot: Snapshot) -> None:
+        self.snapshot, self.since_s = snapshot, time.monotonic()
+
+
+def no_statistics(address: str, waited_s: float) -> str:
+    return f"no statistics from {address} within {waited_s:.0f} s: is `python -m buffer` running there?"
+
+
+def first_snapshot(source: MonitorLink | Replay, address: str) -> Snapshot:
+    """The first news, or the end of the program with one line."""
+    snapshot = source.receive(FIRST_NEWS_S)
+    if snapshot is None:
+        raise SystemExit(f"tail_monitor: {no_statistics(address, FIRST_NEWS_S)}")
+    return snapshot
+
+
+def print_once(source: MonitorLink | Replay, address: str, console: Console) -> None:
+    """One frame: coloured in a terminal, plain text otherwise."""
+    snapshot = source.last() if isinstance(source, Replay) else first_snapshot(source, address)
+    view = View(color=console.color_system is not None, source=described(source) if isinstance(source, Replay) else "")
+    width, height = (console.width, console.height - 1) if console.is_terminal else PIPED_SIZE
+    for line in frame(snapshot, view, width, height)[:-1]:
+        console.print(line, soft_wrap=True) if console.is_terminal else print(line.plain.rstrip())
+
+
+def print_json(source: MonitorLink | Replay, address: str) -> None:
+    """One object per line, until the run is done."""
+    snapshot: Snapshot | None = first_snapshot(source, address)
+    while True:
+        if snapshot is not None:
+            sys.stdout.buffer.write(msgspec.json.encode(snapshot) + b"\n")
+            sys.stdout.buffer.flush()
+            if snapshot.phase == "done":
+                return
+        snapshot = source.receive(1.0)
+
+
+def watch(source: MonitorLink | Replay, address: str, console: Console) -> None:
+    """The dashboard, until q. Keeps its last frame when the buffer is gone, and goes on when it is back."""
+    dashboard = Dashboard(address, console.color_system is not None)
+    drawn_s, size = 0.0, (0, 0)
+    with raw_keys() as keys, Live(dashboard, console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            changed = False
+            for key in read_keys(keys, POLL_S):
+                if key in ("q", "\x03"):
+                    return
+                changed = True
+                if isinstance(source, Replay):
+                    steer(source, key)
+                if dashboard.snapshot:
+                    dashboard.view = pressed(dashboard.view, key, dashboard.snapshot)
+            if isinstance(source, Replay):
+                dashboard.view = replace(dashboard.view, source=described(source))
+            snapshot = source.receive(0.0)
+            if snapshot:
+                dashboard.show(snapshot)
+            due = time.monotonic() - drawn_s > SILENCE_S / 6
+            if changed or snapshot or due or size != (console.width, console.height):
+                live.refresh()
+                drawn_s, size = time.monotonic(), (console.width, console.height)
+
+
+def steer(replay: Replay, key: str) -> None:
+    """Space holds, + and - change the pace."""
+    if key == " ":
+        replay.held = not replay.held
+    if key in ("+", "="):
+        replay.speed = min(replay.speed * 2, 64)
+    if key == "-":
+        replay.speed = max(replay.speed / 2, 1 / 16)
+
+
+def described(replay: Replay) -> str:
+    return "replay " + ("held" if replay.held else "ended" if replay.ended() else f"×{replay.speed:g}")
+
+
+@contextlib.contextmanager
+def raw_keys() -> Iterator[int]:
+    """Standard input without line editing or echo; as it was, afterwards."""
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    try:
+        tty.setcbreak(descriptor)
+        yield descriptor
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def read_keys(descriptor: int, timeout_s: float) -> list[str]:
+    """The keys pressed, waiting up to `timeout_s` for one. A closed terminal counts as q."""
+    if not select.select([descriptor], [], [], timeout_s)[0]:
+        return []
+    typed = os.read(descriptor, 256)
+    if not typed:
+        return ["q"]
+    keys = []
+    while typed:
+        if typed[:2] in (b"\x1b[", b"\x1bO") and typed[2:3] in ARROWS:
+            keys.append(ARROWS[typed[2:3]])
+            typed = typed[3:]
+        else:
+            keys.append(chr(typed[0]))
+            typed = typed[1:]
+    return keys
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    default = BufferConfig()
+    parser = argparse.ArgumentParser(
+        prog="tail_monitor", description="A live view of a run: lengths, groups in flight, prompts, lag, engines."
+    )
+    parser.add_argument("--address", default=default.address, help="the buffer's address, as in buffer.address (default: %(default)s)")
+    parser.add_argument("--keys", default=default.keys, help="folder with CURVE keys, as in buffer.keys; needed beyond loopback")
+    parser.add_argument("--replay", type=Path, metavar="RUN", help="play runs/<name> instead of listening")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--once", action="store_true", help="print one frame and exit; 1 if no buffer answers")
+    output.add_argument("--json", action="store_true", help="print one JSON object per snapshot, until the run is done")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    asked = parsed(arguments)
+    console = Console(highlight=False)
+    if not (asked.once or asked.json) and not (console.is_terminal and sys.stdin.isatty()):
+        raise SystemExit("tail_monitor: input and output are not a terminal: use --once or --json")
+    try:
+        with contextlib.closing(Replay(asked.replay) if asked.replay else MonitorLink(next_port(asked.address), asked.keys)) as source:
+            if asked.once:
+                print_once(source, asked.address, console)
+            elif asked.json:
+                print_json(source, asked.address)
+            else:
+                watch(source, asked.address, console)
+    except (ValueError, TransportError) as error:
+        raise SystemExit(f"tail_monitor: {error}") from error
+    except BrokenPipeError:  # `... --json | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
