@@ -18,7 +18,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from actors.device import engine_device
-from actors.generation import Generation, Measurement, Meter
+from actors.generation import EngineDied, Generation, Measurement, Meter
+from actors.weights import SwapFailed
 from configs.schema import Config
 
 # vLLM reads these as it is imported. A user sees its errors, not its progress.
@@ -32,6 +33,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessorOutput
 
 from actors.extension import FRONTEND_PID
@@ -131,26 +133,38 @@ class Engine:
                 self._router.fail(generation.request_id, error)
 
     async def abort(self, request_ids: list[str]) -> None:
-        """Stop these requests; those that already ended are left alone. Returns once EngineCore has freed their slots."""
+        """Stop these requests; those that already ended are left alone. Returns once EngineCore has freed their slots.
+
+        Raises `EngineDied`.
+        """
         aborted = self._router.forget(request_ids)
-        await self._llm.abort([request_id for _, internal_ids in aborted for request_id in internal_ids], internal=True)
-        await self._llm.is_paused()  # answered after the abort, in order: only now is it done
-        for generation, _ in aborted:
-            generation.end("abort")
+        try:
+            await self._llm.abort([request_id for _, internal_ids in aborted for request_id in internal_ids], internal=True)
+            await self._llm.is_paused()  # answered after the abort, in order: only now is it done
+        except EngineDeadError as error:
+            raise EngineDied("vLLM died while it was told to abort") from error
+        finally:
+            for generation, _ in aborted:
+                generation.end("abort")
 
     async def swap(self, path: str, version: int) -> float:
         """Load the safetensors file `path` as policy `version`, every request kept. Returns the seconds that decoding paused.
 
         What was sampled before keeps its version and its key-value cache; every later token carries the new one.
-        Raises what the load raised, after which the weights may be a mixture: the engine must not be used again.
+        Raises `EngineDied`, or `SwapFailed`, after which the engine must not be used again.
         """
         async with self._gate:
             started = time.monotonic()
-            await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
-            self._meter.interrupt()
-            await self._llm.collective_rpc("load_snapshot", args=(path,))
-            await self._llm.update_weight_version(str(version))
-            await self._llm.resume_generation()
+            try:
+                await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+                self._meter.interrupt()
+                await self._llm.collective_rpc("load_snapshot", args=(path,))
+                await self._llm.update_weight_version(str(version))
+                await self._llm.resume_generation()
+            except EngineDeadError as error:
+                raise EngineDied(f"vLLM died while it loaded policy version {version}") from error
+            except Exception as error:  # vLLM hands on whatever its worker raised as a bare Exception
+                raise SwapFailed(f"policy version {version} could not be loaded: {error}") from error
             self.version = version
             return time.monotonic() - started
 

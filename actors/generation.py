@@ -13,6 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
+class EngineDied(Exception):
+    """vLLM's processes ended by themselves: nothing will be sampled any more."""
+
+
 @dataclass(slots=True)
 class Run:
     """Consecutive sampled tokens of one policy version: int32 ids beside float32 logprobs."""

@@ -1,11 +1,12 @@
-"""The engines of one node: starts a worker process for each, restarts those that die, and leaves nothing behind.
+"""The engines of one node: starts a process for each, restarts those that die, and leaves nothing behind.
 
-Owns the worker processes, each the leader of a process group that holds its vLLM processes too. Never speaks to the buffer: a worker
-does, and its hello after a restart tells the buffer that what its predecessor had in flight is lost. Driven by `python -m actors`.
+Owns those processes, each the leader of a group that holds its vLLM processes too. Tells the buffer at once which engine died; never
+speaks of rollouts. Driven by `python -m actors`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -14,13 +15,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from actors.worker import COULD_NOT_START, DONE, RUN_FAILED
+from actors.process import DONE, GAVE_UP, RUN_FAILED
+from buffer.client import ActorLink
+from buffer.messages import ActorHello, EngineLost, Shutdown
+from buffer.transport import TransportError
 from configs import cli
 from configs.schema import Config
 
 POLL_S = 0.1
-STOP_S = 8.0  # vLLM's processes end within two or three; then they are killed
+REJOIN_S = 1.0  # one attempt, after which engines and signals have their turn
+STOP_S = 8.0  # vLLM's processes end within five seconds as a rule; then they are killed
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -29,25 +35,23 @@ class EngineFailed(Exception):
 
 
 @dataclass
-class Worker:
+class EngineProcess:
     """One engine's process. `errors`: the pipe on which it says why it ends."""
 
     engine_id: str
     index: int
     process: subprocess.Popen[bytes]
     errors: int
-    restarts: int = 0
+    restarts: int
 
     def ended(self) -> bool:
-        """Whether it is dead, without forgetting its id: its group can still be killed by it."""
+        """Whether it is dead. Leaves it unburied, so that its group can still be killed by its id."""
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def bury(self) -> tuple[int, str]:
         """Kill what is left of its group, and return its status and its last words."""
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it left nothing
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it left nothing
         status = self.process.wait()
         os.set_blocking(self.errors, False)
         try:
@@ -59,27 +63,27 @@ class Worker:
 
 
 class Pool:
-    """`actors.engines` workers, until the run ends."""
+    """`actors.engines` engines, until the run ends."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._stopping = False
-        self._workers: list[Worker] = []
-        self._config_fd = os.memfd_create("config.yaml")  # read by workers; vanishes with us
+        self._engines: list[EngineProcess] = []
+        self._config_fd = os.memfd_create("config.yaml")  # read by the engines' processes; vanishes with us
         os.write(self._config_fd, cli.to_yaml(config).encode())
 
     def run(self) -> int:
-        """Returns 0 when the buffer ended the run or a signal asked for it. Raises `EngineFailed`."""
+        """Returns 0 when the buffer ended the run or a signal asked for it. Raises `EngineFailed`, `TransportError`, `ValueError`."""
         check_model(self._config.model.path)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask_to_stop)
+        buffer = self._config.buffer
         try:
-            self._workers = [self._start(index) for index in range(self._config.actors.engines)]
-            while self._workers and not self._stopping:
-                for worker in [worker for worker in self._workers if worker.ended()]:
-                    self._workers.remove(worker)
-                    self._replace(worker, *worker.bury())
-                time.sleep(POLL_S)
+            with ActorLink(buffer.address, self._config.actors.name, buffer.keys, buffer.peer_timeout_s) as link:
+                link.connect(self._hello(), buffer.connect_timeout_s)
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(number, self._ask_to_stop)
+                self._engines = [self._start(index) for index in range(self._config.actors.engines)]
+                while self._engines and not self._stopping:
+                    self._turn(link)
             return 0
         finally:
             self._stop()
@@ -87,47 +91,71 @@ class Pool:
     def _ask_to_stop(self, number: int, frame: object) -> None:
         self._stopping = True
 
-    def _start(self, index: int) -> Worker:
+    def _hello(self) -> ActorHello:
+        """A supervisor's: it offers no slots."""
+        return ActorHello(engine_id=self._config.actors.name, engine_type="", slots=0, policy_version=-1, pid=os.getpid())
+
+    def _turn(self, link: ActorLink) -> None:
+        """Listen to the buffer for a moment, then look after the engines."""
+        message = self._listen(link)
+        if isinstance(message, Shutdown):
+            if message.error:
+                raise EngineFailed(f"the run failed: {message.error}")
+            self._stopping = True
+        for engine in [engine for engine in self._engines if engine.ended()]:
+            self._engines.remove(engine)
+            status, words = engine.bury()
+            if status != DONE:
+                self._report(link, EngineLost(engine_id=engine.engine_id, reason=words))
+                self._engines.append(self._successor(engine, status, words))
+
+    def _listen(self, link: ActorLink) -> Any:
+        """The buffer's next message, if one comes. While the buffer is away, its engines wait for it, and give up before we do."""
+        try:
+            return link.receive(POLL_S)
+        except TransportError:
+            with contextlib.suppress(TransportError):
+                link.connect(self._hello(), REJOIN_S)
+        return None
+
+    def _report(self, link: ActorLink, lost: EngineLost) -> None:
+        with contextlib.suppress(TransportError):  # the buffer is away, and learns it from the successor's hello
+            link.send(lost)
+
+    def _start(self, index: int, restarts: int = 0) -> EngineProcess:
         read, write = os.pipe()
         process = subprocess.Popen(
-            [sys.executable, "-m", "actors.worker", str(index), f"/proc/self/fd/{self._config_fd}", str(write), str(os.getpid())],
+            [sys.executable, "-m", "actors.process", str(index), f"/proc/self/fd/{self._config_fd}", str(write), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             pass_fds=(self._config_fd, write),
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])},
         )
         os.close(write)
-        return Worker(f"{self._config.actors.name}/{index}", index, process, read)
+        return EngineProcess(f"{self._config.actors.name}/{index}", index, process, read, restarts)
 
-    def _replace(self, worker: Worker, status: int, words: str) -> None:
-        if status == DONE:
-            return
-        if status == COULD_NOT_START:
-            raise EngineFailed(f"engine {worker.engine_id} {words}")
+    def _successor(self, engine: EngineProcess, status: int, words: str) -> EngineProcess:
+        """A fresh process for an engine that died. `EngineFailed` where another would end the same way."""
+        most = self._config.actors.max_restarts
+        if status == GAVE_UP:
+            raise EngineFailed(f"engine {engine.engine_id} {words}")
         if status == RUN_FAILED:
             raise EngineFailed(f"the run failed: {words}")
-        if worker.restarts >= self._config.actors.max_restarts:
-            raise EngineFailed(
-                f"engine {worker.engine_id} died {worker.restarts + 1} times (actors.max_restarts={self._config.actors.max_restarts}); last: {words}"
-            )
-        restarts = worker.restarts + 1
-        print(
-            f"actors: engine {worker.engine_id} died ({words}); restart {restarts} of {self._config.actors.max_restarts}", file=sys.stderr
-        )
-        successor = self._start(worker.index)
-        successor.restarts = restarts
-        self._workers.append(successor)
+        if engine.restarts >= most:
+            raise EngineFailed(f"engine {engine.engine_id} died {most + 1} times (actors.max_restarts={most}); last: {words}")
+        print(f"actors: engine {engine.engine_id} died ({words}); restart {engine.restarts + 1} of {most}", file=sys.stderr, flush=True)
+        return self._start(engine.index, engine.restarts + 1)
 
     def _stop(self) -> None:
-        """End every worker and all its processes, in seconds."""
-        for worker in self._workers:
-            worker.process.terminate()
+        """End every engine and all its processes, in seconds."""
+        for engine in self._engines:
+            engine.process.terminate()
         deadline = time.monotonic() + STOP_S
-        while time.monotonic() < deadline and not all(worker.ended() for worker in self._workers):
+        while time.monotonic() < deadline and not all(engine.ended() for engine in self._engines):
             time.sleep(POLL_S)
-        for worker in self._workers:
-            worker.bury()
-        self._workers = []
+        for engine in self._engines:
+            engine.bury()
+        self._engines = []
         os.close(self._config_fd)
 
 
@@ -136,9 +164,7 @@ def check_model(path: str) -> None:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"model.path={path}: no model is in this folder (config.json is missing); give the folder of a Hugging Face model"
-            )
+            raise ValueError(f"model.path={path}: this folder holds no model (no config.json); give the folder of a Hugging Face model")
     elif folder.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith(("models/", "runs/")):
         raise ValueError(
             f"model.path={path}: no such folder; give the folder of a Hugging Face model, or its name on the hub. "

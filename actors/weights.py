@@ -19,6 +19,10 @@ Fetch = Callable[[SnapshotRef], bytes]  # blocks; raises what buffer.snapshots.f
 T = TypeVar("T")
 
 
+class SwapFailed(Exception):
+    """An engine could not load a policy's weights; what it holds now may be a mixture."""
+
+
 class Swappable(Protocol):
     """What an engine must offer: load the safetensors file `path` as policy `version`, and say how long decoding paused."""
 
@@ -26,19 +30,26 @@ class Swappable(Protocol):
 
 
 async def load(policy: SnapshotRef, fetch: Fetch, engine: Swappable) -> PolicyLoaded:
-    """Fetch `policy` and swap it into `engine`. Raises what `fetch` raises, with the engine untouched."""
+    """Fetch `policy` and swap it into `engine`. Raises what `fetch` raises, with the engine untouched, and `SwapFailed`.
+
+    Once the swap has begun it is carried through, even if the caller is cancelled.
+    """
     started = time.monotonic()
-    data = await _in_thread(lambda: fetch(policy))
+    data = await in_thread(lambda: fetch(policy))
     fetch_s = time.monotonic() - started
+    pause_s = await asyncio.shield(asyncio.ensure_future(_swap(policy.version, data, engine)))
+    return PolicyLoaded(version=policy.version, fetch_s=fetch_s, pause_s=pause_s)
+
+
+async def _swap(version: int, data: bytes, engine: Swappable) -> float:
     # An anonymous file, which vLLM's processes map: through their message queue the bytes would be pickled and copied several times,
     # and a real file could be left behind.
-    handle = os.memfd_create(f"policy-{policy.version}")
+    handle = os.memfd_create(f"policy-{version}")
     try:
-        await _in_thread(lambda: _write(handle, data))
-        pause_s = await engine.swap(f"/proc/{os.getpid()}/fd/{handle}", policy.version)
+        await in_thread(lambda: _write(handle, data))
+        return await engine.swap(f"/proc/{os.getpid()}/fd/{handle}", version)
     finally:
         os.close(handle)
-    return PolicyLoaded(version=policy.version, fetch_s=fetch_s, pause_s=pause_s)
 
 
 def _write(handle: int, data: bytes) -> None:
@@ -47,7 +58,7 @@ def _write(handle: int, data: bytes) -> None:
         view = view[os.write(handle, view) :]
 
 
-async def _in_thread(function: Callable[[], T]) -> T:
+async def in_thread(function: Callable[[], T]) -> T:
     """Like `asyncio.to_thread`, but on a daemon thread: a fetch that hangs must not hold up the end of the process."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()

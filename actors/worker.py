@@ -1,8 +1,8 @@
 """One engine's life in a run: launch -> generate -> score -> report, and obey every cancel at once.
 
 Owns the rollouts in flight on one engine: each is answered exactly once, by `Finished`, `Failed` or `Stopped`, after all its tokens.
-Decides nothing: the buffer says what to launch and what to cancel. Driven by commands from the buffer and by its engine; started by
-`actors.pool` as `python -m actors.worker`.
+Decides nothing: the buffer says what to launch and what to cancel. Driven by commands from the buffer and by its engine; run by
+`actors.process`.
 
 Consumes Launch, Cancel, PolicyPublished, Shutdown. Waits for its engine, for verifiers and for snapshots, each in a task of its own, so
 that none holds up another. Unblocks the buffer with every Progress, Finished, Failed, Stopped and PolicyLoaded.
@@ -11,24 +11,18 @@ that none holds up another. Unblocks the buffer with every Progress, Finished, F
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import os
-import signal
 import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors import weights
-from actors.device import engine_type
-from actors.environments import Environment, EnvironmentFailure, make_environment
-from actors.generation import Generation, Measurement
-from buffer.client import ActorLink
+from actors.environments import Environment, EnvironmentFailure
+from actors.generation import EngineDied, Generation, Measurement
 from buffer.messages import (
-    ActorHello,
     ActorMessage,
     Cancel,
     Chunk,
@@ -45,21 +39,17 @@ from buffer.messages import (
     Stopped,
     Welcome,
 )
-from buffer.snapshots import SnapshotGoneError, fetch
+from buffer.snapshots import SnapshotGoneError
 from buffer.transport import TransportError
-from configs import cli
 from configs.schema import Config
-
-# How a worker ends, for its pool.
-DONE, DIED, RUN_FAILED, COULD_NOT_START = 0, 1, 3, 4
 
 LEAST_ROOM = 16  # tokens that a prompt must leave for the response, unless sampling.max_tokens is less
 TEXT_CHARS = 4000  # of a response, for samples.jsonl
 REPORT_S = 1.0
+FETCH_ATTEMPTS, FETCH_RETRY_S = 3, 1.0  # of the first policy
 RECEIVE_S = 1.0
 SLOWEST_FLUSH = 10  # times actors.flush_s
 CROWDED_BYTES = 1 << 18  # a Progress larger than this says that the buffer had better hear from us less often
-PR_SET_PDEATHSIG = 1
 
 
 class Sampler(Protocol):
@@ -84,8 +74,8 @@ class Link(Protocol):
     def receive(self, timeout_s: float) -> Any: ...
 
 
-class EngineDied(Exception):
-    """vLLM's processes ended by themselves."""
+class PolicyUnavailable(Exception):
+    """The first policy cannot be had, and nothing is launched on an engine without one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +99,7 @@ class Rollout:
 
 
 class Worker:
-    """Serves one run on one engine, from the buffer's welcome to its shutdown."""
+    """Serves one run on one engine, from the buffer's welcome to its shutdown, or until the buffer is lost."""
 
     def __init__(self, config: Config, engine: Sampler, link: Link, environment: Environment, fetch: weights.Fetch) -> None:
         self._config, self._engine, self._link, self._environment, self._fetch = config, engine, link, environment, fetch
@@ -121,7 +111,10 @@ class Worker:
         self._broken: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
 
     async def run(self, welcome: Welcome) -> Shutdown:
-        """Until the buffer ends the run. Raises `TransportError` when the buffer is lost, `EngineDied` when the engine is."""
+        """Until the buffer ends the run. Leaves the engine empty.
+
+        Raises `TransportError` when the buffer is lost, `EngineDied`, `SwapFailed`, `PolicyUnavailable`.
+        """
         if welcome.policy is not None:
             self._learn_of(welcome.policy)
         threading.Thread(target=self._read, args=(asyncio.get_running_loop(),), daemon=True, name="commands").start()
@@ -134,6 +127,8 @@ class Worker:
         finally:
             for task in self._tasks:
                 task.cancel()
+            if not self._engine.died.is_set():
+                await self._engine.abort([rollout.generation.request_id for rollout in self._rollouts.values()])
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(coroutine)
@@ -181,14 +176,14 @@ class Worker:
         try:
             prompt_ids = self._environment.render(prompt, self._engine.tokenizer)
         except Exception as error:  # a template or tokenizer that cannot take this prompt, in whatever way
-            line = f"prompt {prompt.prompt_id} cannot be turned into tokens: {_one_line(error)}; see its row, or data.chat_template"
+            line = f"prompt {prompt.prompt_id} cannot be turned into tokens: {one_line(error)}; see its row, or data.chat_template"
             self._fail(command.rollouts, line, fatal=False)
             return
         room = self._config.model.max_context - len(prompt_ids)
         if room < (needed := min(LEAST_ROOM, self._config.sampling.max_tokens)):
             line = (
                 f"prompt {prompt.prompt_id} has {len(prompt_ids)} tokens and leaves {room} for a response in "
-                f"model.max_context={self._config.model.max_context}, at least {needed} are needed: raise model.max_context, or drop the prompt"
+                f"model.max_context={self._config.model.max_context}, {needed} are needed: raise model.max_context, or drop the prompt"
             )
             self._fail(command.rollouts, line, fatal=True)
             return
@@ -242,7 +237,7 @@ class Worker:
         try:
             outcome = await rollout.generation.finished
         except Exception as error:  # of this request alone, unless the engine is gone
-            line = f"the engine did not accept a rollout of prompt {rollout.prompt.prompt_id}: {_one_line(error)}"
+            line = f"the engine did not accept a rollout of prompt {rollout.prompt.prompt_id}: {one_line(error)}"
             return None if self._engine.died.is_set() else Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
         self._send_progress([rollout])
         if outcome == "abort" and rollout.cancelled_s is not None:
@@ -301,23 +296,28 @@ class Worker:
 
     async def _follow_policy(self) -> None:
         """Load the newest policy as soon as there is one; versions published meanwhile are skipped."""
+        num_failed = 0
         while True:
             await self._published.wait()
             self._published.clear()
             assert self._newest is not None
             policy = self._newest
             try:
-                self._link.send(await weights.load(policy, self._fetch, self._engine))
+                loaded = await weights.load(policy, self._fetch, self._engine)
             except SnapshotGoneError:
                 continue  # a newer one has replaced it, and its publication is on the way
             except (TransportError, ValueError) as error:
-                if self._published.is_set():
-                    continue
-                if self._engine.version < 0:
-                    raise  # nothing is launched here until a policy is loaded: to wait would be to hang
-                print(
-                    f"actors: goes on with policy {self._engine.version}, until the next is published: {_one_line(error)}", file=sys.stderr
-                )
+                num_failed += 1
+                if self._engine.version >= 0:
+                    print(f"actors: goes on with policy {self._engine.version} until the next one: {one_line(error)}", file=sys.stderr)
+                elif num_failed < FETCH_ATTEMPTS:
+                    await asyncio.sleep(FETCH_RETRY_S)
+                    self._published.set()
+                else:
+                    raise PolicyUnavailable(one_line(error)) from error
+            else:
+                num_failed = 0
+                self._link.send(loaded)
 
 
 def next_flush_s(interval_s: float, fastest_s: float, late_s: float, num_bytes: int) -> float:
@@ -326,77 +326,5 @@ def next_flush_s(interval_s: float, fastest_s: float, late_s: float, num_bytes: 
     return min(interval_s * 1.5, SLOWEST_FLUSH * fastest_s) if crowded else max(interval_s / 1.25, fastest_s)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-# The process ---------------------------------------------------------------------------------------------------------
-
-
-def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
-    """Run one worker; returns its status, having said why in one line if it is not `DONE`.
-
-    It joins the buffer before it loads the model, so that a wrong address shows at once; with policy -1 nothing is launched on it.
-    """
-    link = ActorLink(config.buffer.address, engine_id, config.buffer.keys, config.buffer.peer_timeout_s)
-    environment = engine = None
-    try:
-        environment = make_environment(config)
-        hello = ActorHello(
-            engine_id=engine_id, engine_type=engine_type(config), slots=config.actors.slots, policy_version=-1, pid=os.getpid()
-        )
-        welcome = link.connect(hello, config.buffer.connect_timeout_s)
-        from actors.engine import Engine  # seconds of import, and only now needed
-
-        engine = Engine(config)
-    except Exception as error:  # whatever it is, another attempt would end the same way
-        say(f"could not start: {_one_line(error)}")
-        return COULD_NOT_START
-    else:
-        try:
-            shutdown = asyncio.run(_run(config, engine, link, environment, welcome))
-        except (TransportError, EngineDied) as error:
-            say(_one_line(error))
-            return DIED
-        if shutdown.error:
-            say(shutdown.error)
-        return RUN_FAILED if shutdown.error else DONE
-    finally:
-        link.close()
-        if environment is not None:
-            environment.close()
-        if engine is not None:
-            engine.close()
-
-
-async def _run(config: Config, engine: Any, link: ActorLink, environment: Environment, welcome: Welcome) -> Shutdown:
-    def fetch_policy(policy: SnapshotRef) -> bytes:
-        return fetch(policy, config.buffer.keys, config.buffer.peer_timeout_s)
-
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await Worker(config, engine, link, environment, fetch_policy).run(welcome)
-
-
-def main(argv: list[str]) -> int:
-    """`python -m actors.worker INDEX CONFIG_FILE ERROR_FD POOL_PID`, started by a pool and ended with it."""
-    index, config_file, error_fd, pool_pid = argv
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool's to answer
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(DONE))
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(pool_pid):
-        return DONE  # the pool ended before we could ask to be told
-    config = cli.load(["--config", config_file])
-
-    def say(line: str) -> None:
-        os.write(int(error_fd), line.encode()[:4000])
-
-    try:
-        return serve(config, f"{config.actors.name}/{index}", say)
-    except asyncio.CancelledError:
-        return DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

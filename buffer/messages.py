@@ -108,14 +108,7 @@ class EngineReport(Message):
     busy_frac: float  # mean occupied slots / slots
 
 
-class EngineLost(Message):
-    """From a pool: one of its engines died."""
-
-    engine_id: str
-    reason: str
-
-
-ActorMessage = Union[ActorHello, Progress, Finished, Failed, Stopped, PolicyLoaded, EngineReport, EngineLost]
+ActorMessage = Union[ActorHello, Progress, Finished, Failed, Stopped, PolicyLoaded, EngineReport]
 
 
 # buffer -> actor ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Peer:
-    """One socket. An engine has an `engine_id`; a learner rank has a `rank`; a pool's supervisor has neither."""
+    """One socket: an engine has an `engine_id`, a learner rank a `rank`."""
 
     identity: bytes
     pid: int
@@ -17,9 +17,7 @@ class Peer:
 
     @property
     def name(self) -> str:
-        if self.engine_id:
-            return f"engine {self.engine_id}"
-        return f"learner rank {self.rank}" if self.rank >= 0 else f"pool {self.identity.decode(errors='replace')}"
+        return f"engine {self.engine_id}" if self.engine_id else f"learner rank {self.rank}"
 
 
 @dataclass

@@ -14,7 +14,6 @@ Owns the run's directory, the trajectory store and the sockets. Decides nothing:
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -92,7 +91,7 @@ class Service:
         self._outbox: dict[str, list[ev.Launch | ev.Cancel]] = defaultdict(list)
         self._handlers: dict[type, Callable[[Peer, Any], None]] = {
             msg.Progress: self._progress, msg.Finished: self._finished, msg.Failed: self._failed, msg.Stopped: self._stopped,
-            msg.PolicyLoaded: self._loaded, msg.EngineReport: self._report, msg.EngineLost: self._engine_lost,
+            msg.PolicyLoaded: self._loaded, msg.EngineReport: self._report,
             msg.Pull: self._pull, msg.Trained: self._trained, msg.Published: self._published,
             msg.LearnerFailed: self._learner_failed, msg.Heartbeat: lambda peer, message: None,
         }  # fmt: skip
@@ -114,16 +113,19 @@ class Service:
 
     # The loop -----------------------------------------------------------------------------------------------------
 
+    def stop(self) -> None:
+        """Asks `serve` to end the run now, cleanly; from a signal handler or another thread."""
+        self._stopping = True
+
     def serve(self) -> int:
-        """Until the run has ended, well (0) or not (1). Ctrl-C and SIGTERM stop it cleanly."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(self, "_stopping", True))
+        """Until the run has ended: 0 well, 1 not, 130 because it was asked to `stop`."""
         print(f"buffer: listening on {self.router.address}, run directory {self.folder}", flush=True)
         next_heartbeat = next_statistics = 0.0
         try:
             while self.phase != "done":
                 if self._stopping:
-                    raise RunFailed("interrupted")
+                    self.error = "the buffer was stopped"
+                    return 130
                 for identity, message in self.router.receive(POLL_S):
                     self.receive(identity, message)
                 self._draw_prompts()
@@ -137,10 +139,9 @@ class Service:
                     self.publisher.publish(b"snapshot", snapshot(self))
         except RunFailed as error:
             self.error = str(error)
+            print(f"error: {self.error}", file=sys.stderr, flush=True)
         finally:
             self._close()
-        if self.error:
-            print(f"error: {self.error}", file=sys.stderr, flush=True)
         return 1 if self.error else 0
 
     def receive(self, identity: bytes, message: msg.Message) -> None:
@@ -244,17 +245,10 @@ class Service:
         if known is None or known.pid != hello.pid:
             if known is not None:
                 self._lose(known, "it started anew")
-            peer = Peer(identity, hello.pid, time.monotonic(), hello.engine_id if hello.slots else "")
-            self.peers.add(peer)
-            if hello.slots:  # a pool's supervisor has none
-                if hello.engine_id in self.core.engines.by_id:
-                    raise_taken = f"engine id {hello.engine_id} is in use by another process: give each pool its own actors.name"
-                    self.peers.remove(peer)
-                    self.router.send(identity, msg.Shutdown(error=raise_taken))
-                    return
-                version = min(hello.policy_version, self.core.policy_version)
-                self.apply(ev.ActorJoined(self.now(), hello.engine_id, hello.engine_type, hello.slots, version))
-                print(f"buffer: engine {hello.engine_id} joined ({hello.engine_type}, {hello.slots} slots)", flush=True)
+            self.peers.add(Peer(identity, hello.pid, time.monotonic(), hello.engine_id))
+            version = min(hello.policy_version, self.core.policy_version)
+            self.apply(ev.ActorJoined(self.now(), hello.engine_id, hello.engine_type, hello.slots, version))
+            print(f"buffer: engine {hello.engine_id} joined ({hello.engine_type}, {hello.slots} slots)", flush=True)
         self.router.send(identity, msg.Welcome(policy=self.policy))
 
     def _progress(self, peer: Peer, message: msg.Progress) -> None:
@@ -305,11 +299,6 @@ class Service:
         self.metrics.note_report(peer.engine_id, message)
         self.latest.reports[peer.engine_id] = message
         self.apply(ev.LatencyReported(self.now(), peer.engine_id, message.batch, message.ms_per_token))
-
-    def _engine_lost(self, peer: Peer, message: msg.EngineLost) -> None:
-        lost = self.peers.engine(message.engine_id)
-        if lost is not None:
-            self._lose(lost, message.reason)
 
     def _lose(self, peer: Peer, reason: str) -> None:
         self.peers.remove(peer)

@@ -24,7 +24,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """Two consecutive ports of the loopback interface that nobody uses: the first is returned, as for `buffer.address`."""
 

@@ -6,9 +6,15 @@ The world knows what the core does not, every rollout's true length, and so can 
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from buffer import messages as msg
+from buffer.client import ActorLink, LearnerLink
 from darts import events as ev
 from darts.core import Core, CoreConfig
 
@@ -254,3 +260,127 @@ class World:
             truth = self.rollouts[row.rollout_id]
             if truth.cancel_reason == "past_selection" and short:
                 assert truth.length > max(short)
+
+
+# Over real sockets ------------------------------------------------------------------------------------------------
+
+
+class FakeEngine(threading.Thread):
+    """An engine that speaks the protocol and draws lengths instead of decoding. `kill` drops it without a word."""
+
+    def __init__(self, address: str, engine_id: str, slots: int = 8, seed: int = 0, max_tokens: int = 64) -> None:
+        super().__init__(daemon=True)
+        self.address, self.engine_id, self.slots, self.max_tokens = address, engine_id, slots, max_tokens
+        self.rng = random.Random(f"{seed}/{engine_id}")
+        self.version = -1
+        self.in_flight: dict[int, list[int]] = {}  # rollout -> [tokens so far, length]
+        self.num_launched = self.most_in_flight = 0
+        self.fail_rollouts = ""
+        self.killed = threading.Event()
+        self.shutdown: msg.Shutdown | None = None
+
+    def run(self) -> None:
+        hello = msg.ActorHello(engine_id=self.engine_id, engine_type="fake", slots=self.slots, policy_version=-1, pid=id(self) % 10**6)
+        with ActorLink(self.address, self.engine_id, peer_timeout_s=10) as link:
+            self.load(link, link.connect(hello, 20).policy)
+            while not self.killed.is_set():
+                message = link.receive(0.002)
+                while message is not None:
+                    if isinstance(message, msg.Shutdown):
+                        self.shutdown = message
+                        return
+                    self.obey(link, message)
+                    message = link.receive(0)
+                self.decode(link)
+
+    def kill(self) -> None:
+        self.killed.set()
+        self.join(5)
+
+    def load(self, link: ActorLink, policy: msg.SnapshotRef | None) -> None:
+        if policy is not None:
+            self.version = policy.version
+            link.send(msg.PolicyLoaded(version=policy.version, fetch_s=0.0, pause_s=0.0))
+
+    def obey(self, link: ActorLink, message: msg.ActorCommand) -> None:
+        match message:
+            case msg.PolicyPublished():
+                self.load(link, message.policy)
+            case msg.Launch():
+                for rollout in message.rollouts:
+                    self.num_launched += 1
+                    length = min(self.max_tokens, max(1, round(self.rng.lognormvariate(2.5, 0.9))))
+                    done = len(rollout.prefix) // 4
+                    self.in_flight[rollout.rollout_id] = [done, max(length, done + 1)]
+                    link.send(msg.Progress(chunks=[chunk(rollout.rollout_id, [1, 2, 3], None)]))
+                self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+            case msg.Cancel():
+                for rollout_id in message.rollout_ids:
+                    if self.in_flight.pop(rollout_id, None):
+                        link.send(msg.Stopped(rollout_id=rollout_id, seconds=0.0))
+            case _:
+                pass
+
+    def decode(self, link: ActorLink) -> None:
+        for rollout_id, state in list(self.in_flight.items()):
+            num = min(state[1] - state[0], self.rng.randint(1, 6))
+            state[0] += num
+            link.send(msg.Progress(chunks=[chunk(rollout_id, [7] * num, self.version)]))
+            if state[0] == state[1]:
+                del self.in_flight[rollout_id]
+                if self.fail_rollouts:
+                    link.send(msg.Failed(rollout_id=rollout_id, error=self.fail_rollouts, fatal=False))
+                else:
+                    reward = float(self.rng.random() < 0.5)
+                    link.send(msg.Finished(rollout_id=rollout_id, truncated=state[1] >= self.max_tokens, reward=reward, text="x" * state[1]))
+        link.send(msg.EngineReport(batch=len(self.in_flight) or 1, ms_per_token=1.0, tokens_per_s=100.0, busy_frac=1.0))
+
+
+def chunk(rollout_id: int, tokens: list[int], version: int | None) -> msg.Chunk:
+    """Sampled by `version`, or given where that is None."""
+    data = np.array(tokens, "<i4").tobytes()
+    logprobs = b"" if version is None else np.full(len(tokens), -0.5, "<f4").tobytes()
+    return msg.Chunk(rollout_id=rollout_id, sampled=version is not None, version=version or 0, tokens=data, logprobs=logprobs)
+
+
+class FakeLearner(threading.Thread):
+    """A learner rank that pulls, keeps what it got, and publishes nothing but version numbers."""
+
+    def __init__(self, address: str, steps: int, start: int = 0, stop_after: int | None = None, step_s: float = 0.0) -> None:
+        super().__init__(daemon=True)
+        self.address, self.steps, self.step, self.stop_after, self.step_s = address, steps, start, stop_after, step_s
+        self.shards: list[msg.Shard] = []
+        self.shutdown: msg.Shutdown | None = None
+
+    def run(self) -> None:
+        hello = msg.LearnerHello(rank=0, num_ranks=1, step=self.step, pid=id(self) % 10**6)
+        with LearnerLink(self.address, "learner/0", peer_timeout_s=10) as link:
+            version = link.connect(hello, 20).policy_version + 1
+            self.publish(link, version)
+            while self.step < self.steps:
+                link.send(msg.Pull(rank=0, step=self.step))
+                shard = self.wait(link)
+                if shard is None:
+                    return
+                self.shards.append(shard)
+                if self.stop_after is not None and len(self.shards) == self.stop_after:
+                    return  # dies with a shard in its hands
+                time.sleep(self.step_s)
+                version += 1
+                self.publish(link, version)
+                link.send(msg.Trained(step=self.step, metrics={"train/loss": 0.0}))
+                self.step += 1
+            self.wait(link)
+
+    def publish(self, link: LearnerLink, version: int) -> None:
+        policy = msg.SnapshotRef(version=version, digest="", num_bytes=0, address="", path="nowhere")
+        link.send(msg.Published(policy=policy, seconds=0.0))
+
+    def wait(self, link: LearnerLink) -> msg.Shard | None:
+        while True:
+            message = link.receive(0.5)
+            if isinstance(message, msg.Shard):
+                return message
+            if isinstance(message, msg.Shutdown):
+                self.shutdown = message
+                return None

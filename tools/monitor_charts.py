@@ -6,6 +6,7 @@ Knows nothing of runs. Driven by `tools.monitor_views`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from math import log
 from typing import NamedTuple
 
@@ -93,19 +94,25 @@ def _cell(column: Sequence[int], inks: Sequence[Ink], row: int, scale: float, co
     return EIGHTHS[eighths[visible]], f"{lower.color} on {inks[above[0]].color}"
 
 
+def bars_per_line(color: bool) -> int:
+    """Half blocks of two colours hold two bars."""
+    return 2 if color else 1
+
+
 def growing_bars(bars: Sequence[Bar], scale: int, mark: int, width: int, color: bool) -> list[Text]:
     """Horizontal bars, two to a line in colour, one without; `scale` is the length that fills `width`, `mark` is drawn across."""
-    per_line = 2 if color else 1
+    per_line = bars_per_line(color)
+    inks = [bar.ink.shaded() if place % per_line else bar.ink for place, bar in enumerate(bars)]
     lengths = [min(width, max(1, round(bar.length * width / scale))) if bar.length else 0 for bar in bars]
     mark_at = min(width - 1, round(mark * width / scale)) if mark else -1
     lines = []
     for start in range(0, len(bars), per_line):
-        line = Text()
-        pair = list(zip(bars, lengths, strict=True))[start : start + per_line]
+        cells = []
+        pair = list(zip(inks, lengths, strict=True))[start : start + per_line]
         for place in range(width):
-            filled = [(bar.ink.shaded() if order else bar.ink) if place < length else None for order, (bar, length) in enumerate(pair)]
-            line.append(*_bar_cell(filled, place == mark_at, color))
-        lines.append(line)
+            filled = [ink if place < length else None for ink, length in pair]
+            cells.append(_bar_cell(filled, place == mark_at, color))
+        lines.append(_joined(cells))
     return lines
 
 
@@ -130,7 +137,13 @@ def race_track(bars: Sequence[Bar], scale: int, mark: int, width: int, color: bo
     for bar in sorted(bars):
         if bar.length:
             cells[min(width - 1, bar.length * width // scale)] = ("●", bar.ink.color) if color else (bar.ink.letter, "")
-    return Text.assemble(*cells)
+    return _joined(cells)
+
+
+def _joined(cells: Sequence[tuple[str, str]]) -> Text:
+    """Cells of one style in a row become one span: drawing costs by the span."""
+    runs = groupby(cells, key=lambda cell: cell[1])
+    return Text.assemble(*(("".join(character for character, _ in run), style) for style, run in runs))
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

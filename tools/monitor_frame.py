@@ -50,10 +50,10 @@ space, + and -      a replay: hold, faster, slower
 ?                   this page, and back
 q                   quit
 
-Pattern I   right responses are no longer than wrong ones: verbosity that does not help.
+Pattern I   right responses are no longer than wrong ones: useless verbosity.
 Pattern II  right responses are longer: depth that is needed.
-Spread      standard deviation of log length, cancelled responses accounted for.
-Cut │       the K-th shortest finished length: what is longer cannot be among the short ones.
+Spread      standard deviation of log length.
+Cut │       the K-th shortest so far: what is longer is out of the short ones.
 """
 
 
@@ -89,10 +89,12 @@ def pressed(view: View, key: str, snapshot: Snapshot) -> View:
 
 def header(snapshot: Snapshot, view: View, width: int) -> list[Text]:
     """Run and progress; the newest metrics; who waits for whom, or for how long nothing has been heard."""
-    name = Text.assemble((f" {printable(snapshot.run_name)} ", style(view, "bold reverse")))
-    facts = [Text(printable(snapshot.phase), style(view, TITLE)), Text(f"step {snapshot.step}/{snapshot.steps}")]
+    name = Text(f" {printable(snapshot.run_name)}", style(view, "bold reverse"))
+    name.truncate(max(width // 3, 4), overflow="ellipsis")
+    name.append(" ")
+    facts = [Text(view.source, style(view, "#eeb02e"))] if view.source else []
+    facts += [Text(printable(snapshot.phase), style(view, TITLE)), Text(f"step {snapshot.step}/{snapshot.steps}")]
     facts += [Text(f"version {snapshot.policy_version}"), Text(f"lag ≤ {snapshot.max_lag}")]
-    facts += [Text(view.source, style(view, "#eeb02e"))] if view.source else []
     facts += [Text(f"groups {snapshot.groups_open} open, {snapshot.groups_ready} ready"), Text(f"{snapshot.bytes_held / 1e6:.1f} MB held")]
     facts += [Text(_clock(snapshot.time_s), style(view, DIM))]
     metrics = [

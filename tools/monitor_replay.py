@@ -7,16 +7,17 @@ Driven by `tools.tail_monitor --replay`.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from math import log
 from pathlib import Path
 from statistics import fmean, pstdev
 
 from buffer.messages import GroupView, PromptView, RolloutView, Snapshot
+from buffer.metrics import HISTOGRAM_EDGES
 from tools.run_directory import Row, RunDirectory, is_number
 
 WINDOW_GROUPS = 64  # what "recent" means for the histogram, the prompts and the lags
 STEPS_PER_S = 2.0
-BIN_EDGES = [0, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512, 724, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
 
 
 class Replay:
@@ -55,10 +56,8 @@ def snapshots(run: RunDirectory) -> list[Snapshot]:
     if not run.metrics or not run.groups:
         raise ValueError(f"{run.path} cannot be played: {' '.join(run.problems)}")
     frames, first = [], 0
-    longest = max((rollout["tokens"] for group in run.groups for rollout in _rollouts(group)), default=1)
-    edges = [edge for edge in BIN_EDGES if edge < longest] + [max(longest, 1)]
     for row, seconds, last in zip(run.metrics, run.seconds(), _ends_of_steps(run), strict=True):
-        frames.append(_snapshot(run, row, seconds, run.groups[first:last], run.groups[max(0, last - WINDOW_GROUPS) : last], edges))
+        frames.append(_snapshot(run, row, seconds, run.groups[first:last], run.groups[max(0, last - WINDOW_GROUPS) : last]))
         first = last
     return frames
 
@@ -71,7 +70,7 @@ def _ends_of_steps(run: RunDirectory) -> list[int]:
     return [*ends[:-1], len(run.groups)]
 
 
-def _snapshot(run: RunDirectory, row: Row, seconds: float, closed: list[Row], recent: list[Row], edges: list[int]) -> Snapshot:
+def _snapshot(run: RunDirectory, row: Row, seconds: float, closed: list[Row], recent: list[Row]) -> Snapshot:
     bound = run.setting("staleness.max_lag")
     spans = [group["shipped_version"] - group["opened_version"] for group in recent if group["end"] == "shipped"]
     last_step = row is run.metrics[-1]
@@ -87,8 +86,8 @@ def _snapshot(run: RunDirectory, row: Row, seconds: float, closed: list[Row], re
         groups_open=0,
         groups_ready=0,
         bytes_held=0,
-        histogram_edges=edges,
-        histogram=_histogram(recent, edges),
+        histogram_edges=HISTOGRAM_EDGES,
+        histogram=_histogram(recent),
         lags=spans,
         metrics={key: float(value) for key, value in row.items() if is_number(value)},
         groups=[_group_view(group) for group in closed],
@@ -97,12 +96,12 @@ def _snapshot(run: RunDirectory, row: Row, seconds: float, closed: list[Row], re
     )
 
 
-def _histogram(groups: list[Row], edges: list[int]) -> dict[str, list[int]]:
+def _histogram(groups: list[Row]) -> dict[str, list[int]]:
     counts: dict[str, list[int]] = {}
     for group in groups:
         for rollout in _rollouts(group):
-            place = max(0, min(sum(rollout["tokens"] >= edge for edge in edges) - 1, len(edges) - 2))
-            counts.setdefault(rollout["end"], [0] * (len(edges) - 1))[place] += 1
+            place = max(0, bisect_right(HISTOGRAM_EDGES, rollout["tokens"]) - 1)
+            counts.setdefault(rollout["end"], [0] * len(HISTOGRAM_EDGES))[place] += 1
     return counts
 
 

@@ -16,6 +16,7 @@ from tools.fates import FATES
 from tools.monitor_charts import (
     Bar,
     Ink,
+    bars_per_line,
     counts_in_log_bins,
     fitted,
     growing_bars,
@@ -51,7 +52,8 @@ class View:
 def ordered(prompts: list[PromptView], order: Order) -> list[PromptView]:
     """Largest spread or budget first; lowest pass rate first. Ties by id, so that rows do not jump."""
     sign = 1 if order == "pass_rate" else -1
-    return sorted(prompts, key=lambda prompt: (sign * getattr(prompt, order), prompt.prompt_id))
+    latest = {prompt.prompt_id: prompt for prompt in prompts}  # a prompt drawn again replaces itself
+    return sorted(latest.values(), key=lambda prompt: (sign * getattr(prompt, order), prompt.prompt_id))
 
 
 def pattern(prompt: PromptView) -> str:
@@ -67,9 +69,11 @@ def pattern(prompt: PromptView) -> str:
 def lengths_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
     """Ends of recent rollouts by length, stacked by fate, with a legend that counts them."""
     names = [name for name in FATES if name in snapshot.histogram]
-    layers, inks = [snapshot.histogram[name] for name in names], [_ink(name) for name in names]
-    if not layers or not any(map(any, layers)):
+    filled = [place for place, counts in enumerate(zip(*(snapshot.histogram[name] for name in names), strict=True)) if any(counts)]
+    if not filled:
         return [Text("no group has closed yet", style(view, DIM))]
+    shown = slice(filled[0], filled[-1] + 1)
+    layers, inks = [snapshot.histogram[name][shown] for name in names], [_ink(name) for name in names]
     present = [(FATES[name], ink, sum(layer)) for name, layer, ink in zip(names, layers, inks, strict=True) if any(layer)]
     texts = [[f"{fate.label} {count}" for fate, _, count in present]]
     texts += [[f"{fate.label.removeprefix('selected, ')} {count}" for fate, _, count in present]]
@@ -79,7 +83,7 @@ def lengths_panel(snapshot: Snapshot, view: View, width: int, height: int) -> li
     return [
         legend,
         *stacked_columns(layers, inks, width, height - 2, view.color),
-        _axis(snapshot.histogram_edges, len(layers[0]), width, view),
+        _axis(snapshot.histogram_edges[shown], len(layers[0]), width, view),
     ]
 
 
@@ -90,7 +94,7 @@ def groups_panel(snapshot: Snapshot, view: View, width: int, height: int) -> lis
     ids = [group.group_id for group in snapshot.groups]
     start = ids.index(view.group_id) if view.group_id in ids else 0
     groups = snapshot.groups[start:] + snapshot.groups[:start]
-    bar_lines = [len(_bars(group, width, view)) for group in groups]
+    bar_lines = [-(-len(group.rollouts) // bars_per_line(view.color)) for group in groups]
     rows, drawn_in_full = min(len(groups), height), 0
     least_tracks = min(len(groups) - 1, 1)
     while drawn_in_full < len(groups) and drawn_in_full + 1 + least_tracks + sum(bar_lines[: drawn_in_full + 1]) <= height:
@@ -233,7 +237,8 @@ def _axis(edges: list[int], bins: int, width: int, view: View, every: bool = Fal
     free_from = 0
     for place in range(len(edges)):
         at, label = place // merged * pitch, str(edges[place])
-        if place >= bins or at < free_from or at + len(label) > width:
+        repeated = place > 0 and edges[place] == edges[place - 1]
+        if place >= bins or repeated or at < free_from or at + len(label) > width:
             continue
         cells[at : at + len(label)] = label
         free_from = at + len(label) + (1 if every else 3)

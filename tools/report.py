@@ -24,15 +24,16 @@ SECTIONS = {
     "outcome": ("Did it learn?", "Accuracy is judged by sampling at the training temperature. An evaluation is drawn at the policy that "
                 "answered (left) and at the time of the step that reported it (right)."),
     "lengths": ("Response lengths", "Bands are quantiles within one step. Left before selection, right after it: where both fall, the "
-                "policy itself has changed; where only the right one is lower, selection has left the long ones out."),
+                "policy itself has changed; where only the right one is lower, selection has left the long ones out. A cancelled "
+                "response counts among the generated with the length at which it was cut."),
     "prompts": ("Prompt by prompt", "Each column is one prompt's group, each dot one response. A cancelled one is drawn where it was "
                 "stopped, so it would have been longer."),
     "tokens": ("Where the tokens went", "Cancelled tokens were decoded before the cancel; what they would have cost to the end is not "
-               "known. Generated lies above the sum while responses are in flight."),
+               "known. Discarded: finished and not selected, truncated, or of a dropped group."),
     "lag": ("Staleness", "Right: the exact lag of what the learner was handed. Left: an estimate by group, as the ledger holds versions "
             "of groups, not of trajectories."),
-    "waits": ("Who waited for whom", "Nobody waits silently: each second here was spent waiting for somebody else's work."),
-    "health": ("Health of the optimisation", "Faint: each step. Solid: a running mean."),
+    "waits": ("Who waited for whom", "Seconds that the learner spent waiting in each step; and how well both sides were used."),
+    "health": ("Health of the run", "Faint: each step. Solid: a running mean."),
 }  # fmt: skip
 
 STYLE = """
@@ -107,6 +108,8 @@ def _headline(run: RunDirectory) -> str:
             facts.append((compact(last[f"tokens/{kind}"]), f"tokens {kind}"))
     if run.trained_groups():
         facts.append((compact(len(run.trained_groups())), "groups trained"))
+    dropped = sum(group["end"] not in ("shipped", "evaluated", "run_ended") for group in run.groups)
+    facts += [(compact(dropped), "groups dropped")] if dropped else []
     rows = _change("Held-out accuracy", [value for _, _, value in evaluations(run)], 1, rise=True, percent=True)
     rows += _change("Held-out length, mean", run.series("eval/length_mean")[1], 1)
     rows += _change("Held-out length, p99", run.series("eval/length_p99")[1], 1)
@@ -140,7 +143,7 @@ def _change(name: str, values: list[float], width: int, *, rise: bool = False, p
 
 def _samples(run: RunDirectory) -> str:
     """First and last, the shortest and the longest of each."""
-    told = [row for row in run.samples if _text(row, "response", "text", "completion")]
+    told = [row for row in run.samples if _text(row, "response")]
     if not told:
         return ""
     part = max(1, min(len(told) // 2, 16))
@@ -155,9 +158,9 @@ def _samples(run: RunDirectory) -> str:
 
 
 def _sample(label: str, row: Row) -> str:
-    facts = [f"{key.replace('_', ' ')} {row[key]:g}" for key in ("step", "policy_version", "reward", "tokens") if is_number(row.get(key))]
+    facts = [f"{key.replace('_', ' ')} {row[key]:g}" for key in ("step", "reward", "tokens") if is_number(row.get(key))]
     facts += [str(row["end"]).replace("_", " ")] if row.get("end") else []
-    prompt, response = _text(row, "prompt"), _text(row, "response", "text", "completion")
+    prompt, response = _text(row, "prompt"), _text(row, "response")
     shown = (f"<pre>{escape(prompt)}</pre>" if prompt else "") + f"<pre>{escape(response)}</pre>"
     return f'<tr><td class="tag"><b>{label}</b><br>{"<br>".join(escape(fact) for fact in facts)}</td><td>{shown}</td></tr>'
 
@@ -194,12 +197,12 @@ def _section(title: str, note: str, body: str) -> str:
     return f'<section><h2>{title}</h2><p class="note">{note}</p>{body}</section>'
 
 
-def _text(row: Row, *keys: str) -> str:
-    return next((row[key] for key in keys if isinstance(row.get(key), str)), "")
+def _text(row: Row, key: str) -> str:
+    return row[key] if isinstance(row.get(key), str) else ""
 
 
 def _length(row: Row) -> float:
-    return row["tokens"] if is_number(row.get("tokens")) else len(_text(row, "response", "text", "completion"))
+    return row["tokens"] if is_number(row.get("tokens")) else len(_text(row, "response"))
 
 
 def _duration(seconds: float) -> str:

@@ -31,6 +31,7 @@ STYLE: Any = {  # matplotlib types its keys as literals
     "lines.solid_capstyle": "round", "svg.fonttype": "path",
 }  # fmt: skip
 GROUPS_SHOWN = 8
+WAITS = {"wait/learner_s": "learner, for groups", "wait/pull_s": "learner, from asking to having them"}
 
 
 def outcome(run: RunDirectory) -> str:
@@ -167,13 +168,13 @@ def waits(run: RunDirectory) -> str:
         return ""
     with matplotlib.rc_context(STYLE):
         figure, (seconds, shares) = _figure(1, 2, height=2.8)
-        bottoms = np.zeros(len(run.metrics))
-        steps = [row["step"] for row in run.metrics]
-        for key, color in zip(waiting, itertools.cycle((RED, AMBER, VIOLET, BLUE, TEAL)), strict=False):
-            heights = np.array([float(row[key]) if is_number(row.get(key)) else 0.0 for row in run.metrics])
-            seconds.bar(steps, heights, bottom=bottoms, color=color, width=0.9, label=key[len("wait/") : -len("_s")].replace("_", " "))
-            bottoms += heights
+        # One wait can be told twice, by who waits and by who keeps waiting, so these are lines to compare and not parts to add.
+        for key, color in zip(waiting, itertools.cycle((RED, BLUE, AMBER, VIOLET, TEAL)), strict=False):
+            seconds.plot(
+                *run.series(key), color=color, linewidth=1.5, label=WAITS.get(key, key[len("wait/") : -len("_s")].replace("_", " "))
+            )
         seconds.set(title="Waiting, per step", xlabel="learner step", ylabel="seconds")
+        seconds.set_ylim(0, max(seconds.get_ylim()[1] * 1.25, 0.01))
         seconds.legend(loc="best")
         for key, color, label in (("wait/learner_frac", RED, "learner waiting"), ("engine/busy_frac", TEAL, "engine slots busy")):
             x, y = run.series(key)
@@ -184,12 +185,14 @@ def waits(run: RunDirectory) -> str:
 
 
 def health(run: RunDirectory) -> str:
-    """Small multiples of what tells a healthy optimisation from a sick one."""
+    """Small multiples of what tells a healthy run from a sick one."""
     names = {
         "train/loss": "loss", "train/grad_norm": "gradient norm", "train/entropy": "entropy, nats per token",
         "train/clip_frac": "tokens clipped", "train/tis_clip_frac": "importance weights capped",
         "train/logprob_diff": "|learner − actor| log-prob",
         "engine/tokens_per_s": "generated tokens/s", "train/tokens_per_s": "trained tokens/s",
+        "cancel/freed_p50_ms": "cancel to free slot, median ms", "publish/swap_pause_s": "pause of a weight swap, s",
+        "memory/learner_peak_bytes": "learner's peak memory, bytes", "memory/buffer_peak_bytes": "buffer's peak memory, bytes",
     }  # fmt: skip
     known = [key for key in names if run.series(key)[0]]
     if not known:
@@ -205,7 +208,7 @@ def health(run: RunDirectory) -> str:
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
         for axis in axes[len(known) :]:
             axis.set_visible(False)
-        return _svg(figure, "Training health over learner steps")
+        return _svg(figure, "Health of the run over learner steps")
 
 
 FIGURES = {"outcome": outcome, "lengths": lengths, "prompts": prompts, "tokens": tokens, "lag": lag, "waits": waits, "health": health}

@@ -36,8 +36,9 @@ def make_model(tied: bool, seed: int, eos_logit: float = -60) -> Qwen3ForCausalL
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=2, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=32, tie_word_embeddings=tied, max_position_embeddings=1024, eos_token_id=EOS, bos_token_id=1, pad_token_id=0,
+            vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=2, intermediate_size=256, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, tie_word_embeddings=tied, max_position_embeddings=1024,
+            eos_token_id=EOS, bos_token_id=1, pad_token_id=0,
         )
     )  # fmt: skip
     with torch.no_grad():
@@ -87,11 +88,14 @@ class Served:
     def launch(self, max_tokens: int, seed: int = 0) -> Generation:
         return self.engine.launch(str(next(self.request_ids)), PROMPT, max_tokens, seed)
 
-    async def swap(self, model: Qwen3ForCausalLM) -> int:
-        """As a checkpoint holds it: a tied head is not in it."""
-        version, path = self.engine.version + 1, str(self.folder / "snapshot")
-        tensors = {name: tensor for name, tensor in model.state_dict().items() if not (self.tied and name == "lm_head.weight")}
-        save_file(tensors, path)
+    def write(self, model: Qwen3ForCausalLM) -> str:
+        """A snapshot's path. As a checkpoint holds the weights: a tied head is not among them."""
+        path = str(self.folder / f"snapshot {next(self.request_ids)}")
+        save_file({name: tensor for name, tensor in model.state_dict().items() if not (self.tied and name == "lm_head.weight")}, path)
+        return path
+
+    async def swap(self, path: str) -> int:
+        version = self.engine.version + 1
         await self.engine.swap(path, version)
         return version
 
@@ -179,10 +183,11 @@ def test_an_abort_reaches_a_request_that_was_launched_just_now(served: Served) -
 def test_after_a_swap_logprobs_are_those_of_the_new_weights(served: Served) -> None:
     """Of a prompt, too, that the old weights had prefilled and cached."""
     new = make_model(served.tied, seed=7)
+    snapshot = served.write(new)
 
     async def generate() -> tuple[int, Run]:
         await served.launch(5).finished
-        version = await served.swap(new)
+        version = await served.swap(snapshot)
         generation = served.launch(60)
         await generation.finished
         (run,) = generation.take()
@@ -197,12 +202,13 @@ def test_after_a_swap_logprobs_are_those_of_the_new_weights(served: Served) -> N
 @tied_only
 def test_requests_in_flight_survive_a_swap_and_every_token_knows_its_version(served: Served) -> None:
     old, new = make_model(True, seed=1), make_model(True, seed=2)
+    snapshots = served.write(old), served.write(new)
 
     async def generate() -> tuple[int, list[Generation]]:
-        await served.swap(old)
-        generations = [served.launch(200, seed) for seed in range(SLOTS)]
+        await served.swap(snapshots[0])
+        generations = [served.launch(600, seed) for seed in range(SLOTS)]
         await until(lambda: all(len(generation.tokens) > 20 for generation in generations))
-        version = await served.swap(new)
+        version = await served.swap(snapshots[1])
         assert [await generation.finished for generation in generations] == ["length"] * SLOTS
         return version, generations
 
@@ -210,7 +216,7 @@ def test_requests_in_flight_survive_a_swap_and_every_token_knows_its_version(ser
     for generation in generations:
         before, after = generation.take()
         assert (before.version, after.version) == (version - 1, version)
-        assert len(before.tokens) + len(after.tokens) == len(generation.tokens) == 200
+        assert len(before.tokens) + len(after.tokens) == len(generation.tokens) == 600
         assert error(old, before) < BOUND  # up to and including the last token before the pause
         assert error(old, Run(version, after.tokens[:1], after.logprobs[:1]), list(before.tokens)) > 1e-3  # from the first one after it
 
@@ -227,7 +233,7 @@ def test_a_snapshot_that_lacks_a_parameter_is_refused(served: Served) -> None:
 @untied_only
 def test_eos_ends_a_response_and_is_its_last_token(served: Served) -> None:
     async def generate() -> Generation:
-        await served.swap(make_model(False, seed=3, eos_logit=60))
+        await served.swap(served.write(make_model(False, seed=3, eos_logit=60)))
         generation = served.launch(50)
         assert await generation.finished == "stop"
         return generation
@@ -241,7 +247,7 @@ def test_the_death_of_vllm_is_noticed(served: Served) -> None:
     """The last test of this engine."""
 
     async def generate() -> Generation:
-        await served.swap(make_model(False, seed=3))
+        await served.swap(served.write(make_model(False, seed=3)))
         generation = served.launch(800)
         await until(lambda: len(generation.tokens) > 0)
         (core,) = [child for child in psutil.Process(os.getpid()).children() if "EngineCore" in " ".join(child.cmdline())]

@@ -25,6 +25,8 @@ import pytest
 from buffer.messages import GroupView, PromptView, RolloutView, Snapshot
 from buffer.transport import Publisher, next_port
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 AS_FILE = [sys.executable, "tools/tail_monitor.py"]
 AS_MODULE = [sys.executable, "-m", "tools.tail_monitor"]

@@ -43,7 +43,7 @@ def start(model: Path, run: Path, address: str, *overrides: str) -> subprocess.P
 
 
 def steps_for(parts: list[int] | None, first: int = 0, last: int = NUM_STEPS) -> dict[int, list[Shard]]:
-    return {step: make_shards(make_trajectories(seed=step), step, parts, version=step) for step in range(first, last)}
+    return {step: make_shards(make_trajectories(seed=step, version=step), step, parts, version=step) for step in range(first, last)}
 
 
 def train(model: Path, run: Path, address: str, parts: list[int] | None, *overrides: str, first: int = 0, last: int = NUM_STEPS) -> FakeBuffer:

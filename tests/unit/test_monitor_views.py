@@ -12,7 +12,7 @@ from buffer.messages import EngineView, GroupView, PromptView, RolloutView, Snap
 from tools.monitor_charts import Bar, Ink, counts_in_log_bins, growing_bars, nice_ceiling, race_track, sparkline, stacked_columns
 from tools.monitor_frame import frame, pressed
 from tools.monitor_replay import snapshots
-from tools.monitor_views import View, engines_panel, groups_panel, lag_panel, ordered, pattern, prompts_panel
+from tools.monitor_views import View, engines_panel, groups_panel, lag_panel, lengths_panel, ordered, pattern, prompts_panel
 from tools.run_directory import RunDirectory
 
 PLAIN = View(color=False)
@@ -52,7 +52,7 @@ def busy() -> Snapshot:
     states = ((20, "selected_short"), (35, "finished"), (70, "running"), (66, "cancelled"), (512, "truncated"), (4, "lost"))
     return snapshot(
         waiting="learner waits for groups: 3 of 16 ready",
-        histogram={"selected_short": [4, 9, 2], "cancelled": [0, 3, 5], "truncated": [0, 0, 1]},
+        histogram={"selected_short": [4, 9, 2, 0], "cancelled": [0, 3, 5, 0], "truncated": [0, 0, 1, 0]},
         lags=[0, 1, 1, 4],
         metrics={"reward/mean": 0.5},
         groups=[group(place, 35, states * 2) for place in range(12)],
@@ -102,6 +102,20 @@ def test_the_cursor_stays_on_its_prompt_when_the_order_changes() -> None:
     view = pressed(View(), "down", state)
     assert view.prompt_id == "b"
     assert pressed(view, "s", state).prompt_id == "b"
+
+
+def test_a_prompt_that_closed_twice_is_shown_once_and_can_be_passed() -> None:
+    state = snapshot(prompts=[prompt("a", spread=0.9), prompt("b", spread=0.8), prompt("a", (7,), spread=0.7), prompt("c", spread=0.1)])
+    assert [(shown.prompt_id, shown.spread) for shown in ordered(state.prompts, "spread")] == [("b", 0.8), ("a", 0.7), ("c", 0.1)]
+    assert pressed(View(prompt_id="a"), "down", state).prompt_id == "c"
+
+
+def test_empty_bins_at_both_ends_are_left_out() -> None:
+    state = snapshot(histogram={"selected_short": [0, 3, 1, 0], "discarded": [0, 0, 1, 0]})
+    legend, *chart, axis = [line.plain for line in lengths_panel(state, PLAIN, 20, 5)]
+    assert legend.split() == ["s", "short", "4", "d", "disc", "1"]
+    assert axis.split() == ["8", "16"]
+    assert {len(line.split()) for line in chart} == {1, 2}
 
 
 def test_the_cursor_stops_at_both_ends() -> None:
@@ -184,7 +198,7 @@ def test_bars_grow_with_their_length_and_the_mark_crosses_them() -> None:
 def test_two_bars_share_a_line_in_colour() -> None:
     (line,) = growing_bars([Bar(4, A), Bar(2, B)], scale=6, mark=0, width=6, color=True)
     assert line.plain == "▀▀▀▀  "
-    assert [span.style.split(" on ")[0] for span in line.spans[:4]] == [A.color] * 4  # type: ignore[union-attr]
+    assert [(span.end, span.style) for span in line.spans] == [(2, f"{A.color} on {B.shaded().color}"), (4, A.color)]
 
 
 def test_a_track_puts_each_at_its_length() -> None:

@@ -24,7 +24,7 @@ def metrics_row(step: int) -> dict:
     row |= {f"length/{kind}_{name}": value - 2 * step for kind in ("generated", "selected") for name, value in lengths.items()}
     row |= {f"tokens/{kind}": 1000.0 * (step + 1) for kind in ("generated", "trained", "discarded", "cancelled")}
     row |= {"darts/budget_mean": 10.0, "darts/cancelled_frac": 0.2, "darts/pruned_frac": 0.0, "train/loss": 0.1, "engine/busy_frac": 0.9}
-    row |= {"wait/learner_s": 0.2, "wait/learner_frac": 0.1}
+    row |= {"wait/learner_s": 0.2, "wait/pull_s": 0.21, "wait/learner_frac": 0.1}
     return row | ({"eval/accuracy": 0.5 + step / 20, "eval/step": step} if step in (0, 7) else {})
 
 
@@ -61,7 +61,7 @@ def make_run(path: Path) -> Path:
     (path / "config.yaml").write_text(f"run: {{name: little, steps: {STEPS}}}\nstaleness: {{max_lag: 4}}\n")
     write_rows(path / "metrics.jsonl", [metrics_row(step) for step in range(STEPS)])
     write_rows(path / "groups.jsonl", [group_row(group_id) for group_id in range(STEPS * GROUPS)] + [group_row(99, "deadline")])
-    write_rows(path / "samples.jsonl", [{"step": 0, "prompt": "1<2?", "text": "<script>alert(1)</script>", "tokens": 9, "reward": 1.0}])
+    write_rows(path / "samples.jsonl", [{"step": 0, "prompt": "1<2?", "response": "<script>alert(1)</script>", "tokens": 9, "reward": 1.0}])
     return path
 
 

@@ -1,0 +1,118 @@
+"""The process of one engine: joins the buffer, loads the model, serves the run, and tells its pool how it ended.
+
+Owns the process: its signals, its status, the one line that it leaves. Never restarts anything. Started by `actors.pool` as
+`python -m actors.process`, and ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from actors.device import engine_type
+from actors.environments import Environment, make_environment
+from actors.generation import EngineDied
+from actors.weights import SwapFailed, in_thread
+from actors.worker import PolicyUnavailable, Worker, one_line
+from buffer.client import ActorLink
+from buffer.messages import ActorHello, Shutdown, SnapshotRef, Welcome
+from buffer.snapshots import fetch
+from buffer.transport import TransportError
+from configs import cli
+from configs.schema import Config
+
+if TYPE_CHECKING:
+    from actors.engine import Engine
+
+# How this process ends, for its pool. GAVE_UP: another attempt would end the same way.
+DONE, DIED, RUN_FAILED, GAVE_UP = 0, 1, 3, 4
+PR_SET_PDEATHSIG = 1
+
+
+def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
+    """Run one worker; returns its status, having said why in one line unless it is `DONE`.
+
+    It joins the buffer before it loads the model, so that a wrong address shows at once; with policy -1 nothing is launched on it.
+    """
+    link = ActorLink(config.buffer.address, engine_id, config.buffer.keys, config.buffer.peer_timeout_s)
+    environment = engine = None
+    try:
+        environment = make_environment(config)
+        welcome = link.connect(_hello(config, engine_id, -1), config.buffer.connect_timeout_s)
+        from actors.engine import Engine  # seconds of import, and only now needed
+
+        engine = Engine(config)
+    except Exception as error:  # whatever it is, another attempt would end the same way
+        say(f"could not start: {one_line(error)}")
+        return GAVE_UP
+    else:
+        try:
+            shutdown = asyncio.run(_until_shutdown(config, engine_id, engine, link, environment, welcome))
+        except (TransportError, SwapFailed, PolicyUnavailable) as error:  # TransportError: and the buffer did not come back
+            say(one_line(error))
+            return GAVE_UP
+        except EngineDied as error:
+            say(one_line(error))
+            return DIED
+        if shutdown.error:
+            say(shutdown.error)
+        return RUN_FAILED if shutdown.error else DONE
+    finally:
+        link.close()
+        if environment is not None:
+            environment.close()
+        if engine is not None:
+            engine.close()
+
+
+async def _until_shutdown(
+    config: Config, engine_id: str, engine: Engine, link: ActorLink, environment: Environment, welcome: Welcome
+) -> Shutdown:
+    """Serve, and when the buffer is lost wait for it to come back: the loaded model is worth more than a clean start."""
+
+    def fetch_policy(policy: SnapshotRef) -> bytes:
+        return fetch(policy, config.buffer.keys, config.buffer.peer_timeout_s)
+
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    while True:
+        try:
+            return await Worker(config, engine, link, environment, fetch_policy).run(welcome)
+        except TransportError as error:
+            print(f"actors: {engine_id}: {one_line(error)}", file=sys.stderr, flush=True)
+        welcome = await in_thread(lambda: link.connect(_hello(config, engine_id, engine.version), config.buffer.connect_timeout_s))
+
+
+def _hello(config: Config, engine_id: str, policy_version: int) -> ActorHello:
+    return ActorHello(
+        engine_id=engine_id, engine_type=engine_type(config), slots=config.actors.slots, policy_version=policy_version, pid=os.getpid()
+    )
+
+
+def main(argv: list[str]) -> int:
+    """`python -m actors.process INDEX CONFIG_FILE ERROR_FD POOL_PID`."""
+    index, config_file, error_fd, pool_pid = argv
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool's to answer
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(DONE))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(pool_pid):
+        return DONE  # the pool ended before we could ask to be told
+    config = cli.load(["--config", config_file])
+
+    def say(line: str) -> None:
+        os.write(int(error_fd), line.encode()[:4000])
+
+    try:
+        return serve(config, f"{config.actors.name}/{index}", say)
+    except asyncio.CancelledError:
+        return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,161 @@
+"""What simulated policies answer: how long a prompt's responses are, and which are right. Draws only, decides nothing.
+
+A prompt's lengths are lognormal; whether a response is right depends on its length, one way or the other:
+pattern I (ineffective verbosity), right ones are shorter; pattern II (necessary depth), right ones are longer.
+The j-th response of a prompt's n-th visit is drawn from (seed, prompt, n, j) alone: every policy is given the same work.
+`Shaping` is an assumption about learning, off unless asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from darts import lengths
+from darts.sim_schema import LengthKeys, PatternKeys, ShapingKeys
+
+MAX_DRAWS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class SimPrompt:
+    """Moments of log length, log-odds of a right response of median length, and how those change per deviation of length."""
+
+    prompt_id: str
+    mean_log: float
+    spread: float
+    log_odds: float
+    slope: float
+
+    @property
+    def verbose(self) -> bool:
+        """Pattern I."""
+        return self.slope < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One response: its length as far as the limit lets it grow, and its reward."""
+
+    length: int
+    reward: float
+
+
+def make_prompts(keys: LengthKeys, pattern: PatternKeys, seed: int) -> list[SimPrompt]:
+    if keys.recorded:
+        return recorded_prompts(Path(keys.recorded), pattern)
+    rng = random.Random(f"prompts {seed}")
+    base_odds = math.log(pattern.pass_rate / (1.0 - pattern.pass_rate))
+    prompts = []
+    for index in range(keys.prompts):
+        mean_log = math.log(keys.median) + keys.between * rng.gauss(0, 1)
+        spread = keys.spread * math.exp(keys.spread_between * rng.gauss(0, 1))
+        slope = -pattern.strength if rng.random() < pattern.verbosity else pattern.strength
+        prompts.append(SimPrompt(f"p{index:05d}", mean_log, spread, base_odds + rng.gauss(0, 1), slope))
+    return prompts
+
+
+def recorded_prompts(path: Path, pattern: PatternKeys) -> list[SimPrompt]:
+    """Prompts of a run's ledger: lognormals fitted to all its groups, cancelled rollouts as lower bounds; pass rates and patterns
+    as seen. Raises ValueError where it cannot be read."""
+    seen: dict[str, list[dict]] = {}
+    try:
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            seen.setdefault(row["prompt_id"], []).extend(row["rollouts"])
+        fits = {prompt_id: _fit(rollouts) for prompt_id, rollouts in seen.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"lengths.recorded={path}: not a readable groups.jsonl ({error}); give the ledger of a run") from None
+    known = [stats for stats in fits.values() if stats is not None]
+    if not known:
+        raise ValueError(f"lengths.recorded={path}: no response finished in it, so there is nothing to draw lengths from")
+    pool = lengths.POOL_PRIOR
+    for stats in known:
+        pool = lengths.update_pool(pool, stats)
+    return [_recorded_prompt(prompt_id, lengths.estimate(fits[prompt_id], pool), seen[prompt_id], pattern) for prompt_id in sorted(seen)]
+
+
+def _fit(rollouts: Sequence[dict]) -> lengths.LengthStats | None:
+    finished = [r["tokens"] for r in rollouts if r["reward"] is not None and r["end"] != "truncated"]
+    bounds = [r["tokens"] for r in rollouts if (r["reward"] is None or r["end"] == "truncated") and r["tokens"] > 0]
+    return lengths.update(None, finished, bounds, lengths.POOL_PRIOR) if finished else None
+
+
+def _recorded_prompt(prompt_id: str, stats: lengths.LengthStats, rollouts: Sequence[dict], pattern: PatternKeys) -> SimPrompt:
+    scored = [r for r in rollouts if r["reward"] is not None]
+    right = [r["tokens"] for r in scored if r["reward"] > 0.5]
+    wrong = [r["tokens"] for r in scored if r["reward"] <= 0.5]
+    odds = math.log((len(right) + 0.5) / (len(wrong) + 0.5))
+    verbose = not right or not wrong or sum(right) / len(right) <= sum(wrong) / len(wrong)
+    return SimPrompt(prompt_id, stats.mean_log, lengths.spread(stats), odds, -pattern.strength if verbose else pattern.strength)
+
+
+class Shaping:
+    """ASSUMPTION: what is trained on is what the policy moves toward. Per step, on prompts of pattern I only,
+
+        shift  += rate * mean(log trained - log drawn)                 in units of each prompt's spread
+        factor *= 1 - rate * (1 - spread trained / spread drawn)
+
+    both held above `floor` (of the median length; of the spread). On pattern II the short responses are wrong, so nothing
+    pulls toward them. With selection at random, or with none, both stay where they are but for noise.
+    """
+
+    def __init__(self, keys: ShapingKeys) -> None:
+        self._rate, self._floor = keys.rate, keys.floor
+        self.shift, self.factor = 0.0, 1.0
+
+    def learn(self, steps: Sequence[tuple[SimPrompt, Sequence[int], Sequence[int]]]) -> None:
+        """One learner step: for each of its groups the prompt, every length drawn for it, and the lengths trained on."""
+        if not self._rate:
+            return
+        gaps, ratios = [], []
+        for prompt, drawn, trained in steps:
+            if not prompt.verbose:
+                continue
+            (mean_drawn, sd_drawn), (mean_trained, sd_trained) = _log_moments(drawn), _log_moments(trained)
+            if sd_drawn > 0:
+                gaps.append((mean_trained - mean_drawn) / sd_drawn)
+                ratios.append(sd_trained / sd_drawn)
+        if gaps:
+            self.shift += self._rate * math.fsum(gaps) / len(gaps)
+            self.factor *= 1.0 - self._rate * (1.0 - math.fsum(ratios) / len(ratios))
+            self.factor = min(1.0, max(self._floor, self.factor))
+            self.shift = min(0.0, self.shift)
+
+    def moments(self, prompt: SimPrompt) -> tuple[float, float]:
+        """Mean and spread of the prompt's log length under the present policy."""
+        if not prompt.verbose:
+            return prompt.mean_log, prompt.spread
+        shift = max(math.log(self._floor), self.shift * prompt.spread)
+        return prompt.mean_log + shift, prompt.spread * self.factor
+
+
+class Responses:
+    """Draws of one visit of a prompt, one after the other."""
+
+    def __init__(self, prompt: SimPrompt, moments: tuple[float, float], max_tokens: int, seed: int, visit: int) -> None:
+        self.prompt = prompt
+        self.draws: list[Draw] = []
+        self._moments, self._max_tokens = moments, max_tokens
+        self._rng = random.Random(f"{seed} {prompt.prompt_id} {visit}")
+
+    def next(self) -> Draw:
+        """The next response. Truncated at the limit, where it is wrong."""
+        assert len(self.draws) < MAX_DRAWS, (self.prompt.prompt_id, len(self.draws))
+        z, luck = self._rng.gauss(0, 1), self._rng.random()
+        mean_log, spread = self._moments
+        length = max(1, round(math.exp(min(mean_log + spread * z, 20.0))))
+        right = luck < 1.0 / (1.0 + math.exp(-(self.prompt.log_odds + self.prompt.slope * z)))
+        draw = Draw(min(length, self._max_tokens), float(right and length < self._max_tokens))
+        self.draws.append(draw)
+        return draw
+
+
+def _log_moments(values: Sequence[int]) -> tuple[float, float]:
+    logs = [math.log(value) for value in values]
+    mean = math.fsum(logs) / len(logs)
+    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in logs) / max(1, len(logs) - 1))

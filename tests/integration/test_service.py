@@ -1,0 +1,217 @@
+"""The buffer's service over real sockets, with engines that draw lengths and learners that only count."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from buffer.event_log import read_sessions
+from buffer.service import Service
+from configs import cli
+from configs.schema import Config
+from tests.fakes import FakeEngine, FakeLearner
+from tools.replay import replay
+
+STEPS, GROUPS, SIZE = 5, 3, 4
+
+
+def make_config(folder: Path, port: int, *overrides: str) -> Config:
+    return cli.load(
+        [
+            f"run.dir={folder}", "run.name=r", f"run.steps={STEPS}", f"buffer.address=tcp://127.0.0.1:{port}", f"batch.groups={GROUPS}",
+            f"darts.group_size={SIZE}", "redundancy.rule=fixed", "redundancy.upper=1.5", "sampling.max_tokens=64", "eval.every=2",
+            "eval.prompts=5", "staleness.max_lag=2", "buffer.peer_timeout_s=3", "data.size=500", *overrides,
+        ]
+    )  # fmt: skip
+
+
+class Running:
+    """A service on a thread of its own."""
+
+    def __init__(self, config: Config) -> None:
+        self.service = Service(config)
+        self.status: int | None = None
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    def _serve(self) -> None:
+        self.status = self.service.serve()
+
+    def wait(self, timeout_s: float = 60) -> int | None:
+        self.thread.join(timeout_s)
+        return self.status
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "r" / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> tuple[Path, FakeLearner, list[FakeEngine], int]:
+    """One whole run with two engines and a learner; the tests below read what it left."""
+    folder = tmp_path_factory.mktemp("runs")
+    port = free_port()
+    running = Running(make_config(folder, port))
+    learner = FakeLearner(running.service.router.address, STEPS)
+    engines = [FakeEngine(running.service.router.address, f"e/{i}", slots=6 + 4 * i) for i in range(2)]
+    for peer in (learner, *engines):
+        peer.start()
+    status = running.wait()
+    for peer in (learner, *engines):
+        peer.join(5)
+    assert status is not None
+    return folder, learner, engines, status
+
+
+def test_run_ends_well_and_everyone_is_told(finished: Any) -> None:
+    _, learner, engines, status = finished
+    assert status == 0
+    assert learner.shutdown is not None and learner.shutdown.error == ""
+    assert all(e.shutdown is not None and e.shutdown.error == "" for e in engines)
+
+
+def test_every_step_has_one_metrics_row_within_the_lag_bound(finished: Any) -> None:
+    metrics = rows(finished[0], "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(STEPS))
+    assert all(0 <= row["lag/max"] <= 2 for row in metrics)
+    assert all(row["tokens/generated"] == row["tokens/trained"] + row["tokens/discarded"] + row["tokens/cancelled"] for row in metrics)
+    assert [row["tokens/trained"] for row in metrics] == sorted(row["tokens/trained"] for row in metrics)
+
+
+def test_evaluations_stand_before_during_and_after(finished: Any) -> None:
+    steps = [row["eval/step"] for row in rows(finished[0], "metrics.jsonl") if "eval/step" in row]
+    assert steps[0] == 0 and steps[-1] == STEPS
+    assert all(row["eval/responses"] == 5 for row in rows(finished[0], "metrics.jsonl") if "eval/step" in row)
+
+
+def test_shards_hold_whole_groups_of_sampled_tokens(finished: Any) -> None:
+    for shard in finished[1].shards:
+        assert len(shard.trajectories) == GROUPS * SIZE
+        by_group: dict[int, list[float]] = {}
+        for t in shard.trajectories:
+            by_group.setdefault(t.group_id, []).append(t.reward)
+            mask = np.frombuffer(t.sampled, np.uint8)
+            assert mask[:3].sum() == 0 and mask[3:].all() and len(t.tokens) == 4 * len(mask) == len(t.actor_logprobs)
+            assert sum(n for _, n in t.versions) == mask.sum()
+        assert all(len(rewards) == SIZE for rewards in by_group.values())
+        assert all(sorted(t.group_rewards) == sorted(by_group[t.group_id]) for t in shard.trajectories)
+        assert shard.step_sampled_tokens == sum(t.sampled.count(1) for t in shard.trajectories)
+
+
+def test_ledger_has_each_group_once_with_selected_rollouts(finished: Any) -> None:
+    ledger = rows(finished[0], "groups.jsonl")
+    assert len({row["group_id"] for row in ledger}) == len(ledger)
+    shipped = [row for row in ledger if row["end"] == "shipped"]
+    assert len(shipped) == STEPS * GROUPS
+    for row in shipped:
+        ends = [r["end"] for r in row["rollouts"]]
+        assert ends.count("selected_short") + ends.count("selected_long") == SIZE
+        assert set(row) == {"group_id", "prompt_id", "opened_version", "shipped_version", "budget", "mode", "end", "rollouts"}
+
+
+def test_slots_are_never_exceeded(finished: Any) -> None:
+    assert all(0 < e.most_in_flight <= e.slots for e in finished[2])
+
+
+def test_log_replays_to_the_same_decisions(finished: Any) -> None:
+    for config, entries in read_sessions(finished[0] / "r" / "events.msgpack"):
+        result = replay(config, entries)
+        assert result.difference is None and result.num_events > 100 and result.num_decisions > 50
+
+
+def test_replay_notices_a_decision_that_was_not_made(finished: Any) -> None:
+    [(config, entries)] = [(c, list(e)) for c, e in read_sessions(finished[0] / "r" / "events.msgpack")]
+    at = next(i for i, e in enumerate(entries) if type(e).__name__ == "Launch")
+    del entries[at]
+    assert replay(config, iter(entries)).difference is not None
+
+
+def test_killed_engine_loses_only_what_it_had_in_flight(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    running = Running(make_config(tmp_path, free_port(), "buffer.peer_timeout_s=1.5"))
+    address = running.service.router.address
+    learner = FakeLearner(address, STEPS, step_s=0.3)
+    doomed, other = FakeEngine(address, "doomed"), FakeEngine(address, "other")
+    for peer in (learner, doomed, other):
+        peer.start()
+    while doomed.num_launched < 10:
+        other.join(0.01)
+    doomed.kill()
+    assert running.wait() == 0
+    ledger = rows(tmp_path, "groups.jsonl")
+    assert sum(row["end"] == "shipped" for row in ledger) == STEPS * GROUPS
+    assert {row["end"] for row in ledger} <= {"shipped", "deadline"}
+
+
+def test_learner_that_dies_with_a_shard_is_replaced(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    running = Running(make_config(tmp_path, free_port(), "buffer.peer_timeout_s=1.5"))
+    address = running.service.router.address
+    engine, first = FakeEngine(address, "e"), FakeLearner(address, STEPS, stop_after=3)
+    engine.start()
+    first.start()
+    first.join(30)
+    second = FakeLearner(address, STEPS, start=2)
+    second.start()
+    assert running.wait() == 0
+    metrics = rows(tmp_path, "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(STEPS))
+    assert all(row["lag/max"] <= 2 for row in metrics)
+    in_hand = {t.group_id for t in first.shards[-1].trajectories}
+    offered_again = {t.group_id for shard in second.shards for t in shard.trajectories}
+    assert in_hand <= offered_again
+
+
+def test_resumed_run_draws_what_was_unfinished_and_repeats_nothing(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    port = free_port()
+    running = Running(make_config(tmp_path, port, "data.size=60"))
+    engine, learner = FakeEngine(running.service.router.address, "e"), FakeLearner(running.service.router.address, 3)
+    engine.start()
+    learner.start()
+    while len(learner.shards) < 3 or learner.step < 3:
+        learner.join(0.01)
+    while running.service.step < 3:
+        learner.join(0.01)
+    running.service.stop()
+    assert running.wait() == 130
+    checkpoint = tmp_path / "r" / "checkpoints" / "step_000002"
+    os.makedirs(checkpoint)
+    (checkpoint / "meta.json").write_text('{"step": 2, "policy_version": 2}')
+    (checkpoint.parent / "latest").write_text("step_000002\n")
+
+    running = Running(make_config(tmp_path, port, "data.size=60", "run.resume=true"))
+    assert running.service.step == 2
+    engine, learner = FakeEngine(running.service.router.address, "e"), FakeLearner(running.service.router.address, STEPS, start=2)
+    engine.start()
+    learner.start()
+    assert running.wait() == 0
+    metrics = rows(tmp_path, "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(STEPS))
+    assert [row["policy_version"] for row in metrics] == sorted({row["policy_version"] for row in metrics})
+    shipped = [row["prompt_id"] for row in rows(tmp_path, "groups.jsonl") if row["end"] == "shipped"]
+    assert len(shipped) == STEPS * GROUPS and len(set(shipped)) == len(shipped)  # 15 of an epoch of 60: none twice
+
+
+def test_rollout_that_always_fails_stops_the_run_with_its_error(tmp_path: Path, free_port: Callable[[], int], capsys: Any) -> None:
+    running = Running(make_config(tmp_path, free_port()))
+    engine, learner = FakeEngine(running.service.router.address, "e"), FakeLearner(running.service.router.address, STEPS)
+    engine.fail_rollouts = "verifier my_module:verify raised KeyError: 'x'"
+    engine.start()
+    learner.start()
+    assert running.wait() == 1
+    assert "my_module:verify raised KeyError" in running.service.error
+    learner.join(5)
+    assert learner.shutdown is not None and "KeyError" in learner.shutdown.error
+
+
+def test_second_run_in_the_same_directory_is_refused(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    config = make_config(tmp_path, free_port())
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"run\.resume=true"):
+        Service(config)

@@ -1,0 +1,217 @@
+"""`python -m tools.launch [key=value ...]`: every process of one run, on this machine or on a Ray cluster.
+
+    launcher ──starts──> buffer, actors (one or more pools), learner
+             <──output, exit status── each          <──Snapshot── buffer
+
+    waits for      snapshots, output and ends, at most `POLL_S`
+    unblocked by   the buffer's end (the run is over), a process that cannot go on, a signal
+
+Owns the life cycle: checks before the start, one view while it goes, who is to blame, an end that leaves nothing behind, and the report.
+Never speaks to a process but through signals, and decides nothing about training. Imports no torch, vLLM or Ray of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from actors.device import engine_device
+from actors.pool import check_model
+from buffer.client import MonitorLink
+from buffer.transport import Publisher, TransportError, next_port
+from configs import cli
+from configs.schema import Config
+from tools.processes import CONFIG, Command, LocalHost, Process, guarded
+from tools.progress import View, make_view
+from tools.summary import print_summary, resume_hint
+
+POLL_S = 0.1
+MEASURE_S = 1.0
+STOP_S = 12.0  # a pool gives its engines 8 seconds
+LEAVE_S = 20.0  # for the others to end by themselves once the buffer has ended the run
+SETTLE_S = 5.0  # for the buffer to end the run once the learner, or the last pool, has ended well
+LAST_LINES = 20
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Host(Protocol):
+    """Where processes are started: `LocalHost`, or `tools.ray_cluster.RayCluster`."""
+
+    def start(self, command: Command) -> Process: ...
+
+
+@dataclass
+class Child:
+    """A process of the run, and what is remembered of it."""
+
+    process: Process
+    role: str  # buffer, learner or actors
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    status: int | None = None
+    ended_s: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.status)
+
+    def end(self) -> str:
+        """Who ended, and how."""
+        assert self.status is not None
+        how = f"was killed by {signal.Signals(-self.status).name}" if self.status < 0 else f"ended with exit status {self.status}"
+        return f"{self.process.name} ({self.process.where}) {how}"
+
+
+class Run:
+    """The processes of one run, from start to end. `watch`, then always `stop`."""
+
+    def __init__(self, view: View, link: MonitorLink) -> None:
+        self.children: list[Child] = []
+        self.error = ""  # one line, once the run cannot go on
+        self.signals: list[int] = []
+        self._view, self._link = view, link
+        self._measured_s = 0.0
+        self._started_s = time.monotonic()
+        for number in SIGNALS:
+            signal.signal(number, lambda number, _: self.signals.append(number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def start(self, host: Host, commands: Sequence[tuple[str, Command]]) -> None:
+        for role, command in commands:
+            if not self.signals:
+                self.children.append(Child(host.start(command), role))
+
+    def watch(self) -> None:
+        """Until the run has ended, well or not (`error`), or a signal came (`signals`)."""
+        while not self.signals and not self.error:
+            if snapshot := self._link.receive(POLL_S):
+                self._view.show(snapshot)
+            self._listen()
+            self.error = self._verdict()
+            if all(child.status is not None for child in self.children) or self._overdue(LEAVE_S, "buffer"):
+                return
+
+    def _verdict(self) -> str:
+        """Why the run cannot go on, or ""."""
+        pools = [child for child in self.children if child.role == "actors"]
+        vital = [child for child in self.children if child.role != "actors"]
+        over = any(child.role == "buffer" and child.status == 0 for child in self.children)
+        culprits = [child for child in vital if child.failed]
+        if not over and all(child.status is not None for child in pools):
+            culprits += [child for child in pools if child.failed]
+        if culprits:
+            culprit = min(culprits, key=lambda child: child.ended_s)
+            for line in culprit.last_lines if len(culprit.last_lines) > 1 else ():
+                self._view.say(f"  {culprit.process.name} | {line}")
+            said = next((line for line in reversed(culprit.last_lines) if line.startswith("error: ")), "")
+            return culprit.end() + (f": {said.removeprefix('error: ')}" if said else "")
+        if not over and (self._overdue(SETTLE_S, "learner") or (all(c.status == 0 for c in pools) and self._overdue(SETTLE_S, "actors"))):
+            who = next(child for child in self.children if child.status == 0)
+            return f"{who.process.name} ({who.process.where}) ended before the run was over"
+        return ""
+
+    def _overdue(self, grace_s: float, role: str) -> bool:
+        """Whether a process of that role ended well so long ago."""
+        return any(c.role == role and c.status == 0 and time.monotonic() - c.ended_s > grace_s for c in self.children)
+
+    def _listen(self) -> None:
+        """Take in what the processes printed, how they ended and what they hold."""
+        now = time.monotonic()
+        measure = now - self._measured_s >= MEASURE_S
+        for child in self.children:
+            if child.status is None:
+                child.status = child.process.status()
+                child.ended_s = now
+            for line in child.process.lines():
+                child.last_lines.append(line)
+                name = child.process.name
+                self._view.say(f"{name} | {line.removeprefix(f'{child.role}: ')}")
+            if measure:
+                child.process.peaks()
+        if measure:
+            self._measured_s = now
+
+    def stop(self) -> None:
+        """End what still runs: in good order, the buffer last; after `STOP_S`, or a second signal, for certain."""
+        for child in sorted(self.children, key=lambda child: child.role == "buffer"):
+            if child.status is None:
+                child.process.terminate()
+        deadline, num_signals = time.monotonic() + STOP_S, len(self.signals)
+        while any(child.status is None for child in self.children) and time.monotonic() < deadline and len(self.signals) == num_signals:
+            self._listen()
+            time.sleep(POLL_S)
+        killed = [child for child in self.children if child.status is None]
+        for child in killed:
+            child.process.kill()
+        self._listen()
+        if killed:
+            why = "at once, as asked" if len(self.signals) > num_signals else f"they did not end within {STOP_S:g} s"
+            self._view.say(f"killed {', '.join(child.process.name for child in killed)}: {why}")
+
+    def peaks(self) -> dict[str, int]:
+        return {label: peak for child in self.children for label, peak in child.process.peaks().items()}
+
+
+# Before the start ----------------------------------------------------------------------------------------------------
+
+
+def prepare(config: Config) -> Config:
+    """The configuration to run, after checks that take no time. Raises `ValueError` or `TransportError`, in one line."""
+    try:
+        check_model(config.model.path)
+    except ValueError as error:
+        tool = next((tool for word, tool in BUILDERS.items() if word in config.model.path), None)
+        raise ValueError(f"{error} (`python -m {tool} {config.model.path}` makes this one)" if tool else str(error)) from None
+    if config.launch.launcher == "local":
+        for address in (config.buffer.address, next_port(config.buffer.address)):
+            try:
+                Publisher(address, config.buffer.keys).close()
+            except TransportError as error:
+                raise TransportError(f"buffer.address={config.buffer.address}: {error}") from None
+    name = free_name(config)
+    if name != config.run.name:
+        print(f"{Path(config.run.dir) / config.run.name} holds a run already, so this one is {name} (run.resume=true continues that one)")
+    return replace(config, run=replace(config.run, name=name))
+
+
+BUILDERS = {"tiny": "tools.warm_start", "smollm2": "tools.smollm2"}  # by what a missing model's folder is called
+
+
+def free_name(config: Config) -> str:
+    """`run.name`, or the first of run.name-2, run.name-3, ... whose directory holds no run."""
+    name, number = config.run.name, 1
+    while not config.run.resume and (Path(config.run.dir) / name / "config.yaml").exists():
+        number += 1
+        name = f"{config.run.name}-{number}"
+    return name
+
+
+def commands_of(config: Config) -> list[tuple[str, Command]]:
+    """(role, command) of every process, in the order of their start. `ValueError` where an entry of launch.pools cannot work."""
+    pools, names = [(config, ())], [config.actors.name]
+    for entry in config.launch.pools:
+        overrides = shlex.split(entry)
+        try:
+            pool = cli.load([*flat(config), *overrides])
+        except ValueError as error:
+            raise ValueError(f"launch.pools={entry!r}: {error}") from None
+        if pool.actors.name in names:
+            raise ValueError(f"launch.pools={entry!r}: a pool named {pool.actors.name} is there already; add actors.name=ANOTHER")
+        names.append(pool.actors.name)
+        pools.append((pool, tuple(overrides)))
+    commands = [("buffer", Command("buffer", ("-m", "buffer", "--config", CONFIG)))]
+    for pool, overrides in pools:
+        gpus = pool.actors.engines * pool.actors.tensor_parallel if engine_device(pool) == "cuda" else 0
+        label = "actors" if len(pools) == 1 else f"actors {pool.actors.name}"
+        commands.append(("actors", Command(label, ("-m", "actors", "--config", CONFIG, *overrides), gpus)))
+    learner_device = config.learner.device if config.learner.device != "auto" else engine_device(config)
+    gpus = config.learner.ranks if learner_device == "cuda" else 0
+    return [*commands, ("learner", Command("learner", ("-m", "learner", "--config", CONFIG), gpus))]
