@@ -1,4 +1,4 @@
-"""The live picture that monitors draw: a `Snapshot` of a running service. Reads, never changes."""
+"""The live picture that monitors draw: a `Snapshot` of a running run. Reads, never changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from darts.groups import Group
 from darts.placement import Engine
 
 if TYPE_CHECKING:
-    from buffer.service import Service
+    from buffer.run import Run
 
 SHOWN_GROUPS = 32
 SHOWN_PROMPTS = 256
@@ -41,27 +41,27 @@ class Latest:
         )
 
 
-def snapshot(service: Service) -> msg.Snapshot:
-    core, config = service.core, service.config
+def snapshot(run: Run) -> msg.Snapshot:
+    core, config = run.core, run.config
     return msg.Snapshot(
-        time_s=service.now(),
+        time_s=run.now(),
         run_name=config.run.name,
-        phase=service.phase,
-        step=service.step,
+        phase=run.phase,
+        step=run.step,
         steps=config.run.steps,
         policy_version=core.policy_version,
         max_lag=core.config.max_lag,
         waiting=core.waiting_for(),
         groups_open=core.num_outstanding - core.num_ready,
         groups_ready=core.num_ready,
-        bytes_held=service.store.bytes_held,
+        bytes_held=run.store.bytes_held,
         histogram_edges=HISTOGRAM_EDGES,
-        histogram=service.metrics.histogram(),
-        lags=list(service.metrics.recent_lags),
-        metrics={k: float(v) for k, v in service.last_row.items()},
+        histogram=run.metrics.histogram(),
+        lags=list(run.metrics.recent_lags),
+        metrics={k: float(v) for k, v in run.last_row.items()},
         groups=[_group(g) for g in islice((g for g in core.groups.values() if g.running), SHOWN_GROUPS)],
-        engines=[_engine(e, service) for e in core.engines.by_id.values()],
-        prompts=list(service.latest.prompts),
+        engines=[_engine(e, run) for e in core.engines.by_id.values()],
+        prompts=list(run.latest.prompts),
     )
 
 
@@ -77,8 +77,8 @@ def _group(group: Group) -> msg.GroupView:
     )
 
 
-def _engine(engine: Engine, service: Service) -> msg.EngineView:
-    report = service.latest.reports.get(engine.engine_id)
+def _engine(engine: Engine, run: Run) -> msg.EngineView:
+    report = run.latest.reports.get(engine.engine_id)
     return msg.EngineView(
         engine_id=engine.engine_id,
         engine_type=engine.engine_type,
@@ -87,5 +87,5 @@ def _engine(engine: Engine, service: Service) -> msg.EngineView:
         policy_version=engine.version,
         tokens_per_s=report.tokens_per_s if report else 0.0,
         busy_frac=report.busy_frac if report else 0.0,
-        curve=service.core.engines.curves[engine.engine_type].points(),
+        curve=run.core.engines.curves[engine.engine_type].points(),
     )

@@ -87,7 +87,7 @@ class SimEngine:
         if not batch:
             self._target = math.inf
             return math.inf
-        while self._finishes[0][1] not in self.decoding:
+        while not self._is_current(self._finishes[0]):
             heapq.heappop(self._finishes)
         full = (self.kv_tokens - self._kv_base) / batch if batch > 1 else math.inf
         self._target = max(self.position, min(self._finishes[0][0], self._next_report, full))
@@ -104,10 +104,11 @@ class SimEngine:
     def finished(self) -> Iterator[SimRollout]:
         """Takes out the rollouts that have reached their length."""
         while self._finishes and self._finishes[0][0] <= self.position + SLACK:
-            _, rollout_id = heapq.heappop(self._finishes)
-            if rollout_id in self.decoding:
-                rollout = self.decoding[rollout_id]
+            entry = heapq.heappop(self._finishes)
+            if self._is_current(entry):
+                rollout = self.decoding[entry[1]]
                 self.remove(rollout)
+                rollout.tokens = rollout.length
                 yield rollout
 
     def report_due(self) -> bool:
@@ -118,11 +119,21 @@ class SimEngine:
 
     # Rollouts -----------------------------------------------------------------------------------------------------
 
-    def add(self, rollout: SimRollout) -> None:
+    def admit(self, rollout: SimRollout) -> bool:
+        """Takes a new rollout. False: the cache has no room yet, it waits behind those preempted."""
+        rollout.engine = self
+        needed = rollout.prompt_tokens + rollout.tokens
+        if self.preempted or (self.decoding and self._cache_use() + needed > RESUME_FRAC * self.kv_tokens):
+            self.preempted.append(rollout)
+            return False
+        self._add(rollout)
+        return True
+
+    def _add(self, rollout: SimRollout) -> None:
         """Starts or resumes decoding where `rollout.tokens` stands."""
         if not self.decoding:
             self._next_report = self.position + self.chunk_tokens
-        rollout.engine, rollout.decoding, rollout.origin = self, True, self.position - rollout.tokens
+        rollout.decoding, rollout.origin = True, self.position - rollout.tokens
         self.decoding[rollout.rollout_id] = rollout
         self._kv_base += rollout.prompt_tokens - rollout.origin
         heapq.heappush(self._finishes, (rollout.origin + rollout.length, rollout.rollout_id))
@@ -150,8 +161,14 @@ class SimEngine:
             if self.decoding and self._cache_use() + needed > RESUME_FRAC * self.kv_tokens:
                 break
             recomputed += needed
-            self.add(self.preempted.popleft())
+            self._add(self.preempted.popleft())
         return recomputed
+
+    def _is_current(self, finish: tuple[float, int]) -> bool:
+        """Not of a rollout that has left, or been preempted and resumed, since."""
+        position, rollout_id = finish
+        rollout = self.decoding.get(rollout_id)
+        return rollout is not None and rollout.origin + rollout.length == position
 
     def _cache_use(self) -> float:
         return self._kv_base + len(self.decoding) * self.position

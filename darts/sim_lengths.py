@@ -100,7 +100,7 @@ class Shaping:
         shift  += rate * mean(log trained - log drawn)                 in units of each prompt's spread
         factor *= 1 - rate * (1 - spread trained / spread drawn)
 
-    both held above `floor` (of the median length; of the spread). On pattern II the short responses are wrong, so nothing
+    (spreads as roots of mean variances over the step's groups), held within `floor` and 1/floor of where they began. On pattern II the short responses are wrong, so nothing
     pulls toward them. With selection at random, or with none, both stay where they are but for noise.
     """
 
@@ -112,26 +112,24 @@ class Shaping:
         """One learner step: for each of its groups the prompt, every length drawn for it, and the lengths trained on."""
         if not self._rate:
             return
-        gaps, ratios = [], []
+        gaps, var_drawn, var_trained = [], 0.0, 0.0
         for prompt, drawn, trained in steps:
             if not prompt.verbose:
                 continue
-            (mean_drawn, sd_drawn), (mean_trained, sd_trained) = _log_moments(drawn), _log_moments(trained)
-            if sd_drawn > 0:
-                gaps.append((mean_trained - mean_drawn) / sd_drawn)
-                ratios.append(sd_trained / sd_drawn)
-        if gaps:
+            (mean, var), (trained_mean, trained_var) = _log_moments(drawn), _log_moments(trained)
+            gaps.append((trained_mean - mean) / prompt.spread)
+            var_drawn, var_trained = var_drawn + var, var_trained + trained_var
+        if var_drawn > 0:
             self.shift += self._rate * math.fsum(gaps) / len(gaps)
-            self.factor *= 1.0 - self._rate * (1.0 - math.fsum(ratios) / len(ratios))
-            self.factor = min(1.0, max(self._floor, self.factor))
-            self.shift = min(0.0, self.shift)
+            self.factor *= 1.0 - self._rate * (1.0 - math.sqrt(var_trained / var_drawn))
 
     def moments(self, prompt: SimPrompt) -> tuple[float, float]:
         """Mean and spread of the prompt's log length under the present policy."""
         if not prompt.verbose:
             return prompt.mean_log, prompt.spread
-        shift = max(math.log(self._floor), self.shift * prompt.spread)
-        return prompt.mean_log + shift, prompt.spread * self.factor
+        most = -math.log(self._floor)
+        shift = min(most, max(-most, self.shift * prompt.spread))
+        return prompt.mean_log + shift, prompt.spread * min(1.0 / self._floor, max(self._floor, self.factor))
 
 
 class Responses:
@@ -156,6 +154,7 @@ class Responses:
 
 
 def _log_moments(values: Sequence[int]) -> tuple[float, float]:
+    """Mean and variance of log length."""
     logs = [math.log(value) for value in values]
     mean = math.fsum(logs) / len(logs)
-    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in logs) / max(1, len(logs) - 1))
+    return mean, math.fsum((x - mean) ** 2 for x in logs) / max(1, len(logs) - 1)

@@ -90,8 +90,8 @@ def _watch(processes: list[subprocess.Popen[bytes]]) -> None:
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):
             if code:
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit status {code}; its error is above"
-                raise RankDied(f"learner rank {rank} (pid {processes[rank].pid}) {how}; run.resume=true continues from the newest checkpoint")
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with status {code}, its error is above"
+                raise RankDied(f"learner rank {rank} (pid {processes[rank].pid}) {how}; run.resume=true continues from the last checkpoint")
         if all(code == 0 for code in codes):
             return
         time.sleep(WATCH_S)

@@ -64,7 +64,7 @@ def load_latest(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opt
         dcp.load(_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(source)))
     except (OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"run.resume=true: checkpoint {source} does not load into this model: {reason}; remove it to start anew") from error
+        raise ValueError(f"run.resume=true: checkpoint {source} does not fit this model: {reason}; remove it to start anew") from error
     return meta
 
 

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from configs.schema import Config, ModelConfig
 
@@ -82,6 +83,9 @@ def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
 
 
 def _load(config: ModelConfig) -> PreTrainedModel:
+    if config.attention == "flash_attention_2" and config.dtype == "float16":
+        raise ValueError("model.attention=flash_attention_2: the learner needs model.dtype=bfloat16 with it; it never trains in float16")
+    disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(config.path, dtype=torch.float32, attn_implementation=config.attention)
     except (OSError, ValueError, ImportError) as error:

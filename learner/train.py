@@ -18,7 +18,6 @@ Left out: several updates per shard, a KL penalty and its reference model, a cri
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from darts.events import ProtocolError
 from learner import RunStopped, checkpoint, fsdp
 from learner.batch import Pack, empty_pack, make_packs
 from learner.loss import clipped_surrogate, token_logprobs
+from learner.metrics import TokenSums, peak_bytes
 from learner.publish import Publisher
 
 POLL_S = 1.0
@@ -71,18 +71,32 @@ def run_rank(config: Config, rank: int = 0, num_ranks: int = 1, local_rank: int 
         with Publisher(config, rank) as publisher:
             _join(state, link)
             with _until_told_to_stop(state, link):
-                _publish(state, publisher, link)
-                while state.step < config.run.steps:
-                    shard, pull_s = _pull(state, link)
-                    metrics = train_step(state, shard) | {"wait/pull_s": pull_s}
-                    if _due(state, config.weights.every):
-                        metrics |= _publish(state, publisher, link)
-                    if _due(state, config.learner.checkpoint_every):
-                        _save(state)
-                    if rank == 0:
-                        link.send(Trained(step=shard.step, metrics=metrics))
-                _receive(link)  # serves the last snapshot while the run is evaluated
+                while True:
+                    try:
+                        _train(state, link, publisher)
+                    except TransportError as error:
+                        _rejoin(state, link, error)
     return 0
+
+
+def _train(state: LearnerState, link: LearnerLink, publisher: Publisher) -> None:
+    """Every step that is left. Leaves by an exception only: what a `Shutdown` means, or a lost buffer."""
+    config = state.config
+    _publish(state, publisher, link)
+    while state.step < config.run.steps:
+        shard, pull_s = _pull(state, link)
+        metrics = train_step(state, shard) | {"wait/pull_s": pull_s}
+        last = state.step == config.run.steps
+        if last or state.step % config.weights.every == 0:
+            metrics |= _publish(state, publisher, link)
+        if last:  # before its acknowledgement, which may end the run
+            _save(state)
+        if state.rank == 0:
+            link.send(Trained(step=shard.step, metrics=metrics))
+        if not last and state.step % config.learner.checkpoint_every == 0:
+            _save(state)
+    _receive(link)  # serves the last snapshot while the run is evaluated
+    raise ProtocolError(f"rank {state.rank} was handed a shard after the last step, {config.run.steps - 1}")
 
 
 def build_state(config: Config, device: torch.device, rank: int = 0, num_ranks: int = 1) -> LearnerState:
@@ -113,54 +127,16 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
         group["lr"] = lr
     totals = TokenSums()
     for pack in packs:
-        loss = micro_batch_loss(state, pack.to(state.device), num_trained, totals)
-        loss.backward()
+        micro_batch_loss(state, pack.to(state.device), num_trained, totals).backward()
     grad_norm = update(state)
     sums = TokenSums(*fsdp.all_sum(totals.as_list(), state.device))
     state.step += 1
     state.published = False
-    step_s = time.monotonic() - started
-    peak_bytes = fsdp.all_max(_peak_bytes(state.device), state.device)
-    return sums.metrics(num_trained) | {
+    return sums.metrics(num_trained, time.monotonic() - started) | {
         "train/grad_norm": grad_norm,
         "train/lr": lr,
-        "train/step_s": step_s,
-        "train/tokens_per_s": sums.inputs / step_s,
-        "memory/learner_peak_bytes": peak_bytes,
+        "memory/learner_peak_bytes": fsdp.all_max(peak_bytes(state.device), state.device),
     }
-
-
-@dataclass
-class TokenSums:
-    """Sums over tokens, of a rank and then of all ranks. All but `inputs` are over the tokens that are trained on."""
-
-    inputs: float = 0.0  # tokens that went through the model, prompts included
-    trained: float = 0.0
-    loss: float = 0.0
-    entropy: float = 0.0
-    clipped: float = 0.0
-    capped: float = 0.0
-    ratio: float = 0.0
-    logprob_diff: float = 0.0
-    current: float = 0.0  # sampled by the very weights that were trained
-    current_logprob_diff: float = 0.0
-
-    def as_list(self) -> list[float]:
-        return list(vars(self).values())
-
-    def metrics(self, num_trained: int) -> dict[str, float]:
-        trained = max(1.0, self.trained)
-        metrics = {
-            "train/loss": self.loss / num_trained,
-            "train/entropy": self.entropy / trained,
-            "train/clip_frac": self.clipped / trained,
-            "train/tis_clip_frac": self.capped / trained,
-            "train/ratio_mean": self.ratio / trained,
-            "train/logprob_diff_all": self.logprob_diff / trained,
-        }
-        if self.current:  # same weights on both sides: what remains is how far engine and learner differ numerically
-            metrics["train/logprob_diff"] = self.current_logprob_diff / self.current
-        return metrics
 
 
 def micro_batch_loss(state: LearnerState, pack: Pack, num_trained: int, totals: TokenSums) -> torch.Tensor:
@@ -173,14 +149,7 @@ def micro_batch_loss(state: LearnerState, pack: Pack, num_trained: int, totals: 
     ).logits[0]
     logprobs_S, entropy_S = token_logprobs(logits_SV, pack.targets_S, state.config.sampling.temperature)
     surrogate = clipped_surrogate(logprobs_S, pack.actor_logprobs_S, pack.advantages_S, state.config.loss)
-    diff_S = (logprobs_S.detach() - pack.actor_logprobs_S).abs()
-    measured = torch.stack(
-        [surrogate.loss_S.detach(), entropy_S, surrogate.clipped_S, surrogate.capped_S, surrogate.ratio_S, diff_S, pack.current_S,
-         diff_S * pack.current_S]
-    ).sum(1, dtype=torch.float64)  # fmt: skip
-    sums = [float(len(pack.input_ids_T) if len(pack.targets_S) else 0), float(len(pack.targets_S)), *measured.tolist()]
-    for name, value in zip(vars(totals), sums, strict=True):
-        setattr(totals, name, getattr(totals, name) + value)
+    totals.add(pack, logprobs_S, entropy_S, surrogate)
     return surrogate.loss_S.sum() / num_trained
 
 
@@ -193,10 +162,6 @@ def update(state: LearnerState) -> float:
     state.optimizer.step()
     state.optimizer.zero_grad()
     return grad_norm
-
-
-def _due(state: LearnerState, every: int) -> bool:
-    return state.step % every == 0 or state.step == state.config.run.steps
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -223,6 +188,14 @@ def _join(state: LearnerState, link: LearnerLink) -> None:
     state.policy_version = link.connect(hello, state.config.buffer.connect_timeout_s).policy_version
     if state.rank != 0:
         fsdp.barrier()
+
+
+def _rejoin(state: LearnerState, link: LearnerLink, lost: TransportError) -> None:
+    """Wait for a buffer that was restarted: trained weights are worth more than a clean start. Raises if it does not come back."""
+    if state.num_ranks > 1:
+        raise lost  # ranks may have lost it at different points of a step: only a resume brings them together again
+    print(f"learner: {lost}; waiting for it", file=sys.stderr, flush=True)
+    _join(state, link)
 
 
 def _pull(state: LearnerState, link: LearnerLink) -> tuple[Shard, float]:
@@ -290,11 +263,3 @@ def _save(state: LearnerState) -> None:
 def _resume(state: LearnerState) -> None:
     meta = checkpoint.load_latest(_checkpoints(state.config), state.model, state.optimizer)
     state.step = meta["step"] if meta else 0
-
-
-def _peak_bytes(device: torch.device) -> float:
-    """Most memory this rank ever held: on its GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(kibibytes * (1 if sys.platform == "darwin" else 1024))

@@ -72,7 +72,13 @@ def make_config(model: Path, run: Path, **changes: Any) -> Config:
 
 
 def make_trajectory(
-    rng: np.random.Generator, num_prompt: int, num_sampled: int, reward: float, group: list[float], truncated: bool = False, version: int = 0
+    rng: np.random.Generator,
+    num_prompt: int,
+    num_sampled: int,
+    reward: float,
+    group: list[float],
+    truncated: bool = False,
+    version: int = 0,
 ) -> Trajectory:
     num_tokens = num_prompt + num_sampled
     sampled = np.arange(num_tokens) >= num_prompt

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -198,20 +201,102 @@ def commands_of(config: Config) -> list[tuple[str, Command]]:
     """(role, command) of every process, in the order of their start. `ValueError` where an entry of launch.pools cannot work."""
     pools, names = [(config, ())], [config.actors.name]
     for entry in config.launch.pools:
-        overrides = shlex.split(entry)
-        try:
-            pool = cli.load([*flat(config), *overrides])
-        except ValueError as error:
-            raise ValueError(f"launch.pools={entry!r}: {error}") from None
+        pool, overrides = with_overrides(config, entry)
         if pool.actors.name in names:
             raise ValueError(f"launch.pools={entry!r}: a pool named {pool.actors.name} is there already; add actors.name=ANOTHER")
         names.append(pool.actors.name)
-        pools.append((pool, tuple(overrides)))
+        pools.append((pool, overrides))
     commands = [("buffer", Command("buffer", ("-m", "buffer", "--config", CONFIG)))]
     for pool, overrides in pools:
         gpus = pool.actors.engines * pool.actors.tensor_parallel if engine_device(pool) == "cuda" else 0
         label = "actors" if len(pools) == 1 else f"actors {pool.actors.name}"
         commands.append(("actors", Command(label, ("-m", "actors", "--config", CONFIG, *overrides), gpus)))
-    learner_device = config.learner.device if config.learner.device != "auto" else engine_device(config)
-    gpus = config.learner.ranks if learner_device == "cuda" else 0
-    return [*commands, ("learner", Command("learner", ("-m", "learner", "--config", CONFIG), gpus))]
+    device = engine_device(config) if config.learner.device == "auto" else config.learner.device
+    learner = Command("learner", ("-m", "learner", "--config", CONFIG), config.learner.ranks if device == "cuda" else 0)
+    return [*commands, ("learner", learner)]
+
+
+def with_overrides(config: Config, entry: str) -> tuple[Config, tuple[str, ...]]:
+    """A pool's own configuration, and its overrides one by one."""
+    overrides = tuple(shlex.split(entry))
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(cli.to_yaml(config))
+        file.flush()
+        try:
+            return cli.load(["--config", file.name, *overrides]), overrides
+        except ValueError as error:
+            raise ValueError(f"launch.pools={entry!r}: {error}") from None
+
+
+def share_gpus(commands: list[tuple[str, Command]], gpus: Sequence[str]) -> list[tuple[str, Command]]:
+    """Gives each process GPUs of its own where there are enough for all; else everyone sees them all."""
+    left, shared = list(gpus), []
+    if sum(command.num_gpus for _, command in commands) > len(left):
+        return commands
+    for role, command in commands:
+        own, left = left[: command.num_gpus], left[command.num_gpus :]
+        shared.append((role, replace(command, environment={"CUDA_VISIBLE_DEVICES": ",".join(own)}) if own else command))
+    return shared
+
+
+def visible_gpus() -> list[str]:
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in chosen.split(",") if gpu]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
+    return asked.stdout.split() if asked.returncode == 0 else []
+
+
+# The run -------------------------------------------------------------------------------------------------------------
+
+
+def run_all(config: Config) -> int:
+    """Start everything, watch it, end it, and tell how it went. Returns the exit status."""
+    config = prepare(config)
+    commands = commands_of(config)
+    host: AbstractContextManager[Host]
+    if config.launch.launcher == "ray":
+        from tools.ray_cluster import RayCluster  # here: it takes seconds to import
+
+        host = RayCluster(config, commands)
+    else:
+        host, commands = LocalHost(cli.to_yaml(config)), share_gpus(commands, visible_gpus())
+    return conduct(config, host, commands)
+
+
+def conduct(config: Config, host: AbstractContextManager[Host], commands: Sequence[tuple[str, Command]]) -> int:
+    """One run of `commands` from start to report."""
+    started_s = time.monotonic()
+    run_dir = Path(config.run.dir) / config.run.name
+    view = make_view(config.launch.progress)
+    with MonitorLink(next_port(config.buffer.address), config.buffer.keys) as link, host as entered:
+        run = Run(view, link)
+        try:
+            view.say(f"starting {', '.join(command.name for _, command in commands)}; the run's directory will be {run_dir}")
+            run.start(entered, commands)
+            run.watch()
+        finally:
+            run.stop()
+            view.close()
+            peaks = run.peaks()
+    if run.signals:
+        print(f"interrupted: everything has ended. {resume_hint(run_dir)}")
+        return 128 + run.signals[0]
+    if run.error:
+        print(f"error: {run.error}\nThe run stopped; everything has ended. {resume_hint(run_dir)}", file=sys.stderr)
+        return 1
+    print_summary(run_dir, peaks, time.monotonic() - started_s)
+    return 0
+
+
+def main() -> None:
+    cli.main(
+        "The whole run: starts buffer, actors and learner, shows how it goes, ends them together and writes the report.",
+        lambda config: guarded(lambda: run_all(config)),
+        errors=(TransportError,),
+    )
+
+
+if __name__ == "__main__":
+    main()

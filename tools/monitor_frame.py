@@ -102,7 +102,9 @@ def header(snapshot: Snapshot, view: View, width: int) -> list[Text]:
         for name, (key, form) in HEADER_METRICS.items()
         if key in snapshot.metrics
     ]
-    if view.silent_s >= SILENCE_S:
+    if snapshot.phase == "done":
+        third = Text(" the run is done", style(view, "#2fbf9b"))
+    elif view.silent_s >= SILENCE_S:
         third = Text(f" no news for {view.silent_s:.0f} s: this is the last that was heard", style(view, "bold #f0604d"))
     else:
         third = Text(f" {printable(snapshot.waiting) or 'nobody waits'}", style(view, "#eeb02e" if snapshot.waiting else DIM))

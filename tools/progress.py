@@ -55,7 +55,7 @@ class Pace:
     first: tuple[float, int] | None = None  # (time_s, step) once the first step was taken: those before it wait for engines
 
     def eta(self, snapshot: Snapshot) -> str:
-        """"" until enough was seen. The last evaluation is not in it."""
+        """ "" until enough was seen. The last evaluation is not in it."""
         if snapshot.phase == "training" and self.first is None and snapshot.engines and snapshot.policy_version >= 0:
             self.first = (snapshot.time_s, snapshot.step)
         if self.first is None or snapshot.step - self.first[1] < ETA_STEPS or snapshot.step >= snapshot.steps:

@@ -57,7 +57,7 @@ td.n,th.n { text-align:right } .good { color:var(--good) } .bad { color:var(--ba
 pre { background:var(--wash); border:1px solid var(--line); border-radius:6px; padding:10px 12px; margin:6px 0;
   font:12.5px/1.5 ui-monospace,"DejaVu Sans Mono",monospace; white-space:pre-wrap; overflow-wrap:anywhere; max-height:15em; overflow:auto }
 summary { cursor:pointer; font-weight:600 } details[open] summary { margin-bottom:8px }
-.tag { white-space:nowrap; font-size:13px; color:var(--muted) } .tag b { color:var(--ink) }
+.tag { white-space:nowrap; width:1%; font-size:13px; color:var(--muted) } .tag b { color:var(--ink) }
 """
 
 
@@ -136,7 +136,8 @@ def _change(name: str, values: list[float], width: int, *, rise: bool = False, p
         digits = 3 if rise else 1
         change = f"{100 * (after / before - 1):+.0f} %" if before > 0 and not rise else f"{after - before:+.{digits}f}"
         shown = [f"{before:.{digits}f}", f"{after:.{digits}f}", change]
-    verdict = "" if after == before else "good" if (after > before) == rise else "bad"
+    small = 0.01 if rise else 0.02 * before  # not worth a colour
+    verdict = "" if abs(after - before) <= small else "good" if (after > before) == rise else "bad"
     cells = f'<td class="n">{shown[0]}</td><td class="n">{shown[1]}</td><td class="n {verdict}">{shown[2].replace("-", "−")}</td>'
     return f"<tr><td>{name}</td>{cells}</tr>"
 

@@ -152,7 +152,8 @@ def lag(run: RunDirectory) -> str:
         by_step.set(title="Trained trajectories, by their oldest token", xlabel="learner step", ylabel="lag, policy versions")
         if is_number(bound):
             histogram.axvline(bound + 0.5, color=INK, linestyle=(0, (3, 2)), linewidth=1.2)
-            histogram.text(bound + 0.43, max(counts), f"bound {bound}", ha="right", va="top", fontsize=8.5, rotation=90)
+            histogram.set_xlim(right=edge + 1.4)
+            histogram.text(bound + 0.58, max(counts, default=0), f"bound {bound}", va="top", fontsize=8.5)
             by_step.axhline(bound, color=INK, linestyle=(0, (3, 2)), linewidth=1.2, label=f"bound {bound}")
         by_step.set_ylim(bottom=0)
         histogram.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -20,12 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-import torch
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+# Threads that spin while they wait for one another cost five times the time on a machine that is busy with other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from buffer.tagged_sum import CLEAN, EOS, FULL, MAX_DIGITS, SINGLE_PASS, TAGS, Grammar, draw_problem, draw_trace
+import torch  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers  # noqa: E402
+from tokenizers.models import WordLevel  # noqa: E402
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from buffer.tagged_sum import CLEAN, EOS, FULL, MAX_DIGITS, SINGLE_PASS, TAGS, Grammar, draw_problem, draw_trace  # noqa: E402
 
 RECIPE_FILE = "recipe.json"
 VOCABULARY = ["<pad>", "<bos>", EOS, "<unk>", "wait", "again", "ok", "no", "hmm", "so", *"0123456789", *"=,.# ", *TAGS]
@@ -70,6 +74,7 @@ def warm_start(folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) 
     started = time.monotonic()
     tokenizer, model = build_tokenizer(), build_model(seed)
     train(model, tokenizer, phases, seed, ProgressLine(sum(phase.steps for phase in phases)))
+    transformers_logging.disable_progress_bar()  # a tenth of a second needs none
     unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
     try:
         model.save_pretrained(unfinished)

@@ -9,7 +9,6 @@ import pty
 import re
 import select
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -53,17 +52,8 @@ def snapshot(step: int, phase: str = "training") -> Snapshot:
 
 
 @pytest.fixture
-def address() -> str:
-    """A router's address, free with the port after it."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return f"tcp://127.0.0.1:{port}"
+def address(free_port: Callable[[], int]) -> str:
+    return f"tcp://127.0.0.1:{free_port()}"
 
 
 @contextmanager

@@ -7,14 +7,13 @@ from random import Random
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from buffer.tagged_sum import FULL, SINGLE_PASS, TOKEN, draw_problem, draw_trace  # noqa: E402
-from tools import warm_start as tool  # noqa: E402
-from tools.warm_start import Phase, build_model, build_tokenizer, draw_packs, warm_start  # noqa: E402
+from tools.warm_start import PHASES, Phase, build_model, build_tokenizer, draw_packs, torch, warm_start  # noqa: E402
 
-SHORT = (Phase(SINGLE_PASS, steps=12, tokens=256, lr=3e-3, short_frac=1 / 3), Phase(FULL, steps=4, tokens=768, lr=2e-3, decays=True))
+SHORT = (Phase(SINGLE_PASS, steps=3, tokens=128, lr=3e-3, short_frac=1 / 3), Phase(FULL, steps=1, tokens=768, lr=2e-3, decays=True))
 
 
 @pytest.fixture(scope="module")
@@ -93,4 +92,4 @@ def test_packed_traces_do_not_see_one_another() -> None:
 
 
 def test_the_recipe_is_the_one_whose_result_was_measured() -> None:
-    assert [(phase.steps, phase.tokens) for phase in tool.PHASES] == [(230, 1024), (220, 1536), (220, 1536)]
+    assert [(phase.steps, phase.tokens) for phase in PHASES] == [(230, 1024), (220, 1536), (220, 1536)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,12 +47,23 @@ def steps_for(parts: list[int] | None, first: int = 0, last: int = NUM_STEPS) ->
     return {step: make_shards(make_trajectories(seed=step, version=step), step, parts, version=step) for step in range(first, last)}
 
 
-def train(model: Path, run: Path, address: str, parts: list[int] | None, *overrides: str, first: int = 0, last: int = NUM_STEPS) -> FakeBuffer:
+def train(
+    model: Path, run: Path, address: str, parts: list[int] | None, *overrides: str, first: int = 0, last: int = NUM_STEPS
+) -> FakeBuffer:
     with FakeBuffer(address, steps_for(parts, first, last), last_step=last - 1) as buffer:
         learner = start(model, run, address, f"learner.ranks={len(parts or [0])}", f"run.steps={last}", *overrides)
         _, stderr = learner.communicate(timeout=START_TIMEOUT_S * 2)
         assert learner.returncode == 0, stderr
     return buffer
+
+
+@pytest.fixture(scope="module")
+def reference(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> FakeBuffer:
+    """What a buffer hears from one rank that trains all steps."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    return train(model_path, tmp_path_factory.mktemp("runs") / "reference", address, None)
 
 
 def newest_weights(buffer: FakeBuffer) -> dict[str, torch.Tensor]:
@@ -73,42 +85,53 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     return condition()
 
 
-def test_two_ranks_train_the_same_weights_as_one(model_path: Path, tmp_path: Path, address: str, free_port: Callable[[], int]) -> None:
+def test_the_conversation_of_a_run(reference: FakeBuffer) -> None:
+    kinds = [type(message) for message in reference.heard]
+    assert kinds == [LearnerHello, Published, *([Pull, Published, Trained] * NUM_STEPS)]
+    assert [message.policy.version for message in reference.of(Published)] == list(range(NUM_STEPS + 1))
+    assert [message.step for message in reference.of(Pull)] == list(range(NUM_STEPS))
+    expected = {
+        "train/loss", "train/grad_norm", "train/entropy", "train/clip_frac", "train/ratio_mean", "train/tis_clip_frac",
+        "train/tokens_per_s", "train/lr", "train/logprob_diff", "train/logprob_diff_all", "train/step_s", "publish/seconds",
+        "publish/bytes", "memory/learner_peak_bytes", "wait/pull_s",
+    }  # fmt: skip
+    assert all(set(metrics) == expected for metrics in reference.trained.values())
+
+
+def test_two_ranks_train_the_same_weights_as_one(reference: FakeBuffer, model_path: Path, tmp_path: Path, address: str) -> None:
     # 11 trajectories against 1: the second rank runs out of micro-batches and must keep the first company.
-    one = train(model_path, tmp_path / "one", address, None)
-    two = train(model_path, tmp_path / "two", f"tcp://127.0.0.1:{free_port()}", [11, 1])
-    expected, measured = newest_weights(one), newest_weights(two)
+    two = train(model_path, tmp_path / "two", address, [11, 1])
+    expected, measured = newest_weights(reference), newest_weights(two)
     assert expected.keys() == measured.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(measured[name], tensor, rtol=1e-3, atol=1e-5)
     for step in range(NUM_STEPS):
         for name in ("train/loss", "train/grad_norm", "train/entropy", "train/logprob_diff_all"):
-            assert two.trained[step][name] == pytest.approx(one.trained[step][name], rel=1e-3), (step, name)
+            assert two.trained[step][name] == pytest.approx(reference.trained[step][name], rel=1e-3), (step, name)
 
 
-def test_the_conversation_of_a_run(model_path: Path, tmp_path: Path, address: str) -> None:
-    buffer = train(model_path, tmp_path / "run", address, None)
-    kinds = [type(message) for message in buffer.heard]
-    assert kinds == [LearnerHello, Published, *([Pull, Published, Trained] * NUM_STEPS)]
-    assert [message.policy.version for message in buffer.of(Published)] == list(range(NUM_STEPS + 1))
-    assert [message.step for message in buffer.of(Pull)] == list(range(NUM_STEPS))
-    expected = {
-        "train/loss", "train/grad_norm", "train/entropy", "train/clip_frac", "train/ratio_mean", "train/tis_clip_frac", "train/tokens_per_s",
-        "train/lr", "train/logprob_diff", "train/logprob_diff_all", "train/step_s", "publish/seconds", "publish/bytes",
-        "memory/learner_peak_bytes", "wait/pull_s",
-    }  # fmt: skip
-    assert all(set(metrics) == expected for metrics in buffer.trained.values())
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{NUM_STEPS:06d}"
-
-
-def test_a_run_resumes_on_another_number_of_ranks(model_path: Path, tmp_path: Path, address: str, free_port: Callable[[], int]) -> None:
-    whole = train(model_path, tmp_path / "whole", address, None)
-    train(model_path, tmp_path / "broken", f"tcp://127.0.0.1:{free_port()}", [5, 7], last=2)
-    resumed = train(model_path, tmp_path / "broken", f"tcp://127.0.0.1:{free_port()}", None, "run.resume=true", first=2)
+def test_a_run_resumes_on_another_number_of_ranks(
+    reference: FakeBuffer, model_path: Path, tmp_path: Path, address: str, free_port: Callable[[], int]
+) -> None:
+    run = tmp_path / "run"
+    train(model_path, run, address, [5, 7], last=2)
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_000002"
+    resumed = train(model_path, run, f"tcp://127.0.0.1:{free_port()}", None, "run.resume=true", first=2)
     assert resumed.of(LearnerHello)[0].step == 2
     assert list(resumed.trained) == [2]
-    for name, tensor in newest_weights(whole).items():
+    for name, tensor in newest_weights(reference).items():
         torch.testing.assert_close(newest_weights(resumed)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_buffer_that_returns_finds_the_learner_where_it_was(model_path: Path, tmp_path: Path, address: str) -> None:
+    with FakeBuffer(address, {0: steps_for(None)[0]}, last_step=NUM_STEPS) as buffer:
+        learner = start(model_path, tmp_path / "run", address)
+        assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
+    with FakeBuffer(address, steps_for(None, first=1), last_step=NUM_STEPS - 1, policy_version=7) as buffer:
+        learner.communicate(timeout=START_TIMEOUT_S)
+        assert learner.returncode == 0
+    assert [hello.step for hello in buffer.of(LearnerHello)] == [1]
+    assert [message.policy.version for message in buffer.of(Published)] == [8, 9, 10]
 
 
 def test_a_run_that_the_buffer_stops_with_an_error_fails(model_path: Path, tmp_path: Path, address: str) -> None:

@@ -59,8 +59,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], i
     folder = tmp_path_factory.mktemp("runs")
     port = free_port()
     running = Running(make_config(folder, port))
-    learner = FakeLearner(running.service.router.address, STEPS)
-    engines = [FakeEngine(running.service.router.address, f"e/{i}", slots=6 + 4 * i) for i in range(2)]
+    learner = FakeLearner(running.service.run.router.address, STEPS)
+    engines = [FakeEngine(running.service.run.router.address, f"e/{i}", slots=6 + 4 * i) for i in range(2)]
     for peer in (learner, *engines):
         peer.start()
     status = running.wait()
@@ -135,7 +135,7 @@ def test_replay_notices_a_decision_that_was_not_made(finished: Any) -> None:
 
 def test_killed_engine_loses_only_what_it_had_in_flight(tmp_path: Path, free_port: Callable[[], int]) -> None:
     running = Running(make_config(tmp_path, free_port(), "buffer.peer_timeout_s=1.5"))
-    address = running.service.router.address
+    address = running.service.run.router.address
     learner = FakeLearner(address, STEPS, step_s=0.3)
     doomed, other = FakeEngine(address, "doomed"), FakeEngine(address, "other")
     for peer in (learner, doomed, other):
@@ -151,7 +151,7 @@ def test_killed_engine_loses_only_what_it_had_in_flight(tmp_path: Path, free_por
 
 def test_learner_that_dies_with_a_shard_is_replaced(tmp_path: Path, free_port: Callable[[], int]) -> None:
     running = Running(make_config(tmp_path, free_port(), "buffer.peer_timeout_s=1.5"))
-    address = running.service.router.address
+    address = running.service.run.router.address
     engine, first = FakeEngine(address, "e"), FakeLearner(address, STEPS, stop_after=3)
     engine.start()
     first.start()
@@ -170,12 +170,12 @@ def test_learner_that_dies_with_a_shard_is_replaced(tmp_path: Path, free_port: C
 def test_resumed_run_draws_what_was_unfinished_and_repeats_nothing(tmp_path: Path, free_port: Callable[[], int]) -> None:
     port = free_port()
     running = Running(make_config(tmp_path, port, "data.size=60"))
-    engine, learner = FakeEngine(running.service.router.address, "e"), FakeLearner(running.service.router.address, 3)
+    engine, learner = FakeEngine(running.service.run.router.address, "e"), FakeLearner(running.service.run.router.address, 3)
     engine.start()
     learner.start()
     while len(learner.shards) < 3 or learner.step < 3:
         learner.join(0.01)
-    while running.service.step < 3:
+    while running.service.run.step < 3:
         learner.join(0.01)
     running.service.stop()
     assert running.wait() == 130
@@ -185,8 +185,8 @@ def test_resumed_run_draws_what_was_unfinished_and_repeats_nothing(tmp_path: Pat
     (checkpoint.parent / "latest").write_text("step_000002\n")
 
     running = Running(make_config(tmp_path, port, "data.size=60", "run.resume=true"))
-    assert running.service.step == 2
-    engine, learner = FakeEngine(running.service.router.address, "e"), FakeLearner(running.service.router.address, STEPS, start=2)
+    assert running.service.run.step == 2
+    engine, learner = FakeEngine(running.service.run.router.address, "e"), FakeLearner(running.service.run.router.address, STEPS, start=2)
     engine.start()
     learner.start()
     assert running.wait() == 0
@@ -199,7 +199,7 @@ def test_resumed_run_draws_what_was_unfinished_and_repeats_nothing(tmp_path: Pat
 
 def test_rollout_that_always_fails_stops_the_run_with_its_error(tmp_path: Path, free_port: Callable[[], int], capsys: Any) -> None:
     running = Running(make_config(tmp_path, free_port()))
-    engine, learner = FakeEngine(running.service.router.address, "e"), FakeLearner(running.service.router.address, STEPS)
+    engine, learner = FakeEngine(running.service.run.router.address, "e"), FakeLearner(running.service.run.router.address, STEPS)
     engine.fail_rollouts = "verifier my_module:verify raised KeyError: 'x'"
     engine.start()
     learner.start()

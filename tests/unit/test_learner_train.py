@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from learner import checkpoint, publish
 from learner.batch import make_packs
 from learner.fsdp import whole
-from learner.train import LearnerState, TokenSums, learning_rate, micro_batch_loss, train_step
+from learner.metrics import TokenSums
+from learner.train import LearnerState, learning_rate, micro_batch_loss, train_step
 from tests.learner_cases import make_config, make_shards, make_trajectories, save_model, single_rank
 
 

@@ -169,6 +169,11 @@ def test_silence_replaces_who_waits() -> None:
     assert "no news for 12 s" in text and "learner waits" not in text
 
 
+def test_silence_after_the_end_is_no_alarm() -> None:
+    done = snapshot(phase="done")
+    assert "no news" not in "".join(line.plain for line in frame(done, View(color=False, silent_s=99), 80, 24))
+
+
 def test_stacked_columns_are_as_high_as_their_counts() -> None:
     lines = [line.plain for line in stacked_columns([[4, 0, 2], [4, 8, 0]], [A, B], 3, 8, color=False)]
     columns = ["".join(line[place] for line in reversed(lines)) for place in range(3)]

@@ -1,0 +1,66 @@
+"""What a training step measured: sums over tokens, and their names in `metrics.jsonl`. Never touches a model. Driven by `learner.train`."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from learner.batch import Pack
+from learner.loss import Surrogate
+
+
+@dataclass
+class TokenSums:
+    """Sums over the tokens of a rank, or of all ranks. All but `inputs` are over the tokens that are trained on."""
+
+    inputs: float = 0.0  # tokens that went through the model, prompts included
+    trained: float = 0.0
+    loss: float = 0.0
+    entropy: float = 0.0
+    clipped: float = 0.0
+    capped: float = 0.0
+    ratio: float = 0.0
+    logprob_diff: float = 0.0
+    current: float = 0.0  # sampled by the very weights that were trained
+    current_logprob_diff: float = 0.0
+
+    def as_list(self) -> list[float]:
+        return list(vars(self).values())
+
+    def add(self, pack: Pack, logprobs_S: torch.Tensor, entropy_S: torch.Tensor, surrogate: Surrogate) -> None:
+        if not len(pack.targets_S):
+            return
+        diff_S = (logprobs_S.detach() - pack.actor_logprobs_S).abs()
+        loss_S, ratio_S = surrogate.loss_S.detach(), surrogate.ratio_S
+        per_token = [loss_S, entropy_S, surrogate.clipped_S, surrogate.capped_S, ratio_S, diff_S, pack.current_S, diff_S * pack.current_S]
+        sums = torch.stack(per_token).sum(1, dtype=torch.float64).tolist()  # one transfer from the device
+        for name, value in zip(vars(self), [len(pack.input_ids_T), len(pack.targets_S), *sums], strict=True):
+            setattr(self, name, getattr(self, name) + value)
+
+    def metrics(self, num_trained: int, seconds: float) -> dict[str, float]:
+        """`num_trained`: the loss's denominator. `train/logprob_diff` is missing where no token came from the current weights."""
+        trained = max(1.0, self.trained)
+        metrics = {
+            "train/loss": self.loss / num_trained,
+            "train/entropy": self.entropy / trained,
+            "train/clip_frac": self.clipped / trained,
+            "train/tis_clip_frac": self.capped / trained,
+            "train/ratio_mean": self.ratio / trained,
+            "train/logprob_diff_all": self.logprob_diff / trained,
+            "train/tokens_per_s": self.inputs / seconds,
+            "train/step_s": seconds,
+        }
+        if self.current:  # same weights on both sides: what remains is how far engine and learner differ numerically
+            metrics["train/logprob_diff"] = self.current_logprob_diff / self.current
+        return metrics
+
+
+def peak_bytes(device: torch.device) -> float:
+    """Most memory this rank ever held: on its GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(kibibytes * (1 if sys.platform == "darwin" else 1024))

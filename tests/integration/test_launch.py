@@ -1,0 +1,242 @@
+"""The launcher's life cycle, with stub commands in place of buffer, actors and learner: who is blamed, and that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from configs import cli
+from configs.schema import Config
+from tools import launch
+from tools.processes import CONFIG, Command
+from tools.summary import resume_hint
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 30.0
+
+# Each stub writes its pid, so that a test knows whom to look for, then goes on as the test says.
+NOTE = "import os, signal, subprocess, sys, time; open(os.path.join({folder!r}, str(os.getpid())), 'w').close(); "
+SLEEP = "time.sleep(300)"
+# A grandchild in a session of its own that ignores what it is told: only a kill that walks the tree ends it.
+STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+PARENT = "subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True); "
+
+DRIVER = """
+import json, sys
+from configs import cli
+from tools import launch
+from tools.processes import Command, LocalHost, guarded
+stop_s, config, commands = float(sys.argv[1]), cli.load(json.loads(sys.argv[2])), json.loads(sys.argv[3])
+launch.STOP_S, launch.SETTLE_S, launch.LEAVE_S = stop_s, 0.5, 2.0
+table = [(role, Command(name, ("-c", code))) for role, name, code in commands]
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: launch.conduct(config, LocalHost(cli.to_yaml(config)), table)))
+"""
+
+
+class Launched:
+    """A launcher of stubs in a process of its own."""
+
+    def __init__(self, folder: Path, port: int, stubs: dict[str, str], stop_s: float) -> None:
+        self.pids, self.run_dir = folder / "pids", folder / "runs" / "run"
+        self.pids.mkdir()
+        note = NOTE.format(folder=str(self.pids))
+        commands = [(name.split()[0], name, note + code.replace("NOTE", note)) for name, code in stubs.items()]
+        overrides = [f"run.dir={folder / 'runs'}", f"buffer.address=tcp://127.0.0.1:{port}", "launch.progress=plain"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(stop_s), json.dumps(overrides), json.dumps(commands)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def started(self, count: int) -> list[int]:
+        """The pids of `count` stubs, once they run."""
+        deadline = time.monotonic() + WAIT_S
+        while len(list(self.pids.iterdir())) < count:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.process.communicate()
+            time.sleep(0.02)
+        return [int(file.name) for file in self.pids.iterdir()]
+
+    def supervisor(self) -> psutil.Process:
+        """The process that does the work; `process` is its guard."""
+        return psutil.Process(self.process.pid).children()[0]
+
+    def ended(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=WAIT_S)
+        return self.process.returncode, out, err
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def launched(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Callable[..., Launched]]:
+    all_launched: list[Launched] = []
+
+    def start(stubs: dict[str, str], stop_s: float = 5.0) -> Launched:
+        all_launched.append(Launched(tmp_path, free_port(), stubs, stop_s))
+        return all_launched[-1]
+
+    yield start
+    for one in all_launched:
+        one.process.kill()
+        one.process.communicate()
+
+
+def test_a_failed_learner_is_named_and_ends_the_others(launched: Callable[..., Launched]) -> None:
+    run = launched({"buffer": SLEEP, "actors": SLEEP, "learner": "time.sleep(0.5); print('last words'); sys.exit(7)"})
+    pids = run.started(3)
+    status, out, err = run.ended()
+    assert status == 1
+    assert "learner (pid" in err and "exit status 7" in err and "last words" in out
+    assert alive(pids) == []
+
+
+def test_a_killed_buffer_is_named_with_its_signal(launched: Callable[..., Launched]) -> None:
+    run = launched({"buffer": "os.kill(os.getpid(), 9)", "actors": SLEEP, "learner": SLEEP})
+    status, _, err = run.ended()
+    assert status == 1
+    assert "buffer (pid" in err and "SIGKILL" in err
+
+
+def test_the_reason_given_by_the_culprit_is_part_of_the_last_line(launched: Callable[..., Launched]) -> None:
+    run = launched({"buffer": "sys.exit('error: no disk')", "actors": SLEEP, "learner": SLEEP})
+    assert "exit status 1: no disk" in run.ended()[2]
+
+
+def test_the_only_pool_failing_ends_the_run(launched: Callable[..., Launched]) -> None:
+    run = launched({"buffer": SLEEP, "actors": "sys.exit(3)", "learner": SLEEP})
+    status, _, err = run.ended()
+    assert status == 1
+    assert "actors (pid" in err
+
+
+def test_one_pool_of_two_failing_does_not_end_the_run(launched: Callable[..., Launched]) -> None:
+    run = launched(
+        {"buffer": "time.sleep(2)", "actors a": "sys.exit(3)", "actors b": "time.sleep(2)", "learner": "time.sleep(2); sys.exit(5)"}
+    )
+    assert "learner" in run.ended()[2]
+
+
+def test_a_learner_that_leaves_early_is_no_success(launched: Callable[..., Launched]) -> None:
+    run = launched({"buffer": SLEEP, "actors": SLEEP, "learner": "pass"})
+    status, _, err = run.ended()
+    assert status == 1
+    assert "learner" in err
+
+
+def test_ctrl_c_ends_everything_grandchildren_included(launched: Callable[..., Launched]) -> None:
+    parent = PARENT.format(child="NOTE" + STUBBORN + SLEEP)
+    run = launched({"buffer": SLEEP, "actors": parent + STUBBORN + SLEEP, "learner": SLEEP}, stop_s=0.5)
+    pids = run.started(4)
+    run.process.send_signal(signal.SIGINT)
+    assert run.ended()[0] == 130
+    assert alive(pids) == []
+
+
+def test_a_second_ctrl_c_does_not_wait(launched: Callable[..., Launched]) -> None:
+    run = launched({"buffer": SLEEP, "actors": STUBBORN + SLEEP, "learner": SLEEP}, stop_s=3600)
+    run.started(3)
+    time.sleep(0.3)  # for the stub to have become stubborn
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    run.process.send_signal(signal.SIGINT)
+    assert run.ended()[0] == 130
+
+
+@pytest.mark.parametrize("victim", ["guard", "supervisor"])
+def test_a_killed_launcher_leaves_nothing(launched: Callable[..., Launched], victim: str) -> None:
+    run = launched({"buffer": SLEEP, "actors": PARENT.format(child="NOTE" + SLEEP) + SLEEP, "learner": SLEEP}, stop_s=1)
+    pids = run.started(4)
+    killed = run.process if victim == "guard" else run.supervisor()
+    killed.kill()
+    deadline = time.monotonic() + WAIT_S
+    while left := alive(pids):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def test_a_run_whose_buffer_ended_well_succeeds_and_ends_with_its_report(launched: Callable[..., Launched]) -> None:
+    run = launched({"buffer": "time.sleep(1)", "actors": SLEEP, "learner": "time.sleep(1)"})
+    run.run_dir.mkdir(parents=True)
+    (run.run_dir / "config.yaml").write_text("run: {name: run, steps: 1}\n")
+    rows = [{"step": 0, "time_s": 1.0, "reward/mean": 0.5, "eval/accuracy": 0.25}]
+    (run.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, err = run.ended()
+    assert status == 0, err
+    assert out.splitlines()[-1] == f"Report: {run.run_dir / 'report.html'}"
+    assert (run.run_dir / "report.html").stat().st_size > 1000
+
+
+# Before the start ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path: Path, free_port: Callable[[], int]) -> Config:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    return cli.load([f"run.dir={tmp_path}", "run.name=demo", f"model.path={model}", f"buffer.address=tcp://127.0.0.1:{free_port()}"])
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_port_in_use_is_refused_before_anything_starts(config: Config, offset: int) -> None:
+    port = int(config.buffer.address.rpartition(":")[2]) + offset
+    with socket.create_server(("127.0.0.1", port)):
+        with pytest.raises(launch.TransportError, match=str(port)):
+            launch.prepare(config)
+
+
+def test_a_missing_model_names_the_command_that_makes_it(config: Config, tmp_path: Path) -> None:
+    path = str(tmp_path / "models" / "tiny-reasoner")
+    with pytest.raises(ValueError, match=f"tools.warm_start {path}"):
+        launch.prepare(replace(config, model=replace(config.model, path=path)))
+
+
+def test_an_existing_run_is_left_alone(config: Config, tmp_path: Path) -> None:
+    assert launch.prepare(config).run.name == "demo"
+    for taken in ("demo", "demo-2"):
+        (tmp_path / taken).mkdir()
+        (tmp_path / taken / "config.yaml").touch()
+    assert launch.prepare(config).run.name == "demo-3"
+    assert launch.free_name(replace(config, run=replace(config.run, resume=True))) == "demo"
+
+
+def test_every_pool_gets_the_run_s_configuration_and_its_own_overrides(config: Config) -> None:
+    config = replace(config, launch=replace(config.launch, pools=["actors.name=b actors.slots=32"]))
+    arguments = {command.name: command.arguments for _, command in launch.commands_of(config)}
+    assert list(arguments) == ["buffer", "actors pool", "actors b", "learner"]
+    assert arguments["actors pool"] == ("-m", "actors", "--config", CONFIG)
+    assert arguments["actors b"][-2:] == ("actors.name=b", "actors.slots=32")
+
+
+@pytest.mark.parametrize("entry", ["actors.slots=32", "actors.name=b actors.slot=3"])
+def test_a_pool_that_cannot_work_is_refused(config: Config, entry: str) -> None:
+    with pytest.raises(ValueError, match="launch.pools"):
+        launch.commands_of(replace(config, launch=replace(config.launch, pools=[entry])))
+
+
+def test_gpus_are_split_where_there_are_enough_and_shared_where_not() -> None:
+    table = [("buffer", Command("buffer", ())), ("actors", Command("actors", (), 2)), ("learner", Command("learner", (), 1))]
+    split = [command.environment.get("CUDA_VISIBLE_DEVICES") for _, command in launch.share_gpus(table, ["4", "5", "6"])]
+    assert split == [None, "4,5", "6"]
+    assert launch.share_gpus(table, ["0"]) == table
+
+
+def test_the_hint_names_the_step_to_go_on_from(tmp_path: Path) -> None:
+    assert "run.resume" not in resume_hint(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_000040")
+    assert "from step 40" in resume_hint(tmp_path)
+    assert f"--config {tmp_path / 'config.yaml'} run.resume=true" in resume_hint(tmp_path)
