@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from actors.pool import EngineFailed, Pool
-from buffer.transport import TransportError
 from configs import cli
 from configs.schema import Config
 
@@ -16,5 +15,5 @@ if __name__ == "__main__":
     cli.main(
         "An actor pool: starts actors.engines vLLM engines on this node, which generate for the buffer at buffer.address.",
         run,
-        errors=(EngineFailed, TransportError),
+        errors=(EngineFailed,),
     )

@@ -22,8 +22,10 @@ from actors.generation import EngineDied, Generation, Measurement, Meter
 from actors.weights import SwapFailed
 from configs.schema import Config
 
-# vLLM reads these as it is imported. A user sees its errors, not its progress.
+# Read as vLLM is imported, here and in its processes. A user sees its errors, not its progress.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
@@ -67,6 +69,7 @@ def engine_args(config: Config) -> AsyncEngineArgs:
         logprobs_mode="processed_logprobs",
         worker_extension_cls="actors.extension.SnapshotLoader",
         disable_log_stats=True,
+        use_tqdm_on_load=False,
         seed=config.run.seed,
         **special,
     )
@@ -79,7 +82,7 @@ class Engine:
     """
 
     def __init__(self, config: Config) -> None:
-        """Load `model.path`. Raises `ValueError` for options that cannot work, and vLLM's own errors for a model it cannot run."""
+        """Load `model.path`. Raises `ValueError` for options that cannot work, or a model that vLLM cannot run."""
         if os.path.isdir(config.model.path):
             os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ[FRONTEND_PID] = str(os.getpid())
@@ -87,7 +90,11 @@ class Engine:
         self._sampling = config.sampling
         self._meter = Meter(config.actors.slots, time.monotonic())
         self._router = _Router(self._meter)
-        self._llm = AsyncLLM.from_engine_args(engine_args(config))
+        args = engine_args(config)
+        try:
+            self._llm = AsyncLLM.from_engine_args(args)
+        except Exception as error:  # whatever a model makes vLLM raise
+            raise ValueError(f"model.path={config.model.path}: vLLM cannot run it: {error}") from error
         if self._llm.output_handler is not None:  # made inside a running loop: it has not taken its first step yet
             self._llm.output_handler.cancel()
             self._llm.output_handler = None

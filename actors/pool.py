@@ -1,7 +1,7 @@
 """The engines of one node: starts a process for each, restarts those that die, and leaves nothing behind.
 
-Owns those processes, each the leader of a group that holds its vLLM processes too. Tells the buffer at once which engine died; never
-speaks of rollouts. Driven by `python -m actors`.
+Owns those processes, each the leader of a group that holds its vLLM processes too. Never speaks to the buffer: each engine does, and
+its hello after a restart, before its model is loaded, says that what its predecessor had in flight is lost. Driven by `python -m actors`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from actors.process import DONE, GAVE_UP, RUN_FAILED
-from buffer.client import ActorLink
-from buffer.messages import ActorHello, EngineLost, Shutdown
-from buffer.transport import TransportError
 from configs import cli
 from configs.schema import Config
 
 POLL_S = 0.1
-REJOIN_S = 1.0  # one attempt, after which engines and signals have their turn
 STOP_S = 8.0  # vLLM's processes end within five seconds as a rule; then they are killed
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,54 +68,25 @@ class Pool:
         os.write(self._config_fd, cli.to_yaml(config).encode())
 
     def run(self) -> int:
-        """Returns 0 when the buffer ended the run or a signal asked for it. Raises `EngineFailed`, `TransportError`, `ValueError`."""
+        """Returns 0 when the buffer ended the run or a signal asked for it. Raises `EngineFailed`, or `ValueError` for `model.path`."""
         check_model(self._config.model.path)
-        buffer = self._config.buffer
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_stop)
         try:
-            with ActorLink(buffer.address, self._config.actors.name, buffer.keys, buffer.peer_timeout_s) as link:
-                link.connect(self._hello(), buffer.connect_timeout_s)
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    signal.signal(number, self._ask_to_stop)
-                self._engines = [self._start(index) for index in range(self._config.actors.engines)]
-                while self._engines and not self._stopping:
-                    self._turn(link)
+            self._engines = [self._start(index) for index in range(self._config.actors.engines)]
+            while self._engines and not self._stopping:
+                time.sleep(POLL_S)
+                for engine in [engine for engine in self._engines if engine.ended()]:
+                    self._engines.remove(engine)
+                    status, words = engine.bury()
+                    if status != DONE:
+                        self._engines.append(self._successor(engine, status, words))
             return 0
         finally:
             self._stop()
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
         self._stopping = True
-
-    def _hello(self) -> ActorHello:
-        """A supervisor's: it offers no slots."""
-        return ActorHello(engine_id=self._config.actors.name, engine_type="", slots=0, policy_version=-1, pid=os.getpid())
-
-    def _turn(self, link: ActorLink) -> None:
-        """Listen to the buffer for a moment, then look after the engines."""
-        message = self._listen(link)
-        if isinstance(message, Shutdown):
-            if message.error:
-                raise EngineFailed(f"the run failed: {message.error}")
-            self._stopping = True
-        for engine in [engine for engine in self._engines if engine.ended()]:
-            self._engines.remove(engine)
-            status, words = engine.bury()
-            if status != DONE:
-                self._report(link, EngineLost(engine_id=engine.engine_id, reason=words))
-                self._engines.append(self._successor(engine, status, words))
-
-    def _listen(self, link: ActorLink) -> Any:
-        """The buffer's next message, if one comes. While the buffer is away, its engines wait for it, and give up before we do."""
-        try:
-            return link.receive(POLL_S)
-        except TransportError:
-            with contextlib.suppress(TransportError):
-                link.connect(self._hello(), REJOIN_S)
-        return None
-
-    def _report(self, link: ActorLink, lost: EngineLost) -> None:
-        with contextlib.suppress(TransportError):  # the buffer is away, and learns it from the successor's hello
-            link.send(lost)
 
     def _start(self, index: int, restarts: int = 0) -> EngineProcess:
         read, write = os.pipe()

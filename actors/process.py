@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from actors.device import engine_type
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 # How this process ends, for its pool. GAVE_UP: another attempt would end the same way.
 DONE, DIED, RUN_FAILED, GAVE_UP = 0, 1, 3, 4
 PR_SET_PDEATHSIG = 1
+MAX_PIDS = 1 << 22  # Linux's limit
 
 
 def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
@@ -43,7 +46,7 @@ def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
     environment = engine = None
     try:
         environment = make_environment(config)
-        welcome = link.connect(_hello(config, engine_id, -1), config.buffer.connect_timeout_s)
+        welcome = link.connect(_hello(config, engine_id, -1, attempt=0), config.buffer.connect_timeout_s)
         from actors.engine import Engine  # seconds of import, and only now needed
 
         engine = Engine(config)
@@ -81,25 +84,36 @@ async def _until_shutdown(
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    while True:
+    for attempt in itertools.count(1):
         try:
             return await Worker(config, engine, link, environment, fetch_policy).run(welcome)
         except TransportError as error:
             print(f"actors: {engine_id}: {one_line(error)}", file=sys.stderr, flush=True)
-        welcome = await in_thread(lambda: link.connect(_hello(config, engine_id, engine.version), config.buffer.connect_timeout_s))
+        hello = _hello(config, engine_id, engine.version, attempt)
+        welcome = await in_thread(partial(link.connect, hello, config.buffer.connect_timeout_s))
+    raise AssertionError("unreachable")
 
 
-def _hello(config: Config, engine_id: str, policy_version: int) -> ActorHello:
+def _hello(config: Config, engine_id: str, policy_version: int, attempt: int) -> ActorHello:
+    """To the buffer another pid means another life: what the engine had in flight before this attempt is gone."""
+    pid = os.getpid() + attempt * MAX_PIDS
     return ActorHello(
-        engine_id=engine_id, engine_type=engine_type(config), slots=config.actors.slots, policy_version=policy_version, pid=os.getpid()
+        engine_id=engine_id, engine_type=engine_type(config), slots=config.actors.slots, policy_version=policy_version, pid=pid
     )
+
+
+def _stop_while_loading(number: int, frame: object) -> None:
+    """Raising here could be swallowed, deep inside vLLM; so end at once, with what vLLM has started so far."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    os._exit(DONE)
 
 
 def main(argv: list[str]) -> int:
     """`python -m actors.process INDEX CONFIG_FILE ERROR_FD POOL_PID`."""
     index, config_file, error_fd, pool_pid = argv
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool's to answer
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(DONE))
+    signal.signal(signal.SIGTERM, _stop_while_loading)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(pool_pid):
         return DONE  # the pool ended before we could ask to be told

@@ -205,8 +205,7 @@ class Simulation:
         self._dirty[engine.engine_id] = engine
         for rollout in engine.finished():
             self._finish(rollout)
-        if engine.report_due():
-            self.num_events["RolloutProgressed"] += 0
+        if engine.report_due() and self.config.learner.streaming:
             for rollout in list(engine.decoding.values()):
                 tokens = rollout.sampled()
                 if tokens and rollout.rollout_id not in self._cancelled:
@@ -251,7 +250,8 @@ class Simulation:
 
     def _ship(self, ship: ev.Ship) -> None:
         group = self._groups[ship.record.group_id]
-        self.tally.compare_offline(ship.record, self._offline_draws(ship.record, group))
+        if isinstance(self.scheduler, Core):
+            self.tally.compare_offline(ship.record, self._offline_draws(ship.record, group))
         self._shipped.append(ship.record)
         if len(self._shipped) < self.config.batch.groups:
             return
@@ -323,12 +323,12 @@ class Simulation:
             self._files.metrics(row)
 
     def summary(self) -> Row:
-        """The comparison table's row: means over all steps; lengths and lags over all trajectories trained on."""
+        """The comparison table's row. `step_s` leaves out the first step, which starts from empty engines; all else is of the whole run."""
         lengths = np.array(self.tally.selected_lengths)
         lags, compared = self.tally.lags, max(1, self.tally.num_compared)
         ledger = self.tally.ledger.values()
         return {
-            "step_s": self.now / self._step,
+            "step_s": (self.now - self.rows[0]["time_s"]) / max(1, self._step - 1),
             **{f"tokens/{name}": count for name, count in self.tally.tokens.items()},
             "busy_frac": sum(e.occupied_slot_s for e in self._engines.values())
             / (self.now * self.config.engines.count * self.config.engines.slots),

@@ -69,7 +69,12 @@ class Child:
     def end(self) -> str:
         """Who ended, and how."""
         assert self.status is not None
-        how = f"was killed by {signal.Signals(-self.status).name}" if self.status < 0 else f"ended with exit status {self.status}"
+        if self.status < 0:
+            how = f"was killed by {signal.Signals(-self.status).name}"
+        elif self.status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            how = f"was stopped by a signal from outside (exit status {self.status})"
+        else:
+            how = f"ended with exit status {self.status}"
         return f"{self.process.name} ({self.process.where}) {how}"
 
 

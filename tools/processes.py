@@ -204,7 +204,11 @@ def guarded(run: Callable[[], int]) -> int:
     if child == 0:
         os.setsid()
         die_with(guard, signal.SIGTERM)()
-        sys.exit(run())  # `run` unblocks the signals once it handles them
+        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)  # for the case that the guard is the one killed
+        try:
+            sys.exit(run())  # `run` unblocks the signals once it handles them
+        finally:
+            _end_adopted()
     for number in numbers:
         signal.signal(number, lambda number, _: os.kill(child, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
 
 # Each stub writes its pid, so that a test knows whom to look for, then goes on as the test says.
-NOTE = "import os, signal, subprocess, sys, time; open(os.path.join({folder!r}, str(os.getpid())), 'w').close(); "
+NOTE = "import os, signal, subprocess, sys, time; open(os.path.join(os.environ['PIDS'], str(os.getpid())), 'w').close(); "
 SLEEP = "time.sleep(300)"
 # A grandchild in a session of its own that ignores what it is told: only a kill that walks the tree ends it.
 STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -34,10 +35,10 @@ PARENT = "subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=
 DRIVER = """
 import json, sys
 from configs import cli
-from tools import launch
+from tools import launch, processes
 from tools.processes import Command, LocalHost, guarded
 stop_s, config, commands = float(sys.argv[1]), cli.load(json.loads(sys.argv[2])), json.loads(sys.argv[3])
-launch.STOP_S, launch.SETTLE_S, launch.LEAVE_S = stop_s, 0.5, 2.0
+launch.STOP_S, launch.SETTLE_S, launch.LEAVE_S, processes.ADOPTED_GRACE_S = stop_s, 0.5, 2.0, 1.0
 table = [(role, Command(name, ("-c", code))) for role, name, code in commands]
 if __name__ == "__main__":
     sys.exit(guarded(lambda: launch.conduct(config, LocalHost(cli.to_yaml(config)), table)))
@@ -50,12 +51,11 @@ class Launched:
     def __init__(self, folder: Path, port: int, stubs: dict[str, str], stop_s: float) -> None:
         self.pids, self.run_dir = folder / "pids", folder / "runs" / "run"
         self.pids.mkdir()
-        note = NOTE.format(folder=str(self.pids))
-        commands = [(name.split()[0], name, note + code.replace("NOTE", note)) for name, code in stubs.items()]
+        commands = [(name.split()[0], name, NOTE + code) for name, code in stubs.items()]
         overrides = [f"run.dir={folder / 'runs'}", f"buffer.address=tcp://127.0.0.1:{port}", "launch.progress=plain"]
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, str(stop_s), json.dumps(overrides), json.dumps(commands)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=os.environ | {"PIDS": str(self.pids)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def started(self, count: int) -> list[int]:
@@ -136,7 +136,7 @@ def test_a_learner_that_leaves_early_is_no_success(launched: Callable[..., Launc
 
 
 def test_ctrl_c_ends_everything_grandchildren_included(launched: Callable[..., Launched]) -> None:
-    parent = PARENT.format(child="NOTE" + STUBBORN + SLEEP)
+    parent = PARENT.format(child=NOTE + STUBBORN + SLEEP)
     run = launched({"buffer": SLEEP, "actors": parent + STUBBORN + SLEEP, "learner": SLEEP}, stop_s=0.5)
     pids = run.started(4)
     run.process.send_signal(signal.SIGINT)
@@ -156,7 +156,7 @@ def test_a_second_ctrl_c_does_not_wait(launched: Callable[..., Launched]) -> Non
 
 @pytest.mark.parametrize("victim", ["guard", "supervisor"])
 def test_a_killed_launcher_leaves_nothing(launched: Callable[..., Launched], victim: str) -> None:
-    run = launched({"buffer": SLEEP, "actors": PARENT.format(child="NOTE" + SLEEP) + SLEEP, "learner": SLEEP}, stop_s=1)
+    run = launched({"buffer": SLEEP, "actors": PARENT.format(child=NOTE + SLEEP) + SLEEP, "learner": SLEEP}, stop_s=1)
     pids = run.started(4)
     killed = run.process if victim == "guard" else run.supervisor()
     killed.kill()

@@ -1,0 +1,89 @@
+"""`python -m tools.bench SUBJECT`: measures one subject on this machine and prints what it found. Never a test: timings judge nobody.
+
+One function per subject, in `SUBJECTS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import time
+from collections.abc import Callable
+
+from darts import events as ev
+from darts.core import Core, CoreConfig
+
+ENGINES, SLOTS, GROUP_SIZE, MAX_TOKENS = 64, 256, 8, 100_000
+
+
+def core() -> None:
+    """Events per second through `Core.handle`, on one core: reports of progress, and ends with all that follows from them."""
+    machine = Core(CoreConfig(groups_per_step=4096, group_size=GROUP_SIZE, redundancy="fixed", upper=1.5, max_tokens=MAX_TOKENS))
+    launched: list[int] = []
+
+    def send(event: ev.Event) -> None:
+        launched.extend(d.rollout_id for d in machine.handle(event) if type(d) is ev.Launch)
+
+    send(ev.PolicyPublished(0.0, 0))
+    for index in range(ENGINES):
+        send(ev.ActorJoined(0.0, f"engine/{index}", "bench", SLOTS, 0))
+    send(ev.PromptsDrawn(0.0, tuple(ev.Prompt(f"p{i}") for i in range(4096))))
+    print(f"{len(launched):,} rollouts in flight on {ENGINES} engines, {machine.num_outstanding:,} groups")
+    _progress(machine, list(launched))
+    _finishes(machine, list(launched))
+
+
+def _progress(machine: Core, rollouts: list[int]) -> None:
+    """Every rollout reports in turn, as their engines decode."""
+    rounds = 40
+    events = [ev.RolloutProgressed(1.0, rollout_id, 8 * (n + 1)) for n in range(rounds) for rollout_id in rollouts]
+    handle = machine.handle
+    rates = []
+    for start in range(0, len(events), len(events) // 8):
+        part = events[start : start + len(events) // 8]
+        began = time.perf_counter()
+        for event in part:
+            handle(event)
+        rates.append(len(part) / (time.perf_counter() - began))
+    print(f"progress: {_spread(rates)}")
+
+
+def _finishes(machine: Core, rollouts: list[int]) -> None:
+    """Rollouts end in random order; cancels are confirmed at once, freed slots taken by new groups, ready groups trained."""
+    rng = random.Random(0)
+    rng.shuffle(rollouts)
+    running, prompts, rates = list(rollouts), itertools.count(), []
+    for _ in range(8):
+        num, began = 0, time.perf_counter()
+        for _ in range(2_500):
+            todo: list[ev.Event] = [ev.RolloutFinished(2.0, running.pop(), rng.randint(400, 4000), False, 1.0, 0)]
+            while todo:
+                for decision in machine.handle(todo.pop()):
+                    if type(decision) is ev.Launch:
+                        running.append(decision.rollout_id)
+                    elif type(decision) is ev.Cancel:
+                        todo.append(ev.RolloutStopped(2.0, decision.rollout_id, 400))
+                num += 1
+            if machine.num_pending < 4096:
+                machine.handle(ev.PromptsDrawn(2.0, tuple(ev.Prompt(f"q{next(prompts)}") for _ in range(64))))
+        rates.append(num / (time.perf_counter() - began))
+    print(f"ends:     {_spread(rates)} (finishes and confirmed cancels, with selection, statistics, admission and launches)")
+
+
+def _spread(rates: list[float]) -> str:
+    ordered = sorted(rates)
+    return f"{ordered[len(ordered) // 2]:,.0f} events/s (median of {len(ordered)}; {ordered[0]:,.0f} to {ordered[-1]:,.0f})"
+
+
+SUBJECTS: dict[str, Callable[[], None]] = {"core": core}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description="Measures one subject on this machine.")
+    parser.add_argument("subject", choices=sorted(SUBJECTS))
+    SUBJECTS[parser.parse_args().subject]()
+
+
+if __name__ == "__main__":
+    main()

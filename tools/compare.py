@@ -1,0 +1,302 @@
+"""`python -m tools.compare [key=value ...]`: policies on the same seeds and the same work, simulated or live, in one table.
+
+    python -m tools.compare set=ablation base=configs/simulate/qwen14b.yaml out=runs/compare
+    python -m tools.compare live=true set=live base=configs/demo.yaml seeds=[0,1,2] out=runs/compare
+
+A variant is a name and the configuration values that make it; nothing else differs. The first one is what the others are
+measured against. Writes table.json, table.html and table.png to `out`. A difference in time is called a speedup only where
+accuracies agree within `margin`; simulated policies have no accuracy, and the table says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from html import escape
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from configs import cli
+from configs.schema import key
+from darts.sim_schema import SimulateConfig
+from darts.simulate import simulate
+from tools.report_plots import evaluations
+from tools.run_directory import Row, RunDirectory
+
+Variants = dict[str, list[str]]
+
+PLAIN = ["darts.policy=plain"]
+SYNC, ASYNC = ["pipeline.mode=sync"], ["pipeline.mode=async"]
+FIXED = ["redundancy.rule=fixed", "redundancy.upper=1.5"]
+ADAPTIVE = ["redundancy.rule=paper", "redundancy.upper=2.0"]
+SPLIT_32 = ["engines.count=12", "learner.gpus=20"]  # the same 32 devices, in two parts about as busy under async plain
+
+SETS: dict[str, Variants] = {
+    "ablation": {  # the published order, with the published rule for the long seat
+        "sync plain": [*SYNC, *PLAIN, "learner.streaming=false"],
+        "+ streaming": [*SYNC, *PLAIN],
+        "+ sampling (longest)": [*SYNC, *FIXED, "darts.long_end=longest"],
+        "+ adaptive (longest)": [*SYNC, *ADAPTIVE, "darts.long_end=longest"],
+        "+ sampling (survivor)": [*SYNC, *FIXED],
+        "+ adaptive (survivor)": [*SYNC, *ADAPTIVE],
+        "random of 12": [*SYNC, *FIXED, "darts.policy=random"],
+    },
+    "sensitivity": {  # K:L
+        "sync plain": [*SYNC, *PLAIN],
+        "7:1": [*SYNC, *FIXED],
+        "6:2": [*SYNC, *FIXED, "darts.long=2"],
+        "4:4": [*SYNC, *FIXED, "darts.long=4"],
+    },
+    "async": {  # 32 devices each: sync uses all for both, async splits them
+        "sync plain": [*SYNC, *PLAIN],
+        "sync tail batching": [*SYNC, "darts.policy=tail_batching"],
+        "sync partial rollout": [*SYNC, "darts.policy=partial_rollout"],
+        "sync darts": [*SYNC, *FIXED],
+        "async plain": [*ASYNC, *PLAIN, *SPLIT_32],
+        "async first finished": [*ASYNC, *FIXED, "darts.policy=first_finished", *SPLIT_32],
+        "async random of 12": [*ASYNC, *FIXED, "darts.policy=random", *SPLIT_32],
+        "async darts, longest": [*ASYNC, *FIXED, "darts.long_end=longest", *SPLIT_32],
+        "async darts, fixed 12": [*ASYNC, *FIXED, *SPLIT_32],
+        "async darts, marginal": [*ASYNC, "redundancy.rule=marginal", "redundancy.upper=2.0", *SPLIT_32],
+    },
+    "rules": {  # on whatever hardware the base has
+        "async plain": [*ASYNC, *PLAIN],
+        "random of 12": [*ASYNC, *FIXED, "darts.policy=random"],
+        "exact, longest": [*ASYNC, *FIXED, "darts.long_end=longest"],
+        "exact, survivor": [*ASYNC, *FIXED],
+        "exact, none": [*ASYNC, *FIXED, "darts.long_end=none"],
+        "eager": [*ASYNC, *FIXED, "darts.cancel=eager"],
+        "first finished": [*ASYNC, *FIXED, "darts.policy=first_finished"],
+        "marginal": [*ASYNC, "redundancy.rule=marginal", "redundancy.upper=2.0"],
+    },
+    "live": {
+        "sync plain": [*SYNC, *PLAIN],
+        "async plain": [*ASYNC, *PLAIN],
+        "async first finished": [*ASYNC, *FIXED, "darts.policy=first_finished"],
+        "async random of 12": [*ASYNC, *FIXED, "darts.policy=random"],
+        "async darts": [*ASYNC, *FIXED],
+    },
+}
+
+COLUMNS = {
+    "step_s": "s per step", "tokens/generated": "generated", "tokens/trained": "trained", "tokens/discarded": "discarded",
+    "tokens/cancelled": "cancelled", "busy_frac": "engines busy", "wait_frac": "learner waits", "lag_mean": "lag mean", "lag_max": "lag max",
+    "length_mean": "length mean", "length_p50": "p50", "length_p99": "p99", "reward": "reward", "budget": "budget",
+    "pruned_frac": "pruned",
+    "short_wrong_frac": "short seats off", "long_wrong_frac": "long seat off", "accuracy": "accuracy", "reach_s": "s to reach",
+}  # fmt: skip
+
+
+@dataclass
+class CompareConfig:
+    set: str = key("ablation", "Which variants.", choices=list(SETS))
+    base: str = key("configs/simulate/qwen14b.yaml", "Configuration that all variants start from.")
+    overrides: list[str] = key([], "key=value overrides of all variants, such as [run.steps=10].")
+    only: list[str] = key([], "Names of the variants to run; empty: all of the set. The first is the reference.")
+    seeds: list[int] = key([0], "Seeds; each variant runs once with each.")
+    live: bool = key(False, "Real runs (tools.launch), one after the other, instead of simulated ones.")
+    margin: float = key(0.02, "Accuracies further apart than this make a difference in time no speedup.", ge=0)
+    jobs: int = key(1, "Simulations at a time.", ge=1)
+    out: str = key("runs/compare", "Folder of the table, and of the runs where they are live.")
+
+
+def run(config: CompareConfig) -> None:
+    variants = _chosen(config)
+    jobs = [(config, name, variants[name], seed) for name, seed in product(variants, config.seeds)]
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if config.live:
+        results = [_live(*job) for job in jobs]
+        _add_time_to_reach(jobs, results, config)
+    else:
+        for job in jobs:
+            _simulation(*job)  # a mistake in any of them is told before the first one runs
+        with ProcessPoolExecutor(config.jobs) as pool:
+            results = list(pool.map(_simulated, jobs))
+    by_variant: dict[str, list[Row]] = {name: [] for name in variants}
+    for (_, name, _, _), result in zip(jobs, results, strict=True):
+        by_variant[name].append(result)
+    rows = table(by_variant, config.margin)
+    (out / "table.json").write_text(json.dumps({"seeds": config.seeds, "variants": variants, "rows": rows}, indent=1) + "\n")
+    (out / "table.html").write_text(_html(rows, config))
+    _plot(rows, out / "table.png")
+    print(_markdown(rows))
+    print(f"\n{out}/table.json, table.html, table.png")
+
+
+def _chosen(config: CompareConfig) -> Variants:
+    known = SETS[config.set]
+    unknown = [name for name in config.only if name not in known]
+    if unknown:
+        raise ValueError(f"only={unknown[0]!r}: not a variant of set={config.set}; its variants are {', '.join(known)}")
+    if not config.seeds:
+        raise ValueError("seeds=[]: at least one seed, or nothing runs")
+    return {name: known[name] for name in (config.only or known)}
+
+
+# Running -----------------------------------------------------------------------------------------------------------
+
+
+def _simulation(config: CompareConfig, name: str, values: Sequence[str], seed: int) -> SimulateConfig:
+    from darts.sim_schema import check
+
+    loaded: SimulateConfig = cli.load(["--config", config.base, *config.overrides, *values, f"run.seed={seed}"], SimulateConfig)
+    check(loaded)
+    return loaded
+
+
+def _simulated(job: tuple[CompareConfig, str, Sequence[str], int]) -> Row:
+    return simulate(_simulation(*job))
+
+
+def _live(config: CompareConfig, name: str, values: Sequence[str], seed: int) -> Row:
+    run_name = f"{name.replace(' ', '-')}-{seed}"
+    folder = Path(config.out) / run_name
+    if not (folder / "metrics.jsonl").exists():  # a comparison cut short goes on where it was
+        command = [sys.executable, "-m", "tools.launch", "--config", config.base, *config.overrides, *values]
+        command += [f"run.seed={seed}", f"run.name={run_name}", f"run.dir={config.out}", "launch.progress=none"]
+        print(" ".join(command), flush=True)
+        subprocess.run(command, check=True, env=os.environ)
+    return summarise(RunDirectory.read(folder))
+
+
+def summarise(run: RunDirectory) -> Row:
+    """A finished run in the words of a simulation's summary. `step_s` leaves out the first step and evaluation is part of the rest."""
+    if len(run.metrics) < 2:
+        raise ValueError(f"{run.path}: {len(run.metrics)} steps recorded; a comparison needs at least two")
+    seconds, last = run.seconds(), run.metrics[-1]
+    selected = sorted(r["tokens"] for group in run.trained_groups() for r in group["rollouts"] if r["end"].startswith("selected"))
+    took_s = seconds[-1] - seconds[0]
+    scored = evaluations(run)
+    row = {
+        "step_s": took_s / (len(seconds) - 1),
+        **{name: last[name] for name in last if name.startswith("tokens/")},
+        "busy_frac": _mean(run, "engine/busy_frac"),
+        "wait_frac": sum(run.series("wait/learner_s")[1][1:]) / took_s,
+        "lag_mean": _mean(run, "lag/mean"),
+        "lag_max": max(run.series("lag/max")[1]),
+        "length_mean": fmean(selected),
+        "length_p50": selected[len(selected) // 2],
+        "length_p99": selected[int(0.99 * len(selected))],
+        "reward": _mean(run, "reward/mean"),
+        "budget": _mean(run, "darts/budget_mean"),
+        "curve": [[seconds[min(int(step), len(seconds) - 1)], accuracy] for _, step, accuracy in scored],
+    }
+    return row | ({"accuracy": scored[-1][2]} if scored else {})
+
+
+def _mean(run: RunDirectory, name: str) -> float:
+    values = run.series(name)[1]
+    return fmean(values) if values else float("nan")
+
+
+def _add_time_to_reach(jobs: Sequence[Any], results: list[Row], config: CompareConfig) -> None:
+    """Seconds until a run first has the accuracy that the reference of its seed had at its end; absent where it never has."""
+    targets = {seed: row.get("accuracy") for (_, _, _, seed), row in reversed(list(zip(jobs, results, strict=True)))}
+    for (_, _, _, seed), row in zip(jobs, results, strict=True):
+        target = targets[seed]
+        reached = [time_s for time_s, accuracy in row["curve"] if target is not None and accuracy >= target]
+        if reached:
+            row["reach_s"] = reached[0]
+
+
+# Table -------------------------------------------------------------------------------------------------------------
+
+
+def table(by_variant: dict[str, list[Row]], margin: float) -> list[Row]:
+    """One row per variant: means over seeds, the step time's range, and what may be said of it against the first variant."""
+    reference = next(iter(by_variant.values()))
+    rows = []
+    for name, results in by_variant.items():
+        row: Row = {"variant": name}
+        for column in COLUMNS:
+            values = [result[column] for result in results if column in result]
+            if len(values) == len(results):
+                row[column] = fmean(values)
+        ratios = [base["step_s"] / result["step_s"] for base, result in zip(reference, results, strict=True)]
+        row["time_ratio"], row["time_ratio_range"] = fmean(ratios), [min(ratios), max(ratios)]
+        row["verdict"] = verdict(row, rows[0] if rows else row, margin)
+        rows.append(row)
+    return rows
+
+
+def verdict(row: Row, reference: Row, margin: float) -> str:
+    """A speedup, or why it is none."""
+    if row is reference:
+        return "reference"
+    ratio = f"{row['time_ratio']:.2f}x"
+    if "accuracy" not in row or "accuracy" not in reference:
+        return f"{ratio} in time; accuracy not modelled"
+    difference = row["accuracy"] - reference["accuracy"]
+    if abs(difference) > margin:
+        return f"no speedup claimed: accuracy {difference:+.3f}"
+    return f"{ratio} speedup"
+
+
+def _cells(row: Row) -> list[str]:
+    return [str(row["variant"]), *(_shown(name, row.get(name)) for name in COLUMNS), str(row["verdict"])]
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None or value != value:
+        return "-"
+    if name.startswith("tokens/"):
+        return f"{value / 1e6:.2f}M"
+    if name.endswith(("_frac", "accuracy", "reward")):
+        return f"{value:.3f}"
+    return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    lines = [["variant", *COLUMNS.values(), "verdict"], *map(_cells, rows)]
+    used = [i for i in range(len(lines[0])) if any(line[i] != "-" for line in lines[1:])]
+    text = ["| " + " | ".join(line[i] for i in used) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "---|" * len(used), *text[1:]])
+
+
+def _html(rows: Sequence[Row], config: CompareConfig) -> str:
+    kind = "Real runs" if config.live else "Simulated: accuracy is not modelled, and lengths, latencies and learning are assumptions"
+    head = "".join(f"<th>{escape(name)}</th>" for name in ["variant", *COLUMNS.values(), "verdict"])
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>" for row in rows)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>body{font:14px system-ui;margin:2em}'
+        "table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:4px 10px;border-bottom:1px solid #ddd;text-align:right}"
+        f"td:first-child,th:first-child{{text-align:left}}</style><h1>{escape(config.set)}</h1><p>{escape(kind)}. "
+        f"{escape(config.base)}, seeds {config.seeds}. Means over seeds.</p><table><tr>{head}</tr>{body}</table>"
+        '<p><img src="table.png" alt="The same as bars"></p></html>\n'
+    )
+
+
+def _plot(rows: Sequence[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [str(row["variant"]) for row in rows]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 0.45 * len(rows) + 1.6), sharey=True, layout="constrained")
+    ranges = [[row["time_ratio"] - row["time_ratio_range"][0] for row in rows], [row["time_ratio_range"][1] - row["time_ratio"] for row in rows]]
+    left.barh(names, [row["time_ratio"] for row in rows], xerr=ranges, color="#3d5bd9")
+    left.axvline(1.0, color="#1d2733", linewidth=0.8)
+    left.set_xlabel(f"learner steps per second, over {names[0]} (range over seeds)")
+    start = [0.0] * len(rows)
+    for fate, colour in (("trained", "#12876f"), ("discarded", "#e3a11f"), ("cancelled", "#9aa3ad")):
+        values = [row[f"tokens/{fate}"] / 1e6 for row in rows]
+        right.barh(names, values, left=start, color=colour, label=fate)
+        start = [a + b for a, b in zip(start, values, strict=True)]
+    right.set_xlabel("tokens generated, millions")
+    right.legend()
+    left.invert_yaxis()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    cli.main("Runs policies on the same seeds and work, and prints one table.", run, CompareConfig, errors=(subprocess.CalledProcessError,))
