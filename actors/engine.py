@@ -28,6 +28,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")  # it has nothing to save, and takes 5 s to leave by itself
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -40,6 +41,7 @@ from vllm.v1.engine.output_processor import OutputProcessorOutput
 
 from actors.extension import FRONTEND_PID
 
+CLOSE_S = 7.0  # then vLLM's processes are killed, and leave shared memory behind
 BASE_VERSION = -1  # the weights an engine starts with, before any published policy
 
 
@@ -130,12 +132,14 @@ class Engine:
             output_kind=RequestOutputKind.DELTA,
         )
         async with self._gate:
-            if generation.finished.done():
+            if generation.request_id not in self._router:
                 return  # aborted while it waited for a swap
             # The salt keeps a request from reusing a prompt that another policy version has prefilled.
             prompt = tokens_input(prompt_ids, cache_salt=f"policy {self.version}")
             try:
-                await self._llm.add_request(generation.request_id, prompt, params)
+                added = await self._llm.add_request(generation.request_id, prompt, params)
+                if generation.request_id not in self._router:  # aborted, or ended, before vLLM had told us its own id
+                    await self._llm.abort(added.request_id, internal=True)
             except Exception as error:  # whatever vLLM refuses or breaks on, it belongs to this request, whose worker reports it
                 self._router.fail(generation.request_id, error)
 
@@ -181,7 +185,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop vLLM's processes; takes seconds. Requests in flight never end."""
-        self._llm.shutdown()
+        self._llm.shutdown(timeout=CLOSE_S)
         del self._llm  # now, not while the interpreter ends, which its destructor does not survive
 
 
@@ -199,6 +203,9 @@ class _Router:
         assert generation.request_id not in self._expected, f"request {generation.request_id} is in the engine already"
         self._expected[generation.request_id] = generation
         self._meter.occupy(len(self._expected), time.monotonic())
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._expected
 
     def _drop(self, request_id: str) -> Generation | None:
         generation = self._expected.pop(request_id, None)
@@ -224,7 +231,7 @@ class _Router:
     # What AsyncLLM asks of its output processor -----------------------------------------------------------------
 
     def add_request(self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None) -> None:
-        if generation := self._expected.get(request.external_req_id):  # gone if it was aborted while it was validated
+        if generation := self._expected.get(request.external_req_id):  # gone if it was aborted meanwhile: see _submit
             self._running[request.request_id] = generation
             self._internal[generation.request_id] = request.request_id
 

@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from buffer import tagged_sum
 from buffer.messages import PromptPayload
@@ -33,7 +33,7 @@ from configs.schema import Config
 
 NAMES = "auto, exact, numeric, math_verify, reasoning_gym, or module:function"
 NUM_WORKERS = 4  # started when they are needed
-START_TIMEOUT_S = 120.0  # importing a verifier's libraries on a busy machine
+START_TIMEOUT_S = 300.0  # importing a verifier's libraries on a busy machine
 
 Verifier = Callable[[str, str, str, dict[str, Any]], float]
 
@@ -108,8 +108,8 @@ def _verifier_name(config: Config) -> str:
     train, held_out = (_verifier_of_source(form) for form in (config.data.train, config.data.eval or config.data.train))
     if train != held_out:
         raise ValueError(
-            f"data.environment=auto would score data.train={config.data.train} with {train} but data.eval={config.data.eval} with {held_out}; "
-            "name one verifier for both with data.environment"
+            f"data.environment=auto would score data.train={config.data.train} with {train} "
+            f"but data.eval={config.data.eval} with {held_out}; name one verifier for both with data.environment"
         )
     return train
 
@@ -181,14 +181,15 @@ def load_verifier(name: str) -> Verifier:
         from reasoning_gym import get_score_answer_fn
 
         def score_entry(_prompt: str, response: str, _answer: str, metadata: dict[str, Any]) -> float:
-            return float(get_score_answer_fn(metadata["metadata"]["source_dataset"])(final_answer(response), metadata))
+            score_answer = cast(Callable[..., float], get_score_answer_fn(metadata["metadata"]["source_dataset"]))
+            return float(score_answer(final_answer(response), metadata))
 
         return score_entry
     module, _, function = name.partition(":")
     verifier = getattr(importlib.import_module(module), function)
     if not callable(verifier):
         raise TypeError(f"{function} is a {type(verifier).__name__}, not a function")
-    return verifier
+    return cast(Verifier, verifier)
 
 
 # Worker processes --------------------------------------------------------------------------------------------------
@@ -208,30 +209,31 @@ class WorkerPool:
 
     def _score(self, prompt: PromptPayload, response: str) -> float:
         mend = "mend the verifier, or choose another with data.environment"
+        request = [_prompt_text(prompt), response, prompt.answer, json.loads(prompt.metadata or "{}")]
         try:
-            worker = self._idle.get_nowait()
-        except queue.Empty:
-            try:
-                worker = WorkerProcess(self.verifier)
-            except ValueError as error:
-                raise EnvironmentFailure(_failure(self.verifier, prompt, f"could not be started again ({error})", mend)) from error
-        reply: dict[str, Any] | None = None
+            worker = self._take()
+        except ValueError as error:
+            raise EnvironmentFailure(_failure(self.verifier, prompt, f"could not be started again ({error})", mend)) from error
         try:
-            metadata = json.loads(prompt.metadata or "{}")
-            reply = worker.call([_prompt_text(prompt), response, prompt.answer, metadata], self.timeout_s)
-        except TimeoutError as error:
-            slow = f"took longer than {self.timeout_s:g} s and was stopped"
-            raise EnvironmentFailure(_failure(self.verifier, prompt, slow, f"raise data.verifier_timeout_s, or {mend}")) from error
+            reply = worker.call(request, self.timeout_s)
         except OSError as error:
-            raise EnvironmentFailure(_failure(self.verifier, prompt, f"ended its process ({error})", mend)) from error
-        finally:
-            if reply is None:
-                worker.kill()
+            worker.kill()
+            if isinstance(error, TimeoutError):
+                what, mend = f"took longer than {self.timeout_s:g} s and was stopped", f"raise data.verifier_timeout_s, or {mend}"
             else:
-                self._idle.put(worker)
+                what = f"ended its process ({error})"
+            raise EnvironmentFailure(_failure(self.verifier, prompt, what, mend)) from error
+        self._idle.put(worker)
         if "error" in reply:
             raise EnvironmentFailure(_failure(self.verifier, prompt, f"raised {reply['error']}", mend))
         return reply["reward"]
+
+    def _take(self) -> WorkerProcess:
+        """The worker used last, or a new one; there are never more than there are threads."""
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            return WorkerProcess(self.verifier)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -248,7 +250,7 @@ class WorkerProcess:
             [sys.executable, "-m", "actors.environments", verifier],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": here},
         )  # fmt: skip
-        error = "not imported within %g s" % START_TIMEOUT_S
+        error = f"not imported within {START_TIMEOUT_S:g} s"
         try:
             error = self._receive(time.monotonic() + START_TIMEOUT_S).get("error", "")
         except OSError as died:  # TimeoutError is one

@@ -21,7 +21,7 @@ from configs import cli
 from configs.schema import Config
 
 POLL_S = 0.1
-STOP_S = 8.0  # vLLM's processes end within five seconds as a rule; then they are killed
+STOP_S = 10.0  # vLLM's processes end within three seconds as a rule; then they are killed
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -88,10 +88,13 @@ class Pool:
     def _ask_to_stop(self, number: int, frame: object) -> None:
         self._stopping = True
 
+    def _command(self, index: int, errors: int) -> list[str]:
+        return [sys.executable, "-m", "actors.process", str(index), f"/proc/self/fd/{self._config_fd}", str(errors), str(os.getpid())]
+
     def _start(self, index: int, restarts: int = 0) -> EngineProcess:
         read, write = os.pipe()
         process = subprocess.Popen(
-            [sys.executable, "-m", "actors.process", str(index), f"/proc/self/fd/{self._config_fd}", str(write), str(os.getpid())],
+            self._command(index, write),
             stdin=subprocess.DEVNULL,
             pass_fds=(self._config_fd, write),
             start_new_session=True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import itertools
+import logging
 import os
 import signal
 import sys
@@ -30,6 +31,9 @@ from configs.schema import Config
 
 if TYPE_CHECKING:
     from actors.engine import Engine
+
+# Before vLLM has configured its logging, and in vLLM's own processes too, which import this module as they start.
+logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
 
 # How this process ends, for its pool. GAVE_UP: another attempt would end the same way.
 DONE, DIED, RUN_FAILED, GAVE_UP = 0, 1, 3, 4

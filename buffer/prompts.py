@@ -161,7 +161,7 @@ class ReasoningGymSource:
             self._entries = self._create(SPARE * size, seed)
             self._check_survives_json(f"{key}=reasoning_gym:{task}")
         except (AssertionError, OSError, LookupError, TypeError) as error:
-            raise ValueError(f"{key}=reasoning_gym:{task}: the task cannot be generated here: {_one_line(error)}; choose another") from error
+            raise ValueError(f"{key}=reasoning_gym:{task}: it cannot be generated here: {_one_line(error)}; choose another") from error
         self.task, self.size = task, size
         self._held_out: set[str] = set()
 
@@ -169,13 +169,13 @@ class ReasoningGymSource:
         for entry in (self._entries[index + spare * self.size] for spare in range(SPARE)):
             if entry["question"] not in self._held_out:
                 return self._payload(entry)
-        raise ValueError(f"reasoning_gym:{self.task} has so few distinct prompts that those held out leave none; lower eval.prompts or name data.eval")
+        raise ValueError(f"reasoning_gym:{self.task}: those held out leave too few distinct prompts; lower eval.prompts or name data.eval")
 
     def hold_out(self, num_prompts: int) -> list[PromptPayload]:
         held_out = self.sample(num_prompts)
         if len(held_out) < num_prompts:
             raise ValueError(
-                f"eval.prompts={num_prompts}: reasoning_gym:{self.task} gave only {len(held_out)} distinct prompts; lower it or name data.eval"
+                f"eval.prompts={num_prompts} must be at most {len(held_out)}, the distinct prompts that reasoning_gym:{self.task} gave"
             )
         self._held_out = {payload.text for payload in held_out}
         return held_out
@@ -228,8 +228,8 @@ class TableSource:
         num_held_out = max(num_prompts, round(HELD_OUT_FRAC * len(by_hash)))
         if 2 * num_held_out > len(by_hash):
             raise ValueError(
-                f"{self.name} has {len(by_hash)} distinct prompts, too few to hold out eval.prompts={num_prompts} and train on at least as many; "
-                "lower eval.prompts, name data.eval, or set eval.every=0"
+                f"{self.name} has {len(by_hash)} distinct prompts, too few to hold out eval.prompts={num_prompts} "
+                "and train on at least as many; lower eval.prompts, name data.eval, or set eval.every=0"
             )
         held_out = set(list(by_hash)[:num_held_out])
         self._payloads = [payload for payload in self._payloads if _prompt_key(payload) not in held_out]
@@ -249,7 +249,8 @@ def _payload_of_row(where: str, row: Any, data: DataConfig) -> PromptPayload:
         raise ValueError(f"{where}: expected an object with named fields, got {type(row).__name__}; write one JSON object a line")
     prompt = _field_of_row(where, row, "data.prompt_field", data.prompt_field)
     # A user's own verifier may need no reference answer; every other one compares with it.
-    answer = row.get(data.answer_field, "") if ":" in data.environment else _field_of_row(where, row, "data.answer_field", data.answer_field)
+    own_verifier = ":" in data.environment
+    answer = row.get(data.answer_field, "") if own_verifier else _field_of_row(where, row, "data.answer_field", data.answer_field)
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         raise ValueError(f"{where}: field {data.answer_field!r} must be text or a number, got {type(answer).__name__}; mend the row")
     messages = [] if isinstance(prompt, str) else _checked_messages(f"{where}: field {data.prompt_field!r}", prompt)
@@ -279,7 +280,7 @@ def _checked_messages(where: str, prompt: Any) -> list[dict[str, str]]:
             messages = []
             break
     if not messages:
-        raise ValueError(f"{where} must be text, or a list of chat messages, each with a 'role' and a 'content' that are text; mend the row")
+        raise ValueError(f"{where} must be text, or a list of chat messages, each with a text 'role' and 'content'; mend the row")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
@@ -314,7 +315,7 @@ def _read_dataset(key: str, form: str) -> Iterator[tuple[int, Any]]:
         rows = datasets.load_dataset(name, configuration, split=split or "train")
     except Exception as error:  # the library raises a dozen unrelated types for a wrong name, a wrong split and a missing network
         raise ValueError(
-            f"{key}={form}: cannot load it: {_one_line(error)}; check the name and the split, and that the hub is reachable or the dataset cached"
+            f"{key}={form}: cannot load it: {_one_line(error)}; check name and split, and that the hub is reachable or the dataset cached"
         ) from error
     yield from enumerate(rows, start=1)
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from darts import lengths
+from darts.events import Prompt
 from darts.sim_schema import LengthKeys, PatternKeys, ShapingKeys
 
 MAX_DRAWS = 8192
@@ -98,10 +100,10 @@ class Shaping:
     """ASSUMPTION: what is trained on is what the policy moves toward. Per step, on prompts of pattern I only,
 
         shift  += rate * mean(log trained - log drawn)                 in units of each prompt's spread
-        factor *= 1 - rate * (1 - spread trained / spread drawn)
+        factor *= 1 - rate * (1 - spread trained / spread drawn)       spreads as roots of mean variances over the step
 
-    (spreads as roots of mean variances over the step's groups), held within `floor` and 1/floor of where they began. On pattern II the short responses are wrong, so nothing
-    pulls toward them. With selection at random, or with none, both stay where they are but for noise.
+    both held within `floor` and 1/floor of where they began. On pattern II the short responses are wrong, so nothing pulls
+    toward them. With selection at random, or with none, both stay where they are but for noise.
     """
 
     def __init__(self, keys: ShapingKeys) -> None:
@@ -151,6 +153,38 @@ class Responses:
         draw = Draw(min(length, self._max_tokens), float(right and length < self._max_tokens))
         self.draws.append(draw)
         return draw
+
+
+class PromptStream:
+    """Prompts in shuffled passes, each with what is remembered of its lengths, and the responses of each of its visits."""
+
+    def __init__(self, prompts: Sequence[SimPrompt], max_tokens: int, seed: int) -> None:
+        self._by_id = {prompt.prompt_id: prompt for prompt in prompts}
+        self._max_tokens, self._seed = max_tokens, seed
+        self._rng = random.Random(f"order {seed}")
+        self._pass: list[str] = []
+        self._visits: Counter[str] = Counter()
+        self._remembered: dict[str, lengths.LengthStats] = {}
+
+    def draw(self, num: int) -> tuple[Prompt, ...]:
+        """The next `num` prompts."""
+        drawn = []
+        while len(drawn) < num:
+            if not self._pass:
+                self._pass = list(self._by_id)
+                self._rng.shuffle(self._pass)
+            prompt_id = self._pass.pop()
+            drawn.append(Prompt(prompt_id, self._remembered.get(prompt_id)))
+        return tuple(drawn)
+
+    def remember(self, prompt_id: str, stats: lengths.LengthStats) -> None:
+        self._remembered[prompt_id] = stats
+
+    def visit(self, prompt_id: str, shaping: Shaping) -> Responses:
+        """The responses of a group about to open."""
+        prompt, visit = self._by_id[prompt_id], self._visits[prompt_id]
+        self._visits[prompt_id] += 1
+        return Responses(prompt, shaping.moments(prompt), self._max_tokens, self._seed, visit)
 
 
 def _log_moments(values: Sequence[int]) -> tuple[float, float]:

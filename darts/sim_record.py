@@ -62,6 +62,32 @@ class Tally:
         self.num_short_wrong += sorted(draws[i].length for i in ideal.short) != _seats(record, "selected_short")
         self.num_long_wrong += sorted(draws[i].length for i in ideal.long) != _seats(record, "selected_long")
 
+    def summary(self, rows: Sequence[Row]) -> Row:
+        """The comparison table's row, given the run's metrics. `step_s` leaves out the first step, which starts from empty engines;
+        all else is of the whole run: lengths and lags of every trajectory trained on.
+        """
+        selected, compared = np.array(self.selected_lengths), max(1, self.num_compared)
+        total_s = rows[-1]["time_s"]
+        return {
+            "step_s": (total_s - rows[0]["time_s"]) / max(1, len(rows) - 1),
+            **{f"tokens/{name}": count for name, count in self.tokens.items()},
+            "busy_frac": sum(row["engine/busy_frac"] * row["step_s"] for row in rows) / total_s,
+            "wait_frac": sum(row["wait/learner_s"] for row in rows) / total_s,
+            "lag_mean": sum(lag * count for lag, count in self.lags.items()) / self.lags.total(),
+            "lag_max": max(self.lags),
+            "length_mean": float(selected.mean()),
+            "length_p50": float(np.percentile(selected, 50)),
+            "length_p99": float(np.percentile(selected, 99)),
+            "reward": float(np.mean([row["reward/mean"] for row in rows])),
+            "budget": float(np.mean([row["darts/budget_mean"] for row in rows])),
+            "pruned_frac": float(np.mean([row["darts/pruned_frac"] for row in rows])),
+            "short_wrong_frac": self.num_short_wrong / compared,
+            "long_wrong_frac": self.num_long_wrong / compared,
+            "groups": {end: sum(c[end] for c in self.ledger.values()) for end in ("opened", "shipped", "filled", "dropped")},
+            "virtual_s": total_s,
+            "preemptions": rows[-1]["engine/preemptions"],
+        }
+
     def row(self, records: Sequence[GroupRecord]) -> Row:
         """The step that trained `records`, in the words of `metrics.jsonl`."""
         rollouts = [r for record in records for r in record.rollouts]

@@ -107,7 +107,9 @@ class LearnerKeys:
     prepare_ms_per_token: float = key(
         0.0, "What scoring, transfer and recomputed log-probabilities of a trained token cost one device before training starts.", ge=0
     )
-    streaming: bool = key(True, "Tokens leave engines in chunks: preparation overlaps generation, and a cancel finds its rollout in flight.")
+    streaming: bool = key(
+        True, "Tokens leave engines in chunks: preparation overlaps generation, and a cancel finds its rollout in flight."
+    )
 
 
 @dataclass
@@ -123,9 +125,13 @@ class LengthKeys:
 
 @dataclass
 class PatternKeys:
-    verbosity: float = key(0.7, "Share of prompts of pattern I, where right responses are the shorter ones; the rest is pattern II.", ge=0, le=1)
+    verbosity: float = key(
+        0.7, "Share of prompts of pattern I, where right responses are the shorter ones; the rest is pattern II.", ge=0, le=1
+    )
     pass_rate: float = key(0.5, "Mean share of right responses.", gt=0, lt=1)
-    strength: float = key(1.0, "How far a response's length tells whether it is right: log-odds per standard deviation of log length.", ge=0)
+    strength: float = key(
+        1.0, "How far a response's length tells whether it is right: log-odds per standard deviation of log length.", ge=0
+    )
 
 
 @dataclass
@@ -169,12 +175,14 @@ class SimulateConfig:
 def core_config(config: SimulateConfig) -> CoreConfig:
     """What the core decides by. Sync is lag 0 with a learner that waits for its whole window, as in a real run."""
     sync = config.pipeline.mode == "sync"
-    darts, redundancy = config.darts, config.redundancy
+    darts: Any = config.darts  # its strings are among the choices: `configs.cli` has seen to it
+    redundancy: Any = config.redundancy
+    staleness: Any = config.staleness
     return CoreConfig(
         groups_per_step=config.batch.groups,
         steps_per_version=config.weights.every,
-        max_lag=0 if sync else config.staleness.max_lag,
-        on_deadline="wait" if sync else config.staleness.on_deadline,
+        max_lag=0 if sync else staleness.max_lag,
+        on_deadline="wait" if sync else staleness.on_deadline,
         release_at_deadline=not sync,
         policy="plain" if darts.policy in SCHEDULERS else darts.policy,
         group_size=darts.group_size,
@@ -216,8 +224,9 @@ def check(config: SimulateConfig) -> None:
         raise ValueError("darts.policy=random with redundancy.rule=none: there is nothing to choose from; set redundancy.rule=fixed")
     if darts.policy in SCHEDULERS and config.pipeline.mode != "sync":
         raise ValueError(f"darts.policy={darts.policy} is a synchronous scheduler: set pipeline.mode=sync")
-    if config.redundancy.rule == "fixed" and config.redundancy.upper * darts.group_size > engines.count * engines.slots:
+    asked, slots = config.redundancy.upper * darts.group_size, engines.count * engines.slots
+    if config.redundancy.rule == "fixed" and asked > slots:
         raise ValueError(
-            f"redundancy.upper={config.redundancy.upper} asks for {config.redundancy.upper * darts.group_size:g} rollouts of a group at once: "
-            f"there are {engines.count * engines.slots} slots (engines.count x engines.slots), so the budget cannot be met"
+            f"redundancy.upper={config.redundancy.upper} asks for {asked:g} rollouts of a group at once: there are {slots} slots "
+            "(engines.count x engines.slots), so the budget cannot be met"
         )

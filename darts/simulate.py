@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import heapq
 import math
-import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from darts import events as ev
 from darts.core import Core
-from darts.lengths import LengthStats
 from darts.sim_baselines import PartialRollout, Rounds, TailBatching
 from darts.sim_engines import SimEngine, SimRollout, ptl_table
-from darts.sim_lengths import Responses, Shaping, make_prompts
+from darts.sim_lengths import PromptStream, Responses, Shaping, make_prompts
 from darts.sim_record import Files, Row, Tally
 from darts.sim_schema import SCHEDULERS, SimulateConfig, check, core_config
 
@@ -62,12 +58,8 @@ class Simulation:
         self.num_events: Counter[str] = Counter()
         self.now = 0.0
         self._files, self._observer = files, observer
-        self._prompts = make_prompts(config.lengths, config.pattern, config.run.seed)
-        self._by_id = {prompt.prompt_id: prompt for prompt in self._prompts}
-        self._order = random.Random(f"order {config.run.seed}")
-        self._stream: list[str] = []
-        self._visits: Counter[str] = Counter()
-        self._remembered: dict[str, LengthStats] = {}
+        prompts = make_prompts(config.lengths, config.pattern, config.run.seed)
+        self._stream = PromptStream(prompts, config.sampling.max_tokens, config.run.seed)
         self._engines = self._make_engines()
         self._agenda: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._serial = 0
@@ -95,7 +87,7 @@ class Simulation:
     # The clock ----------------------------------------------------------------------------------------------------
 
     def run(self) -> Row:
-        """Simulates `run.steps` learner steps; returns `summary`. RuntimeError if the world comes to a halt before."""
+        """Simulates `run.steps` learner steps; returns the comparison table's row. RuntimeError if the world comes to a halt before."""
         self._send(ev.PolicyPublished(0.0, 0))
         for engine in self._engines.values():
             self._send(ev.ActorJoined(0.0, engine.engine_id, engine.engine_type, engine.slots, 0))
@@ -111,7 +103,7 @@ class Simulation:
                 raise RuntimeError(f"simulation stands still at {self.now:.1f} s, step {self._step}")
         if self._files is not None:
             self._files.close(self.tally.ledger)
-        return self.summary()
+        return self.tally.summary(self.rows) | {"events": sum(self.num_events.values())}
 
     def _at(self, time_s: float, action: Callable[..., None], *arguments: Any) -> None:
         self._serial += 1
@@ -120,7 +112,7 @@ class Simulation:
     def _settle(self) -> None:
         """After each happening: enough prompts are drawn, and engines whose batch changed plan anew."""
         while self.scheduler.num_pending < self._keep_pending:
-            self._draw()
+            self._send(ev.PromptsDrawn(self.now, self._stream.draw(self.config.batch.groups)))
         for engine in self._dirty.values():
             recomputed = engine.relieve_cache()
             if recomputed:
@@ -149,29 +141,13 @@ class Simulation:
                 case ev.Drop():
                     self._close(decision.record)
                 case ev.RememberLengths():
-                    self._remembered[decision.prompt_id] = decision.lengths
-
-    def _draw(self) -> None:
-        prompts = []
-        while len(prompts) < self.config.batch.groups:
-            if not self._stream:
-                self._stream = [prompt.prompt_id for prompt in self._prompts]
-                self._order.shuffle(self._stream)
-            prompt_id = self._stream.pop()
-            prompts.append(ev.Prompt(prompt_id, self._remembered.get(prompt_id)))
-        self._send(ev.PromptsDrawn(self.now, tuple(prompts)))
+                    self._stream.remember(decision.prompt_id, decision.lengths)
 
     # Engines ------------------------------------------------------------------------------------------------------
 
     def _open(self, decision: ev.OpenGroup) -> None:
-        prompt = self._by_id[decision.prompt_id]
-        visit = self._visits[prompt.prompt_id]
-        self._visits[prompt.prompt_id] += 1
-        moments = self.shaping.moments(prompt)
-        self._groups[decision.group_id] = OpenedGroup(
-            Responses(prompt, moments, self.config.sampling.max_tokens, self.config.run.seed, visit)
-        )
-        self.tally.opened(prompt.prompt_id)
+        self._groups[decision.group_id] = OpenedGroup(self._stream.visit(decision.prompt_id, self.shaping))
+        self.tally.opened(decision.prompt_id)
 
     def _launch(self, decision: ev.Launch) -> None:
         engine, group = self._changing(decision.engine_id), self._groups[decision.group_id]
@@ -182,7 +158,14 @@ class Simulation:
         else:
             before = group.rollouts.pop(decision.continues)
             rollout = SimRollout(
-                decision.rollout_id, decision.group_id, engine, before.length, before.reward, before.oldest_version, prompt_tokens, before.tokens
+                decision.rollout_id,
+                decision.group_id,
+                engine,
+                before.length,
+                before.reward,
+                before.oldest_version,
+                prompt_tokens,
+                before.tokens,
             )
         group.rollouts[rollout.rollout_id] = self._rollouts[rollout.rollout_id] = rollout
         if not engine.admit(rollout):
@@ -215,9 +198,7 @@ class Simulation:
         del self._rollouts[rollout.rollout_id]
         self._cancelled.discard(rollout.rollout_id)
         truncated = rollout.length >= self.config.sampling.max_tokens
-        self._send(
-            ev.RolloutFinished(self.now, rollout.rollout_id, rollout.length, truncated, rollout.reward, rollout.oldest_version)
-        )
+        self._send(ev.RolloutFinished(self.now, rollout.rollout_id, rollout.length, truncated, rollout.reward, rollout.oldest_version))
 
     def _stop(self, rollout_id: int) -> None:
         rollout = self._rollouts.pop(rollout_id, None)
@@ -298,8 +279,6 @@ class Simulation:
         if self._files is not None:
             self._files.group(record)
 
-    # Results ------------------------------------------------------------------------------------------------------
-
     def _record_step(self, records: list[ev.GroupRecord]) -> None:
         for engine in self._engines.values():
             engine.advance(self.now)
@@ -310,6 +289,7 @@ class Simulation:
         row = {
             "step": self._step,
             "time_s": self.now,
+            "step_s": took_s,
             "policy_version": self._version,
             **self.tally.row(records),
             "wait/learner_s": self._waited_s,
@@ -322,36 +302,9 @@ class Simulation:
         if self._files is not None:
             self._files.metrics(row)
 
-    def summary(self) -> Row:
-        """The comparison table's row. `step_s` leaves out the first step, which starts from empty engines; all else is of the whole run."""
-        lengths = np.array(self.tally.selected_lengths)
-        lags, compared = self.tally.lags, max(1, self.tally.num_compared)
-        ledger = self.tally.ledger.values()
-        return {
-            "step_s": (self.now - self.rows[0]["time_s"]) / max(1, self._step - 1),
-            **{f"tokens/{name}": count for name, count in self.tally.tokens.items()},
-            "busy_frac": sum(e.occupied_slot_s for e in self._engines.values())
-            / (self.now * self.config.engines.count * self.config.engines.slots),
-            "wait_frac": sum(row["wait/learner_s"] for row in self.rows) / self.now,
-            "lag_mean": sum(lag * count for lag, count in lags.items()) / lags.total(),
-            "lag_max": max(lags),
-            "length_mean": float(lengths.mean()),
-            "length_p50": float(np.percentile(lengths, 50)),
-            "length_p99": float(np.percentile(lengths, 99)),
-            "reward": float(np.mean([row["reward/mean"] for row in self.rows])),
-            "budget": float(np.mean([row["darts/budget_mean"] for row in self.rows])),
-            "pruned_frac": float(np.mean([row["darts/pruned_frac"] for row in self.rows])),
-            "short_wrong_frac": self.tally.num_short_wrong / compared,
-            "long_wrong_frac": self.tally.num_long_wrong / compared,
-            "groups": {end: sum(counts[end] for counts in ledger) for end in ("opened", "shipped", "filled", "dropped")},
-            "virtual_s": self.now,
-            "events": sum(self.num_events.values()),
-            "preemptions": sum(engine.num_preemptions for engine in self._engines.values()),
-        }
-
 
 def simulate(config: SimulateConfig, files: Files | None = None) -> Row:
-    """Runs one simulation and returns its `summary`. ValueError where the configuration cannot be simulated."""
+    """Runs one simulation and returns the comparison table's row. ValueError where the configuration cannot be simulated."""
     return Simulation(config, files).run()
 
 

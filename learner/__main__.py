@@ -35,10 +35,11 @@ class RankDied(Exception):
 
 def run(config: Config) -> int:
     """One rank, or all of this node's."""
-    signal.signal(signal.SIGTERM, _terminated)
     if "RANK" in os.environ:
+        # SIGTERM keeps its default here: a collective never returns to Python to see a signal, and nothing is ever half-written.
         _die_with_parent()
         return _train(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+    signal.signal(signal.SIGTERM, _terminated)
     if config.learner.ranks == 1:
         return _train(config, 0, 1, 0)
     return supervise(config)
@@ -52,34 +53,29 @@ def _train(config: Config, rank: int, num_ranks: int, local_rank: int) -> int:
 
 def supervise(config: Config) -> int:
     """Start `learner.ranks` processes and wait for all; the first to fail ends the others. Raises `RankDied`, which names it."""
-    import torch.distributed as dist
-
-    num_ranks = config.learner.ranks
-    # The store lives here, on a port the system chose, so ranks race for none.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="learner-") as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(cli.to_yaml(config))
+        command = [sys.executable, "-m", "learner", "--config", str(file)]
         try:
-            for rank in range(num_ranks):
-                command = [sys.executable, "-m", "learner", "--config", str(file)]
-                processes.append(subprocess.Popen(command, env=os.environ | _rank_environment(rank, num_ranks, store.port)))
+            for rank in range(config.learner.ranks):
+                environment = os.environ | _rank_environment(rank, config.learner.ranks, Path(folder) / "rendezvous")
+                processes.append(subprocess.Popen(command, env=environment))
             _watch(processes)
         finally:
             _stop(processes)
     return 0
 
 
-def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+def _rank_environment(rank: int, num_ranks: int, rendezvous: Path) -> dict[str, str]:
+    """What torchrun would set, but for the rendezvous: a file, because torch's own store listens on every interface."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is ours; rank 0 must not open one
+        "LEARNER_RENDEZVOUS": f"file://{rendezvous}",
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # a host name that does not resolve cannot hurt
         PARENT_VARIABLE: str(os.getpid()),
     }
@@ -115,8 +111,7 @@ def _die_with_parent() -> None:
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None:
         return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):  # it died before we asked
         sys.exit(1)
 

@@ -43,7 +43,7 @@ def pick_device(config: Config, local_rank: int) -> torch.device:
 def process_group(config: Config, rank: int = 0, num_ranks: int = 1, local_rank: int = 0) -> Iterator[torch.device]:
     """Join the learner's process group, yielding this rank's device.
 
-    A single rank needs no rendezvous. Several find one another as torchrun has it: through `MASTER_ADDR` and `MASTER_PORT`.
+    A single rank needs no rendezvous. Several meet where `learner.__main__` says (`LEARNER_RENDEZVOUS`), or where torchrun does.
     """
     device = pick_device(config, local_rank)
     if device.type == "cuda":
@@ -53,7 +53,7 @@ def process_group(config: Config, rank: int = 0, num_ranks: int = 1, local_rank:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
         torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // ranks_here))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    rendezvous = {"store": dist.HashStore()} if num_ranks == 1 else {"init_method": "env://"}
+    rendezvous = {"store": dist.HashStore()} if num_ranks == 1 else {"init_method": os.environ.get("LEARNER_RENDEZVOUS", "env://")}
     dist.init_process_group(backend, rank=rank, world_size=num_ranks, **rendezvous)  # type: ignore[arg-type]
     try:
         yield device

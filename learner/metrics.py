@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -62,5 +61,4 @@ def peak_bytes(device: torch.device) -> float:
     """Most memory this rank ever held: on its GPU, or resident on the CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(kibibytes * (1 if sys.platform == "darwin" else 1024))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -29,7 +29,7 @@ import torch
 from transformers import PreTrainedModel
 
 from buffer.client import LearnerLink
-from buffer.messages import LearnerFailed, LearnerHello, LearnerWelcome, Published, Pull, Shard, Shutdown, Trained
+from buffer.messages import LearnerFailed, LearnerHello, Published, Pull, Shard, Shutdown, Trained
 from buffer.transport import TransportError
 from configs.schema import Config
 from darts.events import ProtocolError
@@ -216,7 +216,6 @@ def _receive(link: LearnerLink) -> Shard:
             return message
         if isinstance(message, Shutdown):
             raise RunStopped(f"the buffer stopped the run: {message.error}") if message.error else _RunEnded
-        assert message is None or isinstance(message, LearnerWelcome), message  # a repeated hello may be answered twice
 
 
 def _publish(state: LearnerState, publisher: Publisher, link: LearnerLink) -> dict[str, float]:

@@ -11,7 +11,6 @@ accuracies agree within `margin`; simulated policies have no accuracy, and the t
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from typing import Any
 
 from configs import cli
 from configs.schema import key
-from darts.sim_schema import SimulateConfig
+from darts.sim_schema import SimulateConfig, check
 from darts.simulate import simulate
 from tools.report_plots import evaluations
 from tools.run_directory import Row, RunDirectory
@@ -86,12 +85,26 @@ SETS: dict[str, Variants] = {
 }
 
 COLUMNS = {
-    "step_s": "s per step", "tokens/generated": "generated", "tokens/trained": "trained", "tokens/discarded": "discarded",
-    "tokens/cancelled": "cancelled", "busy_frac": "engines busy", "wait_frac": "learner waits", "lag_mean": "lag mean", "lag_max": "lag max",
-    "length_mean": "length mean", "length_p50": "p50", "length_p99": "p99", "reward": "reward", "budget": "budget",
+    "step_s": "s per step",
+    "tokens/generated": "generated",
+    "tokens/trained": "trained",
+    "tokens/discarded": "discarded",
+    "tokens/cancelled": "cancelled",
+    "busy_frac": "engines busy",
+    "wait_frac": "learner waits",
+    "lag_mean": "lag mean",
+    "lag_max": "lag max",
+    "length_mean": "length mean",
+    "length_p50": "p50",
+    "length_p99": "p99",
+    "reward": "reward",
+    "budget": "budget",
     "pruned_frac": "pruned",
-    "short_wrong_frac": "short seats off", "long_wrong_frac": "long seat off", "accuracy": "accuracy", "reach_s": "s to reach",
-}  # fmt: skip
+    "short_wrong_frac": "short seats off",
+    "long_wrong_frac": "long seat off",
+    "accuracy": "accuracy",
+    "reach_s": "s to reach",
+}
 
 
 @dataclass
@@ -114,7 +127,7 @@ def run(config: CompareConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if config.live:
         results = [_live(*job) for job in jobs]
-        _add_time_to_reach(jobs, results, config)
+        _add_time_to_reach(jobs, results)
     else:
         for job in jobs:
             _simulation(*job)  # a mistake in any of them is told before the first one runs
@@ -145,8 +158,6 @@ def _chosen(config: CompareConfig) -> Variants:
 
 
 def _simulation(config: CompareConfig, name: str, values: Sequence[str], seed: int) -> SimulateConfig:
-    from darts.sim_schema import check
-
     loaded: SimulateConfig = cli.load(["--config", config.base, *config.overrides, *values, f"run.seed={seed}"], SimulateConfig)
     check(loaded)
     return loaded
@@ -159,11 +170,12 @@ def _simulated(job: tuple[CompareConfig, str, Sequence[str], int]) -> Row:
 def _live(config: CompareConfig, name: str, values: Sequence[str], seed: int) -> Row:
     run_name = f"{name.replace(' ', '-')}-{seed}"
     folder = Path(config.out) / run_name
-    if not (folder / "metrics.jsonl").exists():  # a comparison cut short goes on where it was
+    if not (folder / "report.html").exists():  # a comparison cut short goes on where it was
         command = [sys.executable, "-m", "tools.launch", "--config", config.base, *config.overrides, *values]
         command += [f"run.seed={seed}", f"run.name={run_name}", f"run.dir={config.out}", "launch.progress=none"]
+        command += ["run.resume=true"] if (folder / "config.yaml").exists() else []
         print(" ".join(command), flush=True)
-        subprocess.run(command, check=True, env=os.environ)
+        subprocess.run(command, check=True)
     return summarise(RunDirectory.read(folder))
 
 
@@ -197,11 +209,11 @@ def _mean(run: RunDirectory, name: str) -> float:
     return fmean(values) if values else float("nan")
 
 
-def _add_time_to_reach(jobs: Sequence[Any], results: list[Row], config: CompareConfig) -> None:
+def _add_time_to_reach(jobs: Sequence[Any], results: list[Row]) -> None:
     """Seconds until a run first has the accuracy that the reference of its seed had at its end; absent where it never has."""
-    targets = {seed: row.get("accuracy") for (_, _, _, seed), row in reversed(list(zip(jobs, results, strict=True)))}
+    targets: dict[int, float | None] = {}
     for (_, _, _, seed), row in zip(jobs, results, strict=True):
-        target = targets[seed]
+        target = targets.setdefault(seed, row.get("accuracy"))  # the reference comes first
         reached = [time_s for time_s, accuracy in row["curve"] if target is not None and accuracy >= target]
         if reached:
             row["reach_s"] = reached[0]
@@ -261,16 +273,20 @@ def _markdown(rows: Sequence[Row]) -> str:
     return "\n".join([text[0], "|" + "---|" * len(used), *text[1:]])
 
 
+PAGE_STYLE = """
+body { font:14px system-ui; margin:2em } table { border-collapse:collapse; font-variant-numeric:tabular-nums }
+td, th { padding:4px 10px; border-bottom:1px solid #ddd; text-align:right } td:first-child, th:first-child { text-align:left }
+"""
+
+
 def _html(rows: Sequence[Row], config: CompareConfig) -> str:
     kind = "Real runs" if config.live else "Simulated: accuracy is not modelled, and lengths, latencies and learning are assumptions"
     head = "".join(f"<th>{escape(name)}</th>" for name in ["variant", *COLUMNS.values(), "verdict"])
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>" for row in rows)
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>body{font:14px system-ui;margin:2em}'
-        "table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:4px 10px;border-bottom:1px solid #ddd;text-align:right}"
-        f"td:first-child,th:first-child{{text-align:left}}</style><h1>{escape(config.set)}</h1><p>{escape(kind)}. "
-        f"{escape(config.base)}, seeds {config.seeds}. Means over seeds.</p><table><tr>{head}</tr>{body}</table>"
-        '<p><img src="table.png" alt="The same as bars"></p></html>\n'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>{PAGE_STYLE}</style>'
+        f"<h1>{escape(config.set)}</h1><p>{escape(kind)}. {escape(config.base)}, seeds {config.seeds}. Means over seeds.</p>"
+        f'<table><tr>{head}</tr>{body}</table><p><img src="table.png" alt="The same as bars"></p></html>\n'
     )
 
 
@@ -282,8 +298,9 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
 
     names = [str(row["variant"]) for row in rows]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 0.45 * len(rows) + 1.6), sharey=True, layout="constrained")
-    ranges = [[row["time_ratio"] - row["time_ratio_range"][0] for row in rows], [row["time_ratio_range"][1] - row["time_ratio"] for row in rows]]
-    left.barh(names, [row["time_ratio"] for row in rows], xerr=ranges, color="#3d5bd9")
+    below = [row["time_ratio"] - row["time_ratio_range"][0] for row in rows]
+    above = [row["time_ratio_range"][1] - row["time_ratio"] for row in rows]
+    left.barh(names, [row["time_ratio"] for row in rows], xerr=[below, above], color="#3d5bd9")
     left.axvline(1.0, color="#1d2733", linewidth=0.8)
     left.set_xlabel(f"learner steps per second, over {names[0]} (range over seeds)")
     start = [0.0] * len(rows)

@@ -12,29 +12,23 @@ Never speaks to a process but through signals, and decides nothing about trainin
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from actors.device import engine_device
-from actors.pool import check_model
 from buffer.client import MonitorLink
-from buffer.transport import Publisher, TransportError, next_port
+from buffer.transport import TransportError, next_port
 from configs import cli
 from configs.schema import Config
-from tools.processes import CONFIG, Command, LocalHost, Process, guarded
+from tools.processes import Command, LocalHost, Process, guarded
 from tools.progress import View, make_view
+from tools.run_plan import commands_of, prepare, share_gpus, visible_gpus
 from tools.summary import print_summary, resume_hint
 
 POLL_S = 0.1
@@ -88,11 +82,15 @@ class Run:
         self._view, self._link = view, link
         self._measured_s = 0.0
         self._started_s = time.monotonic()
+        self._take_signals()
+
+    def _take_signals(self) -> None:
         for number in SIGNALS:
             signal.signal(number, lambda number, _: self.signals.append(number))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def start(self, host: Host, commands: Sequence[tuple[str, Command]]) -> None:
+        self._take_signals()  # again: Ray takes them for itself
         for role, command in commands:
             if not self.signals:
                 self.children.append(Child(host.start(command), role))
@@ -140,8 +138,8 @@ class Run:
                 child.ended_s = now
             for line in child.process.lines():
                 child.last_lines.append(line)
-                name = child.process.name
-                self._view.say(f"{name} | {line.removeprefix(f'{child.role}: ')}")
+                if line.startswith(f"{child.role}: "):  # what libraries print is shown only if the process fails
+                    self._view.say(f"{child.process.name} | {line.removeprefix(f'{child.role}: ')}")
             if measure:
                 child.process.peaks()
         if measure:
@@ -168,91 +166,6 @@ class Run:
         return {label: peak for child in self.children for label, peak in child.process.peaks().items()}
 
 
-# Before the start ----------------------------------------------------------------------------------------------------
-
-
-def prepare(config: Config) -> Config:
-    """The configuration to run, after checks that take no time. Raises `ValueError` or `TransportError`, in one line."""
-    try:
-        check_model(config.model.path)
-    except ValueError as error:
-        tool = next((tool for word, tool in BUILDERS.items() if word in config.model.path), None)
-        raise ValueError(f"{error} (`python -m {tool} {config.model.path}` makes this one)" if tool else str(error)) from None
-    if config.launch.launcher == "local":
-        for address in (config.buffer.address, next_port(config.buffer.address)):
-            try:
-                Publisher(address, config.buffer.keys).close()
-            except TransportError as error:
-                raise TransportError(f"buffer.address={config.buffer.address}: {error}") from None
-    name = free_name(config)
-    if name != config.run.name:
-        print(f"{Path(config.run.dir) / config.run.name} holds a run already, so this one is {name} (run.resume=true continues that one)")
-    return replace(config, run=replace(config.run, name=name))
-
-
-BUILDERS = {"tiny": "tools.warm_start", "smollm2": "tools.smollm2"}  # by what a missing model's folder is called
-
-
-def free_name(config: Config) -> str:
-    """`run.name`, or the first of run.name-2, run.name-3, ... whose directory holds no run."""
-    name, number = config.run.name, 1
-    while not config.run.resume and (Path(config.run.dir) / name / "config.yaml").exists():
-        number += 1
-        name = f"{config.run.name}-{number}"
-    return name
-
-
-def commands_of(config: Config) -> list[tuple[str, Command]]:
-    """(role, command) of every process, in the order of their start. `ValueError` where an entry of launch.pools cannot work."""
-    pools, names = [(config, ())], [config.actors.name]
-    for entry in config.launch.pools:
-        pool, overrides = with_overrides(config, entry)
-        if pool.actors.name in names:
-            raise ValueError(f"launch.pools={entry!r}: a pool named {pool.actors.name} is there already; add actors.name=ANOTHER")
-        names.append(pool.actors.name)
-        pools.append((pool, overrides))
-    commands = [("buffer", Command("buffer", ("-m", "buffer", "--config", CONFIG)))]
-    for pool, overrides in pools:
-        gpus = pool.actors.engines * pool.actors.tensor_parallel if engine_device(pool) == "cuda" else 0
-        label = "actors" if len(pools) == 1 else f"actors {pool.actors.name}"
-        commands.append(("actors", Command(label, ("-m", "actors", "--config", CONFIG, *overrides), gpus)))
-    device = engine_device(config) if config.learner.device == "auto" else config.learner.device
-    learner = Command("learner", ("-m", "learner", "--config", CONFIG), config.learner.ranks if device == "cuda" else 0)
-    return [*commands, ("learner", learner)]
-
-
-def with_overrides(config: Config, entry: str) -> tuple[Config, tuple[str, ...]]:
-    """A pool's own configuration, and its overrides one by one."""
-    overrides = tuple(shlex.split(entry))
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(cli.to_yaml(config))
-        file.flush()
-        try:
-            return cli.load(["--config", file.name, *overrides]), overrides
-        except ValueError as error:
-            raise ValueError(f"launch.pools={entry!r}: {error}") from None
-
-
-def share_gpus(commands: list[tuple[str, Command]], gpus: Sequence[str]) -> list[tuple[str, Command]]:
-    """Gives each process GPUs of its own where there are enough for all; else everyone sees them all."""
-    left, shared = list(gpus), []
-    if sum(command.num_gpus for _, command in commands) > len(left):
-        return commands
-    for role, command in commands:
-        own, left = left[: command.num_gpus], left[command.num_gpus :]
-        shared.append((role, replace(command, environment={"CUDA_VISIBLE_DEVICES": ",".join(own)}) if own else command))
-    return shared
-
-
-def visible_gpus() -> list[str]:
-    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in chosen.split(",") if gpu]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    asked = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
-    return asked.stdout.split() if asked.returncode == 0 else []
-
-
 # The run -------------------------------------------------------------------------------------------------------------
 
 
@@ -275,23 +188,25 @@ def conduct(config: Config, host: AbstractContextManager[Host], commands: Sequen
     started_s = time.monotonic()
     run_dir = Path(config.run.dir) / config.run.name
     view = make_view(config.launch.progress)
-    with MonitorLink(next_port(config.buffer.address), config.buffer.keys) as link, host as entered:
+    with MonitorLink(next_port(config.buffer.address), config.buffer.keys) as link:
         run = Run(view, link)
         try:
             view.say(f"starting {', '.join(command.name for _, command in commands)}; the run's directory will be {run_dir}")
-            run.start(entered, commands)
-            run.watch()
+            with host as entered:
+                try:
+                    run.start(entered, commands)
+                    run.watch()
+                finally:
+                    run.stop()
         finally:
-            run.stop()
             view.close()
-            peaks = run.peaks()
     if run.signals:
         print(f"interrupted: everything has ended. {resume_hint(run_dir)}")
         return 128 + run.signals[0]
     if run.error:
         print(f"error: {run.error}\nThe run stopped; everything has ended. {resume_hint(run_dir)}", file=sys.stderr)
         return 1
-    print_summary(run_dir, peaks, time.monotonic() - started_s)
+    print_summary(run_dir, run.peaks(), time.monotonic() - started_s)
     return 0
 
 

@@ -168,12 +168,9 @@ class LocalProcess:
 
 def what_is(title: str, arguments: list[str], root: str) -> str:
     """A descendant in the user's words."""
-    line = " ".join(arguments)
-    if "VLLM" in title or "VLLM" in line or "spawn_main" in line:
-        return f"{root} engine core"
-    if "actors.worker" in line:
-        return f"{root} engine front end"
-    return f"{root} rank" if "learner" in line else f"{root} helper"
+    line = " ".join([title, *arguments])
+    parts = {"VLLM::EngineCore": "engine core", "VLLM::Worker": "engine worker", "actors.": "engine front end", "learner": "rank"}
+    return f"{root} {next((part for sign, part in parts.items() if sign in line), 'helper')}"
 
 
 # Nothing outlives the launcher ---------------------------------------------------------------------------------------
@@ -183,6 +180,7 @@ def die_with(parent: int, number: int) -> Callable[[], None]:
     """To be called in a new child: the kernel sends it signal `number` when the thread that started it ends."""
 
     def arm() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started it may have blocked signals
         LIBC.prctl(PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it ended before we could ask
             os._exit(1)
@@ -203,7 +201,9 @@ def guarded(run: Callable[[], int]) -> int:
     child = os.fork()
     if child == 0:
         os.setsid()
-        die_with(guard, signal.SIGTERM)()
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != guard:
+            os._exit(1)
         LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)  # for the case that the guard is the one killed
         try:
             sys.exit(run())  # `run` unblocks the signals once it handles them

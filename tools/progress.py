@@ -56,7 +56,7 @@ class Pace:
 
     def eta(self, snapshot: Snapshot) -> str:
         """ "" until enough was seen. The last evaluation is not in it."""
-        if snapshot.phase == "training" and self.first is None and snapshot.engines and snapshot.policy_version >= 0:
+        if self.first is None and state(snapshot) == "training":
             self.first = (snapshot.time_s, snapshot.step)
         if self.first is None or snapshot.step - self.first[1] < ETA_STEPS or snapshot.step >= snapshot.steps:
             return ""
@@ -67,13 +67,18 @@ class Pace:
 
 def state(snapshot: Snapshot) -> str:
     """What goes on now, in words."""
-    if snapshot.phase == "starting":
-        missing = [] if snapshot.engines else ["engines"]
-        missing += ["the learner's first weights"] if snapshot.policy_version < 0 else []
-        return "starting: waiting for " + (" and ".join(missing) or "the first responses")
-    if snapshot.phase == "training" and snapshot.step >= snapshot.steps:
-        return "last evaluation"
-    return snapshot.phase
+    if any(engine.policy_version >= 0 for engine in snapshot.engines) or snapshot.phase == "done":
+        return snapshot.phase
+    missing = ["the learner's first weights"] if snapshot.policy_version < 0 else []
+    missing += ["engines to load the model"] if snapshot.engines else ["engines to join"]
+    return f"starting: waiting for {' and '.join(missing)}"
+
+
+def told(snapshot: Snapshot, evaluations: dict[int, float]) -> tuple[list[str], list[str], str]:
+    """Facts about the outcome, facts about the flow, and who waits for whom; nothing before there is anything to tell."""
+    if state(snapshot).startswith("starting"):
+        return [], [], ""
+    return outcome_facts(snapshot.metrics, evaluations), flow_facts(snapshot), snapshot.waiting
 
 
 def outcome_facts(metrics: dict[str, float], evaluations: dict[int, float]) -> list[str]:
@@ -145,10 +150,8 @@ class PlainView(SilentView):
         if not due or current == "done":
             return
         self._step, self._state, self._said_s = snapshot.step, current, now
-        waiting = "" if snapshot.phase == "starting" else snapshot.waiting
-        facts = [*outcome_facts(snapshot.metrics, self._following.evaluations), *flow_facts(snapshot), eta, waiting]
-        told = "; ".join(fact for fact in ("" if current == "training" else current, *facts) if fact)
-        self.say(f"step {snapshot.step}/{snapshot.steps}: {told or 'training begins'}")
+        outcome, flow, waiting = told(snapshot, self._following.evaluations)
+        self.say("; ".join(filter(None, [f"step {snapshot.step}/{snapshot.steps} {current}", *outcome, *flow, eta, waiting])))
 
 
 class LiveView:
@@ -175,10 +178,9 @@ class LiveView:
             ProgressBar(total=snapshot.steps, completed=snapshot.step),
             Text(f"step {snapshot.step}/{snapshot.steps}  {times}"),
         )
-        outcome = outcome_facts(snapshot.metrics, self._following.evaluations)
-        current, waiting = state(snapshot), "" if snapshot.phase == "starting" else snapshot.waiting
-        lines = [Text("   ".join(facts), no_wrap=True, overflow="ellipsis") for facts in (outcome, flow_facts(snapshot)) if facts]
-        last = "; ".join(filter(None, ["" if current == "training" and waiting else current, waiting]))
+        outcome, flow, waiting = told(snapshot, self._following.evaluations)
+        lines = [Text("   ".join(facts), no_wrap=True, overflow="ellipsis") for facts in (outcome, flow) if facts]
+        last = "; ".join(filter(None, [state(snapshot), waiting]))
         return Group(bar, *lines, Text(last, "dim", no_wrap=True, overflow="ellipsis"))
 
     def say(self, text: str) -> None:

@@ -108,8 +108,10 @@ class RayCluster:
         local = {} if address else {"include_dashboard": False}
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="error", runtime_env=environment, **local)
-        except (ConnectionError, RuntimeError, TimeoutError) as error:
-            raise TransportError(f"launch.ray_address={address}: no Ray cluster could be joined: {_one_line(error)}") from None
+        except Exception as error:  # Ray raises bare ones here
+            ray.shutdown()
+            what = f"the Ray cluster launch.ray_address={address} could not be joined" if address else "Ray did not start on this machine"
+            raise TransportError(f"{what}: {_one_line(error)}") from error
         try:
             self._check_gpus()
             self._places = {role: self._node_of(role) for role in ("buffer", "learner", "actors")}

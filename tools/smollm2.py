@@ -22,7 +22,7 @@ def convert(folder: Path) -> bool:
     """Makes `folder`, unless it is there; says whether it did. ValueError: a package is missing, or the folder is something else."""
     if folder.exists():
         if missing := [name for name in COMPLETE if not (folder / name).is_file()]:
-            raise ValueError(f"{folder} exists without {', '.join(missing)}: not a model that this tool made; name another folder, or remove it")
+            raise ValueError(f"{folder} exists but lacks {', '.join(missing)}; name another folder, or remove it")
         print(f"{folder}: already there")
         return False
     gguf = _find_gguf()
@@ -62,7 +62,7 @@ def _find_gguf() -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.smollm2", description="Make a Hugging Face folder of SmolLM2-135M-Instruct, offline.")
+    parser = argparse.ArgumentParser(prog="python -m tools.smollm2", description="Make a folder of SmolLM2-135M-Instruct, offline.")
     parser.add_argument("folder", type=Path, help="where to put the model, e.g. models/smollm2-135m")
     try:
         convert(parser.parse_args().folder)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 from tools.progress import clock
 from tools.run_directory import RunDirectory, is_number
@@ -23,27 +20,26 @@ def print_summary(run_dir: Path, peaks: Mapping[str, int], wall_s: float) -> Non
     from tools.report import write_report  # here: it draws, and takes a second to import
 
     run = RunDirectory.read(run_dir)
-    trained_s = run.seconds()[-1] if run.metrics else 0.0
-    print(f"run {run.name} ended well: {len(run.metrics)} steps in {clock(trained_s)} ({clock(wall_s)} from start to end)")
-    Console(highlight=False).print(_table(run, peaks))
+    print(f"run {run.name} ended well: {len(run.metrics)} steps in {clock(wall_s)}, from start to end")
+    for name, value in facts(run, peaks):
+        print(f"  {name:<22} {value}")
     print(f"Report: {write_report(run_dir)}")
 
 
-def _table(run: RunDirectory, peaks: Mapping[str, int]) -> Table:
-    table = Table.grid(padding=(0, 2))
+def facts(run: RunDirectory, peaks: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """(name, value), as far as they were recorded."""
     for key, (name, factor, unit) in HELD_OUT.items():
         values = [factor * value for value in run.series(key)[1]]
         if values:
-            table.add_row(f"  {name}", " -> ".join(f"{value:.1f}" for value in dict.fromkeys((values[0], values[-1]))) + unit)
+            yield name, " -> ".join(f"{value:.1f}" for value in values[:: max(1, len(values) - 1)]) + unit
     last = run.metrics[-1] if run.metrics else {}
-    tokens = [
-        (name, last[key]) for name in ("generated", "trained", "cancelled", "discarded") if is_number(last.get(key := f"tokens/{name}"))
-    ]
+    tokens = {
+        fate: last[key] for fate in ("generated", "trained", "cancelled", "discarded") if is_number(last.get(key := f"tokens/{fate}"))
+    }
     if tokens:
-        table.add_row("  tokens", ", ".join(f"{count:,.0f} {name}" for name, count in tokens))
+        yield "tokens", ", ".join(f"{count:,.0f} {fate}" for fate, count in tokens.items())
     if peaks:
-        table.add_row("  peak memory", ", ".join(f"{name} {peak / 2**20:,.0f} MiB" for name, peak in peaks.items()))
-    return table
+        yield "peak memory", ", ".join(f"{name} {peak / 2**20:,.0f} MiB" for name, peak in peaks.items())
 
 
 def resume_hint(run_dir: Path) -> str:

@@ -23,13 +23,13 @@ from random import Random
 # Threads that spin while they wait for one another cost five times the time on a machine that is busy with other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers  # noqa: E402
-from tokenizers.models import WordLevel  # noqa: E402
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
+import torch
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
-from buffer.tagged_sum import CLEAN, EOS, FULL, MAX_DIGITS, SINGLE_PASS, TAGS, Grammar, draw_problem, draw_trace  # noqa: E402
+from buffer.tagged_sum import CLEAN, EOS, FULL, MAX_DIGITS, SINGLE_PASS, TAGS, Grammar, draw_problem, draw_trace
 
 RECIPE_FILE = "recipe.json"
 VOCABULARY = ["<pad>", "<bos>", EOS, "<unk>", "wait", "again", "ok", "no", "hmm", "so", *"0123456789", *"=,.# ", *TAGS]
@@ -114,7 +114,9 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
     return model
 
 
-def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, phases: tuple[Phase, ...], seed: int, show: Callable[[int, float], None]) -> None:
+def train(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, phases: tuple[Phase, ...], seed: int, show: Callable[[int, float], None]
+) -> None:
     """Supervised training in place; `show(steps done, loss)` after each step."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     random, step = Random(seed), 0
@@ -137,7 +139,9 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, phases: t
     model.eval()
 
 
-def draw_packs(random: Random, tokenizer: PreTrainedTokenizerFast, phase: Phase) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def draw_packs(
+    random: Random, tokenizer: PreTrainedTokenizerFast, phase: Phase
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Endless (tokens, positions, targets), int64 [T], T <= phase.tokens. Target -100: nothing to learn (prompts, last tokens)."""
     pack: tuple[list[int], list[int], list[int]] = ([], [], [])
     num_drawn = 0
@@ -172,7 +176,7 @@ class ProgressLine:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.warm_start", description="Train the embedded default, a tiny reasoner, from nothing.")
+    parser = argparse.ArgumentParser(prog="python -m tools.warm_start", description="Train the tiny reasoner from nothing.")
     parser.add_argument("folder", type=Path, help="where to put the model, e.g. models/tiny-reasoner")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the traces (default 0)")
     arguments = parser.parse_args()

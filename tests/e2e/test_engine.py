@@ -131,6 +131,7 @@ def test_the_base_weights_sample_under_version_minus_one(served: Served) -> None
         return generation.take()
 
     (run,) = served.run(generate())
+    assert served.engine.measure().tokens_per_s > 0
     assert run.version == BASE_VERSION == -1
     assert len(run.tokens) == 20
     assert error(make_model(True, seed=0), run) < BOUND
@@ -170,14 +171,24 @@ def test_aborting_what_has_ended_changes_nothing(served: Served) -> None:
 
 
 @tied_only
-def test_an_abort_reaches_a_request_that_was_launched_just_now(served: Served) -> None:
-    async def generate() -> str:
-        generation = served.launch(800)
-        await served.engine.abort([generation.request_id])
-        return await generation.finished
+@pytest.mark.parametrize("during_a_swap", [False, True])
+def test_an_abort_reaches_a_request_that_was_launched_just_now(served: Served, during_a_swap: bool) -> None:
+    snapshot = served.write(make_model(True, seed=1))
 
-    assert served.run(generate()) == "abort"
-    assert served.engine.measure() is not None
+    async def generate() -> None:
+        swap = asyncio.create_task(served.swap(snapshot)) if during_a_swap else None
+        await asyncio.sleep(0.001)
+        aborted = served.launch(900)
+        await served.engine.abort([aborted.request_id])
+        assert await aborted.finished == "abort"
+        if swap is not None:
+            await swap
+        others = [served.launch(400) for _ in range(SLOTS)]
+        await until(lambda: any(len(generation.tokens) > 100 for generation in others))
+        assert all(len(generation.tokens) > 20 for generation in others)  # none waits for a slot that the aborted one holds
+        await served.engine.abort([generation.request_id for generation in others])
+
+    served.run(generate())
 
 
 def test_after_a_swap_logprobs_are_those_of_the_new_weights(served: Served) -> None:

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from tests.learner_cases import FakeBuffer, make_shards, make_trajectories, save
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 3
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 180
+
+Start = Callable[..., subprocess.Popen[str]]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -35,12 +38,18 @@ def address(free_port: Callable[[], int]) -> str:
     return f"tcp://127.0.0.1:{free_port()}"
 
 
-def start(model: Path, run: Path, address: str, *overrides: str) -> subprocess.Popen[str]:
+@contextmanager
+def started(model: Path, run: Path, address: str, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """`python -m learner`; whatever is left of it at the end is killed."""
     keys = [
         f"model.path={model}", f"run.dir={run.parent}", f"run.name={run.name}", f"run.steps={NUM_STEPS}", f"buffer.address={address}",
         "learner.device=cpu", "batch.tokens=64", "optimizer.lr=1e-3", "weights.transport=file", *overrides,
     ]  # fmt: skip
-    return subprocess.Popen([sys.executable, "-m", "learner", *keys], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-m", "learner", *keys], cwd=ROOT, stderr=subprocess.PIPE, text=True) as learner:
+        try:
+            yield learner
+        finally:
+            learner.kill()
 
 
 def steps_for(parts: list[int] | None, first: int = 0, last: int = NUM_STEPS) -> dict[int, list[Shard]]:
@@ -51,10 +60,17 @@ def train(
     model: Path, run: Path, address: str, parts: list[int] | None, *overrides: str, first: int = 0, last: int = NUM_STEPS
 ) -> FakeBuffer:
     with FakeBuffer(address, steps_for(parts, first, last), last_step=last - 1) as buffer:
-        learner = start(model, run, address, f"learner.ranks={len(parts or [0])}", f"run.steps={last}", *overrides)
-        _, stderr = learner.communicate(timeout=START_TIMEOUT_S * 2)
-        assert learner.returncode == 0, stderr
+        with started(model, run, address, f"learner.ranks={len(parts or [0])}", f"run.steps={last}", *overrides) as learner:
+            _, stderr = learner.communicate(timeout=START_TIMEOUT_S * 2)
+            assert learner.returncode == 0, stderr
     return buffer
+
+
+@pytest.fixture
+def learners() -> Iterator[Start]:
+    """Starts learners as `started` does, until the test ends."""
+    with ExitStack() as stack:
+        yield lambda *arguments: stack.enter_context(started(*arguments))
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +139,9 @@ def test_a_run_resumes_on_another_number_of_ranks(
         torch.testing.assert_close(newest_weights(resumed)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_a_buffer_that_returns_finds_the_learner_where_it_was(model_path: Path, tmp_path: Path, address: str) -> None:
+def test_a_buffer_that_returns_finds_the_learner_where_it_was(learners: Start, model_path: Path, tmp_path: Path, address: str) -> None:
     with FakeBuffer(address, {0: steps_for(None)[0]}, last_step=NUM_STEPS) as buffer:
-        learner = start(model_path, tmp_path / "run", address)
+        learner = learners(model_path, tmp_path / "run", address)
         assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
     with FakeBuffer(address, steps_for(None, first=1), last_step=NUM_STEPS - 1, policy_version=7) as buffer:
         learner.communicate(timeout=START_TIMEOUT_S)
@@ -134,9 +150,9 @@ def test_a_buffer_that_returns_finds_the_learner_where_it_was(model_path: Path, 
     assert [message.policy.version for message in buffer.of(Published)] == [8, 9, 10]
 
 
-def test_a_run_that_the_buffer_stops_with_an_error_fails(model_path: Path, tmp_path: Path, address: str) -> None:
+def test_a_run_that_the_buffer_stops_with_an_error_fails(learners: Start, model_path: Path, tmp_path: Path, address: str) -> None:
     with FakeBuffer(address, steps_for(None), last_step=0, error="no engine is left") as buffer:
-        learner = start(model_path, tmp_path / "run", address)
+        learner = learners(model_path, tmp_path / "run", address)
         _, stderr = learner.communicate(timeout=START_TIMEOUT_S)
         assert learner.returncode == 1
         assert stderr.splitlines()[-1] == "error: the buffer stopped the run: no engine is left"
@@ -144,9 +160,9 @@ def test_a_run_that_the_buffer_stops_with_an_error_fails(model_path: Path, tmp_p
 
 
 @pytest.mark.parametrize("victim", ["rank", "supervisor"])
-def test_who_is_killed_takes_all_along(model_path: Path, tmp_path: Path, address: str, victim: str) -> None:
+def test_who_is_killed_takes_all_along(learners: Start, model_path: Path, tmp_path: Path, address: str, victim: str) -> None:
     with FakeBuffer(address, {}, last_step=0) as buffer:  # never answers a pull
-        learner = start(model_path, tmp_path / "run", address, "learner.ranks=2")
+        learner = learners(model_path, tmp_path / "run", address, "learner.ranks=2")
         assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
         pids = {hello.rank: hello.pid for hello in buffer.of(LearnerHello)}
         os.kill(pids[1] if victim == "rank" else learner.pid, signal.SIGKILL)
@@ -157,9 +173,9 @@ def test_who_is_killed_takes_all_along(model_path: Path, tmp_path: Path, address
         assert "rank 1" in stderr.splitlines()[-1]
 
 
-def test_sigterm_ends_all_ranks(model_path: Path, tmp_path: Path, address: str) -> None:
+def test_sigterm_ends_all_ranks(learners: Start, model_path: Path, tmp_path: Path, address: str) -> None:
     with FakeBuffer(address, {}, last_step=0) as buffer:
-        learner = start(model_path, tmp_path / "run", address, "learner.ranks=2")
+        learner = learners(model_path, tmp_path / "run", address, "learner.ranks=2")
         assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
         learner.terminate()
         learner.communicate(timeout=30)

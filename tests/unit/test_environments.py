@@ -13,7 +13,6 @@ import pytest
 
 from actors.environments import Environment, EnvironmentFailure, final_answer, make_environment
 from buffer.messages import PromptPayload
-from buffer.prompts import make_sources
 from configs.schema import Config
 
 USER_VERIFIERS = """
@@ -34,7 +33,8 @@ def verify(prompt, response, answer, metadata):
         time.sleep(0.5)
     if response == "pid":
         return os.getpid()
-    return {"nan": float("nan"), "text": "1.0", "none": None, "inf": float("inf")}.get(response, metadata.get("bonus", 0) + (response == answer))
+    nonsense = {"nan": float("nan"), "text": "1.0", "none": None, "inf": float("inf")}
+    return nonsense.get(response, metadata.get("bonus", 0) + (response == answer))
 
 NOT_A_FUNCTION = 3
 """
@@ -113,13 +113,12 @@ def test_tagged_sum_scores_its_own_prompts_and_must_see_the_end_token() -> None:
     assert [score(environment, payload("A1B2C3="), response) for response in ("#06<eos>", "#06", "#07<eos>")] == [1.0, 0.0, 0.0]
 
 
-def test_reasoning_gym_scores_an_entry_that_its_source_made() -> None:
+def test_reasoning_gym_scores_an_entry_of_its_own() -> None:
     pytest.importorskip("reasoning_gym")
-    config = config_of(train="reasoning_gym:chain_sum", size=50)
-    config.eval.every = 0
-    prompt = make_sources(config).train.draw(1)[0]
-    environment = make_environment(config)
-    assert score(environment, prompt, f"<answer>{prompt.answer}</answer>") == 1.0
+    entry = {"question": "3 + 4 - 7 =", "answer": "0", "metadata": {"source_dataset": "chain_sum", "source_index": 25}}
+    prompt = payload("3 + 4 - 7 =", "0", json.dumps(entry))
+    environment = make_environment(config_of(train="reasoning_gym:chain_sum"))
+    assert score(environment, prompt, "<answer>0</answer>") == 1.0
     assert score(environment, prompt, "<answer>no idea</answer>") < 0.5
     environment.close()
 
@@ -153,7 +152,9 @@ def test_a_users_verifier_gets_the_answer_and_the_metadata(user_environment: Env
         ("hang", "took longer than 1 s and was stopped; raise data.verifier_timeout_s"),
     ],
 )
-def test_a_failing_verifier_is_a_failure_and_the_next_response_is_scored(user_environment: Environment, response: str, expected: str) -> None:
+def test_a_failing_verifier_is_a_failure_and_the_next_response_is_scored(
+    user_environment: Environment, response: str, expected: str
+) -> None:
     with pytest.raises(EnvironmentFailure) as failure:
         score(user_environment, payload(), response)
     message = str(failure.value)

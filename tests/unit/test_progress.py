@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -13,6 +14,7 @@ from tools.progress import LiveView, Pace, PlainView, clock, state
 ENGINE = EngineView(
     engine_id="pool/0", engine_type="cpu", slots=64, in_flight=48, policy_version=3, tokens_per_s=4200.0, busy_frac=0.9, curve=[]
 )
+LOADING = msgspec.structs.replace(ENGINE, policy_version=-1)
 EMPTY = Snapshot(
     time_s=12.0, run_name="little", phase="training", step=0, steps=20, policy_version=0, max_lag=4, waiting="", groups_open=0,
     groups_ready=0, bytes_held=0, histogram_edges=[], histogram={}, lags=[], metrics={}, groups=[], engines=[ENGINE], prompts=[],
@@ -27,11 +29,16 @@ def test_durations_read_as_clocks() -> None:
     assert [clock(5), clock(95), clock(3700)] == ["0:05", "1:35", "1:01:40"]
 
 
-def test_while_starting_it_says_who_is_missing() -> None:
-    assert (
-        state(snapshot(phase="starting", engines=[], policy_version=-1)) == "starting: waiting for engines and the learner's first weights"
-    )
-    assert state(snapshot(phase="starting", policy_version=-1)) == "starting: waiting for the learner's first weights"
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"engines": [], "policy_version": -1}, "starting: waiting for the learner's first weights and engines to join"),
+        ({"engines": [LOADING]}, "starting: waiting for engines to load the model"),
+        ({}, "training"),
+    ],
+)
+def test_until_an_engine_can_work_it_says_who_is_missing(changes: dict[str, object], said: str) -> None:
+    assert state(snapshot(**changes)) == said
 
 
 def test_time_left_comes_from_the_steps_of_this_launch() -> None:
@@ -44,7 +51,7 @@ def test_a_plain_line_comes_every_five_steps(capsys: pytest.CaptureFixture[str])
     view = PlainView(clock_s=lambda: 1.0)
     for step in range(11):
         view.show(snapshot(step=step, steps=20))
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["step 0/20", "step 5/20", "step 10/20"]
+    assert [line.partition(";")[0] for line in capsys.readouterr().out.splitlines()] == [f"step {step}/20 training" for step in (0, 5, 10)]
 
 
 def test_the_live_picture_shows_first_and_last_accuracy_and_the_lag_against_its_bound() -> None:

@@ -174,7 +174,7 @@ def test_a_bad_file_is_refused_in_one_line_that_says_where(tmp_path: Path, lines
 
 def test_a_bad_row_of_a_parquet_file_is_named(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "a", "answer": "b"}, {"prompt": None, "answer": "b"}]), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"prompt": ["a", None], "answer": ["b", "b"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: no field 'prompt'"):
         make_sources(config_of(str(tmp_path / "a.parquet")))
 
