@@ -22,23 +22,7 @@ from typing import Any, Protocol
 from actors import weights
 from actors.environments import Environment, EnvironmentFailure
 from actors.generation import EngineDied, Generation, Measurement
-from buffer.messages import (
-    ActorMessage,
-    Cancel,
-    Chunk,
-    EngineReport,
-    Failed,
-    Finished,
-    Launch,
-    LaunchedRollout,
-    PolicyPublished,
-    Progress,
-    PromptPayload,
-    Shutdown,
-    SnapshotRef,
-    Stopped,
-    Welcome,
-)
+from buffer import messages as msg
 from buffer.snapshots import SnapshotGoneError
 from buffer.transport import TransportError
 from configs.schema import Config
@@ -70,7 +54,7 @@ class Sampler(Protocol):
 class Link(Protocol):
     """What a worker needs of `buffer.client.ActorLink`."""
 
-    def send(self, message: ActorMessage) -> None: ...
+    def send(self, message: msg.ActorMessage) -> None: ...
     def receive(self, timeout_s: float) -> Any: ...
 
 
@@ -83,15 +67,15 @@ class Rollout:
     """A launched rollout until it is answered. `prefix`: sampled by an engine that died, and known to the buffer."""
 
     rollout_id: int
-    prompt: PromptPayload
+    prompt: msg.PromptPayload
     prefix: array[int]
     generation: Generation
     cancelled_s: float | None = None
 
-    def take_chunks(self) -> list[Chunk]:
+    def take_chunks(self) -> list[msg.Chunk]:
         """What was sampled since the last call."""
         return [
-            Chunk(
+            msg.Chunk(
                 rollout_id=self.rollout_id, sampled=True, version=run.version, tokens=run.tokens.tobytes(), logprobs=run.logprobs.tobytes()
             )
             for run in self.generation.take()
@@ -104,13 +88,13 @@ class Worker:
     def __init__(self, config: Config, engine: Sampler, link: Link, environment: Environment, fetch: weights.Fetch) -> None:
         self._config, self._engine, self._link, self._environment, self._fetch = config, engine, link, environment, fetch
         self._rollouts: dict[int, Rollout] = {}
-        self._newest: SnapshotRef | None = None
+        self._newest: msg.SnapshotRef | None = None
         self._published = asyncio.Event()
         self._inbox: asyncio.Queue[Any] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._broken: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
+        self._broken: asyncio.Future[msg.Shutdown] = asyncio.get_running_loop().create_future()
 
-    async def run(self, welcome: Welcome) -> Shutdown:
+    async def run(self, welcome: msg.Welcome) -> msg.Shutdown:
         """Until the buffer ends the run. Leaves the engine empty.
 
         Raises `TransportError` when the buffer is lost, `EngineDied`, `SwapFailed`, `PolicyUnavailable`.
@@ -146,7 +130,7 @@ class Worker:
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
         """On a thread of its own: the link's blocking `receive`, into the event loop's inbox."""
         message: Any = None
-        while not isinstance(message, (Shutdown, Exception)):
+        while not isinstance(message, (msg.Shutdown, Exception)):
             try:
                 message = self._link.receive(RECEIVE_S)
             except Exception as error:  # it must reach whoever waits for commands
@@ -157,21 +141,21 @@ class Worker:
                 except RuntimeError:
                     return  # the loop has closed
 
-    async def _obey(self) -> Shutdown:
+    async def _obey(self) -> msg.Shutdown:
         while True:
             command = await self._inbox.get()
-            if isinstance(command, Launch):
+            if isinstance(command, msg.Launch):
                 self._launch(command)
-            elif isinstance(command, Cancel):
+            elif isinstance(command, msg.Cancel):
                 self._spawn(self._cancel(command.rollout_ids, time.monotonic()))
-            elif isinstance(command, PolicyPublished):
+            elif isinstance(command, msg.PolicyPublished):
                 self._learn_of(command.policy)
-            elif isinstance(command, Shutdown):
+            elif isinstance(command, msg.Shutdown):
                 return command
             elif isinstance(command, Exception):
                 raise command
 
-    def _launch(self, command: Launch) -> None:
+    def _launch(self, command: msg.Launch) -> None:
         prompt = command.prompt
         try:
             prompt_ids = self._environment.render(prompt, self._engine.tokenizer)
@@ -189,9 +173,9 @@ class Worker:
             return
         given = array("i", prompt_ids).tobytes()
         self._link.send(
-            Progress(
+            msg.Progress(
                 chunks=[
-                    Chunk(rollout_id=launched.rollout_id, sampled=False, version=0, tokens=given, logprobs=b"")
+                    msg.Chunk(rollout_id=launched.rollout_id, sampled=False, version=0, tokens=given, logprobs=b"")
                     for launched in command.rollouts
                 ]
             )
@@ -199,11 +183,11 @@ class Worker:
         for launched in command.rollouts:
             self._start(launched, prompt, prompt_ids, min(room, self._config.sampling.max_tokens))
 
-    def _fail(self, rollouts: Iterable[LaunchedRollout], error: str, fatal: bool) -> None:
+    def _fail(self, rollouts: Iterable[msg.LaunchedRollout], error: str, fatal: bool) -> None:
         for launched in rollouts:
-            self._link.send(Failed(rollout_id=launched.rollout_id, error=error, fatal=fatal))
+            self._link.send(msg.Failed(rollout_id=launched.rollout_id, error=error, fatal=fatal))
 
-    def _start(self, launched: LaunchedRollout, prompt: PromptPayload, prompt_ids: list[int], max_tokens: int) -> None:
+    def _start(self, launched: msg.LaunchedRollout, prompt: msg.PromptPayload, prompt_ids: list[int], max_tokens: int) -> None:
         prefix = array("i", launched.prefix)
         request_id, left = str(launched.rollout_id), max_tokens - len(prefix)
         if prefix and (prefix[-1] in self._engine.eos_ids or left <= 0):  # it had ended, and its engine died before it could say so
@@ -232,26 +216,26 @@ class Worker:
         if answer is not None:
             self._link.send(answer)
 
-    async def _answer(self, rollout: Rollout) -> Finished | Failed | Stopped | None:
+    async def _answer(self, rollout: Rollout) -> msg.Finished | msg.Failed | msg.Stopped | None:
         """What the buffer is told at the end, its last tokens sent before. None where the whole engine is lost."""
         try:
             outcome = await rollout.generation.finished
         except Exception as error:  # of this request alone, unless the engine is gone
             line = f"the engine did not accept a rollout of prompt {rollout.prompt.prompt_id}: {one_line(error)}"
-            return None if self._engine.died.is_set() else Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
+            return None if self._engine.died.is_set() else msg.Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
         self._send_progress([rollout])
         if outcome == "abort" and rollout.cancelled_s is not None:
-            return Stopped(rollout_id=rollout.rollout_id, seconds=time.monotonic() - rollout.cancelled_s)
+            return msg.Stopped(rollout_id=rollout.rollout_id, seconds=time.monotonic() - rollout.cancelled_s)
         if outcome not in ("stop", "length"):
             line = f"the engine gave up on a rollout of prompt {rollout.prompt.prompt_id}, saying {outcome!r}"
-            return Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
+            return msg.Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
         response = [*rollout.prefix, *rollout.generation.tokens]
         text = self._engine.tokenizer.decode(response, skip_special_tokens=not self._environment.keep_special_tokens)
         try:
             reward = await self._environment.score(rollout.prompt, text)
         except EnvironmentFailure as failure:
-            return Failed(rollout_id=rollout.rollout_id, error=str(failure), fatal=False)
-        return Finished(rollout_id=rollout.rollout_id, truncated=outcome == "length", reward=reward, text=text[:TEXT_CHARS])
+            return msg.Failed(rollout_id=rollout.rollout_id, error=str(failure), fatal=False)
+        return msg.Finished(rollout_id=rollout.rollout_id, truncated=outcome == "length", reward=reward, text=text[:TEXT_CHARS])
 
     # Reports ---------------------------------------------------------------------------------------------------
 
@@ -259,7 +243,7 @@ class Worker:
         """Everything these have sampled since their last chunk, as one message. Returns its payload bytes."""
         chunks = [chunk for rollout in rollouts for chunk in rollout.take_chunks()]
         if chunks:
-            self._link.send(Progress(chunks=chunks))
+            self._link.send(msg.Progress(chunks=chunks))
         return sum(len(chunk.tokens) + len(chunk.logprobs) for chunk in chunks)
 
     async def _flush_often(self) -> None:
@@ -276,7 +260,7 @@ class Worker:
             await asyncio.sleep(REPORT_S)
             measured = self._engine.measure()
             self._link.send(
-                EngineReport(
+                msg.EngineReport(
                     batch=measured.batch,
                     ms_per_token=measured.ms_per_token,
                     tokens_per_s=measured.tokens_per_s,
@@ -290,7 +274,7 @@ class Worker:
 
     # Policies --------------------------------------------------------------------------------------------------
 
-    def _learn_of(self, policy: SnapshotRef) -> None:
+    def _learn_of(self, policy: msg.SnapshotRef) -> None:
         self._newest = policy
         self._published.set()
 

@@ -7,7 +7,7 @@ Driven by `learner.train`. Shapes: T tokens in a pack, S of its positions that p
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -22,15 +22,19 @@ class Pack:
     """One micro-batch. Position p of a sequence predicts its token p + 1, so a sequence's last token is only ever a target."""
 
     input_ids_T: torch.Tensor  # int64
-    position_ids_T: torch.Tensor  # int64, from 0 in each sequence: this alone keeps sequences apart
+    position_ids_T: torch.Tensor  # int64, from 0 in each sequence: by these a model keeps sequences apart
     predicts_S: torch.Tensor  # int64, indices into T
     targets_S: torch.Tensor  # int64
     actor_logprobs_S: torch.Tensor  # float32
     advantages_S: torch.Tensor  # float32
     current_S: torch.Tensor  # bool: sampled by the very weights that are about to be trained
+    lengths: tuple[int, ...]  # of the sequences, summing to T
 
     def to(self, device: torch.device) -> Pack:
-        return Pack(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
+        return Pack(*(getattr(self, name).to(device, non_blocking=True) for name in TENSORS), self.lengths)
+
+
+TENSORS = tuple(column.name for column in fields(Pack) if column.name != "lengths")
 
 
 def make_packs(shard: Shard, max_tokens: int, train_truncated: bool, current_version: int) -> list[Pack]:
@@ -50,7 +54,7 @@ def empty_pack() -> Pack:
     """A micro-batch without a loss, for a rank that has fewer than the others: collectives need every rank."""
     nothing = torch.zeros(0)
     start = torch.zeros(2, dtype=torch.int64)
-    return Pack(start, torch.arange(2), nothing.long(), nothing.long(), nothing, nothing, nothing.bool())
+    return Pack(start, torch.arange(2), nothing.long(), nothing.long(), nothing, nothing, nothing.bool(), (2,))
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -84,6 +88,7 @@ def _sequence(trajectory: Trajectory, current_version: int) -> Pack:
         actor_logprobs_S=torch.from_numpy(logprobs_T[predicts_S + 1].copy()),
         advantages_S=torch.full((len(predicts_S),), group_advantage(trajectory.reward, trajectory.group_rewards)),
         current_S=torch.from_numpy(versions_S == current_version),
+        lengths=(len(tokens_T) - 1,),
     )
 
 
@@ -103,7 +108,8 @@ def _check(trajectory: Trajectory, tokens_T: np.ndarray, sampled_T: np.ndarray, 
 
 def _concatenate(sequences: Iterable[Pack]) -> Pack:
     members = list(sequences)
-    starts = np.cumsum([0] + [len(member.input_ids_T) for member in members[:-1]])
-    columns = {name: torch.cat([getattr(member, name) for member in members]) for name in Pack.__slots__}
+    lengths = tuple(length for member in members for length in member.lengths)
+    starts = np.cumsum([0, *lengths[:-1]])
+    columns = {name: torch.cat([getattr(member, name) for member in members]) for name in TENSORS}
     columns["predicts_S"] = torch.cat([member.predicts_S + int(start) for member, start in zip(members, starts, strict=True)])
-    return Pack(**columns)
+    return Pack(**columns, lengths=lengths)

@@ -17,10 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from configs.schema import Config, ModelConfig
+from learner.attention import PACKED_SDPA, attends_plainly
 
 # float16 gradients would underflow without loss scaling, so a learner whose engines use float16 computes in float32.
 COMPUTE_DTYPE = {"float32": torch.float32, "float16": torch.float32, "bfloat16": torch.bfloat16}
@@ -87,7 +88,9 @@ def _load(config: ModelConfig) -> PreTrainedModel:
         raise ValueError("model.attention=flash_attention_2: the learner needs model.dtype=bfloat16 with it; it never trains in float16")
     disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(config.path, dtype=torch.float32, attn_implementation=config.attention)
+        plain = attends_plainly(AutoConfig.from_pretrained(config.path))
+        attention = PACKED_SDPA if config.attention == "sdpa" and plain else config.attention
+        return AutoModelForCausalLM.from_pretrained(config.path, dtype=torch.float32, attn_implementation=attention)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model.path={config.path}, model.attention={config.attention}: the learner cannot load it: {reason}") from error

@@ -34,6 +34,7 @@ from buffer.transport import TransportError
 from configs.schema import Config
 from darts.events import ProtocolError
 from learner import RunStopped, checkpoint, fsdp
+from learner.attention import PACKED_SDPA
 from learner.batch import Pack, empty_pack, make_packs
 from learner.loss import clipped_surrogate, token_logprobs
 from learner.metrics import TokenSums, peak_bytes
@@ -141,11 +142,13 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
 
 def micro_batch_loss(state: LearnerState, pack: Pack, num_trained: int, totals: TokenSums) -> torch.Tensor:
     """This pack's part of the step's loss, a scalar to call `backward` on; what it measured is added to `totals`."""
+    packed = {"lengths": pack.lengths} if state.model.config._attn_implementation == PACKED_SDPA else {}
     logits_SV = state.model(
         input_ids=pack.input_ids_T[None],
         position_ids=pack.position_ids_T[None],
         use_cache=False,  # with a cache, packed sequences see one another
         logits_to_keep=pack.predicts_S,
+        **packed,
     ).logits[0]
     logprobs_S, entropy_S = token_logprobs(logits_SV, pack.targets_S, state.config.sampling.temperature)
     surrogate = clipped_surrogate(logprobs_S, pack.actor_logprobs_S, pack.advantages_S, state.config.loss)

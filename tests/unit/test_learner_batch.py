@@ -34,6 +34,7 @@ def test_two_trajectories_in_one_row() -> None:
     (pack,) = make_packs(make_shards([first, second])[0], max_tokens=5, train_truncated=False, current_version=5)
     assert pack.input_ids_T.tolist() == [10, 11, 12, 20, 21]
     assert pack.position_ids_T.tolist() == [0, 1, 2, 0, 1]
+    assert pack.lengths == (3, 2)
     assert pack.predicts_S.tolist() == [1, 2, 3, 4]
     assert pack.targets_S.tolist() == [12, 13, 21, 22]
     assert pack.actor_logprobs_S.tolist() == pytest.approx([-0.2, -0.3, -0.1, -0.2])

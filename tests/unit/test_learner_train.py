@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from learner import checkpoint, publish
 from learner.batch import make_packs
@@ -36,14 +36,26 @@ def gradients(state: LearnerState, max_tokens: int) -> dict[str, torch.Tensor]:
     return {name: whole(parameter.grad) for name, parameter in state.model.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("max_tokens", [64, 128, 4096])
-def test_the_gradient_does_not_depend_on_the_packing(model_path: Path, tmp_path: Path, max_tokens: int) -> None:
-    with single_rank(make_config(model_path, tmp_path / "run")) as state:
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("max_tokens", [64, 4096])
+def test_the_gradient_does_not_depend_on_the_packing(model_path: Path, tmp_path: Path, max_tokens: int, attention: str) -> None:
+    with single_rank(make_config(model_path, tmp_path / "run", model__attention=attention)) as state:
         separate = gradients(state, max_tokens=1)
         packed = gradients(state, max_tokens)
         assert separate.keys() == packed.keys() == dict(state.model.named_parameters()).keys()
         for name, gradient in packed.items():
             torch.testing.assert_close(gradient, separate[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_model_with_a_sliding_window_keeps_it(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(**sizes, num_key_value_heads=1, sliding_window=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")(input_ids=tokens).logits
+        with single_rank(make_config(tmp_path / "model", tmp_path / "run")) as state:
+            torch.testing.assert_close(state.model(input_ids=tokens, use_cache=False).logits, expected)
 
 
 def test_the_gradient_is_that_of_the_written_out_loss(model_path: Path, tmp_path: Path) -> None:
@@ -159,14 +171,14 @@ def test_a_snapshot_reloads_to_identical_logits(tmp_path: Path, family: str, tie
         with publish.Publisher(config, rank=0) as publisher:
             snapshot = publisher.publish(state.model, version=5)
         with torch.no_grad():
-            expected = state.model(input_ids=tokens, use_cache=False).logits
+            expected = state.model(input_ids=tokens, use_cache=False, lengths=(12,)).logits
     assert snapshot is not None and snapshot.version == 5
     reloaded = safetensors.torch.load(Path(snapshot.path).read_bytes())
     assert torch.equal(reloaded["lm_head.weight"], reloaded["model.embed_tokens.weight"]) == tied
     fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()
     fresh.load_state_dict(reloaded, strict=True)
     with torch.no_grad():
-        assert torch.equal(fresh(input_ids=tokens, use_cache=False).logits, expected)
+        torch.testing.assert_close(fresh(input_ids=tokens, use_cache=False).logits, expected, rtol=0, atol=1e-6)
 
 
 def test_a_snapshot_has_the_engines_dtype(model_path: Path, tmp_path: Path) -> None:
