@@ -12,6 +12,7 @@ labels each step with the version it ran under, and `_Router` reads the label. v
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Iterable
@@ -88,6 +89,7 @@ class Engine:
         if os.path.isdir(config.model.path):
             os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ[FRONTEND_PID] = str(os.getpid())
+        logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)  # of its death we speak ourselves, in one line
         self.version = BASE_VERSION
         self._sampling = config.sampling
         self._meter = Meter(config.actors.slots, time.monotonic())

@@ -55,7 +55,7 @@ class Metrics:
         lengths = np.array([r.tokens for r in ended])
         self._evaluation = {
             "eval/step": step,
-            "eval/accuracy": float(np.mean([r.reward for r in ended])),
+            "eval/accuracy": float(np.mean([r.reward for r in ended if r.reward is not None])),
             "eval/responses": len(ended),
             "eval/length_mean": float(lengths.mean()),
             **{f"eval/length_p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)},

@@ -114,7 +114,8 @@ class Service:
             self._all_there_s = now
         elif now - self._all_there_s > limits.rejoin_timeout_s:
             who = "an actor" if run.peers.ranks() else "a learner"
-            raise RunFailed(f"waited {limits.rejoin_timeout_s:g} s for {who} at {run.router.address} and none came (buffer.rejoin_timeout_s)")
+            waited = f"waited {limits.rejoin_timeout_s:g} s (buffer.rejoin_timeout_s)"
+            raise RunFailed(f"{waited} for {who} at {run.router.address} and none came")
 
     # Decisions ----------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from darts import redundancy
 from darts.events import LongEnd
 from darts.latency import LatencyCurve
 from darts.lengths import LengthStats, spread
+
 SATURATING_SPREAD = 1.5  # times the pool's: about one prompt in twenty, as published, where spreads are themselves lognormal
 
 
@@ -63,6 +64,4 @@ class Budgeter:
 
     def _marginal(self, stats: LengthStats, pool: LengthStats, elasticity: float) -> int:
         v = redundancy.normalised_spread(stats, pool)
-        return redundancy.marginal_budget(
-            stats, v, elasticity, self.price, self.group_size, self.num_long, self.long_end, self.most
-        )
+        return redundancy.marginal_budget(stats, v, elasticity, self.price, self.group_size, self.num_long, self.long_end, self.most)

@@ -565,11 +565,7 @@ class Core:
 
     def _due(self) -> list[Group]:
         """Outstanding groups that must be in the batch about to be handed over."""
-        due = [
-            floor
-            for floor in self._outstanding
-            if staleness.is_due(floor, self.policy_version, self._steps_left, self.config.max_lag)
-        ]
+        due = [floor for floor in self._outstanding if staleness.is_due(floor, self.policy_version, self._steps_left, self.config.max_lag)]
         return [group for floor in sorted(due) for group in self._outstanding[floor].values()]
 
     def _serve(self) -> None:

@@ -66,6 +66,10 @@ class Rounds:
     def num_pending(self) -> int:
         return len(self._pending)
 
+    def waiting_for(self) -> str:
+        """Who waits for whom, as `Core.waiting_for`."""
+        return f"step {self._step}, round open: {self._round_open}, groups open {len(self._open)}, ready {len(self._ready)}"
+
     def handle(self, event: ev.Event) -> Sequence[ev.Decision]:
         match event:
             case ev.PromptsDrawn():

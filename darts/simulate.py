@@ -99,8 +99,8 @@ class Simulation:
             self.now, _, action, arguments = heapq.heappop(self._agenda)
             action(*arguments)
             self._settle()
-            if not self.scheduler.num_pending and not self._rollouts:
-                raise RuntimeError(f"simulation stands still at {self.now:.1f} s, step {self._step}")
+            if len(self._agenda) <= len(self._engines):  # nothing is due any more but engines' latency reports
+                raise RuntimeError(f"simulation stands still at {self.now:.1f} s in step {self._step}: {self.scheduler.waiting_for()}")
         if self._files is not None:
             self._files.close(self.tally.ledger)
         return self.tally.summary(self.rows) | {"events": sum(self.num_events.values())}

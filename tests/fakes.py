@@ -116,9 +116,7 @@ class World:
         else:
             truncated = rollout.length >= self.config.max_tokens
             rollout.end = "raced" if rollout.end == "cancelling" else "finished"
-            self.send(
-                ev.RolloutFinished(self.tick(), rollout.rollout_id, rollout.tokens, truncated, 1.0, rollout.oldest_version)
-            )
+            self.send(ev.RolloutFinished(self.tick(), rollout.rollout_id, rollout.tokens, truncated, 1.0, rollout.oldest_version))
 
     def fail(self, rollout: TrueRollout) -> None:
         rollout.end = "lost"
@@ -171,9 +169,9 @@ class World:
                 if self.steps_left == 0:
                     self.publish()
                 self.request()
-            if not self.running() and not self.cancelling() and not self.core.num_pending and self.step_pending:
-                if self.core.num_ready < self.config.groups_per_step and self.core.num_ready == self.core.num_outstanding:
-                    return
+            idle = not self.running() and not self.cancelling() and not self.core.num_pending and self.step_pending
+            if idle and self.core.num_ready == self.core.num_outstanding < self.config.groups_per_step:
+                return
         raise AssertionError(f"no end in sight: {self.core.waiting_for()}")
 
     # What must hold of each decision --------------------------------------------------------------------------
@@ -332,7 +330,8 @@ class FakeEngine(threading.Thread):
                     link.send(msg.Failed(rollout_id=rollout_id, error=self.fail_rollouts, fatal=False))
                 else:
                     reward = float(self.rng.random() < 0.5)
-                    link.send(msg.Finished(rollout_id=rollout_id, truncated=state[1] >= self.max_tokens, reward=reward, text="x" * state[1]))
+                    truncated = state[1] >= self.max_tokens
+                    link.send(msg.Finished(rollout_id=rollout_id, truncated=truncated, reward=reward, text="x" * state[1]))
         link.send(msg.EngineReport(batch=len(self.in_flight) or 1, ms_per_token=1.0, tokens_per_s=100.0, busy_frac=1.0))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +18,8 @@ from configs import cli
 from tools import launch
 from tools.processes import Command, guarded
 from tools.ray_cluster import RayCluster
-config = cli.load([f"run.dir={sys.argv[1]}", f"buffer.address=tcp://127.0.0.1:{sys.argv[2]}", "launch.launcher=ray", "launch.progress=plain"])
+overrides = [f"run.dir={sys.argv[1]}", f"buffer.address=tcp://127.0.0.1:{sys.argv[2]}", "launch.progress=plain"]
+config = cli.load([*overrides, "launch.launcher=ray"])
 note = "import os, sys, time; open(os.path.join(%r, str(os.getpid())), 'w').close(); " % sys.argv[1]
 stubs = {"buffer": "time.sleep(300)", "actors": "time.sleep(300)", "learner": "time.sleep(1); sys.exit('error: broke')"}
 commands = [(name, Command(name, ("-c", note + code))) for name, code in stubs.items()]
@@ -32,7 +32,7 @@ if __name__ == "__main__":
 def test_a_failed_process_is_named_and_ends_the_others_on_ray(tmp_path: Path, free_port: Callable[[], int]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(tmp_path), str(free_port())],
-        cwd=ROOT, capture_output=True, text=True, timeout=400, env=os.environ | {"RAY_raylet_start_wait_time_s": "200"},
+        cwd=ROOT, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "learner (pid" in done.stderr and "exit status 1: broke" in done.stderr

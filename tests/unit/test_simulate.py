@@ -119,6 +119,13 @@ def test_recorded_lengths_come_back(tmp_path: Path) -> None:
     assert abs(sum(prompt.spread for prompt in fitted) / 16 - 0.8) < 0.1
 
 
+def test_a_world_in_which_nothing_can_happen_any_more_is_an_error() -> None:
+    simulation = Simulation(config())
+    simulation.scheduler.handle(ev.AdmissionPaused(0.0, True))
+    with pytest.raises(RuntimeError, match="stands still"):
+        simulation.run()
+
+
 # Baselines ---------------------------------------------------------------------------------------------------------
 
 
