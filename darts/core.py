@@ -15,7 +15,6 @@ property in `tests/properties`:
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
 from collections import deque
@@ -24,9 +23,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from darts import events as ev
-from darts import lengths, staleness
+from darts import lengths
+from darts.admission import PromptQueue
 from darts.budgets import Budgeter
 from darts.groups import Group, GroupState, Planned, Rollout, RolloutState
+from darts.handover import Handover
 from darts.placement import Engine, Engines
 from darts.selection import select_dual_end, select_random
 
@@ -73,7 +74,6 @@ class Core:
         self.groups: dict[int, Group] = {}
         self.rollouts: dict[int, Rollout] = {}  # all that hold a slot
         self.pool = lengths.POOL_PRIOR
-        self.policy_version = -1
         self.requested_step: int | None = None
         self.admission_paused = False
         self.run_ended = False
@@ -87,15 +87,9 @@ class Core:
             upper=config.upper,
             price=config.price,
         )
-        self._pending: deque[tuple[ev.Prompt, int | None]] = deque()  # prompt, and its budget where a window has decided it
-        self._pending_eval: deque[tuple[ev.Prompt, int, int]] = deque()  # prompt, samples, least policy version
+        self._prompts = PromptQueue(self._budgeter, config.max_reopens)
+        self._handover = Handover(config.max_lag, config.groups_per_step, config.steps_per_version)
         self._homeless: deque[Group] = deque()  # their engine is gone and no other is able yet
-        self._outstanding: dict[int, dict[int, Group]] = {}  # floor -> training groups opened and not yet handed over
-        self._num_outstanding = 0
-        self._ready: list[tuple[int, int]] = []  # heap of (floor, group id)
-        self._num_ready = 0
-        self._reopens: dict[str, int] = {}
-        self._steps_left = 0  # batches the learner still takes before it publishes
         self._next_group = 0
         self._next_rollout = 0
         self._out: list[ev.Decision] = []
@@ -119,37 +113,42 @@ class Core:
     # What drivers may read ----------------------------------------------------------------------------------------
 
     @property
+    def policy_version(self) -> int:
+        """The learner's newest published version; -1 before the first."""
+        return self._handover.learner_version
+
+    @property
     def num_pending(self) -> int:
         """Training prompts drawn and not yet opened; the driver keeps a window of `groups_per_step` here."""
-        return len(self._pending)
+        return len(self._prompts.training)
 
     @property
     def num_outstanding(self) -> int:
         """Training groups opened and not yet handed over; `num_ready` of them have their selection decided."""
-        return self._num_outstanding
+        return self._handover.num_outstanding
 
     @property
     def num_ready(self) -> int:
-        return self._num_ready
+        return self._handover.num_ready
 
     @property
     def evaluating(self) -> bool:
-        return bool(self._pending_eval) or any(g.purpose == "eval" for g in self.groups.values())
+        return bool(self._prompts.held_out) or any(g.purpose == "eval" for g in self.groups.values())
 
     def waiting_for(self) -> str:
         """Who waits for whom, in words; empty when nobody does."""
         if self.requested_step is not None:
-            due = [g.group_id for g in self._due() if g.state is GroupState.OPEN]
+            due = [g.group_id for g in self._handover.due() if g.state is GroupState.OPEN]
             if due:
                 return f"learner waits for group {due[0]} (lag bound), {len(due)} due in all"
-            missing = self.config.groups_per_step - self._num_ready
+            missing = self.config.groups_per_step - self.num_ready
             why = "no engine has joined" if not self.engines.by_id else f"{missing} of {self.config.groups_per_step} groups missing"
             return f"learner waits for actors: {why}"
         if self.admission_paused:
             return "actors wait for the learner: the trajectory store is full"
         idle = sum(e.slots - e.load for e in self.engines.by_id.values())
-        if idle and self._pending and self.policy_version >= 0 and not self.run_ended:
-            return f"actors wait for the learner: {self._num_outstanding} groups outstanding at version {self.policy_version}"
+        if idle and self.num_pending and self.policy_version >= 0 and not self.run_ended:
+            return f"actors wait for the learner: {self.num_outstanding} groups outstanding at version {self.policy_version}"
         return ""
 
     # Rollouts -----------------------------------------------------------------------------------------------------
@@ -291,8 +290,7 @@ class Core:
             return self._drop(group, "failed" if lost else "too_few", requeue=True)
         self._learn_lengths(group)
         group.move(GroupState.READY)
-        self._num_ready += 1
-        heapq.heappush(self._ready, (group.floor, group.group_id))
+        self._handover.ready(group)
         self._serve()
 
     def _stop(self, group: Group, reason: ev.CancelReason) -> None:
@@ -325,71 +323,42 @@ class Core:
         self._stop(group, "dropped")
         if group.state is GroupState.OPEN:
             self._learn_lengths(group)  # the dropped ones are the long ones: leaving them out would lean short
-        if group.state is GroupState.READY:
-            self._num_ready -= 1
         if group.state is not GroupState.HANDED:
-            self._forget_outstanding(group)
+            self._handover.remove(group)
         group.move(GroupState.CLOSED)
         group.selection = None
         del self.groups[group.group_id]
-        prompt_id = group.prompt.prompt_id
-        reopens = self._reopens.pop(prompt_id, 0)
-        requeue = requeue and reopens < self.config.max_reopens and not self.run_ended
-        if requeue:
-            self._reopens[prompt_id] = reopens + 1
-            self._pending.appendleft((group.prompt, None))
-        self._out.append(ev.Drop(group.record(end), requeue))
-
-    def _forget_outstanding(self, group: Group) -> None:
-        self._num_outstanding -= 1
-        same_floor = self._outstanding[group.floor]
-        del same_floor[group.group_id]
-        if not same_floor:
-            del self._outstanding[group.floor]
+        requeued = requeue and not self.run_ended and self._prompts.put_back(group.prompt)
+        self._out.append(ev.Drop(group.record(end), requeued))
 
     # Admission ----------------------------------------------------------------------------------------------------
 
     def _drawn(self, event: ev.PromptsDrawn) -> None:
-        budgets: list[int | None] = [None] * len(event.prompts)
-        if self._budgeter.by_window:
-            stats = [lengths.estimate(p.lengths, self.pool) for p in event.prompts]
-            curve = next(iter(self.engines.curves.values()), None)
-            budgets = list(self._budgeter.window(stats, curve, max(1, len(self.engines.by_id))))
-        window = list(zip(event.prompts, budgets, strict=True))
-        # Longest expected first: what will take longest starts before the slots run out. Only within a window, so nobody starves.
-        window.sort(key=lambda item: -lengths.estimate(item[0].lengths, self.pool).mean_log)
-        self._pending.extend(window)
+        curve = next(iter(self.engines.curves.values()), None)
+        self._prompts.add_window(event.prompts, self.pool, curve, len(self.engines.by_id))
         self._admit()
 
     def _evaluate(self, event: ev.EvaluationRequested) -> None:
         if event.samples < 1:
             raise ev.ProtocolError(f"evaluation with {event.samples} samples per prompt: at least 1")
-        self._pending_eval.extend((prompt, event.samples, event.min_version) for prompt in event.prompts)
+        self._prompts.add_evaluation(event)
         self._admit()
 
     def _admit(self) -> None:
         """Opens groups while engines have room, evaluation first; training groups only while they can still be trained in time."""
-        while self._pending_eval or self._pending:
+        queue = self._prompts
+        while queue.held_out or queue.training:
             engine = self.engines.best_with_room(self.config.group_size)
             if engine is None:
                 return
-            if self._pending_eval and engine.version >= self._pending_eval[0][2]:
-                prompt, samples, _ = self._pending_eval.popleft()
+            if queue.held_out and engine.version >= queue.held_out[0].min_version:
+                prompt, samples, _ = queue.held_out.popleft()
                 self._open(prompt, "eval", engine, samples, samples, 0, "longest")
-            elif self._pending and self._may_open(engine):
-                prompt, budget = self._pending.popleft()
+            elif queue.training and not (self.admission_paused or self.run_ended) and self._handover.has_room(engine.version):
+                prompt, budget = queue.training.popleft()
                 self._open_training(prompt, budget, engine)
             else:
                 return
-
-    def _may_open(self, engine: Engine) -> bool:
-        if self.admission_paused or self.run_ended or self.policy_version < 0:
-            return False
-        config = self.config
-        room = staleness.handovers_left(
-            engine.version, self.policy_version, self._steps_left, config.max_lag, config.groups_per_step, config.steps_per_version
-        )
-        return self._num_outstanding < room
 
     def _open_training(self, prompt: ev.Prompt, budget: int | None, engine: Engine) -> None:
         config = self.config
@@ -413,8 +382,7 @@ class Core:
         self._next_group += 1
         self.groups[group.group_id] = group
         if purpose == "train":
-            self._outstanding.setdefault(group.floor, {})[group.group_id] = group
-            self._num_outstanding += 1
+            self._handover.add(group)
         self._out.append(ev.OpenGroup(group.group_id, prompt.prompt_id, purpose, engine.engine_id, budget, mode))
         engine.backlog.append(group)
         engine.queued += budget
@@ -446,7 +414,7 @@ class Core:
     def _ended(self, event: ev.RunEnded) -> None:
         self.run_ended = True
         self.requested_step = None
-        self._pending.clear()
+        self._prompts.training.clear()
         for group in [g for g in self.groups.values() if g.purpose == "train"]:
             self._drop(group, "run_ended", requeue=False)
         self._admit()
@@ -527,32 +495,26 @@ class Core:
         for group in self.groups.values():
             if group.state is GroupState.HANDED:
                 group.move(GroupState.READY)
-                self._outstanding.setdefault(group.floor, {})[group.group_id] = group
-                self._num_outstanding += 1
-                self._num_ready += 1
-                heapq.heappush(self._ready, (group.floor, group.group_id))
+                self._handover.add(group)
 
     def _published(self, event: ev.PolicyPublished) -> None:
         if event.version <= self.policy_version:
             raise ev.ProtocolError(f"policy version {event.version} published after {self.policy_version}: versions grow")
-        self.policy_version = event.version
-        self._steps_left = self.config.steps_per_version
-        stale = [floor for floor in self._outstanding if staleness.is_stale(floor, event.version, self.config.max_lag)]
-        for floor in stale:  # only after a learner came back at a later version: in the normal course none is left behind
-            for group in list(self._outstanding[floor].values()):
-                self._drop(group, "stale", requeue=True)
+        self._handover.published(event.version)
+        for group in self._handover.stale():
+            self._drop(group, "stale", requeue=True)
         self._admit()
 
     def _requested(self, event: ev.ShardsRequested) -> None:
         if self.requested_step is not None:
             raise ev.ProtocolError(f"shards of step {event.step} requested while step {self.requested_step} is still to be answered")
-        if self._steps_left < 1:
+        if self._handover.steps_left < 1:
             raise ev.ProtocolError(
                 f"shards of step {event.step} requested, but version {self.policy_version} has been given its "
                 f"{self.config.steps_per_version} step(s): publish first"
             )
         self.requested_step = event.step
-        for group in self._due():
+        for group in self._handover.due():
             if group.state is not GroupState.OPEN:
                 continue
             if len(group.finished) < group.group_size and self.config.on_deadline == "drop":
@@ -563,34 +525,18 @@ class Core:
         self._serve()
         self._admit()
 
-    def _due(self) -> list[Group]:
-        """Outstanding groups that must be in the batch about to be handed over."""
-        due = [floor for floor in self._outstanding if staleness.is_due(floor, self.policy_version, self._steps_left, self.config.max_lag)]
-        return [group for floor in sorted(due) for group in self._outstanding[floor].values()]
-
     def _serve(self) -> None:
         """Answers the learner once a full batch is ready, with every group that is due in it; oldest first."""
-        if self.requested_step is None or self._num_ready < self.config.groups_per_step:
+        if self.requested_step is None:
             return
-        if any(group.state is GroupState.OPEN for group in self._due()):
+        batch = self._handover.take_batch()
+        if not batch:
             return
         step, self.requested_step = self.requested_step, None
-        for _ in range(self.config.groups_per_step):
-            group = self._pop_ready()
+        for group in batch:
             group.shipped_version = self.policy_version
-            group.move(GroupState.HANDED)
-            self._num_ready -= 1
-            self._forget_outstanding(group)
-            self._reopens.pop(group.prompt.prompt_id, None)
+            self._prompts.shipped(group.prompt)
             self._out.append(ev.Ship(step, group.record("shipped")))
-        self._steps_left -= 1
-
-    def _pop_ready(self) -> Group:
-        while True:
-            _, group_id = heapq.heappop(self._ready)
-            group = self.groups.get(group_id)
-            if group is not None and group.state is GroupState.READY:
-                return group
 
     def _trained(self, event: ev.GroupTrained) -> None:
         group = self.groups.get(event.group_id)

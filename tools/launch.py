@@ -159,7 +159,7 @@ class Run:
             child.process.kill()
         self._listen()
         if killed:
-            why = "at once, as asked" if len(self.signals) > num_signals else f"they did not end within {STOP_S:g} s"
+            why = "at once, as asked" if len(self.signals) > num_signals else f"still running after {STOP_S:g} s"
             self._view.say(f"killed {', '.join(child.process.name for child in killed)}: {why}")
 
     def peaks(self) -> dict[str, int]:

@@ -195,7 +195,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.world.send(ev.RunEnded(self.world.tick()))
         for rollout in self.world.cancelling():
             self.world.confirm(rollout)
-        assert not self.world.core.rollouts and not self.world.core.groups and not self.world.core._outstanding
+        assert not self.world.core.rollouts and not self.world.core.groups and not self.world.core.num_outstanding
         assert set(self.world.opened) == set(self.world.ended)
 
 

@@ -1,0 +1,65 @@
+"""Prompts that wait to be opened, with the budgets that a window gave them. Driven by `darts.core.Core`.
+
+Held-out prompts go first and are bound to a policy version; a dropped group's prompt returns to the head, a bounded number of times.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from darts import lengths
+from darts.budgets import Budgeter
+from darts.events import EvaluationRequested, Prompt
+from darts.latency import LatencyCurve
+from darts.lengths import LengthStats
+
+
+class Waiting(NamedTuple):
+    """A training prompt, and its budget where its window has decided it."""
+
+    prompt: Prompt
+    budget: int | None
+
+
+class HeldOut(NamedTuple):
+    """A prompt of an evaluation: answered `samples` times by a policy no older than `min_version`."""
+
+    prompt: Prompt
+    samples: int
+    min_version: int
+
+
+class PromptQueue:
+    """Prompts in the order in which they will be opened."""
+
+    def __init__(self, budgeter: Budgeter, max_reopens: int) -> None:
+        self.training: deque[Waiting] = deque()
+        self.held_out: deque[HeldOut] = deque()
+        self._budgeter, self._max_reopens = budgeter, max_reopens
+        self._reopens: dict[str, int] = {}  # prompts dropped and put back, until they ship
+
+    def add_window(self, prompts: Sequence[Prompt], pool: LengthStats, curve: LatencyCurve | None, num_engines: int) -> None:
+        """Longest expected first: what will take longest starts before slots run out. Only within a window, so nobody starves."""
+        stats = [lengths.estimate(prompt.lengths, pool) for prompt in prompts]
+        budgets: Sequence[int | None] = [None] * len(prompts)
+        if self._budgeter.by_window:
+            budgets = self._budgeter.window(stats, curve, max(1, num_engines))
+        order = sorted(range(len(prompts)), key=lambda i: -stats[i].mean_log)
+        self.training.extend(Waiting(prompts[i], budgets[i]) for i in order)
+
+    def add_evaluation(self, event: EvaluationRequested) -> None:
+        self.held_out.extend(HeldOut(prompt, event.samples, event.min_version) for prompt in event.prompts)
+
+    def put_back(self, prompt: Prompt) -> bool:
+        """Returns a dropped group's prompt to the head; False once it has had its last chance."""
+        reopens = self._reopens.pop(prompt.prompt_id, 0)
+        if reopens >= self._max_reopens:
+            return False
+        self._reopens[prompt.prompt_id] = reopens + 1
+        self.training.appendleft(Waiting(prompt, None))
+        return True
+
+    def shipped(self, prompt: Prompt) -> None:
+        self._reopens.pop(prompt.prompt_id, None)
