@@ -107,10 +107,8 @@ def _hello(config: Config, engine_id: str, policy_version: int, attempt: int) ->
 
 
 def _stop_while_loading(number: int, frame: object) -> None:
-    """Raising here could be swallowed, deep inside vLLM; so end at once, with what vLLM has started so far."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.killpg(0, signal.SIGTERM)
-    os._exit(DONE)
+    """Raising here could be swallowed, deep inside vLLM; so end at once, with all that vLLM has started so far."""
+    os.killpg(0, signal.SIGKILL)
 
 
 def main(argv: list[str]) -> int:

@@ -28,7 +28,7 @@ class LearnerSide:
         }  # fmt: skip
         self._on_published, self._on_step = on_published, on_step
         self._num_ranks = 0
-        self._pulled_s: dict[int, float] = {}  # rank -> when it asked for its shard of the step
+        self._pulls: dict[int, tuple[int, float]] = {}  # rank -> the step whose shard it asks for, and since when
         self._shards: dict[int, msg.Shard] = {}  # rank -> its shard, until it has asked for it
         self._shipped: list[ev.GroupRecord] = []  # the step's groups
         self._waited_s = 0.0
@@ -44,7 +44,7 @@ class LearnerSide:
                 if hello.step != run.step:
                     run.rewind(hello.step)
                 self._num_ranks = hello.num_ranks
-                for held in (self._shards, self._shipped, self._pulled_s):
+                for held in (self._shards, self._shipped, self._pulls):
                     held.clear()
                 run.apply(ev.LearnerJoined(run.now()))
                 run.say(f"learner joined with {hello.num_ranks} rank(s) at step {hello.step}")
@@ -61,17 +61,18 @@ class LearnerSide:
             self._answer()
 
     def _pull(self, peer: Peer, message: msg.Pull) -> None:
-        if message.step != self.run.step:
+        """Rank 0 publishes and acknowledges before it pulls, so its pull asks for the step; another rank's may be early by one."""
+        if not self.run.step <= message.step <= self.run.step + (peer.rank > 0):
             raise ev.ProtocolError(f"{peer.name} pulls step {message.step}, but step {self.run.step} is next")
-        self._pulled_s[peer.rank] = time.monotonic()
-        if not self._shipped and self.run.core.requested_step is None:
+        self._pulls[peer.rank] = (message.step, time.monotonic())
+        if peer.rank == 0 and not self._shipped and self.run.core.requested_step is None:
             self.run.apply(ev.ShardsRequested(self.run.now(), message.step))
         self._answer()
 
     def _make_shards(self, step: int) -> None:
         trajectories = [t for record in self._shipped for t in self._trajectories(record)]
         sampled = [t.sampled.count(1) for t in trajectories]
-        self._waited_s = time.monotonic() - min(self._pulled_s.values())
+        self._waited_s = time.monotonic() - self._pulls[0][1]
         for rank, indices in enumerate(balance([len(t.tokens) // 4 for t in trajectories], self._num_ranks)):
             self._shards[rank] = msg.Shard(
                 step=step,
@@ -89,7 +90,8 @@ class LearnerSide:
 
     def _answer(self) -> None:
         for peer in self.run.peers.ranks():
-            if peer.rank in self._pulled_s and peer.rank in self._shards:
+            shard = self._shards.get(peer.rank)
+            if shard is not None and self._pulls.get(peer.rank, (-1, 0.0))[0] == shard.step:
                 self.run.send(peer, self._shards.pop(peer.rank))
 
     def _published(self, peer: Peer, message: msg.Published) -> None:
@@ -105,7 +107,6 @@ class LearnerSide:
         if message.step != run.step or len(self._shipped) != run.config.batch.groups:
             raise ev.ProtocolError(f"{peer.name} trained step {message.step}, which it was not handed (step {run.step} is next)")
         records, self._shipped = self._shipped, []
-        self._pulled_s.clear()
         for record in records:
             if record.group_id in [r.group_id for r in records[:SAMPLED_GROUPS]]:
                 self._write_samples(record, message.step)

@@ -29,7 +29,7 @@ _ANSWER = re.compile(r"#([0-9]{2})" + re.escape(EOS))
 class Grammar:
     """How traces go wrong and on. Error rates are per added digit; what is neither careful nor a rambler stops after one pass."""
 
-    first_error: float = 0.30
+    first_error: float = 0.25
     careful_frac: float = 0.28
     careful_error: float = 0.02
     careful_stop: float = 0.65

@@ -404,6 +404,8 @@ class Core:
             group.add(rollout)
             engine.in_flight[rollout.rollout_id] = rollout
             self.rollouts[rollout.rollout_id] = rollout
+            if before is not None:
+                before.tokens = 0  # not lost after all: they are the beginning of this one
             self._out.append(ev.Launch(rollout.rollout_id, group.group_id, engine.engine_id, before.rollout_id if before else None))
         self.engines.touch(engine)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from darts import events as ev
 from darts.core import Core, CoreConfig
@@ -17,7 +18,7 @@ from darts.core import Core, CoreConfig
 ENGINES, SLOTS, GROUP_SIZE, MAX_TOKENS = 64, 256, 8, 100_000
 
 
-def core() -> None:
+def core(_: Sequence[str]) -> None:
     """Events per second through `Core.handle`, on one core: reports of progress, and ends with all that follows from them."""
     machine = Core(CoreConfig(groups_per_step=4096, group_size=GROUP_SIZE, redundancy="fixed", upper=1.5, max_tokens=MAX_TOKENS))
     launched: list[int] = []
@@ -76,13 +77,19 @@ def _spread(rates: list[float]) -> str:
     return f"{ordered[len(ordered) // 2]:,.0f} events/s (median of {len(ordered)}; {ordered[0]:,.0f} to {ordered[-1]:,.0f})"
 
 
-SUBJECTS: dict[str, Callable[[], None]] = {"core": core}
+def pipeline(argv: Sequence[str]) -> None:
+    from tools import bench_pipeline  # here: it loads vLLM and torch, and vLLM's processes import this module again
+
+    bench_pipeline.main(argv)
+
+
+SUBJECTS: dict[str, Callable[[Sequence[str]], None]] = {"core": core, "pipeline": pipeline}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description="Measures one subject on this machine.")
-    parser.add_argument("subject", choices=sorted(SUBJECTS))
-    SUBJECTS[parser.parse_args().subject]()
+    parser.add_argument("subject", choices=sorted(SUBJECTS), help="`pipeline` takes key=value options, and --help of its own")
+    SUBJECTS[parser.parse_args(sys.argv[1:2]).subject](sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def test_an_abort_reaches_a_request_that_was_launched_just_now(served: Served, d
     served.run(generate())
 
 
-def test_after_a_swap_logprobs_are_those_of_the_new_weights(served: Served) -> None:
+def test_after_a_swap_logprobs_are_those_of_the_new_weights(served: Served, record_property: Callable[[str, object], None]) -> None:
     """Of a prompt, too, that the old weights had prefilled and cached."""
     new = make_model(served.tied, seed=7)
     snapshot = served.write(new)
@@ -206,6 +206,7 @@ def test_after_a_swap_logprobs_are_those_of_the_new_weights(served: Served) -> N
 
     version, run = served.run(generate())
     assert run.version == version
+    record_property("logprob_error", error(new, run))
     assert error(new, run) < BOUND
     assert error(make_model(served.tied, seed=0), run) > 0.1  # the old weights would have shown
 

@@ -1,0 +1,131 @@
+"""The whole pipeline on its real parts: vLLM engines, the ZeroMQ buffer, an FSDP learner, as separate processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tools.warm_start import warm_start
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+MODEL = Path("models/tiny-reasoner")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def model() -> Path:
+    """The embedded default, made once and kept, as `make demo` does."""
+    warm_start(MODEL)
+    return MODEL
+
+
+def launch(folder: Path, port: int, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tools.launch", "--config", "configs/demo.yaml", f"run.dir={folder}", "run.name=r"]
+    command += [f"buffer.address=tcp://127.0.0.1:{port}", f"model.path={MODEL}", "launch.progress=none", *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 400) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=timeout_s)
+    return process.returncode, output
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    path = folder / "r" / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_steps(folder: Path, num_steps: int, process: subprocess.Popen[str], timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while len(rows(folder, "metrics.jsonl")) < num_steps:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.1)
+
+
+def descendants(process: subprocess.Popen[str], module: str) -> list[psutil.Process]:
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if module in p.cmdline()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> tuple[Path, int, str]:
+    folder = tmp_path_factory.mktemp("trained")
+    code, output = finish(launch(folder, free_port(), "run.steps=16", "eval.every=16", "eval.prompts=128", "eval.samples=2"))
+    return folder, code, output
+
+
+def test_run_ends_well_and_reports(trained: tuple[Path, int, str]) -> None:
+    folder, code, output = trained
+    assert code == 0, output
+    assert output.rstrip().endswith(str(folder / "r" / "report.html"))
+    files = {path.name for path in (folder / "r").iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "groups.jsonl", "events.msgpack", "samples.jsonl", "checkpoints", "tb", "report.html"} <= files
+
+
+def test_held_out_accuracy_rises(trained: tuple[Path, int, str]) -> None:
+    accuracy = [row["eval/accuracy"] for row in rows(trained[0], "metrics.jsonl") if "eval/accuracy" in row]
+    assert len(accuracy) == 2
+    assert accuracy[1] >= accuracy[0] + 0.1
+
+
+def test_lag_stays_within_its_bound_at_every_step(trained: tuple[Path, int, str]) -> None:
+    assert all(0 <= row["lag/max"] <= 4 for row in rows(trained[0], "metrics.jsonl"))
+
+
+def test_actor_and_learner_agree_on_logprobs(trained: tuple[Path, int, str]) -> None:
+    diffs = [row["train/logprob_diff"] for row in rows(trained[0], "metrics.jsonl") if "train/logprob_diff" in row]
+    assert diffs and max(diffs) < 1e-3
+
+
+def test_cancels_free_their_slots(trained: tuple[Path, int, str]) -> None:
+    metrics = rows(trained[0], "metrics.jsonl")
+    assert sum("cancel/freed_p99_ms" in row for row in metrics) >= len(metrics) // 2
+    ends = [r["end"] for row in rows(trained[0], "groups.jsonl") for r in row["rollouts"]]
+    assert ends.count("cancelled") > len(ends) // 20
+
+
+def test_recorded_run_replays_to_identical_decisions(trained: tuple[Path, int, str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "tools.replay", str(trained[0] / "r")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "identical" in done.stdout
+
+
+def test_killed_engine_is_restarted_and_the_run_ends_well(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    process = launch(tmp_path, free_port(), "run.steps=10", "eval.every=0", "buffer.peer_timeout_s=5")
+    wait_for_steps(tmp_path, 2, process)
+    [worker] = descendants(process, "actors.process")
+    worker.send_signal(signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    metrics = rows(tmp_path, "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(10)) and max(row["lag/max"] for row in metrics) <= 4
+    ledger = rows(tmp_path, "groups.jsonl")
+    assert sum(row["end"] == "shipped" for row in ledger) == 10 * 16
+    assert any(r["end"] == "lost" for row in ledger for r in row["rollouts"])
+
+
+def test_killed_learner_resumes_from_its_checkpoint(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    overrides = ["run.steps=6", "eval.every=0", "learner.checkpoint_every=2", "learner.ranks=2", "actors.engines=2", "actors.slots=32"]
+    overrides += ["weights.transport=file"]
+    process = launch(tmp_path, free_port(), *overrides)
+    wait_for_steps(tmp_path, 3, process)
+    for rank in descendants(process, "learner"):
+        rank.send_signal(signal.SIGKILL)
+    code, output = finish(process)
+    assert code != 0 and "learner" in output and "run.resume=true" in output
+    code, output = finish(launch(tmp_path, free_port(), *overrides, "run.resume=true"))
+    assert code == 0, output
+    metrics = rows(tmp_path, "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(6))
+    versions = [row["policy_version"] for row in metrics]
+    assert versions == sorted(set(versions)) and max(row["lag/max"] for row in metrics) <= 4
+    shipped = [row["prompt_id"] for row in rows(tmp_path, "groups.jsonl") if row["end"] == "shipped"]
+    assert len(shipped) == 6 * 16 and len(set(shipped)) == len(shipped)
