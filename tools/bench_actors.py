@@ -21,16 +21,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
 from vllm import SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessor
 
 from actors.device import engine_type
-from actors.engine import CLOSE_S, Engine, engine_args
+from actors.engine import Engine
 from actors.environments import make_environment
 from actors.worker import Worker
 from buffer import messages as msg
@@ -42,13 +43,14 @@ from configs.schema import Config
 from tools.processes import ROOT, die_with
 
 BARE, ONE_POLICY, SWAPS = "bare vLLM", "one policy", "a swap each step"
+WAITED = "(its wait for a processor)"
 NEVER = 10**6  # learner steps
 POLL_S = 0.1
 
 
 @dataclass
 class Window:
-    """What one measurement saw. CPU seconds by part; pauses as a share of the time."""
+    """What one measurement saw. `cpu_s`: by part, and what the engine core's threads waited for a processor; pauses as a share."""
 
     num_tokens: int
     seconds: float
@@ -66,8 +68,8 @@ async def measure_actors(
     config: Config, snapshot: bytes, seconds: float, warmup_s: float, rounds: int
 ) -> tuple[dict[str, list[Window]], list[msg.Shard]]:
     """Each kind once a round, and all shards that the pipeline handed over meanwhile."""
-    engine = await asyncio.to_thread(Engine, config)  # the engine first: it prepares the environment of vLLM's processes
-    bare = await asyncio.to_thread(BareEngine, config)
+    engine = Engine(config)
+    bare = BareEngine(config, engine)
     windows: dict[str, list[Window]] = {BARE: [], ONE_POLICY: [], SWAPS: []}
     shards: list[msg.Shard] = []
     try:
@@ -79,7 +81,7 @@ async def measure_actors(
             windows[kind].append(window)
             print(f"round {number + 1} of {rounds}: {kind:<18}{window.tokens_per_s:>8,.0f} tokens/s", flush=True)
     finally:
-        bare.close()
+        del bare  # it holds the engine's vLLM, which must not outlive it
         engine.close()
     return windows, shards
 
@@ -95,12 +97,25 @@ async def _window(num_tokens: Callable[[], int], buffer_pid: int | None, seconds
 
 
 def _cpu_seconds(buffer_pid: int | None) -> dict[str, float]:
-    """By part. Both engines' processes are added up: only one works at a time."""
-    used = {"engine core": 0.0, "front end": _cpu(psutil.Process())}
+    """By part of the pipeline; bare vLLM has the first two."""
+    used = {"engine core": 0.0, WAITED: 0.0, "front end": _cpu(psutil.Process())}
     for child in psutil.Process().children(recursive=True):
         part = "buffer" if child.pid == buffer_pid else "engine core"
         used[part] = used.get(part, 0.0) + _cpu(child)
+        if part != "buffer":
+            used[WAITED] += _waited(child.pid)
     return used
+
+
+def _waited(pid: int) -> float:
+    """Seconds that its threads were ready to run and did not: others had the processors."""
+    waited_ns = 0
+    for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        try:
+            waited_ns += int(file.read_text().split()[1])
+        except OSError:
+            continue  # this thread has just ended
+    return waited_ns / 1e9
 
 
 def _cpu(process: psutil.Process) -> float:
@@ -112,27 +127,38 @@ def _cpu(process: psutil.Process) -> float:
 
 
 class BareEngine:
-    """vLLM as its manual says: `AsyncLLM.generate`, in the cheapest of its modes (no text, one output at the end)."""
+    """vLLM as its manual says: `AsyncLLM.generate`, in the cheapest of its modes (no text, one output at the end).
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    Borrows the very instance that the pipeline uses, with vLLM's own output processor back in its place: a second one would cost its
+    loading, and as much memory again.
+    """
+
+    def __init__(self, config: Config, engine: Engine) -> None:
+        self._config, self._tokenizer = config, engine.tokenizer
+        self._llm = engine._llm
         self._num_tokens = 0
-        self._llm = AsyncLLM.from_engine_args(engine_args(config))
         self._requests = enumerate(self._draw())
-        process_outputs = self._llm.output_processor.process_outputs
+        self._processor = OutputProcessor(self._tokenizer, log_stats=False)
+        process_outputs = self._processor.process_outputs
 
         def counted(outputs: list[Any], *args: Any, **options: Any) -> Any:
             self._num_tokens += sum(len(output.new_token_ids) for output in outputs)
             return process_outputs(outputs, *args, **options)
 
-        self._llm.output_processor.process_outputs = counted  # type: ignore[method-assign]
+        self._processor.process_outputs = counted  # type: ignore[method-assign]
+
+    def _install(self, processor: Any) -> None:
+        if self._llm.output_handler is not None:
+            self._llm.output_handler.cancel()
+            self._llm.output_handler = None  # the next request starts another
+        self._llm.output_processor = processor
 
     def _draw(self) -> Iterator[tuple[list[int], SamplingParams]]:
         """The run's own prompts, each `darts.group_size` times."""
-        config, sampling, tokenizer = self._config, self._config.sampling, self._llm.get_tokenizer()
+        config, sampling = self._config, self._config.sampling
         environment, prompts = make_environment(config), make_sources(config).train
         while True:
-            ids = environment.render(prompts.draw(1)[0], tokenizer)
+            ids = environment.render(prompts.draw(1)[0], self._tokenizer)
             for _ in range(config.darts.group_size):
                 yield (
                     ids,
@@ -147,14 +173,16 @@ class BareEngine:
                 )
 
     async def measure(self, seconds: float, warmup_s: float) -> Window:
-        self._num_tokens = 0
+        self._num_tokens, ours = 0, self._llm.output_processor
+        self._install(self._processor)
         slots = [asyncio.create_task(self._keep_busy()) for _ in range(self._config.actors.slots)]
         try:
             return await _window(lambda: self._num_tokens, None, seconds, warmup_s)
         finally:
             for slot in slots:
                 slot.cancel()
-            await asyncio.gather(*slots, return_exceptions=True)
+            await asyncio.gather(*slots, return_exceptions=True)  # each aborts its request
+            self._install(ours)
 
     async def _keep_busy(self) -> None:
         while True:
@@ -162,10 +190,6 @@ class BareEngine:
             params.seed = number
             async for _ in self._llm.generate(tokens_input(prompt_ids), params, str(number)):
                 pass
-
-    def close(self) -> None:
-        self._llm.shutdown(timeout=CLOSE_S)
-        del self._llm
 
 
 # The pipeline ------------------------------------------------------------------------------------------------------

@@ -43,8 +43,7 @@ class BenchConfig(Config):
 def main(argv: Sequence[str]) -> None:
     description = (
         "Pipeline tokens/s over bare vLLM at the same concurrency, and learner tokens/s over a bare FSDP2 loop on the same packs. Starts "
-        "from configs/demo.yaml. Two engines are loaded, and take turns: on a GPU give each less than half of it "
-        "(actors.gpu_memory_frac=0.4)."
+        "from configs/demo.yaml. One engine serves both sides in turns; the learner half runs one rank."
     )
     cli.main(description, run, BenchConfig, ["--config", "demo", *argv])
 

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 
 EOS, VOCABULARY, SLOTS = 2, 64, 4
 PROMPT = [5 + i % 50 for i in range(100)]  # three full blocks of the key-value cache
-BOUND = 1e-4  # of a log-probability in float32, between vLLM and transformers; 2e-5 is what is seen
+BOUND = 1e-4  # of a log-probability in float32, between vLLM and transformers; 5e-6 is what is seen
 
 
 def make_model(tied: bool, seed: int, eos_logit: float = -60) -> Qwen3ForCausalLM:
