@@ -50,6 +50,11 @@ class LearnerSide:
                 run.say(f"learner joined with {hello.num_ranks} rank(s) at step {hello.step}")
         run.router.send(identity, msg.LearnerWelcome(policy_version=max(run.core.policy_version, run.base_version)))
 
+    @property
+    def trains(self) -> bool:
+        """Whether a learner has a step in its hands."""
+        return bool(self._shipped) and bool(self.run.peers.ranks())
+
     def lose(self, peer: Peer, reason: str) -> None:
         self.run.peers.remove(peer)
         self.run.warn(f"{peer.name} is lost ({reason}); restart the learner with run.resume=true")

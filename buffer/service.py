@@ -31,6 +31,7 @@ from darts import events as ev
 POLL_S = 0.05
 HEARTBEAT_S = 1.0
 STATISTICS_S = 0.5
+FAREWELL_S = 15.0  # for the learner to end its step when the buffer is asked to stop
 
 
 class Service:
@@ -42,7 +43,7 @@ class Service:
         self.actors = ActorSide(self.run)
         self.learner = LearnerSide(self.run, self._policy_published, self._step_done)
         self.error = ""
-        self._stopping = False
+        self._stopping, self._stop_by_s = False, 0.0
         self._all_there_s = time.monotonic()
         self._evaluating: int | None = None  # the step whose evaluation is under way
         self._evaluated: list[ev.GroupRecord] = []
@@ -52,8 +53,12 @@ class Service:
     # The loop -----------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Asks `serve` to end the run now, cleanly; from a signal handler or another thread."""
+        """Asks `serve` to end the run, cleanly; from a signal handler or another thread. A step in the learner's hands is waited for."""
         self._stopping = True
+        self._stop_by_s = time.monotonic() + FAREWELL_S
+
+    def _stopped(self) -> bool:
+        return self._stopping and (not self.learner.trains or time.monotonic() >= self._stop_by_s)
 
     def serve(self) -> int:
         """Until the run has ended: 0 well, 1 not, 130 because it was asked to `stop`."""
@@ -61,7 +66,7 @@ class Service:
         run.say(f"listening on {run.router.address}, run directory {run.folder}")
         next_heartbeat = next_statistics = 0.0
         try:
-            while run.phase != "done" and not self._stopping:
+            while run.phase != "done" and not self._stopped():
                 for identity, message in run.router.receive(POLL_S):
                     self._receive(identity, message)
                 run.draw_prompts()
@@ -77,11 +82,11 @@ class Service:
             self.error = str(error)
             print(f"error: {self.error}", file=sys.stderr, flush=True)
         finally:
-            if self._stopping:
+            if run.phase != "done":
                 self.error = self.error or "the buffer was stopped"
             run.publisher.publish(b"snapshot", snapshot(run))
             run.close(self.error)
-        return 130 if self._stopping else int(bool(self.error))
+        return 130 if self._stopping and run.phase != "done" else int(bool(self.error))
 
     def _receive(self, identity: bytes, message: msg.Message) -> None:
         """Handles one message. What a peer may not say ends that peer, not the run."""

@@ -230,7 +230,8 @@ class Journal:
         self._db.execute("DELETE FROM cursors WHERE step <= ?", (num_steps - KEPT_CURSORS,))
 
     def cursor(self, num_steps: int) -> Cursor | None:
-        row = self._db.execute("SELECT cursor FROM cursors WHERE step = ?", (num_steps,)).fetchone()
+        """Where the stream stood then, or at the last step before that was recorded."""
+        row = self._db.execute("SELECT cursor FROM cursors WHERE step <= ? ORDER BY step DESC LIMIT 1", (num_steps,)).fetchone()
         return msgspec.msgpack.decode(row[0], type=Cursor) if row else None
 
     def _decode(self, stats: bytes) -> LengthStats:

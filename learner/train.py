@@ -57,6 +57,7 @@ class LearnerState:
     optimizer: torch.optim.AdamW
     step: int = 0  # next to train
     policy_version: int = -1  # newest published
+    saved_step: int = 0  # of the newest checkpoint; there is nothing to save before the first step
     published: bool = False  # whether the weights are exactly those of `policy_version`
 
 
@@ -240,8 +241,11 @@ def _until_told_to_stop(state: LearnerState, link: LearnerLink) -> Iterator[None
         yield
     except _RunEnded:
         return
-    except (RunStopped, TransportError):
-        raise  # the buffer knows, or cannot be told
+    except RunStopped:
+        _save(state)  # every rank stands at the same step, waiting for its shard
+        raise
+    except TransportError:
+        raise  # the buffer cannot be told
     except Exception as error:
         if state.num_ranks > 1 and isinstance(error, RuntimeError):
             # A dead rank breaks the collectives of all others: let whoever watches us find it, before we are taken for the cause.
@@ -258,10 +262,14 @@ def _checkpoints(config: Config) -> Path:
 
 
 def _save(state: LearnerState) -> None:
+    """Unless it was saved already."""
+    if state.saved_step == state.step:
+        return
+    state.saved_step = state.step
     meta = {"step": state.step, "policy_version": state.policy_version}
     checkpoint.save(_checkpoints(state.config), state.model, state.optimizer, meta, state.config.learner.keep_checkpoints)
 
 
 def _resume(state: LearnerState) -> None:
     meta = checkpoint.load_latest(_checkpoints(state.config), state.model, state.optimizer)
-    state.step = meta["step"] if meta else 0
+    state.step = state.saved_step = meta["step"] if meta else 0

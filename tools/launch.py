@@ -33,6 +33,7 @@ from tools.summary import print_summary, resume_hint
 
 POLL_S = 0.1
 MEASURE_S = 1.0
+FAREWELL_S = 20.0  # for the learner to end its step and save, once the buffer has been told to end the run
 STOP_S = 12.0  # a pool gives its engines 8 seconds
 LEAVE_S = 20.0  # for the others to end by themselves once the buffer has ended the run
 SETTLE_S = 5.0  # for the buffer to end the run once the learner, or the last pool, has ended well
@@ -146,14 +147,12 @@ class Run:
             self._measured_s = now
 
     def stop(self) -> None:
-        """End what still runs: in good order, the buffer last; after `STOP_S`, or a second signal, for certain."""
-        for child in sorted(self.children, key=lambda child: child.role == "buffer"):
-            if child.status is None:
-                child.process.terminate()
-        deadline, num_signals = time.monotonic() + STOP_S, len(self.signals)
-        while any(child.status is None for child in self.children) and time.monotonic() < deadline and len(self.signals) == num_signals:
-            self._listen()
-            time.sleep(POLL_S)
+        """End what still runs. The buffer is told first: it ends the run, and the learner saves what it has learned. Who has not left
+        after `FAREWELL_S` is told by signal, after `STOP_S` more, or at a second signal, killed."""
+        num_signals = len(self.signals)
+        if not self.error:
+            self._end([child for child in self.children if child.role == "buffer"], FAREWELL_S, num_signals)
+        self._end(self.children, STOP_S, num_signals)
         killed = [child for child in self.children if child.status is None]
         for child in killed:
             child.process.kill()
@@ -161,6 +160,16 @@ class Run:
         if killed:
             why = "at once, as asked" if len(self.signals) > num_signals else f"still running after {STOP_S:g} s"
             self._view.say(f"killed {', '.join(child.process.name for child in killed)}: {why}")
+
+    def _end(self, told: Sequence[Child], limit_s: float, num_signals: int) -> None:
+        """Tells `told` to end, and waits until nobody runs, `limit_s` have passed, or one more signal comes."""
+        told = [child for child in told if child.status is None]
+        for child in told:
+            child.process.terminate()
+        deadline = time.monotonic() + (limit_s if told else 0.0)
+        while any(child.status is None for child in self.children) and time.monotonic() < deadline and len(self.signals) == num_signals:
+            self._listen()
+            time.sleep(POLL_S)
 
     def peaks(self) -> dict[str, int]:
         return {label: peak for child in self.children for label, peak in child.process.peaks().items()}

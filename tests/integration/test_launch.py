@@ -32,7 +32,7 @@ from configs import cli
 from tools import launch, processes
 from tools.processes import Command, LocalHost, guarded
 stop_s, config, commands = float(sys.argv[1]), cli.load(json.loads(sys.argv[2])), json.loads(sys.argv[3])
-launch.STOP_S, launch.SETTLE_S, launch.LEAVE_S, processes.ADOPTED_GRACE_S = stop_s, 0.5, 2.0, 1.0
+launch.STOP_S, launch.FAREWELL_S, launch.SETTLE_S, launch.LEAVE_S, processes.ADOPTED_GRACE_S = stop_s, 1.0, 0.5, 2.0, 1.0
 table = [(role, Command(name, ("-c", code))) for role, name, code in commands]
 if __name__ == "__main__":
     sys.exit(guarded(lambda: launch.conduct(config, LocalHost(cli.to_yaml(config)), table)))
