@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.device import engine_device
 from actors.process import DONE, GAVE_UP, RUN_FAILED
 from configs import cli
 from configs.schema import Config
@@ -98,7 +99,11 @@ class Pool:
             stdin=subprocess.DEVNULL,
             pass_fds=(self._config_fd, write),
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+                **engine_gpus(self._config, index, os.environ.get("CUDA_VISIBLE_DEVICES", "")),
+            },
         )
         os.close(write)
         return EngineProcess(f"{self._config.actors.name}/{index}", index, process, read, restarts)
@@ -126,6 +131,23 @@ class Pool:
             engine.bury()
         self._engines = []
         os.close(self._config_fd)
+
+
+def engine_gpus(config: Config, index: int, visible: str) -> dict[str, str]:
+    """The environment that gives engine `index` its own `tensor_parallel` of the visible GPUs; nothing on a CPU.
+
+    `visible` is CUDA_VISIBLE_DEVICES; empty: all from 0. `ValueError` where it names too few. Never run on a GPU by us.
+    """
+    if engine_device(config) != "cuda":
+        return {}
+    size, engines = config.actors.tensor_parallel, config.actors.engines
+    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(engines * size)]
+    if len(gpus) < engines * size:
+        raise ValueError(
+            f"actors.engines={engines} x actors.tensor_parallel={size} need {engines * size} GPUs, but CUDA_VISIBLE_DEVICES={visible} "
+            f"names {len(gpus)}: start fewer engines here"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index * size : (index + 1) * size])}
 
 
 def check_model(path: str) -> None:

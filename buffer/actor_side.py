@@ -155,5 +155,5 @@ class ActorSide:
 
     def _report(self, peer: Peer, message: msg.EngineReport) -> None:
         self.run.metrics.note_report(peer.engine_id, message)
-        self.run.latest.reports[peer.engine_id] = message
+        self.run.metrics.latest.reports[peer.engine_id] = message
         self.run.apply(ev.LatencyReported(self.run.now(), peer.engine_id, message.batch, message.ms_per_token))

@@ -13,12 +13,35 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from buffer.messages import EngineReport, PolicyLoaded
+from buffer.messages import EngineReport, PolicyLoaded, PromptView
 from darts.events import GroupRecord, RolloutRecord
 
 HISTOGRAM_EDGES = [0, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384, 32768]
 FATES = ("selected_short", "selected_long", "discarded", "truncated", "cancelled")
+SHOWN_PROMPTS = 256  # closed last, of which monitors draw the lengths
 WINDOW = 2048  # rollouts and lags that the live histograms look back on
+
+
+class Latest:
+    """What peers reported last, and the prompts that closed last."""
+
+    def __init__(self) -> None:
+        self.reports: dict[str, EngineReport] = {}
+        self.prompts: deque[PromptView] = deque(maxlen=SHOWN_PROMPTS)
+
+    def closed(self, record: GroupRecord, spread: float) -> None:
+        scored = [r for r in record.rollouts if r.reward is not None]
+        right = [r.tokens for r in scored if (r.reward or 0.0) > 0.5]
+        self.prompts.append(
+            PromptView(
+                prompt_id=record.prompt_id,
+                spread=spread,
+                budget=record.budget,
+                pass_rate=len(right) / max(1, len(scored)),
+                lengths_right=right,
+                lengths_wrong=[r.tokens for r in scored if (r.reward or 0.0) <= 0.5],
+            )
+        )
 
 
 class Metrics:
@@ -26,6 +49,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.tokens: Counter[str] = Counter()
+        self.latest = Latest()
         self.recent: deque[tuple[str, int]] = deque(maxlen=WINDOW)
         self.recent_lags: deque[int] = deque(maxlen=WINDOW)
         self._dropped: Counter[str] = Counter()

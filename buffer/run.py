@@ -17,7 +17,6 @@ from buffer.event_log import EventLog
 from buffer.metrics import Metrics
 from buffer.peers import Peer, Peers
 from buffer.prompts import make_sources
-from buffer.statistics import Latest
 from buffer.store import Journal, TrajectoryStore
 from buffer.stream import PromptsOut
 from buffer.transport import Publisher, Router, next_port
@@ -52,7 +51,6 @@ class Run:
         self.recorder = recorder.Recorder(self.folder)
         self.metrics = Metrics()
         self.metrics.restore(self.last_row)
-        self.latest = Latest()
         self.core = Core(core_config(config))
         self.log = EventLog(self.folder / "events.msgpack", self.core.config)
         self.peers = Peers()
@@ -107,7 +105,7 @@ class Run:
         self.recorder.group(record)
         self.metrics.closed(record)
         known = self.learned.get(record.prompt_id) or self.journal.lengths([record.prompt_id]).get(record.prompt_id)
-        self.latest.closed(record, spread(known) if known else 0.0)
+        self.metrics.latest.closed(record, spread(known) if known else 0.0)
 
     def forget(self, record: ev.GroupRecord) -> None:
         """Frees what is held of a closed group's rollouts."""

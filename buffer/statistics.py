@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from buffer import messages as msg
 from buffer.metrics import HISTOGRAM_EDGES
-from darts.events import GroupRecord
 from darts.groups import Group
 from darts.placement import Engine
 
@@ -16,29 +14,6 @@ if TYPE_CHECKING:
     from buffer.run import Run
 
 SHOWN_GROUPS = 32
-SHOWN_PROMPTS = 256
-
-
-class Latest:
-    """What peers reported last, and the prompts that closed last."""
-
-    def __init__(self) -> None:
-        self.reports: dict[str, msg.EngineReport] = {}
-        self.prompts: deque[msg.PromptView] = deque(maxlen=SHOWN_PROMPTS)
-
-    def closed(self, record: GroupRecord, spread: float) -> None:
-        scored = [r for r in record.rollouts if r.reward is not None]
-        right = [r.tokens for r in scored if (r.reward or 0.0) > 0.5]
-        self.prompts.append(
-            msg.PromptView(
-                prompt_id=record.prompt_id,
-                spread=spread,
-                budget=record.budget,
-                pass_rate=len(right) / max(1, len(scored)),
-                lengths_right=right,
-                lengths_wrong=[r.tokens for r in scored if (r.reward or 0.0) <= 0.5],
-            )
-        )
 
 
 def snapshot(run: Run) -> msg.Snapshot:
@@ -61,7 +36,7 @@ def snapshot(run: Run) -> msg.Snapshot:
         metrics={k: float(v) for k, v in run.last_row.items()},
         groups=[_group(g) for g in islice((g for g in core.groups.values() if g.running), SHOWN_GROUPS)],
         engines=[_engine(e, run) for e in core.engines.by_id.values()],
-        prompts=list(run.latest.prompts),
+        prompts=list(run.metrics.latest.prompts),
     )
 
 
@@ -78,7 +53,7 @@ def _group(group: Group) -> msg.GroupView:
 
 
 def _engine(engine: Engine, run: Run) -> msg.EngineView:
-    report = run.latest.reports.get(engine.engine_id)
+    report = run.metrics.latest.reports.get(engine.engine_id)
     return msg.EngineView(
         engine_id=engine.engine_id,
         engine_type=engine.engine_type,

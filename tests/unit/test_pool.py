@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from actors import pool
-from actors.pool import EngineFailed, Pool, check_model
+from actors.pool import EngineFailed, Pool, check_model, engine_gpus
 from actors.process import DIED, DONE, GAVE_UP, RUN_FAILED
+from configs import cli
 from configs.schema import Config
 
 
@@ -124,3 +125,15 @@ def test_a_folder_that_is_not_there_is_refused_by_name(path: str, tmp_path: Path
 def test_a_hub_name_is_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check_model("Qwen/Qwen3-0.6B")
+
+
+def test_each_engine_gets_gpus_of_its_own() -> None:
+    config = cli.load(["actors.device=cuda", "actors.engines=2", "actors.tensor_parallel=2"])
+    assert [engine_gpus(config, i, "")["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["0,1", "2,3"]
+    assert [engine_gpus(config, i, "4,5,6,7")["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["4,5", "6,7"]
+    with pytest.raises(ValueError, match="names 3"):
+        engine_gpus(config, 0, "0,1,2")
+
+
+def test_cpu_engines_are_given_no_gpus() -> None:
+    assert engine_gpus(cli.load(["actors.device=cpu"]), 0, "0") == {}
