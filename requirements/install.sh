@@ -44,7 +44,8 @@ if ! uv pip install --quiet --dry-run --no-deps --reinstall-package torch "$torc
     set -- --index "$TORCH_INDEX" --index-strategy unsafe-best-match
 fi
 # uv itself lives in the environment and stays: it is pinned here, the rest in the lock.
-{ cat "$LOCK"; echo "uv==$UV_VERSION"; } | uv pip sync --quiet "$@" - || fail "the packages could not be installed; see above"
+# Compiled once here: where PYTHONDONTWRITEBYTECODE is set, every one of a run's processes would compile torch and vLLM anew, at 10 s each.
+{ cat "$LOCK"; echo "uv==$UV_VERSION"; } | uv pip sync --quiet --compile-bytecode "$@" - || fail "the packages could not be installed; see above"
 uv pip install --quiet --no-deps --no-build-isolation --editable . || fail "this repository could not be installed into $VENV; see above"
 "$VENV/bin/python" -c 'from transformers import AutoModelForCausalLM' || fail "the installed packages do not work together; remove $VENV and try again"
 echo "$stamp" >"$VENV/installed"
