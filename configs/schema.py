@@ -164,7 +164,11 @@ class WeightsConfig:
 
 @dataclass
 class LossConfig:
-    kind: str = key("grpo", "Objective: clipped surrogate, group-relative advantages, mean over tokens.", choices=["grpo"])
+    kind: str = key(
+        "grpo",
+        "Group-relative advantages: grpo divides by the group's standard deviation, dr_grpo does not. Clipped surrogate, mean over tokens.",
+        choices=["grpo", "dr_grpo"],
+    )
     clip_low: float = key(0.2, "Ratios below 1 - clip_low are clipped.", gt=0, lt=1)
     clip_high: float = key(0.28, "Ratios above 1 + clip_high are clipped (clip-higher).", gt=0)
     tis_cap: float = key(2.0, "Cap of the truncated importance weight that corrects for stale or mismatched actors.", gt=0)

@@ -37,15 +37,16 @@ class Pack:
 TENSORS = tuple(column.name for column in fields(Pack) if column.name != "lengths")
 
 
-def make_packs(shard: Shard, max_tokens: int, train_truncated: bool, current_version: int) -> list[Pack]:
+def make_packs(shard: Shard, max_tokens: int, train_truncated: bool, current_version: int, kind: str = "grpo") -> list[Pack]:
     """Micro-batches of at most `max_tokens` input tokens, in which every trained trajectory of `shard` appears once.
 
     A trajectory longer than `max_tokens` has a pack to itself. `current_version` is the policy version whose weights the learner holds
     now (one that no actor can have, such as -1, if it holds unpublished ones). Truncated trajectories are left out unless
-    `train_truncated`: they count in their group's advantages only. Raises `ProtocolError` for a malformed trajectory.
+    `train_truncated`: they count in their group's advantages only (`kind`: see `group_advantage`). Raises `ProtocolError` for a malformed
+    trajectory.
     """
     trained = [trajectory for trajectory in shard.trajectories if train_truncated or not trajectory.truncated]
-    sequences = [_sequence(trajectory, current_version) for trajectory in trained]
+    sequences = [_sequence(trajectory, current_version, kind) for trajectory in trained]
     bins = first_fit([len(sequence.input_ids_T) for sequence in sequences], max_tokens)
     return [_concatenate(sequences[index] for index in members) for members in bins]
 
@@ -73,7 +74,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _sequence(trajectory: Trajectory, current_version: int) -> Pack:
+def _sequence(trajectory: Trajectory, current_version: int, kind: str) -> Pack:
     tokens_T = np.frombuffer(trajectory.tokens, dtype="<i4")
     sampled_T = np.frombuffer(trajectory.sampled, dtype=np.uint8).astype(bool)
     logprobs_T = np.frombuffer(trajectory.actor_logprobs, dtype="<f4")
@@ -86,7 +87,7 @@ def _sequence(trajectory: Trajectory, current_version: int) -> Pack:
         predicts_S=torch.from_numpy(predicts_S),
         targets_S=torch.from_numpy(tokens_T[predicts_S + 1].astype(np.int64)),
         actor_logprobs_S=torch.from_numpy(logprobs_T[predicts_S + 1].copy()),
-        advantages_S=torch.full((len(predicts_S),), group_advantage(trajectory.reward, trajectory.group_rewards)),
+        advantages_S=torch.full((len(predicts_S),), group_advantage(trajectory.reward, trajectory.group_rewards, kind)),
         current_S=torch.from_numpy(versions_S == current_version),
         lengths=(len(tokens_T) - 1,),
     )

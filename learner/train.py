@@ -120,7 +120,8 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
     started = time.monotonic()
     config = state.config
     truncated = config.loss.train_truncated
-    packs = make_packs(shard, config.batch.tokens, truncated, state.policy_version if state.published else UNPUBLISHED)
+    current = state.policy_version if state.published else UNPUBLISHED
+    packs = make_packs(shard, config.batch.tokens, truncated, current, config.loss.kind)
     # Ranks short of a micro-batch take part in the collectives of the others with an empty one.
     packs += [empty_pack()] * (int(fsdp.all_max(len(packs), state.device)) - len(packs))
     num_trained = max(1, shard.step_sampled_tokens if truncated else shard.step_trained_tokens)

@@ -112,7 +112,7 @@ def measure_learner(config: Config, shards: Sequence[Shard]) -> list[LearnerStep
 
 def _measure_step(state: LearnerState, publisher: Publisher, shard: Shard, bare_first: bool) -> LearnerStep:
     def pack() -> list[Pack]:
-        return make_packs(shard, state.config.batch.tokens, state.config.loss.train_truncated, UNPUBLISHED)
+        return make_packs(shard, state.config.batch.tokens, state.config.loss.train_truncated, UNPUBLISHED, state.config.loss.kind)
 
     packs = pack()
     measured: dict[str, Callable[[], object]] = {

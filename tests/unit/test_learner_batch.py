@@ -91,3 +91,9 @@ def test_an_empty_pack_trains_nothing() -> None:
 def test_a_malformed_trajectory_is_refused_by_name(broken: Trajectory) -> None:
     with pytest.raises(ProtocolError, match="rollout 7 of group 3"):
         make_packs(make_shards([broken])[0], 64, False, 0)
+
+
+def test_loss_kind_reaches_the_advantages() -> None:
+    shard = make_shards(make_trajectories(seed=1))[0]
+    grpo, dr_grpo = (make_packs(shard, 10_000, False, 0, kind)[0].advantages_S for kind in ("grpo", "dr_grpo"))
+    assert not torch.equal(grpo, dr_grpo) and torch.equal(grpo.sign(), dr_grpo.sign())

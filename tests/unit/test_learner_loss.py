@@ -105,3 +105,7 @@ def test_no_tokens_is_no_loss_and_a_gradient_of_zero() -> None:
     logprobs_S, _ = token_logprobs(logits_SV, torch.zeros(0, dtype=torch.int64), 1.0)
     logprobs_S.sum().backward()
     assert logits_SV.grad is not None and logits_SV.grad.shape == (0, 5)
+
+
+def test_dr_grpo_does_not_divide_by_the_spread() -> None:
+    assert group_advantage(1.0, [1.0, 0.0, 0.0, 0.0], "dr_grpo") == pytest.approx(0.75)
