@@ -21,7 +21,7 @@ test: setup  ## the whole CPU test suite, real engines included (minutes)
 	@$(PYTHON_IN) -m pytest -m "not gpu" $(PYTEST)
 
 check: lint  ## linters, types, import rules and the fast tests, in under a minute
-	@$(PYTHON_IN) -m pytest -q -m "not gpu and not e2e and not slow" tests/unit tests/properties tests/golden tests/integration $(PYTEST)
+	@$(PYTHON_IN) -m pytest -q -m "not gpu and not e2e and not slow" tests/unit tests/properties tests/golden tests/integration/test_service.py $(PYTEST)
 
 lint: setup  ## linters, types and import rules alone
 	@$(PYTHON_IN) -m ruff check .
