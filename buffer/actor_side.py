@@ -35,9 +35,9 @@ class ActorSide:
         if known is None or known.pid != hello.pid:
             if known is not None:
                 self.lose(known, "it started anew")
-            run.peers.add(Peer(identity, hello.pid, time.monotonic(), hello.engine_id))
             version = min(hello.policy_version, run.core.policy_version)
             run.apply(ev.ActorJoined(run.now(), hello.engine_id, hello.engine_type, hello.slots, version))
+            run.peers.add(Peer(identity, hello.pid, time.monotonic(), hello.engine_id))
             run.say(f"engine {hello.engine_id} joined ({hello.engine_type}, {hello.slots} slots)")
         run.router.send(identity, msg.Welcome(policy=run.policy))
 

@@ -90,10 +90,8 @@ class Service:
 
     def _receive(self, identity: bytes, message: msg.Message) -> None:
         """Handles one message. What a peer may not say ends that peer, not the run."""
-        if isinstance(message, msg.ActorHello):
-            return self.actors.hello(identity, message)
-        if isinstance(message, msg.LearnerHello):
-            return self.learner.hello(identity, message)
+        if isinstance(message, (msg.ActorHello, msg.LearnerHello)):
+            return self._greet(identity, message)
         peer = self.run.peers.heard(identity, time.monotonic())
         if peer is None or isinstance(message, msg.Heartbeat):
             return  # a peer that was lost, or never said hello, finds out by our silence
@@ -103,6 +101,13 @@ class Service:
             self.run.warn(f"{peer.name} broke the protocol and is dismissed: {error}")
             self.run.send(peer, msg.Shutdown(error=f"protocol error: {error}"))
             self._lose(peer, "protocol error")
+
+    def _greet(self, identity: bytes, hello: msg.ActorHello | msg.LearnerHello) -> None:
+        try:
+            self.actors.hello(identity, hello) if isinstance(hello, msg.ActorHello) else self.learner.hello(identity, hello)
+        except ev.ProtocolError as error:
+            self.run.warn(f"{identity.decode(errors='replace')} is refused: {error}")
+            self.run.router.send(identity, msg.Shutdown(error=f"refused: {error}"))
 
     def _lose(self, peer: Peer, reason: str) -> None:
         side = self.actors if peer.engine_id else self.learner

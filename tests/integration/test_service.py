@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from buffer import messages as msg
+from buffer.client import ActorLink
 from buffer.event_log import read_sessions
 from buffer.service import Service
+from buffer.transport import TransportError
 from configs import cli
 from configs.schema import Config
 from tests.fakes import FakeEngine, FakeLearner
@@ -216,3 +219,15 @@ def test_second_run_in_the_same_directory_is_refused(tmp_path: Path, free_port: 
     (tmp_path / "r" / "config.yaml").write_text("")
     with pytest.raises(ValueError, match=r"run\.resume=true"):
         Service(config)
+
+
+def test_engine_with_an_impossible_hello_is_refused_and_the_run_goes_on(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    running = Running(make_config(tmp_path, free_port()))
+    address = running.service.run.router.address
+    hello = msg.ActorHello(engine_id="bad", engine_type="fake", slots=0, policy_version=-1, pid=1)
+    with ActorLink(address, "bad", peer_timeout_s=10) as link, pytest.raises(TransportError, match="at least 1 slot"):
+        link.connect(hello, 10)
+    engine, learner = FakeEngine(address, "e"), FakeLearner(address, STEPS)
+    engine.start()
+    learner.start()
+    assert running.wait() == 0
