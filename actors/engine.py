@@ -39,6 +39,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessorOutput
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from actors.extension import FRONTEND_PID
 
@@ -60,6 +61,11 @@ def engine_args(config: Config) -> AsyncEngineArgs:
         special: dict[str, Any] = {
             "enforce_eager": True, "kv_cache_memory_bytes": int(config.actors.kv_cache_gib * 2**30), "block_size": 32
         }  # fmt: skip
+        if config.actors.tensor_parallel == 1:
+            # By itself vLLM puts a CPU model into a process of its own, and both then spin while they wait for one another: on two cores
+            # that takes the learner's. It does so for the threads' sake, which we set here instead.
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
+            special["distributed_executor_backend"] = UniProcExecutor
     else:
         special = {"gpu_memory_utilization": config.actors.gpu_memory_frac}
     return AsyncEngineArgs(
