@@ -37,11 +37,12 @@ async def load(policy: SnapshotRef, fetch: Fetch, engine: Swappable) -> PolicyLo
     started = time.monotonic()
     data = await in_thread(lambda: fetch(policy))
     fetch_s = time.monotonic() - started
-    pause_s = await asyncio.shield(asyncio.ensure_future(_swap(policy.version, data, engine)))
+    pause_s = await asyncio.shield(asyncio.ensure_future(swap(policy.version, data, engine)))
     return PolicyLoaded(version=policy.version, fetch_s=fetch_s, pause_s=pause_s)
 
 
-async def _swap(version: int, data: bytes, engine: Swappable) -> float:
+async def swap(version: int, data: bytes, engine: Swappable) -> float:
+    """Have `engine` load `data`, a snapshot's bytes, as policy `version`. Returns the seconds that decoding paused."""
     # An anonymous file, which vLLM's processes map: through their message queue the bytes would be pickled and copied several times,
     # and a real file could be left behind.
     handle = os.memfd_create(f"policy-{version}")

@@ -202,7 +202,7 @@ class Service:
 
     def _end(self) -> None:
         assert self._final_row is not None
-        row = self._final_row | self.run.metrics.take_evaluation() | {"time_s": self.run.now()}
+        row = self._final_row | self.run.metrics.take_evaluation()
         self.run.recorder.metrics(row)
         self.run.last_row = row
         self.run.phase = "done"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,19 @@ def load_latest(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opt
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"run.resume=true: checkpoint {source} does not fit this model: {reason}; remove it to start anew") from error
     return meta
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Load the weights alone of the checkpoint `folder` into an unsharded model; no process group is needed.
+
+    Raises `ValueError` if they do not fit.
+    """
+    try:
+        wanted = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is no process group, which is what we ask for
+            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except (OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException) as error:
+        raise ValueError(f"checkpoint {folder} does not fit this model: {' '.join(str(error).split())[:300]}") from error
 
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

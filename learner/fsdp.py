@@ -64,7 +64,7 @@ def process_group(config: Config, rank: int = 0, num_ranks: int = 1, local_rank:
 
 def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
     """The model of `model.path`, float32 master weights, sharded over all ranks. Raises `ValueError` if it cannot be loaded."""
-    model = _load(config.model)
+    model = load_model(config.model)
     # Evaluation mode: dropout would make the learner's log-probabilities differ from the actors'.
     model.eval()
     blocks = [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules or ())]
@@ -83,7 +83,8 @@ def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
     return model.to(device)  # buffers outside the blocks
 
 
-def _load(config: ModelConfig) -> PreTrainedModel:
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The model of `model.path` on the CPU, in float32, not sharded. Raises `ValueError` if it cannot be loaded."""
     if config.attention == "flash_attention_2" and config.dtype == "float16":
         raise ValueError("model.attention=flash_attention_2: the learner needs model.dtype=bfloat16 with it; it never trains in float16")
     disable_progress_bar()

@@ -1,0 +1,108 @@
+"""`python -m tools.evaluate runs/<name>`: every kept checkpoint on held-out prompts, after the run and beside nobody.
+
+One engine takes the checkpoints in turn, as it would take published weights; responses are sampled as in training, nothing is cancelled.
+Writes runs/<name>/evaluations.jsonl (step, accuracy, responses, length statistics) and prints it. Driven by hand and by `tools.compare`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors import weights
+from actors.environments import Environment, make_environment
+from buffer.messages import PromptPayload
+from buffer.prompts import make_sources
+from configs.schema import Config
+from tools.export import load_checkpoint, run_config, steps_saved
+
+Row = dict[str, float]
+
+
+def evaluate(run: Path, samples: int | None = None) -> list[Row]:
+    """Judges all checkpoints on the run's own held-out prompts (None: `eval.samples` responses of each) and writes `evaluations.jsonl`.
+
+    Raises `ValueError` where there is nothing to judge, or nothing to judge it by.
+    """
+    config, steps = run_config(run), steps_saved(run)
+    if not config.eval.every and not config.data.eval:
+        raise ValueError(f"{run} held no prompts out (eval.every=0, data.eval empty), and what it was trained on judges nobody")
+    if not steps:
+        raise ValueError(f"{run}/checkpoints holds none: learner.checkpoint_every and learner.keep_checkpoints say what a run keeps")
+    config = replace(config, eval=replace(config.eval, every=1, samples=samples or config.eval.samples))
+    rows = []
+    with (run / "evaluations.jsonl.partial").open("w") as file:
+        for row in _judge(config, run, steps):
+            rows.append(row)
+            file.write(json.dumps(row) + "\n")
+            print(f"step {row['step']:>6,.0f}: accuracy {100 * row['accuracy']:.1f} %, mean length {row['length_mean']:.1f}, "
+                  f"p99 {row['length_p99']:.0f}", flush=True)  # fmt: skip
+    (run / "evaluations.jsonl.partial").replace(run / "evaluations.jsonl")
+    return rows
+
+
+def _judge(config: Config, run: Path, steps: list[int]) -> Iterator[Row]:
+    import safetensors.torch
+
+    from actors.engine import Engine  # seconds of import: after everything that may be wrong
+    from learner.publish import DTYPES, gather
+
+    prompts = make_sources(config).eval_prompts
+    environment = make_environment(config)
+    engine = Engine(config)
+    with asyncio.Runner() as runner:
+        try:
+            for step in steps:
+                state = gather(load_checkpoint(config, run, step), DTYPES[config.model.dtype], keep=True)
+                runner.run(weights.swap(step, safetensors.torch.save(state), engine))
+                yield {"step": step} | runner.run(_answer(config, engine, environment, prompts, step))
+        finally:
+            environment.close()
+            engine.close()
+
+
+async def _answer(config: Config, engine: Any, environment: Environment, prompts: list[PromptPayload], step: int) -> Row:
+    """Has every prompt answered `eval.samples` times, with the same seeds at every step."""
+
+    async def answer(number: int, prompt: PromptPayload) -> tuple[float, int]:
+        ids = environment.render(prompt, engine.tokenizer)
+        most = min(config.model.max_context - len(ids), config.sampling.max_tokens)
+        generation = engine.launch(f"{step}/{number}", ids, most, config.run.seed * 1_000_003 + number)
+        await generation.finished
+        text = engine.tokenizer.decode(generation.tokens, skip_special_tokens=not environment.keep_special_tokens)
+        return await environment.score(prompt, text), len(generation.tokens)
+
+    samples = [prompt for prompt in prompts for _ in range(config.eval.samples)]
+    answers = await asyncio.gather(*(answer(number, prompt) for number, prompt in enumerate(samples)))
+    lengths = np.array([tokens for _, tokens in answers])
+    return {
+        "accuracy": float(np.mean([reward for reward, _ in answers])),
+        "responses": len(answers),
+        "length_mean": float(lengths.mean()),
+        **{f"length_p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description="Judge a run's checkpoints on held-out prompts.")
+    parser.add_argument("run", type=Path, help="a run's directory, such as runs/demo")
+    parser.add_argument("--samples", type=int, help="responses per prompt; without it, the run's eval.samples")
+    given = parser.parse_args()
+    try:
+        evaluate(given.run, given.samples)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""`python -m tools.export runs/<name> FOLDER`: a checkpoint as an ordinary Hugging Face model folder, tokenizer included.
+
+Owns the folder that it writes, and nothing of the run. Driven by hand; `tools.evaluate` shares its reading of checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from configs import cli
+from configs.schema import Config
+
+
+def steps_saved(run: Path) -> list[int]:
+    """Steps whose checkpoints the run has kept, ascending."""
+    return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+
+
+def run_config(run: Path) -> Config:
+    """The configuration of a run's directory. ValueError where it is none."""
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} holds no config.yaml: give the directory of a run, such as runs/demo")
+    return cli.load(["--config", str(run / "config.yaml")])
+
+
+def load_checkpoint(config: Config, run: Path, step: int) -> Any:
+    """The model as it was after `step` steps, in float32 on the CPU. ValueError where it cannot be had."""
+    from learner import checkpoint, fsdp  # here: --help need not wait for torch
+
+    model = fsdp.load_model(config.model)
+    checkpoint.load_weights(run / "checkpoints" / f"step_{step:06d}", model)
+    return model
+
+
+def export(run: Path, target: Path, step: int | None = None) -> int:
+    """Writes the checkpoint of `step` (None: the newest) to `target`, in the run's `model.dtype`. Returns its step.
+
+    Raises `ValueError` where there is no such checkpoint, it does not fit the model, or `target` exists.
+    """
+    config, saved = run_config(run), steps_saved(run)
+    step = saved[-1] if saved and step is None else step
+    if step not in saved:
+        raise ValueError(f"{run}: no checkpoint of step {step}; it has {', '.join(map(str, saved)) or 'none'}")
+    if target.exists():
+        raise ValueError(f"{target} exists already: name a folder that does not, or an engine would load two models from one")
+    from transformers import AutoTokenizer  # here: --help need not wait for it
+
+    from learner.publish import DTYPES
+
+    model = load_checkpoint(config, run, step)
+    unfinished = target.with_name(f".{target.name}.partial")
+    model.to(DTYPES[config.model.dtype]).save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(config.model.path).save_pretrained(unfinished)
+    os.replace(unfinished, target)
+    return step
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.export", description="Write a run's checkpoint as a Hugging Face model folder.")
+    parser.add_argument("run", type=Path, help="a run's directory, such as runs/demo")
+    parser.add_argument("folder", type=Path, help="where to write the model; must not exist")
+    parser.add_argument("--step", type=int, help="which checkpoint; without it, the newest")
+    given = parser.parse_args()
+    try:
+        step = export(given.run, given.folder, given.step)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{given.folder}: the model after {step} steps of {given.run}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
