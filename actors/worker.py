@@ -70,7 +70,7 @@ class Rollout:
     prompt: msg.PromptPayload
     prefix: array[int]
     generation: Generation
-    cancelled_s: float | None = None
+    cancelled: bool = False
 
     def take_chunks(self) -> list[msg.Chunk]:
         """What was sampled since the last call."""
@@ -147,7 +147,7 @@ class Worker:
             if isinstance(command, msg.Launch):
                 self._launch(command)
             elif isinstance(command, msg.Cancel):
-                self._spawn(self._cancel(command.rollout_ids, time.monotonic()))
+                self._spawn(self._cancel(command.rollout_ids))
             elif isinstance(command, msg.PolicyPublished):
                 self._learn_of(command.policy)
             elif isinstance(command, msg.Shutdown):
@@ -198,13 +198,13 @@ class Worker:
         rollout = self._rollouts[launched.rollout_id] = Rollout(launched.rollout_id, prompt, prefix, generation)
         self._spawn(self._follow(rollout))
 
-    async def _cancel(self, rollout_ids: list[int], received_s: float) -> None:
+    async def _cancel(self, rollout_ids: list[int]) -> None:
         """Those that ended already are answered, or are about to be, by their `Finished`."""
         decoding = [
             rollout for rollout_id in rollout_ids if (rollout := self._rollouts.get(rollout_id)) and not rollout.generation.finished.done()
         ]
         for rollout in decoding:
-            rollout.cancelled_s = received_s
+            rollout.cancelled = True
         if decoding:
             await self._engine.abort([rollout.generation.request_id for rollout in decoding])
 
@@ -224,8 +224,8 @@ class Worker:
             line = f"the engine did not accept a rollout of prompt {rollout.prompt.prompt_id}: {one_line(error)}"
             return None if self._engine.died.is_set() else msg.Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
         self._send_progress([rollout])
-        if outcome == "abort" and rollout.cancelled_s is not None:
-            return msg.Stopped(rollout_id=rollout.rollout_id, seconds=time.monotonic() - rollout.cancelled_s)
+        if outcome == "abort" and rollout.cancelled:
+            return msg.Stopped(rollout_id=rollout.rollout_id)
         if outcome not in ("stop", "length"):
             line = f"the engine gave up on a rollout of prompt {rollout.prompt.prompt_id}, saying {outcome!r}"
             return msg.Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)

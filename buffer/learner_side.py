@@ -85,7 +85,6 @@ class LearnerSide:
                 trajectories=[trajectories[i] for i in indices],
                 step_sampled_tokens=sum(sampled),
                 step_trained_tokens=sum(n for n, t in zip(sampled, trajectories, strict=True) if not t.truncated),
-                waited_s=self._waited_s,
             )
 
     def _trajectories(self, record: ev.GroupRecord) -> list[msg.Trajectory]:
@@ -123,6 +122,7 @@ class LearnerSide:
         row: dict[str, Any] = {"step": message.step, "time_s": run.now(), "policy_version": records[0].shipped_version}
         row |= run.metrics.row(records) | message.metrics
         row |= {"wait/learner_s": self._waited_s, "wait/learner_frac": min(1.0, self._waited_s / max(1e-9, now - self._row_s))}
+        row["engine/ignored_reports"] = run.core.num_ignored_reports
         self._row_s = now
         run.step += 1
         run.journal.save_cursor(run.step, run.prompts.cursor)

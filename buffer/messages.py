@@ -85,10 +85,9 @@ class Failed(Message):
 
 
 class Stopped(Message):
-    """A cancelled rollout's slot is free; `seconds` from receipt of the cancel to the engine's confirmation."""
+    """A cancelled rollout's slot is free: the engine has confirmed it."""
 
     rollout_id: int
-    seconds: float
 
 
 class PolicyLoaded(Message):
@@ -235,7 +234,6 @@ class Shard(Message):
     trajectories: list[Trajectory]
     step_sampled_tokens: int  # over all ranks: the loss is a mean over these
     step_trained_tokens: int  # of those, the ones that are not truncated
-    waited_s: float  # how long the request waited for groups
 
 
 LearnerCommand = Union[LearnerWelcome, Shard, Heartbeat, Shutdown]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from configs.schema import Config
+from darts.redundancy import fixed_budget
 
 BYTES_PER_TOKEN = 12  # int32 token, float32 log-probability, and what the journal and the ledger keep beside them
 
@@ -29,9 +30,9 @@ def _group(config: Config) -> None:
 
 def _upper(config: Config) -> None:
     upper, group_size = config.redundancy.upper, config.darts.group_size
-    if config.redundancy.rule != "none" and upper > 1 and int(upper * group_size) == group_size:
+    if config.redundancy.rule != "none" and upper > 1 and fixed_budget(group_size, upper) == group_size:
         raise ValueError(
-            f"redundancy.upper={upper:g}: with darts.group_size={group_size} must be 1 or >= {(group_size + 1) / group_size:g}; "
+            f"redundancy.upper={upper:g}: with darts.group_size={group_size} must be 1 or >= {(group_size + 0.5) / group_size:g}; "
             "otherwise no prompt gets one rollout more"
         )
 
@@ -83,7 +84,7 @@ def _addresses(config: Config) -> None:
 def _bytes_held(config: Config) -> None:
     """One step's groups at their longest must fit, or the learner waits for groups that a full store does not admit."""
     upper = 1.0 if config.redundancy.rule == "none" or config.darts.policy == "plain" else config.redundancy.upper
-    rollouts = config.batch.groups * int(upper * config.darts.group_size)
+    rollouts = config.batch.groups * fixed_budget(config.darts.group_size, upper)
     needed = rollouts * config.model.max_context * BYTES_PER_TOKEN
     if config.buffer.max_bytes < needed:
         raise ValueError(

@@ -186,7 +186,7 @@ def core_config(config: SimulateConfig) -> CoreConfig:
         release_at_deadline=not sync,
         policy="plain" if darts.policy in SCHEDULERS else darts.policy,
         group_size=darts.group_size,
-        num_long=darts.long,
+        num_long=0 if darts.long_end == "none" else darts.long,
         long_end=darts.long_end,
         cancel=darts.cancel,
         fill_truncated=darts.fill_truncated,

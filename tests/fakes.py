@@ -315,7 +315,7 @@ class FakeEngine(threading.Thread):
             case msg.Cancel():
                 for rollout_id in message.rollout_ids:
                     if self.in_flight.pop(rollout_id, None):
-                        link.send(msg.Stopped(rollout_id=rollout_id, seconds=0.0))
+                        link.send(msg.Stopped(rollout_id=rollout_id))
             case _:
                 pass
 

@@ -121,7 +121,6 @@ def make_shards(trajectories: list[Trajectory], step: int = 0, parts: list[int] 
                 trajectories=trajectories[start : start + part],
                 step_sampled_tokens=num_sampled(trajectories),
                 step_trained_tokens=num_sampled([t for t in trajectories if not t.truncated]),
-                waited_s=0.0,
             )
         )
         start += part

@@ -4,8 +4,11 @@
     python -m tools.compare live=true set=live base=configs/demo.yaml seeds=[0,1,2] out=runs/compare
 
 A variant is a name and the configuration values that make it; nothing else differs. The first one is what the others are
-measured against. Writes table.json, table.html and table.png to `out`. A difference in time is called a speedup only where
-accuracies agree within `margin`; simulated policies have no accuracy, and the table says so.
+measured against. Writes table.json, table.html and table.png to `out`, and curves.png where the runs are live. A difference in time is
+called a speedup only where accuracies agree within `margin`; simulated policies have no accuracy, and the table says so.
+
+Live runs are judged after they have ended, by `tools.evaluate` on their checkpoints, so that judging costs none of them time. Times
+count from the end of the first step, which holds the loading of engines.
 """
 
 from __future__ import annotations
@@ -14,20 +17,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from html import escape
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from configs import cli
 from configs.schema import key
 from darts.sim_schema import SimulateConfig, check
 from darts.simulate import simulate
-from tools.report_plots import evaluations
-from tools.run_directory import Row, RunDirectory
+from tools.run_directory import EVALUATIONS, Row, RunDirectory
 
 Variants = dict[str, list[str]]
 
@@ -80,7 +81,8 @@ SETS: dict[str, Variants] = {
         "async plain": [*ASYNC, *PLAIN],
         "async first finished": [*ASYNC, *FIXED, "darts.policy=first_finished"],
         "async random of 12": [*ASYNC, *FIXED, "darts.policy=random"],
-        "async darts": [*ASYNC, *FIXED],
+        "async darts, 12 for 8": [*ASYNC, *FIXED],
+        "async darts, 16 for 8": [*ASYNC, "redundancy.rule=fixed", "redundancy.upper=2.0"],
     },
 }
 
@@ -97,13 +99,17 @@ COLUMNS = {
     "length_mean": "length mean",
     "length_p50": "p50",
     "length_p99": "p99",
+    "judged_length_mean": "held-out length mean",
+    "judged_length_p99": "held-out p99",
     "reward": "reward",
     "budget": "budget",
     "pruned_frac": "pruned",
     "short_wrong_frac": "short seats off",
     "long_wrong_frac": "long seat off",
     "accuracy": "accuracy",
-    "reach_s": "s to reach",
+    "trained_s": "s in all",
+    "reach_s": "s to the first's accuracy",
+    "near_s": "s to within margin of it",
 }
 
 
@@ -115,8 +121,10 @@ class CompareConfig:
     only: list[str] = key([], "Names of the variants to run; empty: all of the set. The first is the reference.")
     seeds: list[int] = key([0], "Seeds; each variant runs once with each.")
     live: bool = key(False, "Real runs (tools.launch), one after the other, instead of simulated ones.")
+    judge_every: int = key(5, "Live: learner steps between the checkpoints that are judged.", ge=1)
+    judge_samples: int = key(4, "Live: responses per held-out prompt (eval.prompts of them) and checkpoint.", ge=1)
     margin: float = key(0.02, "Accuracies further apart than this make a difference in time no speedup.", ge=0)
-    jobs: int = key(1, "Simulations at a time.", ge=1)
+    jobs: int = key(1, "Simulations, or judgements of live runs, at a time.", ge=1)
     out: str = key("runs/compare", "Folder of the table, and of the runs where they are live.")
 
 
@@ -126,8 +134,11 @@ def run(config: CompareConfig) -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     if config.live:
-        results = [_live(*job) for job in jobs]
-        _add_time_to_reach(jobs, results)
+        folders = [_train(*job) for job in jobs]
+        with ThreadPoolExecutor(config.jobs) as pool:
+            list(pool.map(lambda folder: _judge(folder, config.judge_samples), folders))
+        results = [summarise(RunDirectory.read(folder)) for folder in folders]
+        add_time_to_reach([seed for _, _, _, seed in jobs], results, config.margin)
     else:
         for job in jobs:
             _simulation(*job)  # a mistake in any of them is told before the first one runs
@@ -140,6 +151,8 @@ def run(config: CompareConfig) -> None:
     (out / "table.json").write_text(json.dumps({"seeds": config.seeds, "variants": variants, "rows": rows}, indent=1) + "\n")
     (out / "table.html").write_text(_html(rows, config))
     _plot(rows, out / "table.png")
+    if config.live:
+        _plot_curves(by_variant, out / "curves.png")
     print(_markdown(rows))
     print(f"\n{out}/table.json, table.html, table.png")
 
@@ -167,27 +180,41 @@ def _simulated(job: tuple[CompareConfig, str, Sequence[str], int]) -> Row:
     return simulate(_simulation(*job))
 
 
-def _live(config: CompareConfig, name: str, values: Sequence[str], seed: int) -> Row:
-    run_name = f"{name.replace(' ', '-')}-{seed}"
+def _train(config: CompareConfig, name: str, values: Sequence[str], seed: int) -> Path:
+    """A live run, alone on this machine; its directory."""
+    run_name = f"{name.replace(',', '').replace(' ', '-')}-{seed}"
     folder = Path(config.out) / run_name
     if not (folder / "report.html").exists():  # a comparison cut short goes on where it was
-        command = [sys.executable, "-m", "tools.launch", "--config", config.base, *config.overrides, *values]
+        command = [sys.executable, "-m", "tools.launch", "--config", config.base, *config.overrides, *values, *_judged_later(config)]
         command += [f"run.seed={seed}", f"run.name={run_name}", f"run.dir={config.out}", "launch.progress=none"]
         command += ["run.resume=true"] if (folder / "config.yaml").exists() else []
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)
-    return summarise(RunDirectory.read(folder))
+    return folder
+
+
+def _judge(folder: Path, num_samples: int) -> None:
+    if not (folder / EVALUATIONS).exists():
+        subprocess.run([sys.executable, "-m", "tools.evaluate", str(folder), "--samples", str(num_samples)], check=True)
+
+
+def _judged_later(config: CompareConfig) -> list[str]:
+    """A run keeps what it will be judged by, and is evaluated only before and after: prompts are held out where it is evaluated at all."""
+    return [f"learner.checkpoint_every={config.judge_every}", "learner.keep_checkpoints=1000000", "eval.every=1000000", "eval.samples=1"]
 
 
 def summarise(run: RunDirectory) -> Row:
-    """A finished run in the words of a simulation's summary. `step_s` leaves out the first step and evaluation is part of the rest."""
+    """A finished and judged run in the words of a simulation's summary. Times leave out the first step.
+
+    `curve`: for each judged checkpoint the seconds after which it was there, and its accuracy.
+    """
     if len(run.metrics) < 2:
         raise ValueError(f"{run.path}: {len(run.metrics)} steps recorded; a comparison needs at least two")
     seconds, last = run.seconds(), run.metrics[-1]
     selected = sorted(r["tokens"] for group in run.trained_groups() for r in group["rollouts"] if r["end"].startswith("selected"))
     took_s = seconds[-1] - seconds[0]
-    scored = evaluations(run)
-    row = {
+    judged = [json.loads(line) for line in (run.path / EVALUATIONS).read_text().splitlines()]
+    return {
         "step_s": took_s / (len(seconds) - 1),
         **{name: last[name] for name in last if name.startswith("tokens/")},
         "busy_frac": _mean(run, "engine/busy_frac"),
@@ -199,9 +226,12 @@ def summarise(run: RunDirectory) -> Row:
         "length_p99": selected[int(0.99 * len(selected))],
         "reward": _mean(run, "reward/mean"),
         "budget": _mean(run, "darts/budget_mean"),
-        "curve": [[seconds[min(int(step), len(seconds) - 1)], accuracy] for _, step, accuracy in scored],
+        "curve": [[seconds[row["step"] - 1] - seconds[0], row["accuracy"]] for row in judged],
+        "accuracy": judged[-1]["accuracy"],
+        "judged_length_mean": judged[-1]["length_mean"],
+        "judged_length_p99": judged[-1]["length_p99"],
+        "trained_s": took_s,
     }
-    return row | ({"accuracy": scored[-1][2]} if scored else {})
 
 
 def _mean(run: RunDirectory, name: str) -> float:
@@ -209,14 +239,16 @@ def _mean(run: RunDirectory, name: str) -> float:
     return fmean(values) if values else float("nan")
 
 
-def _add_time_to_reach(jobs: Sequence[Any], results: list[Row]) -> None:
-    """Seconds until a run first has the accuracy that the reference of its seed had at its end; absent where it never has."""
-    targets: dict[int, float | None] = {}
-    for (_, _, _, seed), row in zip(jobs, results, strict=True):
-        target = targets.setdefault(seed, row.get("accuracy"))  # the reference comes first
-        reached = [time_s for time_s, accuracy in row["curve"] if target is not None and accuracy >= target]
-        if reached:
-            row["reach_s"] = reached[0]
+def add_time_to_reach(seeds: Sequence[int], results: list[Row], margin: float) -> None:
+    """Seconds until a run first has the accuracy that the reference of its seed, which comes first, has at its end (`reach_s`), and until
+    it is within `margin` of it (`near_s`); absent where it never is."""
+    targets: dict[int, float] = {}
+    for seed, row in zip(seeds, results, strict=True):
+        target = targets.setdefault(seed, row["accuracy"])
+        for name, enough in (("reach_s", target), ("near_s", target - margin)):
+            reached = [time_s for time_s, accuracy in row["curve"] if accuracy >= enough]
+            if reached:
+                row[name] = reached[0]
 
 
 # Table -------------------------------------------------------------------------------------------------------------
@@ -311,6 +343,26 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     right.set_xlabel("tokens generated, millions")
     right.legend()
     left.invert_yaxis()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _plot_curves(by_variant: dict[str, list[Row]], path: Path) -> None:
+    """Held-out accuracy over time: a line for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for index, (name, results) in enumerate(by_variant.items()):
+        for number, result in enumerate(results):
+            times, accuracies = zip(*result["curve"], strict=True)
+            axes.plot(times, accuracies, color=f"C{index}", linewidth=1.4, marker=".", label=name if number == 0 else None)
+    axes.set_xlabel("seconds of training, after the first step")
+    axes.set_ylabel("held-out accuracy, temperature of training")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

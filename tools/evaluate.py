@@ -23,8 +23,7 @@ from buffer.messages import PromptPayload
 from buffer.prompts import make_sources
 from configs.schema import Config
 from tools.export import load_checkpoint, run_config, steps_saved
-
-Row = dict[str, float]
+from tools.run_directory import EVALUATIONS, Row
 
 
 def evaluate(run: Path, samples: int | None = None) -> list[Row]:
@@ -39,13 +38,14 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
         raise ValueError(f"{run}/checkpoints holds none: learner.checkpoint_every and learner.keep_checkpoints say what a run keeps")
     config = replace(config, eval=replace(config.eval, every=1, samples=samples or config.eval.samples))
     rows = []
-    with (run / "evaluations.jsonl.partial").open("w") as file:
+    unfinished = run / f"{EVALUATIONS}.partial"
+    with unfinished.open("w") as file:
         for row in _judge(config, run, steps):
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             print(f"step {row['step']:>6,.0f}: accuracy {100 * row['accuracy']:.1f} %, mean length {row['length_mean']:.1f}, "
                   f"p99 {row['length_p99']:.0f}", flush=True)  # fmt: skip
-    (run / "evaluations.jsonl.partial").replace(run / "evaluations.jsonl")
+    unfinished.replace(run / EVALUATIONS)
     return rows
 
 

@@ -22,6 +22,7 @@ FILES = {
     "groups.jsonl": "there is nothing to say about single prompts",
     "samples.jsonl": "there are no responses to read",
 }
+EVALUATIONS = "evaluations.jsonl"  # of `tools.evaluate`, where somebody ran it
 REQUIRED_KEYS = {
     "metrics.jsonl": {"step"},
     "groups.jsonl": {"prompt_id", "opened_version", "shipped_version", "budget", "end", "rollouts"},

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tools.warm_start import warm_start
 
@@ -96,6 +98,26 @@ def test_recorded_run_replays_to_identical_decisions(trained: tuple[Path, int, s
     done = subprocess.run([sys.executable, "-m", "tools.replay", str(trained[0] / "r")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "identical" in done.stdout
+
+
+def test_checkpoints_are_judged_after_the_run(trained: tuple[Path, int, str]) -> None:
+    run = trained[0] / "r"
+    after = [row["eval/accuracy"] for row in rows(trained[0], "metrics.jsonl") if "eval/accuracy" in row][-1]
+    subprocess.run([sys.executable, "-m", "tools.evaluate", str(run)], check=True)
+    (judged,) = rows(trained[0], "evaluations.jsonl")
+    assert (judged["step"], judged["responses"]) == (16, 256)
+    assert abs(judged["accuracy"] - after) < 0.15  # the same weights and prompts; four standard errors of a difference
+
+
+def test_a_checkpoint_is_exported_as_an_ordinary_model(trained: tuple[Path, int, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.export", str(trained[0] / "r"), str(tmp_path / "model")]
+    subprocess.run(command, check=True)
+    start, exported = (dict(AutoModelForCausalLM.from_pretrained(path).named_parameters()) for path in (MODEL, tmp_path / "model"))
+    assert start.keys() == exported.keys()
+    assert any(not torch.equal(exported[name], tensor) for name, tensor in start.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").encode("A1B2=") == AutoTokenizer.from_pretrained(MODEL).encode("A1B2=")
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and "exists already" in again.stderr
 
 
 def test_killed_engine_is_restarted_and_the_run_ends_well(tmp_path: Path, free_port: Callable[[], int]) -> None:

@@ -189,7 +189,7 @@ def test_a_peer_that_left_is_gone(router):
 
 def test_garbage_is_counted_and_harms_nobody(router, monkeypatch):
     monkeypatch.setattr(buffer.transport, "MAX_FRAME_BYTES", 1000)
-    good = encode(Stopped(rollout_id=1, seconds=0.5))
+    good = encode(Stopped(rollout_id=1))
     garbage = [
         [b""],
         [b"\xc1"],
@@ -209,7 +209,7 @@ def test_garbage_is_counted_and_harms_nobody(router, monkeypatch):
         bad.send(good)
         peer.send(good)
         received = receive_all(router, 2)
-    assert sorted(received, key=lambda item: item[0]) == [(name, Stopped(rollout_id=1, seconds=0.5)) for name in (b"bad", b"good")]
+    assert sorted(received, key=lambda item: item[0]) == [(name, Stopped(rollout_id=1)) for name in (b"bad", b"good")]
     assert router.num_rejected == len(garbage)
 
 
@@ -247,7 +247,7 @@ def test_messages_go_both_ways_in_order(router):
     with Serving(router) as serving, ActorLink(router.address, "pool/0") as link:
         assert link.connect(HELLO, SOON_S) == Welcome(policy=None)
         for number in range(3000):
-            link.send(Stopped(rollout_id=number, seconds=0.0))
+            link.send(Stopped(rollout_id=number))
             serving.to_send.append((b"pool/0", Cancel(rollout_ids=[number])))
         assert [link.receive(SOON_S) for _ in range(3000)] == [Cancel(rollout_ids=[number]) for number in range(3000)]
         wait_until(lambda: len(serving.heard) == 3000)
@@ -259,7 +259,7 @@ def test_a_learner_gets_its_shard(router):
         rollout_id=1, group_id=2, tokens=b"\1\0\0\0" * 500_000, sampled=b"\1" * 500_000, actor_logprobs=b"\0" * 2_000_000,
         versions=[(3, 500_000)], reward=1.0, truncated=False, group_rewards=[1.0, 0.0],
     )  # fmt: skip
-    shard = Shard(step=0, policy_version=3, trajectories=[trajectory] * 4, step_sampled_tokens=1, step_trained_tokens=1, waited_s=0.0)
+    shard = Shard(step=0, policy_version=3, trajectories=[trajectory] * 4, step_sampled_tokens=1, step_trained_tokens=1)
     with Serving(router) as serving, LearnerLink(router.address, "learner/0") as link:
         assert link.connect(LearnerHello(rank=0, num_ranks=1, step=0, pid=1), SOON_S) == LearnerWelcome(policy_version=3)
         link.send(Pull(rank=0, step=0))
@@ -274,7 +274,7 @@ def test_any_thread_may_send(router):
 
         def send(thread):
             for number in range(500):
-                link.send(Stopped(rollout_id=thread * 1000 + number, seconds=0.0))
+                link.send(Stopped(rollout_id=thread * 1000 + number))
 
         threads = [threading.Thread(target=send, args=(thread,)) for thread in range(4)]
         for thread in threads:
@@ -369,7 +369,7 @@ def test_a_silent_buffer_is_lost_each_time_one_asks(router):
                 link.receive(SOON_S)
             assert router.address in str(raised.value)
         with pytest.raises(TransportError):
-            link.send(Stopped(rollout_id=1, seconds=0.0))
+            link.send(Stopped(rollout_id=1))
 
 
 def test_heartbeats_keep_an_idle_link_alive(router):
@@ -398,8 +398,8 @@ def test_a_restarted_buffer_is_joined_anew():
             link.receive(SOON_S)
         with Router(address, Inbound) as successor, Serving(successor) as serving:
             assert link.connect(HELLO, SOON_S) == Welcome(policy=None)
-            link.send(Stopped(rollout_id=1, seconds=0.0))
-            wait_until(lambda: serving.heard == [Stopped(rollout_id=1, seconds=0.0)])
+            link.send(Stopped(rollout_id=1))
+            wait_until(lambda: serving.heard == [Stopped(rollout_id=1)])
 
 
 def test_the_same_identity_again_replaces_the_first(router):
@@ -410,14 +410,14 @@ def test_the_same_identity_again_replaces_the_first(router):
     ):
         first.connect(HELLO, SOON_S)
         second.connect(HELLO, SOON_S)
-        first.send(Stopped(rollout_id=1, seconds=0.0))
+        first.send(Stopped(rollout_id=1))
         with pytest.raises(TransportError, match="another process took this identity"):
             first.receive(SOON_S)
         serving.to_send.append((b"pool/0", Cancel(rollout_ids=[1])))
         assert second.receive(SOON_S) == Cancel(rollout_ids=[1])
-        second.send(Stopped(rollout_id=2, seconds=0.0))
+        second.send(Stopped(rollout_id=2))
         wait_until(lambda: serving.heard)
-        assert serving.heard == [Stopped(rollout_id=2, seconds=0.0)]
+        assert serving.heard == [Stopped(rollout_id=2)]
 
 
 def test_a_link_that_is_not_connected_says_so():
@@ -440,8 +440,8 @@ def keys(tmp_path_factory):
 def test_the_right_keys_open_everything(keys):
     with Router(LOOPBACK, Inbound, keys) as router, Serving(router) as serving, ActorLink(router.address, "pool/0", keys) as link:
         assert link.connect(HELLO, SOON_S) == Welcome(policy=None)
-        link.send(Stopped(rollout_id=1, seconds=0.0))
-        wait_until(lambda: serving.heard == [Stopped(rollout_id=1, seconds=0.0)])
+        link.send(Stopped(rollout_id=1))
+        wait_until(lambda: serving.heard == [Stopped(rollout_id=1)])
     with SnapshotServer(LOOPBACK, keys) as server:
         assert fetch(server.publish(0, b"weights"), keys, SOON_S) == b"weights"
 

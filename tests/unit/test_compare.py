@@ -10,7 +10,7 @@ import pytest
 
 from configs import cli
 from darts.sim_schema import SimulateConfig, check
-from tools.compare import SETS, CompareConfig, run, summarise, table
+from tools.compare import SETS, CompareConfig, add_time_to_reach, run, summarise, table
 from tools.run_directory import RunDirectory
 
 
@@ -44,21 +44,38 @@ def test_seeds_are_compared_pairwise() -> None:
 
 def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
     metrics = [
-        {"step": 0, "time_s": 10.0, "eval/accuracy": 0.5, "eval/step": 0, "wait/learner_s": 9.0, "lag/mean": 0, "lag/max": 0},
+        {"step": 0, "time_s": 10.0, "wait/learner_s": 9.0, "lag/mean": 0, "lag/max": 0},
         {"step": 1, "time_s": 12.0, "wait/learner_s": 1.0, "lag/mean": 1, "lag/max": 2},
-        {"step": 2, "time_s": 14.0, "eval/accuracy": 0.7, "eval/step": 3, "wait/learner_s": 0.0, "lag/mean": 2, "lag/max": 2,
+        {"step": 2, "time_s": 14.0, "wait/learner_s": 0.0, "lag/mean": 2, "lag/max": 2,
          "tokens/generated": 60, "tokens/trained": 30, "tokens/discarded": 20, "tokens/cancelled": 10},
     ]  # fmt: skip
+    judged = [
+        {"step": 2, "accuracy": 0.6, "length_mean": 9.0, "length_p99": 30.0},
+        {"step": 3, "accuracy": 0.7, "length_mean": 8.0, "length_p99": 20.0},
+    ]
     rollouts = [{"tokens": 10, "end": "selected_short"}, {"tokens": 20, "end": "selected_long"}, {"tokens": 99, "end": "cancelled"}]
     group = {"prompt_id": "p", "opened_version": 0, "shipped_version": 0, "budget": 3, "end": "shipped", "rollouts": rollouts}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
     (tmp_path / "groups.jsonl").write_text(json.dumps(group) + "\n")
     summary = summarise(RunDirectory.read(tmp_path))
-    assert summary["step_s"] == 2.0
+    assert (summary["step_s"], summary["trained_s"]) == (2.0, 4.0)
     assert summary["wait_frac"] == 0.25
     assert (summary["lag_mean"], summary["lag_max"]) == (1.0, 2)
     assert (summary["length_mean"], summary["tokens/cancelled"], summary["accuracy"]) == (15.0, 10, 0.7)
-    assert summary["curve"] == [[10.0, 0.5], [14.0, 0.7]]
+    assert (summary["judged_length_mean"], summary["judged_length_p99"]) == (8.0, 20.0)
+    assert summary["curve"] == [[2.0, 0.6], [4.0, 0.7]]  # after two steps, and after three; from the end of the first
+
+
+def test_time_to_reach_is_to_the_accuracy_that_the_same_seed_s_reference_has_at_its_end() -> None:
+    rows: list[dict[str, Any]] = [
+        {"accuracy": 0.90, "curve": [[5.0, 0.50], [9.0, 0.90]]},
+        {"accuracy": 0.80, "curve": [[5.0, 0.79], [9.0, 0.80]]},
+        {"accuracy": 0.89, "curve": [[2.0, 0.60], [4.0, 0.89]]},
+        {"accuracy": 0.85, "curve": [[2.0, 0.81], [4.0, 0.85]]},
+    ]
+    add_time_to_reach([0, 1, 0, 1], rows, margin=0.02)
+    assert [(row.get("reach_s"), row["near_s"]) for row in rows] == [(9.0, 9.0), (9.0, 5.0), (None, 4.0), (2.0, 2.0)]
 
 
 def test_simulated_variants_end_in_one_table(tmp_path: Path) -> None:

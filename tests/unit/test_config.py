@@ -168,7 +168,7 @@ def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: str) -> No
     ("overrides", "named"),
     [
         (["darts.long=8"], ["darts.long=8", "darts.group_size=8"]),
-        (["redundancy.upper=1.1"], ["redundancy.upper=1.1", ">= 1.125"]),
+        (["redundancy.upper=1.05"], ["redundancy.upper=1.05", ">= 1.0625"]),
         (["sampling.max_tokens=1024"], ["sampling.max_tokens=1024", "model.max_context=1024"]),
         (["optimizer.betas=[0.9]"], ["optimizer.betas", "two"]),
         (["batch.groups=1", "darts.group_size=2", "learner.ranks=3", "redundancy.upper=2"], ["learner.ranks=3", "2"]),
@@ -191,8 +191,8 @@ def test_keys_that_do_not_fit_together_are_refused(overrides: list[str], named: 
         ["darts.long=7"],
         ["darts.long=8", "darts.long_end=none"],
         ["redundancy.upper=1"],
-        ["redundancy.upper=1.125"],
-        ["redundancy.upper=1.1", "redundancy.rule=none"],
+        ["redundancy.upper=1.0625"],
+        ["redundancy.upper=1.05", "redundancy.rule=none"],
         ["sampling.max_tokens=1023"],
         ["model.attention=flash_attention_2", "model.dtype=bfloat16"],
         ["buffer.max_bytes=3145728"],  # 16 groups x 16 rollouts x 1024 tokens x 12 bytes

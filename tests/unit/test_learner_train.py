@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from learner import checkpoint, publish
 from learner.batch import make_packs
-from learner.fsdp import whole
+from learner.fsdp import load_model, whole
 from learner.metrics import TokenSums
 from learner.train import LearnerState, learning_rate, micro_batch_loss, train_step
 from tests.learner_cases import make_config, make_shards, make_trajectories, save_model, single_rank
@@ -149,6 +149,20 @@ def test_the_newest_checkpoints_are_kept_and_latest_names_a_complete_one(model_p
 def test_without_a_checkpoint_there_is_nothing_to_load(model_path: Path, tmp_path: Path) -> None:
     with single_rank(make_config(model_path, tmp_path / "run")) as state:
         assert checkpoint.load_latest(tmp_path, state.model, state.optimizer) is None
+
+
+def test_a_checkpoint_s_weights_load_without_ranks(model_path: Path, tmp_path: Path) -> None:
+    config = make_config(model_path, tmp_path / "run")
+    with single_rank(config) as state:
+        train_step(state, make_shards(make_trajectories(seed=0))[0])
+        checkpoint.save(tmp_path, state.model, state.optimizer, {"step": 1, "policy_version": 1}, keep=1)
+        trained = weights(state)
+    model = load_model(config.model)
+    checkpoint.load_weights(tmp_path / "step_000001", model)
+    assert all(torch.equal(parameter, trained[name]) for name, parameter in model.named_parameters())
+    other = load_model(make_config(save_model(tmp_path / "other", family="llama", tied=False), tmp_path / "run").model)
+    with pytest.raises(ValueError, match="step_000001"):
+        checkpoint.load_weights(tmp_path / "step_000001", other)
 
 
 def test_a_checkpoint_of_another_model_is_refused(model_path: Path, tmp_path: Path) -> None:

@@ -353,7 +353,6 @@ def test_a_cancelled_rollout_is_stopped_after_its_last_tokens() -> None:
     scene = play(script)
     (answer,) = scene.answers()
     assert isinstance(answer, Stopped)
-    assert answer.seconds >= 0.01  # until the engine confirmed
     assert scene.sampled(1) == [(-1, [3])]
 
 
