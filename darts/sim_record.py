@@ -28,13 +28,10 @@ class Tally:
     def __init__(self, group_size: int, num_long: int, max_tokens: int) -> None:
         self._group_size, self._num_long, self._max_tokens = group_size, num_long, max_tokens
         self.tokens: Counter[str] = Counter(generated=0, trained=0, discarded=0, cancelled=0)
-        self.ledger: dict[str, Counter[str]] = {}
+        self.groups: Counter[str] = Counter(opened=0, shipped=0, filled=0, dropped=0)
         self.lags: Counter[int] = Counter()
         self.selected_lengths: list[int] = []
         self.num_compared = self.num_short_wrong = self.num_long_wrong = 0
-
-    def opened(self, prompt_id: str) -> None:
-        self.ledger.setdefault(prompt_id, Counter(opened=0, shipped=0, filled=0, dropped=0))["opened"] += 1
 
     def closed(self, record: GroupRecord) -> None:
         for rollout in record.rollouts:
@@ -45,9 +42,8 @@ class Tally:
             if selected:
                 self.lags[record.shipped_version - rollout.oldest_version] += 1
                 self.selected_lengths.append(rollout.tokens)
-        counts = self.ledger[record.prompt_id]
-        counts["shipped" if record.end == "shipped" else "dropped"] += 1
-        counts["filled"] += any(r.end == "selected_long" and r.tokens >= self._max_tokens for r in record.rollouts)
+        self.groups["shipped" if record.end == "shipped" else "dropped"] += 1
+        self.groups["filled"] += any(r.end == "selected_long" and r.tokens >= self._max_tokens for r in record.rollouts)
 
     def compare_offline(self, record: GroupRecord, draws: Sequence[Draw]) -> None:
         """Against the rule that would have seen every response to its end: seats as lengths, so that ties are no difference."""
@@ -83,7 +79,7 @@ class Tally:
             "pruned_frac": float(np.mean([row["darts/pruned_frac"] for row in rows])),
             "short_wrong_frac": self.num_short_wrong / compared,
             "long_wrong_frac": self.num_long_wrong / compared,
-            "groups": {end: sum(c[end] for c in self.ledger.values()) for end in ("opened", "shipped", "filled", "dropped")},
+            "groups": dict(self.groups),
             "virtual_s": total_s,
             "preemptions": rows[-1]["engine/preemptions"],
         }
@@ -116,7 +112,6 @@ class Files:
             raise ValueError(f"run.out={folder}: holds a run already; choose another folder, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(config_yaml)
-        self._folder = folder
         self._metrics = (folder / "metrics.jsonl").open("w")
         self._groups = (folder / "groups.jsonl").open("w")
 
@@ -130,11 +125,9 @@ class Files:
             del rollout["oldest_version"]
         self._groups.write(json.dumps(row) + "\n")
 
-    def close(self, ledger: dict[str, Counter[str]]) -> None:
+    def close(self) -> None:
         self._metrics.close()
         self._groups.close()
-        lines = [json.dumps({"prompt_id": prompt_id, **counts}) for prompt_id, counts in sorted(ledger.items())]
-        (self._folder / "prompts.jsonl").write_text("".join(line + "\n" for line in lines))
 
 
 def _seats(record: GroupRecord, end: str) -> list[int]:

@@ -29,7 +29,7 @@ class RunKeys:
     name: str = key("simulated", "Name of the run, as reports show it.")
     seed: int = key(0, "Seeds prompts, lengths, rewards and the core's ties. Same seed, same work, whatever the policy.", ge=0)
     steps: int = key(30, "Learner steps to simulate.", ge=1)
-    out: str = key("", "Folder to write config.yaml, metrics.jsonl, groups.jsonl and prompts.jsonl to, as a run does; empty: none.")
+    out: str = key("", "Folder to write config.yaml, metrics.jsonl and groups.jsonl to, as a run does; empty: none.")
 
 
 @dataclass

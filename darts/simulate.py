@@ -102,7 +102,7 @@ class Simulation:
             if len(self._agenda) <= len(self._engines):  # nothing is due any more but engines' latency reports
                 raise RuntimeError(f"simulation stands still at {self.now:.1f} s in step {self._step}: {self.scheduler.waiting_for()}")
         if self._files is not None:
-            self._files.close(self.tally.ledger)
+            self._files.close()
         return self.tally.summary(self.rows) | {"events": sum(self.num_events.values())}
 
     def _at(self, time_s: float, action: Callable[..., None], *arguments: Any) -> None:
@@ -147,7 +147,7 @@ class Simulation:
 
     def _open(self, decision: ev.OpenGroup) -> None:
         self._groups[decision.group_id] = OpenedGroup(self._stream.visit(decision.prompt_id, self.shaping))
-        self.tally.opened(decision.prompt_id)
+        self.tally.groups["opened"] += 1
 
     def _launch(self, decision: ev.Launch) -> None:
         engine, group = self._changing(decision.engine_id), self._groups[decision.group_id]

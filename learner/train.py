@@ -92,11 +92,11 @@ def _train(state: LearnerState, link: LearnerLink, publisher: Publisher) -> None
         if last or state.step % config.weights.every == 0:
             metrics |= _publish(state, publisher, link)
         if last:  # before its acknowledgement, which may end the run
-            _save(state)
+            save(state)
         if state.rank == 0:
             link.send(Trained(step=shard.step, metrics=metrics))
         if not last and state.step % config.learner.checkpoint_every == 0:
-            _save(state)
+            save(state)
     _receive(link)  # serves the last snapshot while the run is evaluated
     raise ProtocolError(f"rank {state.rank} was handed a shard after the last step, {config.run.steps - 1}")
 
@@ -243,7 +243,7 @@ def _until_told_to_stop(state: LearnerState, link: LearnerLink) -> Iterator[None
     except _RunEnded:
         return
     except RunStopped:
-        _save(state)  # every rank stands at the same step, waiting for its shard
+        save(state)  # every rank stands at the same step, waiting for its shard
         raise
     except TransportError:
         raise  # the buffer cannot be told
@@ -262,8 +262,8 @@ def _checkpoints(config: Config) -> Path:
     return Path(config.run.dir) / config.run.name / "checkpoints"
 
 
-def _save(state: LearnerState) -> None:
-    """Unless it was saved already."""
+def save(state: LearnerState) -> None:
+    """Write a checkpoint of the present step, unless it was saved already. A collective."""
     if state.saved_step == state.step:
         return
     state.saved_step = state.step

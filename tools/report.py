@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -69,7 +70,17 @@ def write_report(run_dir: Path) -> Path:
     if undrawn and run.metrics:
         run.problems.append(f"Left out for want of data: {', '.join(undrawn)}.")
     sections = "".join(_section(*SECTIONS[name], body=svg) for name, svg in figures.items() if svg)
-    body = _head(run) + _problems(run) + _headline(run) + sections + _samples(run) + _reproduce(run) + _config(run) + _last_metrics(run)
+    body = (
+        _head(run)
+        + _problems(run)
+        + _headline(run)
+        + sections
+        + _ledger(run)
+        + _samples(run)
+        + _reproduce(run)
+        + _config(run)
+        + _last_metrics(run)
+    )
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(run.name)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
@@ -140,6 +151,24 @@ def _change(name: str, values: list[float], width: int, *, rise: bool = False, p
     verdict = "" if abs(after - before) <= small else "good" if (after > before) == rise else "bad"
     cells = f'<td class="n">{shown[0]}</td><td class="n">{shown[1]}</td><td class="n {verdict}">{shown[2].replace("-", "−")}</td>'
     return f"<tr><td>{name}</td>{cells}</tr>"
+
+
+def _ledger(run: RunDirectory) -> str:
+    """Whether any prompt starved: how many prompts met each fate how often."""
+    ledger = run.ledger()
+    if not ledger:
+        return ""
+    most = max(counts["opened"] for counts in ledger.values())
+    header = "".join(f'<th class="n">{times}x</th>' for times in range(most + 1))
+    body = ""
+    for fate in ("opened", "shipped", "filled", "dropped"):
+        times = Counter(counts[fate] for counts in ledger.values())
+        body += f"<tr><td>{fate}</td>" + "".join(f'<td class="n">{times[n] or ""}</td>' for n in range(most + 1)) + "</tr>"
+    note = (
+        f"How many of the {compact(len(ledger))} prompts drawn were opened, shipped to the learner, filled up with truncated responses, or "
+        "dropped, and how often each. A dropped prompt is put back a bounded number of times; the reason stands in groups.jsonl."
+    )
+    return _section("Did any prompt starve?", note, f"<table><tr><th>prompts</th>{header}</tr>{body}</table>")
 
 
 def _samples(run: RunDirectory) -> str:

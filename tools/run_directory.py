@@ -6,6 +6,7 @@ Driven by `tools.report` and by `tools.tail_monitor --replay`.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,20 @@ class RunDirectory:
 
     def trained_groups(self) -> list[Row]:
         return [group for group in self.groups if group["end"] == "shipped"]
+
+    def ledger(self) -> dict[str, Counter[str]]:
+        """For every prompt how often its groups were opened, shipped, filled with truncated responses, and dropped."""
+        limit = self.setting("sampling.max_tokens")
+        counts: dict[str, Counter[str]] = {}
+        for group in self.groups:
+            if group["end"] == "evaluated":
+                continue
+            of_prompt = counts.setdefault(group["prompt_id"], Counter(opened=0, shipped=0, filled=0, dropped=0))
+            of_prompt["opened"] += 1
+            of_prompt["shipped" if group["end"] == "shipped" else "dropped"] += 1
+            seats = [r["tokens"] for r in group["rollouts"] if r["end"] == "selected_long"]
+            of_prompt["filled"] += is_number(limit) and max(seats, default=0) >= limit
+        return counts
 
     def _read_config(self) -> None:
         file = self.path / "config.yaml"

@@ -138,6 +138,18 @@ def test_the_base_weights_sample_under_version_minus_one(served: Served) -> None
 
 
 @tied_only
+def test_a_narrow_nucleus_leaves_one_response(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def generate(seed: int) -> list[int]:
+        generation = served.launch(12, seed)
+        await generation.finished
+        return list(generation.tokens)
+
+    assert served.run(generate(1)) != served.run(generate(2))
+    monkeypatch.setattr(served.engine._sampling, "top_p", 1e-6)
+    assert served.run(generate(1)) == served.run(generate(2))
+
+
+@tied_only
 def test_an_abort_frees_the_slot(served: Served, record_property: Callable[[str, object], None]) -> None:
     async def generate() -> float:
         running = [served.launch(800) for _ in range(SLOTS)]

@@ -19,6 +19,7 @@ from buffer.service import Service
 from buffer.transport import TransportError
 from configs import cli
 from configs.schema import Config
+from darts import events as ev
 from tests.fakes import FakeEngine, FakeLearner
 from tools.replay import replay
 
@@ -211,6 +212,46 @@ def test_rollout_that_always_fails_stops_the_run_with_its_error(tmp_path: Path, 
     assert "my_module:verify raised KeyError" in running.service.error
     learner.join(5)
     assert learner.shutdown is not None and "KeyError" in learner.shutdown.error
+
+
+def test_a_failing_prompt_is_skipped_where_that_is_asked(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    """data.on_error=skip: the run goes on, nothing that failed is trained on, and the ledger says what became of it."""
+    running = Running(make_config(tmp_path, free_port(), "data.on_error=skip", "eval.every=0"))
+    address = running.service.run.router.address
+    engine, learner = FakeEngine(address, "e"), FakeLearner(address, STEPS)
+    engine.fail_rollouts = "the verifier raised"
+    engine.start()
+    learner.start()
+    while engine.num_launched < 100:
+        engine.join(0.01)
+    engine.fail_rollouts = ""
+    assert running.wait() == 0
+    ledger = rows(tmp_path, "groups.jsonl")
+    failed = [row for row in ledger if row["end"] == "failed"]
+    assert failed and all(r["reward"] is None for row in failed for r in row["rollouts"])
+    assert sum(row["end"] == "shipped" for row in ledger) == STEPS * GROUPS
+    assert all(r["reward"] is not None for row in ledger for r in row["rollouts"] if r["end"].startswith("selected"))
+
+
+def test_a_full_store_pauses_admission(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    """buffer.max_bytes: with room for little more than a step, engines wait and the run ends all the same."""
+    config = make_config(tmp_path, free_port())
+    config.buffer.max_bytes = 4_000  # less than configuration allows: that bound is for responses at their longest
+    running = Running(config)
+    address = running.service.run.router.address
+    engine, learner = FakeEngine(address, "e", slots=64), FakeLearner(address, STEPS, step_s=0.2)
+    engine.start()
+    learner.start()
+    assert running.wait() == 0
+    events = [entry for _, entries in read_sessions(tmp_path / "r" / "events.msgpack") for entry in entries]
+    assert any(isinstance(entry, ev.AdmissionPaused) and entry.paused for entry in events)
+
+
+def test_a_run_without_a_learner_ends_with_an_error(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    running = Running(make_config(tmp_path, free_port(), "buffer.rejoin_timeout_s=1.5"))
+    FakeEngine(running.service.run.router.address, "e").start()
+    assert running.wait(20) == 1
+    assert "for a learner" in running.service.error and "rejoin_timeout_s" in running.service.error
 
 
 def test_second_run_in_the_same_directory_is_refused(tmp_path: Path, free_port: Callable[[], int]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -11,11 +13,12 @@ import safetensors.torch
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
+from buffer.transport import TransportError
 from learner import checkpoint, publish
 from learner.batch import make_packs
 from learner.fsdp import load_model, whole
 from learner.metrics import TokenSums
-from learner.train import LearnerState, learning_rate, micro_batch_loss, train_step
+from learner.train import LearnerState, learning_rate, micro_batch_loss, run_rank, save, train_step
 from tests.learner_cases import make_config, make_shards, make_trajectories, save_model, single_rank
 
 
@@ -146,6 +149,15 @@ def test_the_newest_checkpoints_are_kept_and_latest_names_a_complete_one(model_p
     assert json.loads((tmp_path / "step_000003" / "meta.json").read_text()) == {"step": 3, "policy_version": 3}
 
 
+def test_a_rank_keeps_as_many_checkpoints_as_asked(model_path: Path, tmp_path: Path) -> None:
+    with single_rank(make_config(model_path, tmp_path / "run", learner__keep_checkpoints=1)) as state:
+        for step in range(3):
+            train_step(state, make_shards(make_trajectories(seed=step), step)[0])
+            save(state)
+            save(state)  # of a step that is saved already: nothing to do
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_000003"]
+
+
 def test_without_a_checkpoint_there_is_nothing_to_load(model_path: Path, tmp_path: Path) -> None:
     with single_rank(make_config(model_path, tmp_path / "run")) as state:
         assert checkpoint.load_latest(tmp_path, state.model, state.optimizer) is None
@@ -193,6 +205,21 @@ def test_a_snapshot_reloads_to_identical_logits(tmp_path: Path, family: str, tie
     fresh.load_state_dict(reloaded, strict=True)
     with torch.no_grad():
         torch.testing.assert_close(fresh(input_ids=tokens, use_cache=False).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_file_snapshots_lie_where_they_are_told_to(model_path: Path, tmp_path: Path) -> None:
+    config = make_config(model_path, tmp_path / "run", weights__transport="file", weights__dir=str(tmp_path / "shared"))
+    with single_rank(config) as state, publish.Publisher(config, rank=0) as publisher:
+        snapshot = publisher.publish(state.model, version=0)
+    assert snapshot is not None and Path(snapshot.path).parent == tmp_path / "shared"
+
+
+def test_an_absent_buffer_is_waited_for_as_long_as_asked(model_path: Path, tmp_path: Path, free_port: Callable[[], int]) -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+    started = time.monotonic()
+    with pytest.raises(TransportError, match=address):
+        run_rank(make_config(model_path, tmp_path / "run", buffer__address=address, buffer__connect_timeout_s=0.5))
+    assert 0.5 <= time.monotonic() - started < 20  # the default is a minute
 
 
 def test_a_snapshot_has_the_engines_dtype(model_path: Path, tmp_path: Path) -> None:

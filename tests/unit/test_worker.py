@@ -167,12 +167,12 @@ class Scene:
         return [(chunk.version, array("i", chunk.tokens).tolist()) for chunk in self.chunks(rollout_id) if chunk.sampled]
 
 
-def play(script: Callable[[Scene], Awaitable[None]], error: str = "", policy: SnapshotRef | None = None) -> Scene:
+def play(script: Callable[[Scene], Awaitable[None]], error: str = "", policy: SnapshotRef | None = None, flush_s: float = 0.001) -> Scene:
     """Runs a worker beside `script`, then ends the run. Raises what the worker raised."""
 
     async def run() -> Scene:
         config = Config()
-        config.actors.flush_s, config.actors.stream_interval = 0.001, 2
+        config.actors.flush_s, config.actors.stream_interval = flush_s, 2
         config.model.max_context, config.sampling.max_tokens = 40, 20
         scene = Scene(config, FakeEngine(), FakeLink(), FakeEnvironment())
         worker = asyncio.create_task(Worker(config, scene.engine, scene.link, scene.environment, scene.fetch).run(Welcome(policy=policy)))
@@ -249,6 +249,18 @@ def test_progress_waits_for_stream_interval_tokens_and_leaves_out_what_was_sent(
         await scene.answered(1)
 
     assert play(script).sampled(1) == [(-1, [3, 4]), (-1, [5])]
+
+
+def test_reports_leave_as_often_as_flush_s_says() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        for _ in range(20):
+            scene.engine.sample(1, 3, 4)
+            await asyncio.sleep(0.01)
+
+    assert 2 <= len(play(script, flush_s=0.05).sampled(1)) <= 7
+    assert len(play(script).sampled(1)) >= 15
 
 
 def test_tokens_carry_the_version_that_sampled_them() -> None:
