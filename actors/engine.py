@@ -6,7 +6,8 @@ bare by a benchmark. The CUDA branch differs in the options of `engine_args` alo
 Every token carries the policy version that sampled it, exactly, even where a swap falls between two tokens of one request: EngineCore
 labels each step with the version it ran under, and `_Router` reads the label. vLLM's own output processor would hold tokens back for
 `stream_interval` steps and merge them across a swap, and costs several times the Python per token; `_Router` takes its place inside
-`AsyncLLM`. That, and pausing without vLLM's courtesy sleep of 20 ms, is all we use of its internals: check both when vLLM is upgraded.
+`AsyncLLM`. That, `actors.scheduler`, and pausing without vLLM's courtesy sleep of 20 ms are all we use of its internals: check all three
+when vLLM is upgraded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from actors.device import engine_device
@@ -59,7 +61,8 @@ def engine_args(config: Config) -> AsyncEngineArgs:
         # Compiling takes longer than a tiny model's whole run; the default block of 128 tokens would share hardly any prompt.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         special: dict[str, Any] = {
-            "enforce_eager": True, "kv_cache_memory_bytes": int(config.actors.kv_cache_gib * 2**30), "block_size": 32
+            "enforce_eager": True, "kv_cache_memory_bytes": int(config.actors.kv_cache_gib * 2**30), "block_size": 32,
+            "scheduler_cls": "actors.scheduler.CompactScheduler",
         }  # fmt: skip
         if config.actors.tensor_parallel == 1:
             # By itself vLLM puts a CPU model into a process of its own, and both then spin while they wait for one another: on two cores
@@ -253,13 +256,17 @@ class _Router:
         """One step of EngineCore: for each request its new tokens, and how it ended if it did."""
         version = BASE_VERSION if weight_version in (None, "default") else int(weight_version)
         num_tokens = num_ended = 0
+        logprobs: Iterator[float] = iter(())
         for output in outputs:
+            if output.new_logprobs is not None:  # its own, or, from `actors.scheduler`, those of the outputs after it as well
+                logprobs = iter(output.new_logprobs.logprobs[:, 0].tolist())
+            of_output = list(islice(logprobs, len(output.new_token_ids)))
             generation = self._running.get(output.request_id)
             if generation is None:
                 continue  # aborted; EngineCore had not heard of it yet
             if output.new_token_ids:
                 num_tokens += 1
-                generation.extend(version, output.new_token_ids, output.new_logprobs.logprobs[:, 0].tolist())
+                generation.extend(version, output.new_token_ids, of_output)
             if output.finish_reason is not None:
                 num_ended += 1
                 self._drop(generation.request_id)

@@ -37,6 +37,8 @@ class LearnerSide:
     def hello(self, identity: bytes, hello: msg.LearnerHello) -> None:
         """Rank 0 speaks last, so its hello means that a whole learner is there, and that an earlier one is gone."""
         run = self.run
+        if not 0 <= hello.rank < hello.num_ranks <= run.config.batch.groups * run.config.darts.group_size:
+            raise ev.ProtocolError(f"a learner's rank {hello.rank} of {hello.num_ranks}: each rank trains on at least one trajectory")
         known = run.peers.by_identity.get(identity)
         if known is None or known.pid != hello.pid:
             run.peers.add(Peer(identity, hello.pid, time.monotonic(), rank=hello.rank))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from buffer import messages as msg
@@ -48,7 +47,6 @@ class Service:
         self._evaluating: int | None = None  # the step whose evaluation is under way
         self._evaluated: list[ev.GroupRecord] = []
         self._final_row: dict[str, Any] | None = None
-        self._handlers: dict[type, Callable[[Peer, Any], None]] = self.actors.handlers | self.learner.handlers
 
     # The loop -----------------------------------------------------------------------------------------------------
 
@@ -95,8 +93,11 @@ class Service:
         peer = self.run.peers.heard(identity, time.monotonic())
         if peer is None or isinstance(message, msg.Heartbeat):
             return  # a peer that was lost, or never said hello, finds out by our silence
+        side = self.actors if peer.engine_id else self.learner
         try:
-            self._handlers[type(message)](peer, message)
+            if type(message) not in side.handlers:
+                raise ev.ProtocolError(f"a {type(message).__name__} is not {peer.name}'s to send")
+            side.handlers[type(message)](peer, message)
         except (ev.ProtocolError, ValueError) as error:
             self.run.warn(f"{peer.name} broke the protocol and is dismissed: {error}")
             self.run.send(peer, msg.Shutdown(error=f"protocol error: {error}"))

@@ -127,7 +127,7 @@ def _cpu(process: psutil.Process) -> float:
 
 
 class BareEngine:
-    """vLLM as its manual says: `AsyncLLM.generate`, in the cheapest of its modes (no text, one output at the end).
+    """vLLM as its manual says: `AsyncLLM.generate`, in the cheapest of its modes (no text, no log-probabilities, one output at the end).
 
     Borrows the very instance that the pipeline uses, with vLLM's own output processor back in its place: a second one would cost its
     loading, and as much memory again.
@@ -166,7 +166,6 @@ class BareEngine:
                         temperature=sampling.temperature,
                         top_p=sampling.top_p,
                         max_tokens=min(config.model.max_context - len(ids), sampling.max_tokens),
-                        logprobs=0,
                         detokenize=False,
                         output_kind=RequestOutputKind.FINAL_ONLY,
                     ),

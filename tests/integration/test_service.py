@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from buffer import messages as msg
-from buffer.client import ActorLink
+from buffer.client import ActorLink, LearnerLink
 from buffer.event_log import read_sessions
 from buffer.service import Service
 from buffer.transport import TransportError
@@ -262,12 +262,30 @@ def test_second_run_in_the_same_directory_is_refused(tmp_path: Path, free_port: 
         Service(config)
 
 
+def test_an_engine_that_speaks_for_the_learner_is_dismissed(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    running = Running(make_config(tmp_path, free_port()))
+    address = running.service.run.router.address
+    with ActorLink(address, "bad", peer_timeout_s=10) as link:
+        link.connect(msg.ActorHello(engine_id="bad", engine_type="fake", slots=4, policy_version=-1, pid=1), 10)
+        link.send(msg.Published(policy=msg.SnapshotRef(version=7, digest="", num_bytes=0, address="", path=""), seconds=0.0))  # type: ignore[arg-type]
+        answer = link.receive(10)
+        while isinstance(answer, msg.Launch):
+            answer = link.receive(10)
+        assert isinstance(answer, msg.Shutdown) and "not engine bad's to send" in answer.error
+    engine, learner = FakeEngine(address, "e"), FakeLearner(address, STEPS)
+    engine.start()
+    learner.start()
+    assert running.wait() == 0
+
+
 def test_engine_with_an_impossible_hello_is_refused_and_the_run_goes_on(tmp_path: Path, free_port: Callable[[], int]) -> None:
     running = Running(make_config(tmp_path, free_port()))
     address = running.service.run.router.address
     hello = msg.ActorHello(engine_id="bad", engine_type="fake", slots=0, policy_version=-1, pid=1)
     with ActorLink(address, "bad", peer_timeout_s=10) as link, pytest.raises(TransportError, match="at least 1 slot"):
         link.connect(hello, 10)
+    with LearnerLink(address, "learner/7", peer_timeout_s=10) as link, pytest.raises(TransportError, match="rank 7 of 2"):
+        link.connect(msg.LearnerHello(rank=7, num_ranks=2, step=0, pid=1), 10)
     engine, learner = FakeEngine(address, "e"), FakeLearner(address, STEPS)
     engine.start()
     learner.start()
