@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import itertools
 import logging
 import os
 import signal
@@ -38,7 +37,6 @@ logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
 # How this process ends, for its pool. GAVE_UP: another attempt would end the same way.
 DONE, DIED, RUN_FAILED, GAVE_UP = 0, 1, 3, 4
 PR_SET_PDEATHSIG = 1
-MAX_PIDS = 1 << 22  # Linux's limit
 
 
 def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
@@ -50,7 +48,7 @@ def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
     environment = engine = None
     try:
         environment = make_environment(config)
-        welcome = link.connect(_hello(config, engine_id, -1, attempt=0), config.buffer.connect_timeout_s)
+        welcome = link.connect(_hello(config, engine_id, -1), config.buffer.connect_timeout_s)
         from actors.engine import Engine  # seconds of import, and only now needed
 
         engine = Engine(config)
@@ -88,21 +86,18 @@ async def _until_shutdown(
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    for attempt in itertools.count(1):
+    while True:
         try:
             return await Worker(config, engine, link, environment, fetch_policy).run(welcome)
         except TransportError as error:
             print(f"actors: {engine_id}: {one_line(error)}", file=sys.stderr, flush=True)
-        hello = _hello(config, engine_id, engine.version, attempt)
+        hello = _hello(config, engine_id, engine.version)
         welcome = await in_thread(partial(link.connect, hello, config.buffer.connect_timeout_s))
-    raise AssertionError("unreachable")
 
 
-def _hello(config: Config, engine_id: str, policy_version: int, attempt: int) -> ActorHello:
-    """To the buffer another pid means another life: what the engine had in flight before this attempt is gone."""
-    pid = os.getpid() + attempt * MAX_PIDS
+def _hello(config: Config, engine_id: str, policy_version: int) -> ActorHello:
     return ActorHello(
-        engine_id=engine_id, engine_type=engine_type(config), slots=config.actors.slots, policy_version=policy_version, pid=pid
+        engine_id=engine_id, engine_type=engine_type(config), slots=config.actors.slots, policy_version=policy_version, pid=os.getpid()
     )
 
 

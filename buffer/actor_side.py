@@ -29,17 +29,19 @@ class ActorSide:
         self._outbox: dict[str, list[ev.Launch | ev.Cancel]] = defaultdict(list)
 
     def hello(self, identity: bytes, hello: msg.ActorHello) -> None:
-        """A hello is repeated until it is answered; one from a new process means that the old one is gone."""
+        """A hello is repeated until it is answered; one over another connection takes the engine's name over."""
         run = self.run
-        known = run.peers.by_identity.get(identity)
-        if known is None or known.pid != hello.pid:
+        run.require_own(hello.run)
+        known = run.peers.engine(hello.engine_id)
+        if known is None or known.identity != identity:
             if known is not None:
+                run.send(known, msg.Shutdown(error=f"process {hello.pid} has joined as engine {hello.engine_id}: names must be unique"))
                 self.lose(known, "it started anew")
             version = min(hello.policy_version, run.core.policy_version)
             run.apply(ev.ActorJoined(run.now(), hello.engine_id, hello.engine_type, hello.slots, version))
-            run.peers.add(Peer(identity, hello.pid, time.monotonic(), hello.engine_id))
+            run.peers.add(Peer(identity, time.monotonic(), hello.engine_id))
             run.say(f"engine {hello.engine_id} joined ({hello.engine_type}, {hello.slots} slots)")
-        run.router.send(identity, msg.Welcome(policy=run.policy))
+        run.router.send(identity, msg.Welcome(policy=run.policy, run=run.run_id))
 
     def lose(self, peer: Peer, reason: str) -> None:
         in_flight = self.run.core.engines.by_id[peer.engine_id].in_flight

@@ -8,6 +8,7 @@ calling `connect` again, with a fresh hello, starts anew. Driven by actors, lear
 from __future__ import annotations
 
 import queue
+import secrets
 import socket as sockets
 import threading
 import time
@@ -64,7 +65,8 @@ class _Connection:
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = open_socket(self._context, zmq.DEALER, address, ANY_SIZE)
         try:
-            self._socket.setsockopt(zmq.IDENTITY, identity.encode())
+            # Each connection has a name of its own: ROUTER's handover of a name from one live connection to another can end its process.
+            self._socket.setsockopt(zmq.IDENTITY, f"{identity}~{secrets.token_hex(4)}".encode())
             self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a connection that is not there yet
             secure_client(self._socket, keys)
             self._monitor = self._socket.get_monitor_socket(WATCHED_EVENTS)
@@ -143,7 +145,7 @@ class _Connection:
             if self._welcomed and self._stop_at is None and silent_s > self._peer_timeout_s:
                 raise TransportError(
                     f"nothing heard from the buffer at {self._address} for {silent_s:.1f} s: see whether `python -m buffer` still runs "
-                    f"there, whether another process took this identity ({self._identity}), or raise buffer.peer_timeout_s"
+                    f"there, or raise buffer.peer_timeout_s"
                 )
 
     def _give_sign(self) -> float:
@@ -201,7 +203,7 @@ class _Connection:
 class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
     """A named peer's link to the buffer. `send` may be called from any thread; `connect`, `receive`, `close` from one.
 
-    `identity` must be unique among the buffer's peers; the same one again replaces the earlier.
+    `identity` names it in logs; each connection is a peer of its own to the buffer, which takes no link of another run.
     """
 
     _welcome_type: type
@@ -209,15 +211,17 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
 
     def __init__(self, address: str, identity: str, keys: str = "", peer_timeout_s: float = 15) -> None:
         check_address(address, keys)
-        if not 1 <= len(identity.encode()) <= 255:
-            raise ValueError(f"identity {identity!r}: 1 to 255 bytes are allowed, it names this peer to the buffer")
+        if not 1 <= len(identity.encode()) <= 240:
+            raise ValueError(f"identity {identity!r}: 1 to 240 bytes are allowed, it names this peer to the buffer")
         self.address = address
         self._identity, self._keys, self._peer_timeout_s = identity, keys, peer_timeout_s
         self._connection: _Connection | None = None
+        self._run = ""  # that this link has served before
 
     def connect(self, hello: HelloT, timeout_s: float) -> WelcomeT:
         """Say hello, each second, until the buffer answers. Once more after a TransportError: a new stream."""
         self.close()
+        hello = msgspec.structs.replace(hello, run=self._run)
         self._connection = _Connection(
             self.address, self._identity, self._keys, self._peer_timeout_s, hello, self._welcome_type, self._commands
         )
@@ -233,6 +237,7 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
             self.close()
             raise
         assert isinstance(answer, self._welcome_type)
+        self._run = answer.run
         return cast("WelcomeT", answer)
 
     def _unanswered(self, timeout_s: float) -> str:

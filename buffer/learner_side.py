@@ -39,9 +39,13 @@ class LearnerSide:
         run = self.run
         if not 0 <= hello.rank < hello.num_ranks <= run.config.batch.groups * run.config.darts.group_size:
             raise ev.ProtocolError(f"a learner's rank {hello.rank} of {hello.num_ranks}: each rank trains on at least one trajectory")
-        known = run.peers.by_identity.get(identity)
-        if known is None or known.pid != hello.pid:
-            run.peers.add(Peer(identity, hello.pid, time.monotonic(), rank=hello.rank))
+        run.require_own(hello.run)
+        known = run.peers.rank(hello.rank)
+        if known is None or known.identity != identity:
+            if known is not None:
+                run.send(known, msg.Shutdown(error=f"process {hello.pid} has joined as learner rank {hello.rank}"))
+                run.peers.remove(known)
+            run.peers.add(Peer(identity, time.monotonic(), rank=hello.rank))
             if hello.rank == 0:
                 if hello.step != run.step:
                     run.rewind(hello.step)
@@ -50,7 +54,7 @@ class LearnerSide:
                     held.clear()
                 run.apply(ev.LearnerJoined(run.now()))
                 run.say(f"learner joined with {hello.num_ranks} rank(s) at step {hello.step}")
-        run.router.send(identity, msg.LearnerWelcome(policy_version=max(run.core.policy_version, run.base_version)))
+        run.router.send(identity, msg.LearnerWelcome(policy_version=max(run.core.policy_version, run.base_version), run=run.run_id))
 
     @property
     def trains(self) -> bool:

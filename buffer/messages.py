@@ -52,13 +52,17 @@ class Shutdown(Message):
 
 
 class ActorHello(Message):
-    """An engine offers `slots` credits. Repeated until a `Welcome` comes; a second hello of one engine replaces the first."""
+    """An engine offers `slots` credits. Repeated until a `Welcome` comes; on another connection it replaces the engine of that name.
+
+    `run`: the run that this link has served before, "" for none; a buffer of another run refuses it.
+    """
 
     engine_id: str
     engine_type: str  # engines of one type share a latency curve, e.g. "cpu/float32/tp1"
     slots: int
     policy_version: int
     pid: int
+    run: str = ""
 
 
 class Progress(Message):
@@ -146,9 +150,10 @@ class Cancel(Message):
 
 
 class Welcome(Message):
-    """The buffer accepts an engine. `policy`: the newest snapshot, if one was published."""
+    """The buffer accepts an engine. `policy`: the newest snapshot, if one was published. `run` names the run, across its resumes."""
 
     policy: SnapshotRef | None
+    run: str = ""
 
 
 class PolicyPublished(Message):
@@ -170,6 +175,7 @@ class LearnerHello(Message):
     num_ranks: int
     step: int
     pid: int
+    run: str = ""  # as in `ActorHello`
 
 
 class Pull(Message):
@@ -210,6 +216,7 @@ class LearnerWelcome(Message):
     """The buffer's policy version: -1 before any publication. A learner publishes first, with the next version."""
 
     policy_version: int
+    run: str = ""
 
 
 class Trajectory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

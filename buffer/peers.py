@@ -10,7 +10,6 @@ class Peer:
     """One socket: an engine has an `engine_id`, a learner rank a `rank`."""
 
     identity: bytes
-    pid: int
     heard_s: float
     engine_id: str = ""
     rank: int = -1
@@ -40,6 +39,9 @@ class Peers:
 
     def engine(self, engine_id: str) -> Peer | None:
         return next((p for p in self.by_identity.values() if p.engine_id == engine_id), None)
+
+    def rank(self, rank: int) -> Peer | None:
+        return next((p for p in self.by_identity.values() if p.rank == rank), None)
 
     def ranks(self) -> list[Peer]:
         return [p for p in self.by_identity.values() if p.rank >= 0]

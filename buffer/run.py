@@ -45,6 +45,7 @@ class Run:
         self.last_row: dict[str, Any] = {}
         self.step, self.base_version = self._open_folder()
         self.journal = Journal(self.folder / "journal.sqlite")
+        self.run_id = self.journal.run_id()
         self.prompts = PromptsOut(sources.train, self.journal.cursor(self.step) if self.step else None)
         self.eval_payloads = {p.prompt_id: p for p in sources.eval_prompts}
         self.store = TrajectoryStore(config.buffer.max_bytes)
@@ -83,6 +84,11 @@ class Run:
         for decision in self.core.handle(event):
             self.log.write(decision)
             self._enact(decision)
+
+    def require_own(self, run_id: str) -> None:
+        """Refuses a peer left over from another run: it may have another model, and other steps behind it."""
+        if run_id not in ("", self.run_id):
+            raise ev.ProtocolError(f"it belongs to another run than {self.folder}: it outlived that run's buffer, and may go now")
 
     def send(self, peer: Peer, message: msg.Message) -> None:
         """To a peer that is gone nothing is sent: its silence ends it soon."""

@@ -6,6 +6,7 @@ are kept. Driven by the service's loop, on one thread.
 
 from __future__ import annotations
 
+import secrets
 import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
@@ -196,9 +197,16 @@ class Journal:
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("CREATE TABLE IF NOT EXISTS lengths (prompt_id TEXT PRIMARY KEY, stats BLOB NOT NULL) WITHOUT ROWID")
             self._db.execute("CREATE TABLE IF NOT EXISTS cursors (step INTEGER PRIMARY KEY, cursor BLOB NOT NULL)")
+            self._db.execute("CREATE TABLE IF NOT EXISTS run (id TEXT NOT NULL)")
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise ValueError(f"journal {self.path} cannot be used ({error}): move it away to start without length statistics") from error
+
+    def run_id(self) -> str:
+        """A name drawn when this journal was made: the same across resumes, another for every other run."""
+        if self._db.execute("SELECT id FROM run").fetchone() is None:
+            self._db.execute("INSERT INTO run VALUES (?)", (secrets.token_hex(8),))
+        return self._db.execute("SELECT id FROM run").fetchone()[0]
 
     def remember_lengths(self, items: Iterable[tuple[str, LengthStats]]) -> None:
         """Keep the newest statistics of these prompts, in one commit."""

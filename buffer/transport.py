@@ -220,8 +220,6 @@ class Router(_Server):
     def _configure(self, socket: zmq.Socket[bytes]) -> None:
         # Without MANDATORY a ROUTER drops silently what exceeds a peer's queue; with it, send() says so and we keep it.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # A peer that reconnects before its old connection was found dead takes its identity over.
-        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
 
     def close(self) -> None:
         """Give what was sent up to two seconds to leave, then close. May be called twice."""

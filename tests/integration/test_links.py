@@ -248,7 +248,7 @@ def test_messages_go_both_ways_in_order(router):
         assert link.connect(HELLO, SOON_S) == Welcome(policy=None)
         for number in range(3000):
             link.send(Stopped(rollout_id=number))
-            serving.to_send.append((b"pool/0", Cancel(rollout_ids=[number])))
+            serving.to_send.append((serving.peers[0], Cancel(rollout_ids=[number])))
         assert [link.receive(SOON_S) for _ in range(3000)] == [Cancel(rollout_ids=[number]) for number in range(3000)]
         wait_until(lambda: len(serving.heard) == 3000)
         assert [message.rollout_id for message in serving.heard] == list(range(3000))
@@ -264,7 +264,7 @@ def test_a_learner_gets_its_shard(router):
         assert link.connect(LearnerHello(rank=0, num_ranks=1, step=0, pid=1), SOON_S) == LearnerWelcome(policy_version=3)
         link.send(Pull(rank=0, step=0))
         wait_until(lambda: serving.heard == [Pull(rank=0, step=0)])
-        serving.to_send.append((b"learner/0", shard))
+        serving.to_send.append((serving.peers[0], shard))
         assert link.receive(SOON_S) == shard
 
 
@@ -328,9 +328,10 @@ def test_hello_is_repeated_until_answered_and_one_answer_counts(router):
         answers = []
         connecting = threading.Thread(target=lambda: answers.append(link.connect(HELLO, SOON_S)))
         connecting.start()
-        assert receive_all(router, 2) == [(b"pool/0", HELLO)] * 2
+        (peer, first), again = receive_all(router, 2)
+        assert first == HELLO and again == (peer, HELLO) and peer.startswith(b"pool/0~")
         for message in (Welcome(policy=None), Welcome(policy=None), Heartbeat(), Cancel(rollout_ids=[1])):
-            router.send(b"pool/0", message)
+            router.send(peer, message)
         connecting.join()
         assert answers == [Welcome(policy=None)]
         assert link.receive(SOON_S) == Cancel(rollout_ids=[1])
@@ -354,8 +355,8 @@ def test_a_refusal_reaches_who_connects(router):
 
         connecting = threading.Thread(target=connect)
         connecting.start()
-        receive_all(router, 1)
-        router.send(b"pool/0", Shutdown(error="protocol 2 is needed"))
+        ((peer, _),) = receive_all(router, 1)
+        router.send(peer, Shutdown(error="protocol 2 is needed"))
         connecting.join()
     assert "protocol 2 is needed" in failures[0]
 
@@ -382,7 +383,7 @@ def test_a_link_sends_heartbeats_by_itself(router):
     with ActorLink(router.address, "pool/0") as link:
         with Serving(router):
             link.connect(HELLO, SOON_S)
-        assert receive_all(router, 1)[-1] == (b"pool/0", Heartbeat())
+        assert receive_all(router, 1)[-1][1] == Heartbeat()
 
 
 def test_a_restarted_buffer_is_joined_anew():
@@ -390,7 +391,7 @@ def test_a_restarted_buffer_is_joined_anew():
         link.address = address = router.address
         with Serving(router) as serving:
             link.connect(HELLO, SOON_S)
-            serving.to_send.append((b"pool/0", Cancel(rollout_ids=[1])))
+            serving.to_send.append((serving.peers[0], Cancel(rollout_ids=[1])))
             wait_until(lambda: not serving.to_send)
         router.close()
         assert link.receive(SOON_S) == Cancel(rollout_ids=[1])  # what had arrived before the end still counts
@@ -402,22 +403,27 @@ def test_a_restarted_buffer_is_joined_anew():
             wait_until(lambda: serving.heard == [Stopped(rollout_id=1)])
 
 
-def test_the_same_identity_again_replaces_the_first(router):
-    with (
-        Serving(router) as serving,
-        ActorLink(router.address, "pool/0", peer_timeout_s=1.0) as first,
-        ActorLink(router.address, "pool/0") as second,
-    ):
+def test_links_of_one_name_are_peers_of_their_own(router):
+    with Serving(router) as serving, ActorLink(router.address, "pool/0") as first, ActorLink(router.address, "pool/0") as second:
         first.connect(HELLO, SOON_S)
         second.connect(HELLO, SOON_S)
-        first.send(Stopped(rollout_id=1))
-        with pytest.raises(TransportError, match="another process took this identity"):
-            first.receive(SOON_S)
-        serving.to_send.append((b"pool/0", Cancel(rollout_ids=[1])))
-        assert second.receive(SOON_S) == Cancel(rollout_ids=[1])
-        second.send(Stopped(rollout_id=2))
-        wait_until(lambda: serving.heard)
-        assert serving.heard == [Stopped(rollout_id=2)]
+        assert len(set(serving.peers)) == 2
+        for peer, number in zip(serving.peers, (1, 2), strict=True):
+            serving.to_send.append((peer, Cancel(rollout_ids=[number])))
+        assert (first.receive(SOON_S), second.receive(SOON_S)) == (Cancel(rollout_ids=[1]), Cancel(rollout_ids=[2]))
+
+
+def test_a_link_tells_which_run_it_has_served(router):
+    hellos = []
+    with ActorLink(router.address, "pool/0") as link:
+        for run in ("first", "second"):
+            connecting = threading.Thread(target=lambda: link.connect(HELLO, SOON_S))
+            connecting.start()
+            ((peer, hello),) = receive_all(router, 1)
+            router.send(peer, Welcome(policy=None, run=run))
+            connecting.join()
+            hellos.append(hello.run)
+    assert hellos == ["", "first"]
 
 
 def test_a_link_that_is_not_connected_says_so():

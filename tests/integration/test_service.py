@@ -262,6 +262,43 @@ def test_second_run_in_the_same_directory_is_refused(tmp_path: Path, free_port: 
         Service(config)
 
 
+def test_a_second_engine_of_one_name_replaces_the_first_which_is_told(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    running = Running(make_config(tmp_path, free_port()))
+    address = running.service.run.router.address
+    first, second, learner = FakeEngine(address, "e"), FakeEngine(address, "e", seed=1), FakeLearner(address, STEPS, step_s=0.2)
+    first.start()
+    learner.start()
+    while first.num_launched < 5:
+        first.join(0.01)
+    second.start()
+    assert running.wait() == 0
+    first.join(5)
+    assert first.shutdown is not None and "has joined as engine e" in first.shutdown.error
+    assert second.num_launched > 0
+
+
+def test_what_another_run_left_behind_is_refused(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    port = free_port()
+    running = Running(make_config(tmp_path / "one", port))
+    address = running.service.run.router.address
+    engine_hello = msg.ActorHello(engine_id="e", engine_type="fake", slots=4, policy_version=-1, pid=1)
+    learner_hello = msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=1)
+    with ActorLink(address, "e", peer_timeout_s=10) as engine_link, LearnerLink(address, "learner/0", peer_timeout_s=10) as learner_link:
+        engine_link.connect(engine_hello, 10)
+        learner_link.connect(learner_hello, 10)
+        running.service.stop()
+        assert running.wait() == 130
+        running = Running(make_config(tmp_path / "two", port))
+        with pytest.raises(TransportError, match="another run"):
+            engine_link.connect(engine_hello, 10)
+        with pytest.raises(TransportError, match="another run"):
+            learner_link.connect(msg.LearnerHello(rank=0, num_ranks=1, step=3, pid=1), 10)
+    engine, learner = FakeEngine(address, "e"), FakeLearner(address, STEPS)
+    engine.start()
+    learner.start()
+    assert running.wait() == 0
+
+
 def test_an_engine_that_speaks_for_the_learner_is_dismissed(tmp_path: Path, free_port: Callable[[], int]) -> None:
     running = Running(make_config(tmp_path, free_port()))
     address = running.service.run.router.address

@@ -11,6 +11,7 @@ import pytest
 from configs import cli
 from darts.sim_schema import SimulateConfig, check
 from tools.compare import SETS, CompareConfig, add_time_to_reach, run, summarise, table
+from tools.compare_page import plot_curves
 from tools.run_directory import RunDirectory
 
 
@@ -76,6 +77,11 @@ def test_time_to_reach_is_to_the_accuracy_that_the_same_seed_s_reference_has_at_
     ]
     add_time_to_reach([0, 1, 0, 1], rows, margin=0.02)
     assert [(row.get("reach_s"), row["near_s"]) for row in rows] == [(9.0, 9.0), (9.0, 5.0), (None, 4.0), (2.0, 2.0)]
+
+
+def test_curves_are_drawn_for_every_seed(tmp_path: Path) -> None:
+    plot_curves({"a": [{"curve": [[1.0, 0.5], [2.0, 0.7]]}, {"curve": [[1.0, 0.6]]}], "b": [{"curve": [[0.5, 0.6]]}]}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_simulated_variants_end_in_one_table(tmp_path: Path) -> None:
