@@ -82,7 +82,8 @@ SETS: dict[str, Variants] = {
     "live": {
         "sync plain": [*SYNC, *PLAIN, *FLAT],
         "async plain": [*ASYNC, *PLAIN, *LONGER],
-        "async darts": [*ASYNC, *FIXED, *LONGER],
+        "async darts, 12": [*ASYNC, *FIXED, *LONGER],
+        "async darts, marginal": [*ASYNC, "redundancy.rule=marginal", *LONGER],  # the default rule
         "async random of 12": [*ASYNC, *FIXED, "darts.policy=random", *LONGER],
     },
 }

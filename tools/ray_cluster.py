@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ from tools.processes import ROOT, Command, LocalHost
 LOOPBACK = re.compile(r"tcp://(127\.|localhost:|\[::1\])")
 START_S = 120.0  # for Ray to find the resources and start a worker
 CALL_S = 10.0
+LISTENER_TIMEOUT_S = 5.0
 FEW_CPUS = 0.01  # the processes share a node's CPUs as the local launcher's do; GPUs alone are counted
 
 
@@ -96,6 +98,19 @@ class RayProcess:
                 self._status = -signal.SIGKILL
 
 
+def _require_listener(address: str) -> None:
+    """Ray itself asks for minutes at an address where nobody is, and says nothing. `auto` and the like are left to it."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=LISTENER_TIMEOUT_S).close()
+    except OSError as error:
+        raise TransportError(
+            f"launch.ray_address={address}: no Ray cluster answers there ({_one_line(error)}); see `ray status`"
+        ) from error
+
+
 class RayCluster:
     """Starts processes through Ray: on launch.ray_address, or on a cluster of this machine alone that ends with the run."""
 
@@ -106,6 +121,7 @@ class RayCluster:
         address = self._config.launch.ray_address
         environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}}
         local = {} if address else {"include_dashboard": False}
+        _require_listener(address)
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="error", runtime_env=environment, **local)
         except Exception as error:  # Ray raises bare ones here

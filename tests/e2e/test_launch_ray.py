@@ -10,6 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from buffer.transport import TransportError
+from configs import cli
+from tools.ray_cluster import RayCluster
+
 ROOT = Path(__file__).parents[2]
 
 DRIVER = """
@@ -40,3 +44,10 @@ def test_a_failed_process_is_named_and_ends_the_others_on_ray(tmp_path: Path, fr
     pids = [int(file.name) for file in tmp_path.iterdir() if file.name.isdigit()]
     assert len(pids) == 3
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.e2e
+def test_an_address_without_a_cluster_is_named(free_port: Callable[[], int]) -> None:
+    config = cli.load(["launch.launcher=ray", f"launch.ray_address=127.0.0.1:{free_port()}"])
+    with pytest.raises(TransportError, match="launch.ray_address=127.0.0.1"), RayCluster(config, []):
+        pass

@@ -320,7 +320,7 @@ def test_a_link_may_wait_for_a_buffer_that_starts_later():
         with Router(address, Inbound) as router, Serving(router) as serving:
             connecting.join()
             assert answers == [Welcome(policy=None)]
-            assert serving.peers == [b"pool/0"]  # the hellos said to nobody did not pile up
+            assert len(serving.peers) == 1  # the hellos said to nobody did not pile up
 
 
 def test_hello_is_repeated_until_answered_and_one_answer_counts(router):

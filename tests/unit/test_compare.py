@@ -80,7 +80,8 @@ def test_time_to_reach_is_to_the_accuracy_that_the_same_seed_s_reference_has_at_
 
 
 def test_curves_are_drawn_for_every_seed(tmp_path: Path) -> None:
-    plot_curves({"a": [{"curve": [[1.0, 0.5], [2.0, 0.7]]}, {"curve": [[1.0, 0.6]]}], "b": [{"curve": [[0.5, 0.6]]}]}, tmp_path / "curves.png")
+    of_a, of_b = [{"curve": [[1.0, 0.5], [2.0, 0.7]]}, {"curve": [[1.0, 0.6]]}], [{"curve": [[0.5, 0.6]]}]
+    plot_curves({"a": of_a, "b": of_b}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 

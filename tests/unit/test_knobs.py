@@ -39,14 +39,14 @@ SIMULATION: dict[str, tuple[str, list[str]]] = {  # key -> another value, and th
     "pipeline.mode": ("sync", []),
     "batch.groups": ("7", []),
     "staleness.max_lag": ("1", []),
-    "staleness.on_deadline": ("drop", ["staleness.max_lag=1", "darts.long_end=longest"]),
+    "staleness.on_deadline": ("drop", ["staleness.max_lag=1", "engines.speeds=[1.0,0.2]", "sampling.max_tokens=90"]),
     "darts.policy": ("plain", []),
     "darts.group_size": ("6", []),
     "darts.long": ("2", []),
     "darts.long_end": ("longest", []),
     "darts.cancel": ("eager", []),
     "darts.fill_truncated": ("false", TRUNCATING),
-    "redundancy.rule": ("paper", []),
+    "redundancy.rule": ("none", []),
     "redundancy.upper": ("1.5", []),
     "redundancy.price": ("5", []),
     "sampling.max_tokens": ("60", []),
@@ -198,7 +198,7 @@ ELSEWHERE = {
     "data.system_prompt": "unit/test_environments.py::test_prompts_are_rendered_by_the_template_or_as_plain_text",
     "data.chat_template": "unit/test_environments.py::test_prompts_are_rendered_by_the_template_or_as_plain_text",
     "data.size": "unit/test_prompts.py::test_more_tagged_sums_than_there_are_is_refused",
-    "data.verifier_timeout_s": "unit/test_environments.py::test_a_failing_verifier_is_a_failure_and_the_next_response_is_scored",
+    "data.verifier_timeout_s": "unit/test_environments.py::user_environment",
     "data.on_error": "integration/test_service.py::test_a_failing_prompt_is_skipped_where_that_is_asked",
     "sampling.top_p": "e2e/test_engine.py::test_a_narrow_nucleus_leaves_one_response",
     "actors.name": "integration/test_run_plan.py::test_every_pool_gets_the_run_s_configuration_and_its_own_overrides",
@@ -245,5 +245,7 @@ def test_the_test_named_turns_the_key(path: str) -> None:
     file, _, name = ELSEWHERE[path].partition("::")
     source = (TESTS / file).read_text()
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    texts = [ast.get_source_segment(source, node) or "" for node in functions if node.name == name] if name else [source]
-    assert len(texts) == 1 and path.partition(".")[2] in texts[0]
+    starts = {node.name: min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) for node in functions}
+    ends = {node.name: node.end_lineno for node in functions}
+    text = "\n".join(source.splitlines()[starts[name] - 1 : ends[name]]) if name else source
+    assert path.partition(".")[2] in text

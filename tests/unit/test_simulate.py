@@ -84,7 +84,8 @@ def test_without_streaming_nobody_in_flight_is_known_to_be_past_selection() -> N
 
 
 def test_the_ledger_counts_every_prompt(tmp_path: Path) -> None:
-    made = config(f"run.out={tmp_path / 'run'}", "sampling.max_tokens=60", "staleness.max_lag=1", "staleness.on_deadline=drop")
+    slow = ["engines.count=2", "engines.speeds=[1.0,0.2]", "sampling.max_tokens=90", "staleness.max_lag=1", "staleness.on_deadline=drop"]
+    made = config(f"run.out={tmp_path / 'run'}", *slow)
     summary = simulate(made, Files(tmp_path / "run", cli.to_yaml(made)))
     ledger = RunDirectory.read(tmp_path / "run").ledger()
     assert set(ledger) <= {f"p{index:05d}" for index in range(32)}
