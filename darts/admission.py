@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from darts import lengths
-from darts.budgets import Budgeter
+from darts.budgets import Budget, Budgeter
 from darts.events import EvaluationRequested, Prompt
 from darts.latency import LatencyCurve
 from darts.lengths import LengthStats
@@ -20,7 +20,7 @@ class Waiting(NamedTuple):
     """A training prompt, and its budget where its window has decided it."""
 
     prompt: Prompt
-    budget: int | None
+    budget: Budget | None
 
 
 class HeldOut(NamedTuple):
@@ -43,9 +43,9 @@ class PromptQueue:
     def add_window(self, prompts: Sequence[Prompt], pool: LengthStats, curve: LatencyCurve | None, num_engines: int) -> None:
         """Longest expected first: what will take longest starts before slots run out. Only within a window, so nobody starves."""
         stats = [lengths.estimate(prompt.lengths, pool) for prompt in prompts]
-        budgets: Sequence[int | None] = [None] * len(prompts)
+        budgets: Sequence[Budget | None] = [None] * len(prompts)
         if self._budgeter.by_window:
-            budgets = self._budgeter.window(stats, curve, max(1, num_engines))
+            budgets = self._budgeter.window(stats, pool, curve, max(1, num_engines))
         order = sorted(range(len(prompts)), key=lambda i: -stats[i].mean_log)
         self.training.extend(Waiting(prompts[i], budgets[i]) for i in order)
 

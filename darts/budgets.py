@@ -7,18 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from darts import redundancy
 from darts.events import LongEnd
 from darts.latency import LatencyCurve
-from darts.lengths import LengthStats, spread
+from darts.lengths import LengthStats, length_std
 
 SATURATING_SPREAD = 1.5  # times the pool's: about one prompt in twenty, as published, where spreads are themselves lognormal
 
 
+class Budget(NamedTuple):
+    """A prompt's M', and whether it is saturated: such a prompt keeps its M shortest, and its tail is cut.
+
+    Source: DARTS, variance-guided tail pruning.
+    """
+
+    rollouts: int
+    saturated: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Budgeter:
-    """How many rollouts M' a prompt gets, between `group_size` and `upper` times that."""
+    """How many rollouts M' a prompt gets, between `group_size` and `upper` times that. Lengths are cut at `max_tokens`."""
 
     rule: str  # none | fixed | paper | marginal
     group_size: int
@@ -26,6 +37,7 @@ class Budgeter:
     long_end: LongEnd
     upper: float
     price: float
+    max_tokens: int
 
     @property
     def most(self) -> int:
@@ -35,32 +47,38 @@ class Budgeter:
     def by_window(self) -> bool:
         return self.rule == "paper"
 
-    def window(self, stats: Sequence[LengthStats], curve: LatencyCurve | None, num_engines: int) -> list[int]:
-        """Budgets of a window of prompts under the published rule: a total by utility, split by spread."""
+    def window(self, stats: Sequence[LengthStats], pool: LengthStats, curve: LatencyCurve | None, num_engines: int) -> list[Budget]:
+        """Budgets of a window of prompts under the published rule: a total by utility, split by spread in tokens."""
         if not stats:
             return []
-        norms = redundancy.published_norm([spread(s) for s in stats])
+        norms = redundancy.published_norm([length_std(s, self.max_tokens) for s in stats])
         total = redundancy.paper_total(stats, curve or LatencyCurve(), self.group_size, self.upper, self.price, num_engines)
-        return redundancy.paper_split(norms, total, self.group_size, self.most)
+        split = redundancy.paper_split(norms, total, self.group_size, self.most)
+        full = total == len(stats) * self.most  # everybody has all: that says nothing about anybody
+        return [Budget(m, self._has_all(m) and (not full or self._is_wide(s, pool))) for m, s in zip(split, stats, strict=True)]
 
-    def one(self, stats: LengthStats, pool: LengthStats, curve: LatencyCurve, batch: float) -> int:
-        """Budget of one prompt about to open on an engine whose batch is `batch`. A window's prompt that returns gets `fixed`."""
+    def one(self, stats: LengthStats, pool: LengthStats, curve: LatencyCurve, batch: float) -> Budget:
+        """Budget of one prompt about to open on an engine whose batch is `batch`. A window's prompt that returns gets `fixed`.
+
+        Differs from the published saturation: where spare slots give everybody the whole budget, only prompts far wider than the
+        pool count, or necessary depth would lose its seat everywhere.
+        """
         match self.rule:
             case "none":
-                return self.group_size
+                return Budget(self.group_size, False)
             case "marginal":
-                return self._marginal(stats, pool, curve.elasticity(max(batch, 1.0)))
+                m = self._marginal(stats, pool, curve.elasticity(max(batch, 1.0)))
+                return Budget(m, self._has_all(m) and self._is_wide(stats, pool))
+            case "paper":
+                return Budget(self.most, self._has_all(self.most) and self._is_wide(stats, pool))
             case _:
-                return self.most
+                return Budget(self.most, False)
 
-    def saturates(self, stats: LengthStats, pool: LengthStats, budget: int) -> bool:
-        """Whether the prompt's spread alone earns it the whole budget; such prompts keep the M shortest.
+    def _has_all(self, budget: int) -> bool:
+        return budget == self.most > self.group_size
 
-        Source: DARTS, variance-guided tail pruning. Differs: where spare slots give everybody the whole budget, only
-        prompts far wider than the pool count, or necessary depth would lose its seat everywhere.
-        """
-        wide = redundancy.normalised_spread(stats, pool) >= SATURATING_SPREAD
-        return self.rule in ("paper", "marginal") and wide and budget == self.most > self.group_size
+    def _is_wide(self, stats: LengthStats, pool: LengthStats) -> bool:
+        return redundancy.normalised_spread(stats, pool) >= SATURATING_SPREAD
 
     def _marginal(self, stats: LengthStats, pool: LengthStats, elasticity: float) -> int:
         v = redundancy.normalised_spread(stats, pool)

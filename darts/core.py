@@ -25,7 +25,7 @@ from typing import Any, Literal
 from darts import events as ev
 from darts import lengths
 from darts.admission import PromptQueue
-from darts.budgets import Budgeter
+from darts.budgets import Budget, Budgeter
 from darts.groups import Group, GroupState, Planned, Rollout, RolloutState
 from darts.handover import Handover
 from darts.placement import Engine, Engines
@@ -86,6 +86,7 @@ class Core:
             long_end="none" if self._eager else config.long_end,
             upper=config.upper,
             price=config.price,
+            max_tokens=config.max_tokens,
         )
         self._prompts = PromptQueue(self._budgeter, config.max_reopens)
         self._handover = Handover(config.max_lag, config.groups_per_step, config.steps_per_version)
@@ -360,17 +361,17 @@ class Core:
             else:
                 return
 
-    def _open_training(self, prompt: ev.Prompt, budget: int | None, engine: Engine) -> None:
+    def _open_training(self, prompt: ev.Prompt, budget: Budget | None, engine: Engine) -> None:
         config = self.config
         stats = lengths.estimate(prompt.lengths, self.pool)
         if budget is None:
             batch = min(engine.load + config.group_size, engine.slots)
             budget = self._budgeter.one(stats, self.pool, self.engines.curves[engine.engine_type], batch)
         mode = config.long_end if config.policy == "darts" else "longest"
-        if config.policy == "darts" and self._budgeter.saturates(stats, self.pool, budget):
+        if config.policy == "darts" and budget.saturated:
             mode = "none"
         num_long = 0 if mode == "none" else config.num_long
-        self._open(prompt, "train", engine, budget, config.group_size, num_long, mode)
+        self._open(prompt, "train", engine, budget.rollouts, config.group_size, num_long, mode)
 
     def _open(
         self, prompt: ev.Prompt, purpose: ev.Purpose, engine: Engine, budget: int, size: int, num_long: int, mode: ev.LongEnd

@@ -101,6 +101,14 @@ def expected_length(stats: LengthStats, limit: int) -> float:
     return min(below + limit * _upper_tail(z), float(limit))
 
 
+def length_std(stats: LengthStats, limit: int) -> float:
+    """Standard deviation, in tokens, of a response that is cut at `limit`: sigma as published."""
+    sigma = spread(stats)
+    z = (math.log(max(1, limit)) - stats.mean_log) / sigma
+    square = math.exp(min(2.0 * (stats.mean_log + stats.var_log), 700.0)) * _upper_tail(2.0 * sigma - z) + limit**2 * _upper_tail(z)
+    return math.sqrt(max(0.0, square - expected_length(stats, limit) ** 2))
+
+
 def _expected_moments(exact: list[float], bounds: list[float], guess: LengthStats) -> tuple[float, float]:
     """E-step: expected sum of the logs, and expected sum of their squared deviations from the group's mean."""
     sigma = math.sqrt(guess.var_log)

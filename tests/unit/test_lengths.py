@@ -6,7 +6,7 @@ from statistics import fmean, pstdev
 
 import pytest
 
-from darts.lengths import MAX_MEAN_LOG, POOL_PRIOR, LengthStats, estimate, expected_length, spread, update, update_pool
+from darts.lengths import MAX_MEAN_LOG, POOL_PRIOR, LengthStats, estimate, expected_length, length_std, spread, update, update_pool
 
 POOL = LengthStats(weight=256.0, mean_log=6.0, var_log=0.5)
 
@@ -142,6 +142,13 @@ def test_the_pool_forgets():
         pool = update_pool(pool, LengthStats(8.0, 5.0, 0.25))
     assert pool.mean_log == pytest.approx(5.0, abs=0.01)
     assert spread(pool) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("sigma, limit", [(0.3, 512), (1.0, 512), (1.0, 120), (1.5, 4096)])
+def test_length_std_is_that_of_the_cut_lognormal(sigma, limit):
+    rng = random.Random(6)
+    drawn = [min(limit, rng.lognormvariate(5.0, sigma)) for _ in range(40_000)]
+    assert length_std(LengthStats(1.0, 5.0, sigma**2), limit) == pytest.approx(pstdev(drawn), rel=0.02)
 
 
 @pytest.mark.parametrize("sigma, limit", [(0.3, 512), (1.0, 512), (1.5, 4096)])
