@@ -236,7 +236,7 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
         except BaseException:
             self.close()
             raise
-        assert isinstance(answer, self._welcome_type)
+        assert isinstance(answer, Welcome | LearnerWelcome)
         self._run = answer.run
         return cast("WelcomeT", answer)
 

@@ -35,7 +35,7 @@ Variants = dict[str, list[str]]
 PLAIN = ["darts.policy=plain"]
 SYNC, ASYNC = ["pipeline.mode=sync"], ["pipeline.mode=async"]
 FIXED = ["redundancy.rule=fixed", "redundancy.upper=1.5"]
-ADAPTIVE = ["redundancy.rule=paper", "redundancy.upper=2.0"]
+ADAPTIVE = ["redundancy.rule=paper", "redundancy.upper=2.0", "redundancy.price=0.6"]  # a mean budget of about 12, as FIXED has
 SPLIT_32 = ["engines.count=12", "learner.gpus=20"]  # the same 32 devices, in two parts about as busy under async plain
 # The demo in smaller steps: the 32 responses of a plain one decode where this engine's latency is flat, as on a GPU that is not full.
 FLAT = ["batch.groups=4", "run.steps=128", "optimizer.lr=1e-4"]
