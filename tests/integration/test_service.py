@@ -137,6 +137,7 @@ def test_replay_notices_a_decision_that_was_not_made(finished: Any) -> None:
     assert replay(config, iter(entries)).difference is not None
 
 
+@pytest.mark.slow
 def test_killed_engine_loses_only_what_it_had_in_flight(tmp_path: Path, free_port: Callable[[], int]) -> None:
     running = Running(make_config(tmp_path, free_port(), "buffer.peer_timeout_s=1.5"))
     address = running.service.run.router.address
@@ -233,6 +234,7 @@ def test_a_failing_prompt_is_skipped_where_that_is_asked(tmp_path: Path, free_po
     assert all(r["reward"] is not None for row in ledger for r in row["rollouts"] if r["end"].startswith("selected"))
 
 
+@pytest.mark.slow
 def test_a_full_store_pauses_admission(tmp_path: Path, free_port: Callable[[], int]) -> None:
     """buffer.max_bytes: with room for little more than a step, engines wait and the run ends all the same."""
     config = make_config(tmp_path, free_port())
@@ -247,6 +249,7 @@ def test_a_full_store_pauses_admission(tmp_path: Path, free_port: Callable[[], i
     assert any(isinstance(entry, ev.AdmissionPaused) and entry.paused for entry in events)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_learner_ends_with_an_error(tmp_path: Path, free_port: Callable[[], int]) -> None:
     running = Running(make_config(tmp_path, free_port(), "buffer.rejoin_timeout_s=1.5"))
     FakeEngine(running.service.run.router.address, "e").start()
@@ -262,6 +265,7 @@ def test_second_run_in_the_same_directory_is_refused(tmp_path: Path, free_port: 
         Service(config)
 
 
+@pytest.mark.slow
 def test_a_second_engine_of_one_name_replaces_the_first_which_is_told(tmp_path: Path, free_port: Callable[[], int]) -> None:
     running = Running(make_config(tmp_path, free_port()))
     address = running.service.run.router.address

@@ -30,14 +30,14 @@ TESTS = Path(__file__).parents[1]
 
 # A simulation ------------------------------------------------------------------------------------------------------
 
-SMALL = ["run.steps=4", "batch.groups=6", "lengths.prompts=12", "engines.slots=24", "engines.count=2", "lengths.spread=1.0"]
+SMALL = ["run.steps=3", "batch.groups=4", "lengths.prompts=12", "engines.slots=24", "engines.count=2", "lengths.spread=1.0"]
 TRUNCATING = ["sampling.max_tokens=60"]
 ROUNDS = ["pipeline.mode=sync", "darts.policy=tail_batching", "redundancy.rule=none"]
 SIMULATION: dict[str, tuple[str, list[str]]] = {  # key -> another value, and the circumstances in which it matters
     "run.seed": ("1", []),
-    "run.steps": ("5", []),
+    "run.steps": ("4", []),
     "pipeline.mode": ("sync", []),
-    "batch.groups": ("7", []),
+    "batch.groups": ("5", []),
     "staleness.max_lag": ("1", []),
     "staleness.on_deadline": ("drop", ["staleness.max_lag=1", "engines.speeds=[1.0,0.2]", "sampling.max_tokens=90"]),
     "darts.policy": ("plain", []),
