@@ -31,7 +31,9 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")  # it has nothing to save, and takes 5 s to leave by itself
+os.environ.setdefault(
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1"
+)  # it has nothing to save, and takes 5 s to leave by itself
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -98,7 +100,9 @@ class Engine:
         if os.path.isdir(config.model.path):
             os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ[FRONTEND_PID] = str(os.getpid())
-        logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)  # of its death we speak ourselves, in one line
+        logging.getLogger("vllm.v1.engine.async_llm").setLevel(
+            logging.CRITICAL
+        )  # of its death we speak ourselves, in one line
         self.version = BASE_VERSION
         self._sampling = config.sampling
         self._meter = Meter(config.actors.slots, time.monotonic())
@@ -107,14 +111,25 @@ class Engine:
         try:
             self._llm = AsyncLLM.from_engine_args(args)
         except Exception as error:  # whatever a model makes vLLM raise
-            raise ValueError(f"model.path={config.model.path}: vLLM cannot run it: {error}") from error
-        if self._llm.output_handler is not None:  # made inside a running loop: it has not taken its first step yet
+            raise ValueError(
+                f"model.path={config.model.path}: vLLM cannot run it: {error}"
+            ) from error
+        if (
+            self._llm.output_handler is not None
+        ):  # made inside a running loop: it has not taken its first step yet
             self._llm.output_handler.cancel()
             self._llm.output_handler = None
         self._llm.output_processor = self._router  # type: ignore[assignment]
         self.tokenizer: Any = self._llm.get_tokenizer()
-        configured = (self._llm.model_config.try_get_generation_config() or {}).get("eos_token_id", [])
-        self.eos_ids = frozenset([self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])])
+        configured = (self._llm.model_config.try_get_generation_config() or {}).get(
+            "eos_token_id", []
+        )
+        self.eos_ids = frozenset(
+            [
+                self.tokenizer.eos_token_id,
+                *(configured if isinstance(configured, list) else [configured]),
+            ]
+        )
         self._gate = asyncio.Lock()  # held while a swap is under way: no request starts
         self._submissions: set[asyncio.Task[None]] = set()
 
@@ -123,7 +138,9 @@ class Engine:
         """Set when vLLM's processes are gone or broken: nothing will be sampled any more."""
         return self._router.died
 
-    def launch(self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int) -> Generation:
+    def launch(
+        self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
+    ) -> Generation:
         """Sample at most `max_tokens` tokens after `prompt_ids`, as the run's `sampling` says. Returns at once; never raises."""
         generation = Generation(request_id)
         self._router.expect(generation)
@@ -132,7 +149,9 @@ class Engine:
         task.add_done_callback(self._submissions.discard)
         return generation
 
-    async def _submit(self, generation: Generation, prompt_ids: list[int], max_tokens: int, seed: int) -> None:
+    async def _submit(
+        self, generation: Generation, prompt_ids: list[int], max_tokens: int, seed: int
+    ) -> None:
         params = SamplingParams(
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
@@ -149,7 +168,9 @@ class Engine:
             prompt = tokens_input(prompt_ids, cache_salt=f"policy {self.version}")
             try:
                 added = await self._llm.add_request(generation.request_id, prompt, params)
-                if generation.request_id not in self._router:  # aborted, or ended, before vLLM had told us its own id
+                if (
+                    generation.request_id not in self._router
+                ):  # aborted, or ended, before vLLM had told us its own id
                     await self._llm.abort(added.request_id, internal=True)
             except Exception as error:  # whatever vLLM refuses or breaks on, it belongs to this request, whose worker reports it
                 self._router.fail(generation.request_id, error)
@@ -161,7 +182,10 @@ class Engine:
         """
         aborted = self._router.forget(request_ids)
         try:
-            await self._llm.abort([request_id for _, internal_ids in aborted for request_id in internal_ids], internal=True)
+            await self._llm.abort(
+                [request_id for _, internal_ids in aborted for request_id in internal_ids],
+                internal=True,
+            )
             await self._llm.is_paused()  # answered after the abort, in order: only now is it done
         except EngineDeadError as error:
             raise EngineDied("vLLM died while it was told to abort") from error
@@ -185,8 +209,12 @@ class Engine:
                 await self._llm.resume_generation()
             except EngineDeadError as error:
                 raise EngineDied(f"vLLM died while it loaded policy version {version}") from error
-            except Exception as error:  # vLLM hands on whatever its worker raised as a bare Exception
-                raise SwapFailed(f"policy version {version} could not be loaded: {error}") from error
+            except (
+                Exception
+            ) as error:  # vLLM hands on whatever its worker raised as a bare Exception
+                raise SwapFailed(
+                    f"policy version {version} could not be loaded: {error}"
+                ) from error
             self.version = version
             return time.monotonic() - started
 
@@ -211,7 +239,9 @@ class _Router:
         self.died = asyncio.Event()
 
     def expect(self, generation: Generation) -> None:
-        assert generation.request_id not in self._expected, f"request {generation.request_id} is in the engine already"
+        assert generation.request_id not in self._expected, (
+            f"request {generation.request_id} is in the engine already"
+        )
         self._expected[generation.request_id] = generation
         self._meter.occupy(len(self._expected), time.monotonic())
 
@@ -241,8 +271,17 @@ class _Router:
 
     # What AsyncLLM asks of its output processor -----------------------------------------------------------------
 
-    def add_request(self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None) -> None:
-        if generation := self._expected.get(request.external_req_id):  # gone if it was aborted meanwhile: see _submit
+    def add_request(
+        self,
+        request: Any,
+        prompt: Any,
+        parent_req: Any = None,
+        request_index: int = 0,
+        queue: Any = None,
+    ) -> None:
+        if generation := self._expected.get(
+            request.external_req_id
+        ):  # gone if it was aborted meanwhile: see _submit
             self._running[request.request_id] = generation
             self._internal[generation.request_id] = request.request_id
 
@@ -252,13 +291,17 @@ class _Router:
     def has_request(self, request_id: str) -> bool:
         return request_id in self._running
 
-    def process_outputs(self, outputs: list[Any], timestamp: float, stats: Any, weight_version: str | None = None) -> OutputProcessorOutput:
+    def process_outputs(
+        self, outputs: list[Any], timestamp: float, stats: Any, weight_version: str | None = None
+    ) -> OutputProcessorOutput:
         """One step of EngineCore: for each request its new tokens, and how it ended if it did."""
         version = BASE_VERSION if weight_version in (None, "default") else int(weight_version)
         num_tokens = num_ended = 0
         logprobs: Iterator[float] = iter(())
         for output in outputs:
-            if output.new_logprobs is not None:  # its own, or, from `actors.scheduler`, those of the outputs after it as well
+            if (
+                output.new_logprobs is not None
+            ):  # its own, or, from `actors.scheduler`, those of the outputs after it as well
                 logprobs = iter(output.new_logprobs.logprobs[:, 0].tolist())
             of_output = list(islice(logprobs, len(output.new_token_ids)))
             generation = self._running.get(output.request_id)

@@ -72,7 +72,11 @@ class SingleTurn:
         self.data = config.data
         self.verifier = _verifier_name(config)
         self.keep_special_tokens = self.verifier == "tagged_sum"
-        self._workers = None if self.verifier in INLINE else WorkerPool(self.verifier, config.data.verifier_timeout_s)
+        self._workers = (
+            None
+            if self.verifier in INLINE
+            else WorkerPool(self.verifier, config.data.verifier_timeout_s)
+        )
 
     def render(self, prompt: PromptPayload, tokenizer: Any) -> list[int]:
         """With the tokenizer's chat template where it has one and `data.chat_template` allows it; else as plain text."""
@@ -81,7 +85,9 @@ class SingleTurn:
             messages = [{"role": "system", "content": self.data.system_prompt}, *messages]
         if self.data.chat_template == "auto" and getattr(tokenizer, "chat_template", None):
             # The template writes the special tokens itself; encoding must not add them a second time.
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
             return list(tokenizer.encode(text, add_special_tokens=False))
         return list(tokenizer.encode("\n\n".join(message["content"] for message in messages)))
 
@@ -89,9 +95,13 @@ class SingleTurn:
         if self._workers is not None:
             return await self._workers.score(prompt, response_text)
         try:
-            return _finite(INLINE[self.verifier](_prompt_text(prompt), response_text, prompt.answer, {}))
+            return _finite(
+                INLINE[self.verifier](_prompt_text(prompt), response_text, prompt.answer, {})
+            )
         except ValueError as error:
-            raise EnvironmentFailure(_failure(self.verifier, prompt, f"raised {_describe(error)}", "mend the row")) from error
+            raise EnvironmentFailure(
+                _failure(self.verifier, prompt, f"raised {_describe(error)}", "mend the row")
+            ) from error
 
     def close(self) -> None:
         if self._workers is not None:
@@ -102,10 +112,15 @@ def _verifier_name(config: Config) -> str:
     """`auto` follows the form of data.train; data.eval must then be of the same form."""
     if config.data.environment != "auto":
         name = config.data.environment
-        if name not in (*INLINE, "math_verify", "reasoning_gym") and not re.fullmatch(r"[\w.]+:\w+", name):
+        if name not in (*INLINE, "math_verify", "reasoning_gym") and not re.fullmatch(
+            r"[\w.]+:\w+", name
+        ):
             raise ValueError(f"data.environment={name!r} is no known verifier; it must be {NAMES}")
         return name
-    train, held_out = (_verifier_of_source(form) for form in (config.data.train, config.data.eval or config.data.train))
+    train, held_out = (
+        _verifier_of_source(form)
+        for form in (config.data.train, config.data.eval or config.data.train)
+    )
     if train != held_out:
         raise ValueError(
             f"data.environment=auto would score data.train={config.data.train} with {train} "
@@ -115,7 +130,11 @@ def _verifier_name(config: Config) -> str:
 
 
 def _verifier_of_source(form: str) -> str:
-    return form.partition(":")[0] if form.startswith(("tagged_sum", "reasoning_gym:")) else "numeric_or_exact"
+    return (
+        form.partition(":")[0]
+        if form.startswith(("tagged_sum", "reasoning_gym:"))
+        else "numeric_or_exact"
+    )
 
 
 # Verifiers ---------------------------------------------------------------------------------------------------------
@@ -141,7 +160,9 @@ def numeric(_prompt: str, response: str, answer: str, _metadata: dict[str, Any])
     if not reference:
         raise ValueError(f"the reference answer {answer[:60]!r} holds no number")
     given = _numbers(final_answer(response))
-    return float(bool(given) and math.isclose(given[-1], reference[-1], rel_tol=1e-9, abs_tol=1e-12))
+    return float(
+        bool(given) and math.isclose(given[-1], reference[-1], rel_tol=1e-9, abs_tol=1e-12)
+    )
 
 
 def numeric_or_exact(prompt: str, response: str, answer: str, metadata: dict[str, Any]) -> float:
@@ -161,7 +182,12 @@ def _numbers(text: str) -> list[float]:
     return [float(number.replace(",", "")) for number in re.findall(_NUMBER, text)]
 
 
-INLINE: dict[str, Verifier] = {"tagged_sum": _tagged_sum, "exact": exact, "numeric": numeric, "numeric_or_exact": numeric_or_exact}
+INLINE: dict[str, Verifier] = {
+    "tagged_sum": _tagged_sum,
+    "exact": exact,
+    "numeric": numeric,
+    "numeric_or_exact": numeric_or_exact,
+}
 
 
 def load_verifier(name: str) -> Verifier:
@@ -169,19 +195,27 @@ def load_verifier(name: str) -> Verifier:
     if name == "math_verify":
         from math_verify import parse, verify
 
-        def verify_math(_prompt: str, response: str, answer: str, _metadata: dict[str, Any]) -> float:
+        def verify_math(
+            _prompt: str, response: str, answer: str, _metadata: dict[str, Any]
+        ) -> float:
             # Without the dollars the library would look for a number only; its own time limits leave a response unproven: 0.
             reference = parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$")
             if not reference:
-                raise ValueError(f"the reference answer {answer[:60]!r} is no mathematical expression")
+                raise ValueError(
+                    f"the reference answer {answer[:60]!r} is no mathematical expression"
+                )
             return float(verify(reference, parse(response)))
 
         return verify_math
     if name == "reasoning_gym":
         from reasoning_gym import get_score_answer_fn
 
-        def score_entry(_prompt: str, response: str, _answer: str, metadata: dict[str, Any]) -> float:
-            score_answer = cast(Callable[..., float], get_score_answer_fn(metadata["metadata"]["source_dataset"]))
+        def score_entry(
+            _prompt: str, response: str, _answer: str, metadata: dict[str, Any]
+        ) -> float:
+            score_answer = cast(
+                Callable[..., float], get_score_answer_fn(metadata["metadata"]["source_dataset"])
+            )
             return float(score_answer(final_answer(response), metadata))
 
         return score_entry
@@ -202,30 +236,46 @@ class WorkerPool:
         self.verifier, self.timeout_s = verifier, timeout_s
         self._threads = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="verifier")
         self._idle: queue.LifoQueue[WorkerProcess] = queue.LifoQueue()
-        self._idle.put(WorkerProcess(verifier))  # at once, so that what cannot be imported is known at start
+        self._idle.put(
+            WorkerProcess(verifier)
+        )  # at once, so that what cannot be imported is known at start
 
     async def score(self, prompt: PromptPayload, response: str) -> float:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._score, prompt, response)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._score, prompt, response
+        )
 
     def _score(self, prompt: PromptPayload, response: str) -> float:
         mend = "mend the verifier, or choose another with data.environment"
-        request = [_prompt_text(prompt), response, prompt.answer, json.loads(prompt.metadata or "{}")]
+        request = [
+            _prompt_text(prompt),
+            response,
+            prompt.answer,
+            json.loads(prompt.metadata or "{}"),
+        ]
         try:
             worker = self._take()
         except ValueError as error:
-            raise EnvironmentFailure(_failure(self.verifier, prompt, f"could not be started again ({error})", mend)) from error
+            raise EnvironmentFailure(
+                _failure(self.verifier, prompt, f"could not be started again ({error})", mend)
+            ) from error
         try:
             reply = worker.call(request, self.timeout_s)
         except OSError as error:
             worker.kill()
             if isinstance(error, TimeoutError):
-                what, mend = f"took longer than {self.timeout_s:g} s and was stopped", f"raise data.verifier_timeout_s, or {mend}"
+                what, mend = (
+                    f"took longer than {self.timeout_s:g} s and was stopped",
+                    f"raise data.verifier_timeout_s, or {mend}",
+                )
             else:
                 what = f"ended its process ({error})"
             raise EnvironmentFailure(_failure(self.verifier, prompt, what, mend)) from error
         self._idle.put(worker)
         if "error" in reply:
-            raise EnvironmentFailure(_failure(self.verifier, prompt, f"raised {reply['error']}", mend))
+            raise EnvironmentFailure(
+                _failure(self.verifier, prompt, f"raised {reply['error']}", mend)
+            )
         return reply["reward"]
 
     def _take(self) -> WorkerProcess:
@@ -257,7 +307,9 @@ class WorkerProcess:
             error = str(died) or error
         if error:
             self.kill()
-            raise ValueError(f"data.environment={verifier}: {error}; it must be {NAMES}, importable from {os.getcwd()}")
+            raise ValueError(
+                f"data.environment={verifier}: {error}; it must be {NAMES}, importable from {os.getcwd()}"
+            )
 
     def call(self, request: list[Any], timeout_s: float) -> dict[str, Any]:
         """The reply, {"reward"} or {"error"}. TimeoutError: not within `timeout_s`; another OSError: the process died."""
@@ -315,7 +367,10 @@ def serve(name: str) -> None:
         request = requests.get()
         try:
             reply = {"reward": _finite(verifier(*request))}
-        except (Exception, SystemExit) as error:  # reported to the parent, which raises it as an EnvironmentFailure
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # reported to the parent, which raises it as an EnvironmentFailure
             reply = {"error": _describe(error)}
         print(json.dumps(reply), file=replies)
 

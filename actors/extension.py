@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
 FRONTEND_PID = "DARTS_FRONTEND_PID"
 
@@ -35,10 +38,17 @@ class SnapshotLoader:
         expected = {name for name, _ in model.named_parameters()}
         with safe_open(path, framework="pt") as snapshot:
             initialize_layerwise_reload(model)
-            loaded = model.load_weights(_tensors(snapshot, bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))))
+            loaded = model.load_weights(
+                _tensors(
+                    snapshot,
+                    bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False)),
+                )
+            )
             finalize_layerwise_reload(model, model_config)
         if loaded is not None and (missing := sorted(expected - loaded)):
-            raise ValueError(f"the snapshot lacks {len(missing)} of the model's parameters, {missing[0]} among them")
+            raise ValueError(
+                f"the snapshot lacks {len(missing)} of the model's parameters, {missing[0]} among them"
+            )
 
 
 def _tensors(snapshot: Any, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -70,4 +80,6 @@ def _die_with(frontend_pid: int) -> None:
 
 
 if FRONTEND_PID in os.environ and int(os.environ[FRONTEND_PID]) != os.getpid():
-    threading.Thread(target=_die_with, args=(int(os.environ[FRONTEND_PID]),), daemon=True, name="frontend-watch").start()
+    threading.Thread(
+        target=_die_with, args=(int(os.environ[FRONTEND_PID]),), daemon=True, name="frontend-watch"
+    ).start()

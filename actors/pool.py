@@ -42,7 +42,9 @@ class EngineProcess:
 
     def ended(self) -> bool:
         """Whether it is dead. Leaves it unburied, so that its group can still be killed by its id."""
-        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return (
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        )
 
     def bury(self) -> tuple[int, str]:
         """Kill what is left of its group, and return its status and its last words."""
@@ -55,7 +57,11 @@ class EngineProcess:
         except BlockingIOError:
             words = ""
         os.close(self.errors)
-        return status, words or (f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}")
+        return status, words or (
+            f"killed by {signal.Signals(-status).name}"
+            if status < 0
+            else f"exited with status {status}"
+        )
 
 
 class Pool:
@@ -65,7 +71,9 @@ class Pool:
         self._config = config
         self._stopping = False
         self._engines: list[EngineProcess] = []
-        self._config_fd = os.memfd_create("config.yaml")  # read by the engines' processes; vanishes with us
+        self._config_fd = os.memfd_create(
+            "config.yaml"
+        )  # read by the engines' processes; vanishes with us
         os.write(self._config_fd, cli.to_yaml(config).encode())
 
     def run(self) -> int:
@@ -90,7 +98,15 @@ class Pool:
         self._stopping = True
 
     def _command(self, index: int, errors: int) -> list[str]:
-        return [sys.executable, "-m", "actors.process", str(index), f"/proc/self/fd/{self._config_fd}", str(errors), str(os.getpid())]
+        return [
+            sys.executable,
+            "-m",
+            "actors.process",
+            str(index),
+            f"/proc/self/fd/{self._config_fd}",
+            str(errors),
+            str(os.getpid()),
+        ]
 
     def _start(self, index: int, restarts: int = 0) -> EngineProcess:
         read, write = os.pipe()
@@ -101,7 +117,9 @@ class Pool:
             start_new_session=True,
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+                "PYTHONPATH": os.pathsep.join(
+                    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+                ),
                 **engine_gpus(self._config, index, os.environ.get("CUDA_VISIBLE_DEVICES", "")),
             },
         )
@@ -116,8 +134,14 @@ class Pool:
         if status == RUN_FAILED:
             raise EngineFailed(f"the run failed: {words}")
         if engine.restarts >= most:
-            raise EngineFailed(f"engine {engine.engine_id} died {most + 1} times (actors.max_restarts={most}); last: {words}")
-        print(f"actors: engine {engine.engine_id} died ({words}); restart {engine.restarts + 1} of {most}", file=sys.stderr, flush=True)
+            raise EngineFailed(
+                f"engine {engine.engine_id} died {most + 1} times (actors.max_restarts={most}); last: {words}"
+            )
+        print(
+            f"actors: engine {engine.engine_id} died ({words}); restart {engine.restarts + 1} of {most}",
+            file=sys.stderr,
+            flush=True,
+        )
         return self._start(engine.index, engine.restarts + 1)
 
     def _stop(self) -> None:
@@ -155,8 +179,14 @@ def check_model(path: str) -> None:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"model.path={path}: this folder holds no model (no config.json); give the folder of a Hugging Face model")
-    elif folder.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith(("models/", "runs/")):
+            raise ValueError(
+                f"model.path={path}: this folder holds no model (no config.json); give the folder of a Hugging Face model"
+            )
+    elif (
+        folder.parent.is_dir()
+        or not re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+        or path.startswith(("models/", "runs/"))
+    ):
         raise ValueError(
             f"model.path={path}: no such folder; give the folder of a Hugging Face model, or its name on the hub. "
             "The embedded default is made by `make demo`"

@@ -44,7 +44,9 @@ def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
 
     It joins the buffer before it loads the model, so that a wrong address shows at once; with policy -1 nothing is launched on it.
     """
-    link = ActorLink(config.buffer.address, engine_id, config.buffer.keys, config.buffer.peer_timeout_s)
+    link = ActorLink(
+        config.buffer.address, engine_id, config.buffer.keys, config.buffer.peer_timeout_s
+    )
     environment = engine = None
     try:
         environment = make_environment(config)
@@ -57,8 +59,14 @@ def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
         return GAVE_UP
     else:
         try:
-            shutdown = asyncio.run(_until_shutdown(config, engine_id, engine, link, environment, welcome))
-        except (TransportError, SwapFailed, PolicyUnavailable) as error:  # TransportError: and the buffer did not come back
+            shutdown = asyncio.run(
+                _until_shutdown(config, engine_id, engine, link, environment, welcome)
+            )
+        except (
+            TransportError,
+            SwapFailed,
+            PolicyUnavailable,
+        ) as error:  # TransportError: and the buffer did not come back
             say(one_line(error))
             return GAVE_UP
         except EngineDied as error:
@@ -76,7 +84,12 @@ def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
 
 
 async def _until_shutdown(
-    config: Config, engine_id: str, engine: Engine, link: ActorLink, environment: Environment, welcome: Welcome
+    config: Config,
+    engine_id: str,
+    engine: Engine,
+    link: ActorLink,
+    environment: Environment,
+    welcome: Welcome,
 ) -> Shutdown:
     """Serve, and when the buffer is lost wait for it to come back: the loaded model is worth more than a clean start."""
 
@@ -97,7 +110,11 @@ async def _until_shutdown(
 
 def _hello(config: Config, engine_id: str, policy_version: int) -> ActorHello:
     return ActorHello(
-        engine_id=engine_id, engine_type=engine_type(config), slots=config.actors.slots, policy_version=policy_version, pid=os.getpid()
+        engine_id=engine_id,
+        engine_type=engine_type(config),
+        slots=config.actors.slots,
+        policy_version=policy_version,
+        pid=os.getpid(),
     )
 
 

@@ -27,13 +27,17 @@ from buffer.snapshots import SnapshotGoneError
 from buffer.transport import TransportError
 from configs.schema import Config
 
-LEAST_ROOM = 16  # tokens that a prompt must leave for the response, unless sampling.max_tokens is less
+LEAST_ROOM = (
+    16  # tokens that a prompt must leave for the response, unless sampling.max_tokens is less
+)
 TEXT_CHARS = 4000  # of a response, for samples.jsonl
 REPORT_S = 1.0
 FETCH_ATTEMPTS, FETCH_RETRY_S = 3, 1.0  # of the first policy
 RECEIVE_S = 1.0
 SLOWEST_FLUSH = 10  # times actors.flush_s
-CROWDED_BYTES = 1 << 18  # a Progress larger than this says that the buffer had better hear from us less often
+CROWDED_BYTES = (
+    1 << 18
+)  # a Progress larger than this says that the buffer had better hear from us less often
 
 
 class Sampler(Protocol):
@@ -45,7 +49,9 @@ class Sampler(Protocol):
 
     @property
     def died(self) -> asyncio.Event: ...
-    def launch(self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int) -> Generation: ...
+    def launch(
+        self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
+    ) -> Generation: ...
     async def abort(self, request_ids: list[str]) -> None: ...
     async def swap(self, path: str, version: int) -> float: ...
     def measure(self) -> Measurement: ...
@@ -76,7 +82,11 @@ class Rollout:
         """What was sampled since the last call."""
         return [
             msg.Chunk(
-                rollout_id=self.rollout_id, sampled=True, version=run.version, tokens=run.tokens.tobytes(), logprobs=run.logprobs.tobytes()
+                rollout_id=self.rollout_id,
+                sampled=True,
+                version=run.version,
+                tokens=run.tokens.tobytes(),
+                logprobs=run.logprobs.tobytes(),
             )
             for run in self.generation.take()
         ]
@@ -85,8 +95,21 @@ class Rollout:
 class Worker:
     """Serves one run on one engine, from the buffer's welcome to its shutdown, or until the buffer is lost."""
 
-    def __init__(self, config: Config, engine: Sampler, link: Link, environment: Environment, fetch: weights.Fetch) -> None:
-        self._config, self._engine, self._link, self._environment, self._fetch = config, engine, link, environment, fetch
+    def __init__(
+        self,
+        config: Config,
+        engine: Sampler,
+        link: Link,
+        environment: Environment,
+        fetch: weights.Fetch,
+    ) -> None:
+        self._config, self._engine, self._link, self._environment, self._fetch = (
+            config,
+            engine,
+            link,
+            environment,
+            fetch,
+        )
         self._rollouts: dict[int, Rollout] = {}
         self._newest: msg.SnapshotRef | None = None
         self._published = asyncio.Event()
@@ -101,8 +124,15 @@ class Worker:
         """
         if welcome.policy is not None:
             self._learn_of(welcome.policy)
-        threading.Thread(target=self._read, args=(asyncio.get_running_loop(),), daemon=True, name="commands").start()
-        for loop in (self._flush_often(), self._report_often(), self._follow_policy(), self._watch_engine()):
+        threading.Thread(
+            target=self._read, args=(asyncio.get_running_loop(),), daemon=True, name="commands"
+        ).start()
+        for loop in (
+            self._flush_often(),
+            self._report_often(),
+            self._follow_policy(),
+            self._watch_engine(),
+        ):
             self._spawn(loop)
         obeying = self._spawn(self._obey())
         try:
@@ -112,7 +142,9 @@ class Worker:
             for task in self._tasks:
                 task.cancel()
             if not self._engine.died.is_set():
-                await self._engine.abort([rollout.generation.request_id for rollout in self._rollouts.values()])
+                await self._engine.abort(
+                    [rollout.generation.request_id for rollout in self._rollouts.values()]
+                )
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(coroutine)
@@ -159,7 +191,9 @@ class Worker:
         prompt = command.prompt
         try:
             prompt_ids = self._environment.render(prompt, self._engine.tokenizer)
-        except Exception as error:  # a template or tokenizer that cannot take this prompt, in whatever way
+        except (
+            Exception
+        ) as error:  # a template or tokenizer that cannot take this prompt, in whatever way
             line = f"prompt {prompt.prompt_id} cannot be turned into tokens: {one_line(error)}; see its row, or data.chat_template"
             self._fail(command.rollouts, line, fatal=False)
             return
@@ -175,7 +209,13 @@ class Worker:
         self._link.send(
             msg.Progress(
                 chunks=[
-                    msg.Chunk(rollout_id=launched.rollout_id, sampled=False, version=0, tokens=given, logprobs=b"")
+                    msg.Chunk(
+                        rollout_id=launched.rollout_id,
+                        sampled=False,
+                        version=0,
+                        tokens=given,
+                        logprobs=b"",
+                    )
                     for launched in command.rollouts
                 ]
             )
@@ -187,21 +227,36 @@ class Worker:
         for launched in rollouts:
             self._link.send(msg.Failed(rollout_id=launched.rollout_id, error=error, fatal=fatal))
 
-    def _start(self, launched: msg.LaunchedRollout, prompt: msg.PromptPayload, prompt_ids: list[int], max_tokens: int) -> None:
+    def _start(
+        self,
+        launched: msg.LaunchedRollout,
+        prompt: msg.PromptPayload,
+        prompt_ids: list[int],
+        max_tokens: int,
+    ) -> None:
         prefix = array("i", launched.prefix)
         request_id, left = str(launched.rollout_id), max_tokens - len(prefix)
-        if prefix and (prefix[-1] in self._engine.eos_ids or left <= 0):  # it had ended, and its engine died before it could say so
+        if prefix and (
+            prefix[-1] in self._engine.eos_ids or left <= 0
+        ):  # it had ended, and its engine died before it could say so
             generation = Generation(request_id)
             generation.end("stop" if prefix[-1] in self._engine.eos_ids else "length")
         else:
-            generation = self._engine.launch(request_id, [*prompt_ids, *prefix], left, launched.seed)
-        rollout = self._rollouts[launched.rollout_id] = Rollout(launched.rollout_id, prompt, prefix, generation)
+            generation = self._engine.launch(
+                request_id, [*prompt_ids, *prefix], left, launched.seed
+            )
+        rollout = self._rollouts[launched.rollout_id] = Rollout(
+            launched.rollout_id, prompt, prefix, generation
+        )
         self._spawn(self._follow(rollout))
 
     async def _cancel(self, rollout_ids: list[int]) -> None:
         """Those that ended already are answered, or are about to be, by their `Finished`."""
         decoding = [
-            rollout for rollout_id in rollout_ids if (rollout := self._rollouts.get(rollout_id)) and not rollout.generation.finished.done()
+            rollout
+            for rollout_id in rollout_ids
+            if (rollout := self._rollouts.get(rollout_id))
+            and not rollout.generation.finished.done()
         ]
         for rollout in decoding:
             rollout.cancelled = True
@@ -222,7 +277,11 @@ class Worker:
             outcome = await rollout.generation.finished
         except Exception as error:  # of this request alone, unless the engine is gone
             line = f"the engine did not accept a rollout of prompt {rollout.prompt.prompt_id}: {one_line(error)}"
-            return None if self._engine.died.is_set() else msg.Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
+            return (
+                None
+                if self._engine.died.is_set()
+                else msg.Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
+            )
         self._send_progress([rollout])
         if outcome == "abort" and rollout.cancelled:
             return msg.Stopped(rollout_id=rollout.rollout_id)
@@ -230,12 +289,19 @@ class Worker:
             line = f"the engine gave up on a rollout of prompt {rollout.prompt.prompt_id}, saying {outcome!r}"
             return msg.Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
         response = [*rollout.prefix, *rollout.generation.tokens]
-        text = self._engine.tokenizer.decode(response, skip_special_tokens=not self._environment.keep_special_tokens)
+        text = self._engine.tokenizer.decode(
+            response, skip_special_tokens=not self._environment.keep_special_tokens
+        )
         try:
             reward = await self._environment.score(rollout.prompt, text)
         except EnvironmentFailure as failure:
             return msg.Failed(rollout_id=rollout.rollout_id, error=str(failure), fatal=False)
-        return msg.Finished(rollout_id=rollout.rollout_id, truncated=outcome == "length", reward=reward, text=text[:TEXT_CHARS])
+        return msg.Finished(
+            rollout_id=rollout.rollout_id,
+            truncated=outcome == "length",
+            reward=reward,
+            text=text[:TEXT_CHARS],
+        )
 
     # Reports ---------------------------------------------------------------------------------------------------
 
@@ -252,7 +318,11 @@ class Worker:
             due_s = time.monotonic() + interval_s
             await asyncio.sleep(interval_s)
             late_s = time.monotonic() - due_s
-            due = [r for r in self._rollouts.values() if r.generation.num_pending >= self._config.actors.stream_interval]
+            due = [
+                r
+                for r in self._rollouts.values()
+                if r.generation.num_pending >= self._config.actors.stream_interval
+            ]
             interval_s = next_flush_s(interval_s, fastest_s, late_s, self._send_progress(due))
 
     async def _report_often(self) -> None:
@@ -270,7 +340,9 @@ class Worker:
 
     async def _watch_engine(self) -> None:
         await self._engine.died.wait()
-        raise EngineDied("vLLM's processes ended by themselves; their last lines are above, if they wrote any")
+        raise EngineDied(
+            "vLLM's processes ended by themselves; their last lines are above, if they wrote any"
+        )
 
     # Policies --------------------------------------------------------------------------------------------------
 
@@ -293,7 +365,10 @@ class Worker:
             except (TransportError, ValueError) as error:
                 num_failed += 1
                 if self._engine.version >= 0:
-                    print(f"actors: goes on with policy {self._engine.version} until the next one: {one_line(error)}", file=sys.stderr)
+                    print(
+                        f"actors: goes on with policy {self._engine.version} until the next one: {one_line(error)}",
+                        file=sys.stderr,
+                    )
                 elif num_failed < FETCH_ATTEMPTS:
                     await asyncio.sleep(FETCH_RETRY_S)
                     self._published.set()
@@ -307,7 +382,11 @@ class Worker:
 def next_flush_s(interval_s: float, fastest_s: float, late_s: float, num_bytes: int) -> float:
     """Seconds until the next flush: longer while this process is behind (`late_s`) or its messages are large, else back to the fastest."""
     crowded = late_s > interval_s / 2 or num_bytes > CROWDED_BYTES
-    return min(interval_s * 1.5, SLOWEST_FLUSH * fastest_s) if crowded else max(interval_s / 1.25, fastest_s)
+    return (
+        min(interval_s * 1.5, SLOWEST_FLUSH * fastest_s)
+        if crowded
+        else max(interval_s / 1.25, fastest_s)
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -16,4 +16,8 @@ def run(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    main("The trajectory buffer: runs DARTS between actors and learner.", run, errors=(TransportError,))
+    main(
+        "The trajectory buffer: runs DARTS between actors and learner.",
+        run,
+        errors=(TransportError,),
+    )

@@ -35,10 +35,17 @@ class ActorSide:
         known = run.peers.engine(hello.engine_id)
         if known is None or known.identity != identity:
             if known is not None:
-                run.send(known, msg.Shutdown(error=f"process {hello.pid} has joined as engine {hello.engine_id}: names must be unique"))
+                run.send(
+                    known,
+                    msg.Shutdown(
+                        error=f"process {hello.pid} has joined as engine {hello.engine_id}: names must be unique"
+                    ),
+                )
                 self.lose(known, "it started anew")
             version = min(hello.policy_version, run.core.policy_version)
-            run.apply(ev.ActorJoined(run.now(), hello.engine_id, hello.engine_type, hello.slots, version))
+            run.apply(
+                ev.ActorJoined(run.now(), hello.engine_id, hello.engine_type, hello.slots, version)
+            )
             run.peers.add(Peer(identity, time.monotonic(), hello.engine_id))
             run.say(f"engine {hello.engine_id} joined ({hello.engine_type}, {hello.slots} slots)")
         run.router.send(identity, msg.Welcome(policy=run.policy, run=run.run_id))
@@ -48,7 +55,9 @@ class ActorSide:
         for rollout_id in in_flight:
             self._cancelled_s.pop(rollout_id, None)
         self.run.peers.remove(peer)
-        self.run.warn(f"{peer.name} is lost ({reason}); the {len(in_flight)} rollouts it had in flight are launched again")
+        self.run.warn(
+            f"{peer.name} is lost ({reason}); the {len(in_flight)} rollouts it had in flight are launched again"
+        )
         self.run.apply(ev.ActorLost(self.run.now(), peer.engine_id))
 
     # Decisions ----------------------------------------------------------------------------------------------------
@@ -64,7 +73,10 @@ class ActorSide:
         self._cancelled_s[decision.rollout_id] = time.monotonic()
         self.run.store.discard(decision.rollout_id)
         unsent = self._outbox[decision.engine_id]
-        launched = next((d for d in unsent if isinstance(d, ev.Launch) and d.rollout_id == decision.rollout_id), None)
+        launched = next(
+            (d for d in unsent if isinstance(d, ev.Launch) and d.rollout_id == decision.rollout_id),
+            None,
+        )
         if launched is None:
             unsent.append(decision)
         else:  # decided within one turn of the loop: its engine need never know
@@ -101,7 +113,9 @@ class ActorSide:
             msg.LaunchedRollout(
                 rollout_id=launch.rollout_id,
                 seed=(run.config.run.seed * 1_000_003 + launch.rollout_id) % 2**31,
-                prefix=run.store.prefix(launch.rollout_id) if launch.rollout_id in run.store else b"",
+                prefix=run.store.prefix(launch.rollout_id)
+                if launch.rollout_id in run.store
+                else b"",
             )
             for launch in launches
         ]
@@ -117,17 +131,28 @@ class ActorSide:
                 if chunk.sampled:
                     grown[chunk.rollout_id] = None
         for rollout_id in grown:
-            if rollout_id in store:  # an earlier one of this very message may have decided the group
-                self.run.apply(ev.RolloutProgressed(self.run.now(), rollout_id, store.num_sampled(rollout_id)))
+            if (
+                rollout_id in store
+            ):  # an earlier one of this very message may have decided the group
+                self.run.apply(
+                    ev.RolloutProgressed(self.run.now(), rollout_id, store.num_sampled(rollout_id))
+                )
 
     def _finished(self, peer: Peer, message: msg.Finished) -> None:
         run, rollout_id = self.run, message.rollout_id
         num_tokens = oldest = 0  # cancelled while it finished: only its slot matters
         if rollout_id in run.store:
             run.texts[rollout_id] = (message.text, message.truncated)
-            num_tokens, oldest = run.store.num_sampled(rollout_id), run.store.oldest_version(rollout_id)
+            num_tokens, oldest = (
+                run.store.num_sampled(rollout_id),
+                run.store.oldest_version(rollout_id),
+            )
         self._note_freed(rollout_id)
-        run.apply(ev.RolloutFinished(run.now(), rollout_id, num_tokens, message.truncated, message.reward, oldest))
+        run.apply(
+            ev.RolloutFinished(
+                run.now(), rollout_id, num_tokens, message.truncated, message.reward, oldest
+            )
+        )
 
     def _failed(self, peer: Peer, message: msg.Failed) -> None:
         run = self.run
@@ -144,7 +169,9 @@ class ActorSide:
     def _stopped(self, peer: Peer, message: msg.Stopped) -> None:
         rollout = self.run.core.rollouts.get(message.rollout_id)
         self._note_freed(message.rollout_id)
-        self.run.apply(ev.RolloutStopped(self.run.now(), message.rollout_id, rollout.tokens if rollout else 0))
+        self.run.apply(
+            ev.RolloutStopped(self.run.now(), message.rollout_id, rollout.tokens if rollout else 0)
+        )
 
     def _note_freed(self, rollout_id: int) -> None:
         cancelled_s = self._cancelled_s.pop(rollout_id, None)
@@ -158,4 +185,6 @@ class ActorSide:
     def _report(self, peer: Peer, message: msg.EngineReport) -> None:
         self.run.metrics.note_report(peer.engine_id, message)
         self.run.metrics.latest.reports[peer.engine_id] = message
-        self.run.apply(ev.LatencyReported(self.run.now(), peer.engine_id, message.batch, message.ms_per_token))
+        self.run.apply(
+            ev.LatencyReported(self.run.now(), peer.engine_id, message.batch, message.ms_per_token)
+        )

@@ -34,14 +34,26 @@ from buffer.messages import (
     Snapshot,
     Welcome,
 )
-from buffer.transport import LINGER_MS, TransportError, check_address, decoder, encode, open_socket, secure_client
+from buffer.transport import (
+    LINGER_MS,
+    TransportError,
+    check_address,
+    decoder,
+    encode,
+    open_socket,
+    secure_client,
+)
 
 HEARTBEAT_S = 1.0
 CONNECT_RETRY_S = 0.05
 SUSPENDED_S = 5.0  # a thread that slept this long (a stopped process, a closed laptop) cannot blame the buffer for silence
 ANY_SIZE = -1  # the buffer is trusted with the size of what it sends
 
-HANDSHAKE_FAILURES = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+HANDSHAKE_FAILURES = (
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 WATCHED_EVENTS = zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILURES
 
 HelloT = TypeVar("HelloT", bound=Message)
@@ -53,7 +65,16 @@ ReceivedT = TypeVar("ReceivedT", bound=Message)
 class _Connection:
     """One stream with the buffer, from hello to close or failure: the socket, its thread, and the queues to both sides."""
 
-    def __init__(self, address: str, identity: str, keys: str, peer_timeout_s: float, hello: Message, welcome: type, commands: Any) -> None:
+    def __init__(
+        self,
+        address: str,
+        identity: str,
+        keys: str,
+        peer_timeout_s: float,
+        hello: Message,
+        welcome: type,
+        commands: Any,
+    ) -> None:
         self.inbox: queue.SimpleQueue[Message | TransportError] = queue.SimpleQueue()
         self.handshake_refused = False
         self.failure: TransportError | None = None
@@ -67,7 +88,9 @@ class _Connection:
         try:
             # Each connection has a name of its own: ROUTER's handover of a name from one live connection to another can end its process.
             self._socket.setsockopt(zmq.IDENTITY, f"{identity}~{secrets.token_hex(4)}".encode())
-            self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a connection that is not there yet
+            self._socket.setsockopt(
+                zmq.IMMEDIATE, 1
+            )  # queue nothing for a connection that is not there yet
             secure_client(self._socket, keys)
             self._monitor = self._socket.get_monitor_socket(WATCHED_EVENTS)
             self._socket.connect(address)
@@ -108,7 +131,9 @@ class _Connection:
         except TransportError as error:
             self.failure = error
         except Exception as error:  # whatever broke here must reach whoever waits for a message
-            self.failure = TransportError(f"the link to the buffer at {self._address} failed: {type(error).__name__}: {error}")
+            self.failure = TransportError(
+                f"the link to the buffer at {self._address} failed: {type(error).__name__}: {error}"
+            )
         finally:
             if self.failure is not None:
                 self.inbox.put(self.failure)
@@ -209,10 +234,14 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
     _welcome_type: type
     _commands: Any
 
-    def __init__(self, address: str, identity: str, keys: str = "", peer_timeout_s: float = 15) -> None:
+    def __init__(
+        self, address: str, identity: str, keys: str = "", peer_timeout_s: float = 15
+    ) -> None:
         check_address(address, keys)
         if not 1 <= len(identity.encode()) <= 240:
-            raise ValueError(f"identity {identity!r}: 1 to 240 bytes are allowed, it names this peer to the buffer")
+            raise ValueError(
+                f"identity {identity!r}: 1 to 240 bytes are allowed, it names this peer to the buffer"
+            )
         self.address = address
         self._identity, self._keys, self._peer_timeout_s = identity, keys, peer_timeout_s
         self._connection: _Connection | None = None
@@ -223,7 +252,13 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
         self.close()
         hello = msgspec.structs.replace(hello, run=self._run)
         self._connection = _Connection(
-            self.address, self._identity, self._keys, self._peer_timeout_s, hello, self._welcome_type, self._commands
+            self.address,
+            self._identity,
+            self._keys,
+            self._peer_timeout_s,
+            hello,
+            self._welcome_type,
+            self._commands,
         )
         try:
             answer = self.receive(timeout_s)
@@ -270,7 +305,9 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
 
     def _connected(self) -> _Connection:
         if self._connection is None:
-            raise TransportError(f"the link to the buffer at {self.address} is not connected: call connect first")
+            raise TransportError(
+                f"the link to the buffer at {self.address} is not connected: call connect first"
+            )
         return self._connection
 
     def close(self) -> None:
@@ -282,7 +319,12 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -339,5 +381,10 @@ class MonitorLink:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()

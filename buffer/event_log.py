@@ -19,7 +19,9 @@ from darts.core import CoreConfig
 
 EVENT_TYPES: dict[str, type] = {t.__name__: t for t in get_args(ev.Event)}
 DECISION_TYPES: dict[str, type] = {t.__name__: t for t in get_args(ev.Decision)}
-_FIELDS = {t: tuple(f.name for f in fields(t)) for t in (*EVENT_TYPES.values(), *DECISION_TYPES.values())}
+_FIELDS = {
+    t: tuple(f.name for f in fields(t)) for t in (*EVENT_TYPES.values(), *DECISION_TYPES.values())
+}
 
 
 class EventLog:
@@ -32,7 +34,9 @@ class EventLog:
 
     def write(self, entry: ev.Event | ev.Decision) -> None:
         kind = type(entry)
-        self._file.write(self._encode((kind.__name__, [getattr(entry, name) for name in _FIELDS[kind]])))
+        self._file.write(
+            self._encode((kind.__name__, [getattr(entry, name) for name in _FIELDS[kind]]))
+        )
 
     def flush(self) -> None:
         self._file.flush()
@@ -65,8 +69,12 @@ class _Entries:
     def next_session(self) -> CoreConfig | None:
         if self._header is None:
             return None
-        if not (isinstance(self._header, list) and len(self._header) == 2 and self._header[0] == "core"):
-            raise ValueError(f"{self._path} is not an event log of this version: it starts with {str(self._header)[:80]!r}")
+        if not (
+            isinstance(self._header, list) and len(self._header) == 2 and self._header[0] == "core"
+        ):
+            raise ValueError(
+                f"{self._path} is not an event log of this version: it starts with {str(self._header)[:80]!r}"
+            )
         return CoreConfig(**self._header[1])
 
     def of_session(self) -> Iterator[ev.Event | ev.Decision]:
@@ -77,5 +85,7 @@ class _Entries:
                 return
             kind = EVENT_TYPES.get(name) or DECISION_TYPES.get(name)
             if kind is None:
-                raise ValueError(f"{self._path} holds an entry {name!r} that this version does not know")
+                raise ValueError(
+                    f"{self._path} holds an entry {name!r} that this version does not know"
+                )
             yield msgspec.convert(dict(zip(_FIELDS[kind], values, strict=True)), kind, strict=False)

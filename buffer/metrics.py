@@ -16,7 +16,28 @@ import numpy as np
 from buffer.messages import EngineReport, PolicyLoaded, PromptView
 from darts.events import GroupRecord, RolloutRecord
 
-HISTOGRAM_EDGES = [0, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384, 32768]
+HISTOGRAM_EDGES = [
+    0,
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    2048,
+    4096,
+    8192,
+    16384,
+    32768,
+]
 FATES = ("selected_short", "selected_long", "discarded", "truncated", "cancelled")
 SHOWN_PROMPTS = 256  # closed last, of which monitors draw the lengths
 WINDOW = 2048  # rollouts and lags that the live histograms look back on
@@ -59,7 +80,9 @@ class Metrics:
         self._evaluation: dict[str, float] = {}
 
     def restore(self, row: dict[str, float]) -> None:
-        self.tokens.update({k.removeprefix("tokens/"): int(v) for k, v in row.items() if k.startswith("tokens/")})
+        self.tokens.update(
+            {k.removeprefix("tokens/"): int(v) for k, v in row.items() if k.startswith("tokens/")}
+        )
 
     # As things happen ---------------------------------------------------------------------------------------------
 
@@ -101,7 +124,12 @@ class Metrics:
     def row(self, records: Sequence[GroupRecord]) -> dict[str, float]:
         """What is known of the step that trained `records`, and of the time since the last row; starts the next."""
         rollouts = [r for record in records for r in record.rollouts]
-        selected = [(record, r) for record in records for r in record.rollouts if r.end.startswith("selected")]
+        selected = [
+            (record, r)
+            for record in records
+            for r in record.rollouts
+            if r.end.startswith("selected")
+        ]
         launched = [r for r in rollouts if r.tokens > 0]
         lags = [record.shipped_version - r.oldest_version for record, r in selected]
         self.recent_lags.extend(lags)
@@ -111,7 +139,10 @@ class Metrics:
             "reward/std": float(np.std(rewards)),
             **_lengths("generated", [r.tokens for r in launched]),
             **_lengths("selected", [r.tokens for _, r in selected]),
-            **{f"tokens/{name}": self.tokens[name] for name in ("generated", "trained", "discarded", "cancelled")},
+            **{
+                f"tokens/{name}": self.tokens[name]
+                for name in ("generated", "trained", "discarded", "cancelled")
+            },
             "darts/budget_mean": float(np.mean([record.budget for record in records])),
             "darts/cancelled_frac": _frac(r.end == "cancelled" for r in rollouts),
             "darts/pruned_frac": _frac(record.mode == "none" for record in records),
@@ -135,7 +166,9 @@ class Metrics:
         if self._reports:
             reports = [report for of_engine in self._reports.values() for report in of_engine]
             row["engine/busy_frac"] = float(np.mean([r.busy_frac for r in reports]))
-            row["engine/tokens_per_s"] = sum(float(np.mean([r.tokens_per_s for r in of])) for of in self._reports.values())
+            row["engine/tokens_per_s"] = sum(
+                float(np.mean([r.tokens_per_s for r in of])) for of in self._reports.values()
+            )
         if self._swaps:
             row["publish/swap_pause_s"] = float(np.mean([s.pause_s for s in self._swaps]))
             row["publish/fetch_s"] = float(np.mean([s.fetch_s for s in self._swaps]))
@@ -167,7 +200,11 @@ def _fate_of_tokens(rollout: RolloutRecord) -> str:
 def _lengths(name: str, tokens: list[int]) -> dict[str, float]:
     array = np.array(tokens or [0])
     quantiles = {f"length/{name}_p{q}": float(np.percentile(array, q)) for q in (50, 90, 99)}
-    return {f"length/{name}_mean": float(array.mean()), **quantiles, f"length/{name}_max": int(array.max())}
+    return {
+        f"length/{name}_mean": float(array.mean()),
+        **quantiles,
+        f"length/{name}_max": int(array.max()),
+    }
 
 
 def _frac(flags: Iterable[bool]) -> float:

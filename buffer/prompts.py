@@ -27,7 +27,9 @@ from configs.schema import Config, DataConfig
 
 FORMS = "tagged_sum, reasoning_gym:<task>, a .jsonl or .parquet file, or hf:<dataset>[:<split>]"
 HELD_OUT_FRAC = 0.05  # of a table or of all tagged sums; more where eval.prompts needs more
-HELD_OUT_SEED = 1_000_000_007  # generators draw held-out prompts from it, so that runs of any seed share them
+HELD_OUT_SEED = (
+    1_000_000_007  # generators draw held-out prompts from it, so that runs of any seed share them
+)
 SPARE = 2  # a generated prompt that is held out is replaced by the next of this many
 
 
@@ -67,7 +69,10 @@ class PromptStream:
     def _next(self) -> PromptPayload:
         epoch, place = divmod(self.position, self.source.size)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.source.size)
+            self._epoch, self._order = (
+                epoch,
+                np.random.default_rng([self.seed, epoch]).permutation(self.source.size),
+            )
         payload = self.source[int(self._order[place])]
         self.position += 1
         return payload
@@ -98,13 +103,19 @@ def _open_source(key: str, form: str, config: Config) -> Source:
     if form == "tagged_sum":
         return TaggedSumSource(config.data.size, config.run.seed)
     if form.startswith("reasoning_gym:"):
-        return ReasoningGymSource(key, form.removeprefix("reasoning_gym:"), config.data.size, config.run.seed)
+        return ReasoningGymSource(
+            key, form.removeprefix("reasoning_gym:"), config.data.size, config.run.seed
+        )
     if form.startswith("hf:"):
         return TableSource(f"{key}={form}", _read_dataset(key, form), config.data)
     if form.endswith((".jsonl", ".parquet")):
         if not Path(form).is_file():
-            raise ValueError(f"{key}={form}: there is no such file (looked from {Path.cwd()}); give the path of an existing one")
-        return TableSource(form, _read_jsonl(form) if form.endswith(".jsonl") else _read_parquet(form), config.data)
+            raise ValueError(
+                f"{key}={form}: there is no such file (looked from {Path.cwd()}); give the path of an existing one"
+            )
+        return TableSource(
+            form, _read_jsonl(form) if form.endswith(".jsonl") else _read_parquet(form), config.data
+        )
     raise ValueError(f"{key}={form!r} is no known source; it must be {FORMS}")
 
 
@@ -117,7 +128,9 @@ class TaggedSumSource:
     def __init__(self, size: int, seed: int) -> None:
         most = tagged_sum.MAX_PROBLEMS // 2  # beyond that, most draws would be repetitions
         if size > most:
-            raise ValueError(f"data.size={size} must be at most {most} for tagged_sum, which has no more distinct prompts to draw from")
+            raise ValueError(
+                f"data.size={size} must be at most {most} for tagged_sum, which has no more distinct prompts to draw from"
+            )
         self.size = size
         self._problems = self._draw(Random(seed), size, held_out=False)
 
@@ -128,7 +141,10 @@ class TaggedSumSource:
         most = int(tagged_sum.MAX_PROBLEMS * HELD_OUT_FRAC) // 2
         if num_prompts > most:
             raise ValueError(f"eval.prompts={num_prompts} must be at most {most} for tagged_sum")
-        return [self._payload(problem) for problem in self._draw(Random(HELD_OUT_SEED), num_prompts, held_out=True)]
+        return [
+            self._payload(problem)
+            for problem in self._draw(Random(HELD_OUT_SEED), num_prompts, held_out=True)
+        ]
 
     sample = hold_out
 
@@ -143,7 +159,13 @@ class TaggedSumSource:
 
     @staticmethod
     def _payload(problem: str) -> PromptPayload:
-        return PromptPayload(prompt_id=problem, text=problem, messages=[], answer=tagged_sum.solve(problem), metadata="")
+        return PromptPayload(
+            prompt_id=problem,
+            text=problem,
+            messages=[],
+            answer=tagged_sum.solve(problem),
+            metadata="",
+        )
 
 
 class ReasoningGymSource:
@@ -155,13 +177,19 @@ class ReasoningGymSource:
 
         if task not in DATASETS:
             near = ", ".join(difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)) or "none"
-            raise ValueError(f"{key}=reasoning_gym:{task}: reasoning-gym has no task {task!r}; near ones: {near}; it has {len(DATASETS)}")
+            raise ValueError(
+                f"{key}=reasoning_gym:{task}: reasoning-gym has no task {task!r}; near ones: {near}; it has {len(DATASETS)}"
+            )
         try:
-            self._create = lambda size, seed: reasoning_gym.create_dataset(task, size=size, seed=seed)
+            self._create = lambda size, seed: reasoning_gym.create_dataset(
+                task, size=size, seed=seed
+            )
             self._entries = self._create(SPARE * size, seed)
             self._check_survives_json(f"{key}=reasoning_gym:{task}")
         except (AssertionError, OSError, LookupError, TypeError) as error:
-            raise ValueError(f"{key}=reasoning_gym:{task}: it cannot be generated here: {_one_line(error)}; choose another") from error
+            raise ValueError(
+                f"{key}=reasoning_gym:{task}: it cannot be generated here: {_one_line(error)}; choose another"
+            ) from error
         self.task, self.size = task, size
         self._held_out: set[str] = set()
 
@@ -169,7 +197,9 @@ class ReasoningGymSource:
         for entry in (self._entries[index + spare * self.size] for spare in range(SPARE)):
             if entry["question"] not in self._held_out:
                 return self._payload(entry)
-        raise ValueError(f"reasoning_gym:{self.task}: those held out leave too few distinct prompts; lower eval.prompts or name data.eval")
+        raise ValueError(
+            f"reasoning_gym:{self.task}: those held out leave too few distinct prompts; lower eval.prompts or name data.eval"
+        )
 
     def hold_out(self, num_prompts: int) -> list[PromptPayload]:
         held_out = self.sample(num_prompts)
@@ -193,8 +223,12 @@ class ReasoningGymSource:
     def _check_survives_json(self, named: str) -> None:
         entry = self._entries[0]
         received = json.loads(json.dumps(entry, default=str))
-        if self._entries.score_answer(entry["answer"], entry) != self._entries.score_answer(entry["answer"], received):
-            raise ValueError(f"{named}: the task's verifier needs Python objects that cannot travel to the actors; choose another task")
+        if self._entries.score_answer(entry["answer"], entry) != self._entries.score_answer(
+            entry["answer"], received
+        ):
+            raise ValueError(
+                f"{named}: the task's verifier needs Python objects that cannot travel to the actors; choose another task"
+            )
 
     @staticmethod
     def _payload(entry: dict[str, Any]) -> PromptPayload:
@@ -215,7 +249,9 @@ class TableSource:
 
     def __init__(self, name: str, rows: Iterable[tuple[int, Any]], data: DataConfig) -> None:
         self.name = name
-        self._payloads = [_payload_of_row(f"{name}, row {number}", row, data) for number, row in rows]
+        self._payloads = [
+            _payload_of_row(f"{name}, row {number}", row, data) for number, row in rows
+        ]
         if not self._payloads:
             raise ValueError(f"{name} holds no rows; a source needs at least one prompt")
         self.size = len(self._payloads)
@@ -232,7 +268,9 @@ class TableSource:
                 "and train on at least as many; lower eval.prompts, name data.eval, or set eval.every=0"
             )
         held_out = set(list(by_hash)[:num_held_out])
-        self._payloads = [payload for payload in self._payloads if _prompt_key(payload) not in held_out]
+        self._payloads = [
+            payload for payload in self._payloads if _prompt_key(payload) not in held_out
+        ]
         self.size = len(self._payloads)
         return list(by_hash.values())[:num_prompts]
 
@@ -246,18 +284,34 @@ class TableSource:
 
 def _payload_of_row(where: str, row: Any, data: DataConfig) -> PromptPayload:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with named fields, got {type(row).__name__}; write one JSON object a line")
+        raise ValueError(
+            f"{where}: expected an object with named fields, got {type(row).__name__}; write one JSON object a line"
+        )
     prompt = _field_of_row(where, row, "data.prompt_field", data.prompt_field)
     # A user's own verifier may need no reference answer; every other one compares with it.
     own_verifier = ":" in data.environment
-    answer = row.get(data.answer_field, "") if own_verifier else _field_of_row(where, row, "data.answer_field", data.answer_field)
+    answer = (
+        row.get(data.answer_field, "")
+        if own_verifier
+        else _field_of_row(where, row, "data.answer_field", data.answer_field)
+    )
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise ValueError(f"{where}: field {data.answer_field!r} must be text or a number, got {type(answer).__name__}; mend the row")
-    messages = [] if isinstance(prompt, str) else _checked_messages(f"{where}: field {data.prompt_field!r}", prompt)
+        raise ValueError(
+            f"{where}: field {data.answer_field!r} must be text or a number, got {type(answer).__name__}; mend the row"
+        )
+    messages = (
+        []
+        if isinstance(prompt, str)
+        else _checked_messages(f"{where}: field {data.prompt_field!r}", prompt)
+    )
     if not messages and not prompt.strip():
         raise ValueError(f"{where}: field {data.prompt_field!r} is empty; a prompt needs text")
     text = "" if messages else prompt
-    others = {name: value for name, value in row.items() if name not in (data.prompt_field, data.answer_field)}
+    others = {
+        name: value
+        for name, value in row.items()
+        if name not in (data.prompt_field, data.answer_field)
+    }
     return PromptPayload(
         prompt_id=_digest(text + json.dumps(messages) + str(answer)),
         text=text,
@@ -269,18 +323,26 @@ def _payload_of_row(where: str, row: Any, data: DataConfig) -> PromptPayload:
 
 def _field_of_row(where: str, row: dict[str, Any], key: str, name: str) -> Any:
     if row.get(name) is None:
-        raise ValueError(f"{where}: no field {name!r} (it has {', '.join(map(repr, row)) or 'none'}); name the right one with {key}=...")
+        raise ValueError(
+            f"{where}: no field {name!r} (it has {', '.join(map(repr, row)) or 'none'}); name the right one with {key}=..."
+        )
     return row[name]
 
 
 def _checked_messages(where: str, prompt: Any) -> list[dict[str, str]]:
     messages = list(prompt) if isinstance(prompt, (list, tuple)) else []
     for message in messages:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
             messages = []
             break
     if not messages:
-        raise ValueError(f"{where} must be text, or a list of chat messages, each with a text 'role' and 'content'; mend the row")
+        raise ValueError(
+            f"{where} must be text, or a list of chat messages, each with a text 'role' and 'content'; mend the row"
+        )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
@@ -292,7 +354,9 @@ def _read_jsonl(path: str) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, row {number}: not valid JSON ({_one_line(error)}); mend or remove the line") from error
+                raise ValueError(
+                    f"{path}, row {number}: not valid JSON ({_one_line(error)}); mend or remove the line"
+                ) from error
 
 
 def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
@@ -300,7 +364,9 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
     try:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable parquet file: {_one_line(error)}; write it again") from error
+        raise ValueError(
+            f"{path}: not a readable parquet file: {_one_line(error)}; write it again"
+        ) from error
     yield from enumerate(rows, start=1)
 
 
@@ -344,4 +410,6 @@ def _import(module: str, needed_by: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"{needed_by} needs the package {package}: {_one_line(error)}; install it with: pip install {package}") from error
+        raise ValueError(
+            f"{needed_by} needs the package {package}: {_one_line(error)}; install it with: pip install {package}"
+        ) from error

@@ -58,7 +58,9 @@ class Recorder:
 def start(folder: Path, config_yaml: str) -> None:
     """Makes a fresh run's directory. ValueError if a run is there already."""
     if (folder / "config.yaml").exists():
-        raise ValueError(f"run directory {folder} holds a run already: set run.resume=true to continue it, or choose another run.name")
+        raise ValueError(
+            f"run directory {folder} holds a run already: set run.resume=true to continue it, or choose another run.name"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(config_yaml)
 
@@ -74,7 +76,10 @@ def resume(folder: Path, num_steps: int, groups_per_step: int) -> Row:
         num_shipped += row["end"] == "shipped"
         kept.append(row)
     _rewrite(folder / "groups.jsonl", kept)
-    _rewrite(folder / "samples.jsonl", [row for row in _read(folder / "samples.jsonl") if row["step"] < num_steps])
+    _rewrite(
+        folder / "samples.jsonl",
+        [row for row in _read(folder / "samples.jsonl") if row["step"] < num_steps],
+    )
     return rows[-1] if rows else {}
 
 

@@ -46,7 +46,9 @@ class Run:
         self.step, self.base_version = self._open_folder()
         self.journal = Journal(self.folder / "journal.sqlite")
         self.run_id = self.journal.run_id()
-        self.prompts = PromptsOut(sources.train, self.journal.cursor(self.step) if self.step else None)
+        self.prompts = PromptsOut(
+            sources.train, self.journal.cursor(self.step) if self.step else None
+        )
         self.eval_payloads = {p.prompt_id: p for p in sources.eval_prompts}
         self.store = TrajectoryStore(config.buffer.max_bytes)
         self.recorder = recorder.Recorder(self.folder)
@@ -57,7 +59,9 @@ class Run:
         self.peers = Peers()
         self.policy: msg.SnapshotRef | None = None
         self.phase = "starting"
-        self.texts: dict[int, tuple[str, bool]] = {}  # finished rollout -> its text, and whether it was truncated
+        self.texts: dict[
+            int, tuple[str, bool]
+        ] = {}  # finished rollout -> its text, and whether it was truncated
         self.errors: dict[int, str] = {}  # group -> what went wrong with it last
         self.learned: dict[str, LengthStats] = {}  # length statistics to be journalled
         self._started_s = time.monotonic() - self.last_row.get("time_s", 0.0)
@@ -88,7 +92,9 @@ class Run:
     def require_own(self, run_id: str) -> None:
         """Refuses a peer left over from another run: it may have another model, and other steps behind it."""
         if run_id not in ("", self.run_id):
-            raise ev.ProtocolError(f"it belongs to another run than {self.folder}: it outlived that run's buffer, and may go now")
+            raise ev.ProtocolError(
+                f"it belongs to another run than {self.folder}: it outlived that run's buffer, and may go now"
+            )
 
     def send(self, peer: Peer, message: msg.Message) -> None:
         """To a peer that is gone nothing is sent: its silence ends it soon."""
@@ -99,10 +105,19 @@ class Run:
         if self.learned:
             self.journal.remember_lengths(self.learned.items())
             self.learned.clear()
-        while self.core.num_pending < self.config.batch.groups and not self.core.run_ended and self.core.policy_version >= 0:
+        while (
+            self.core.num_pending < self.config.batch.groups
+            and not self.core.run_ended
+            and self.core.policy_version >= 0
+        ):
             payloads = self.prompts.draw(self.config.batch.groups)
             known = self.journal.lengths(p.prompt_id for p in payloads)
-            self.apply(ev.PromptsDrawn(self.now(), tuple(ev.Prompt(p.prompt_id, known.get(p.prompt_id)) for p in payloads)))
+            self.apply(
+                ev.PromptsDrawn(
+                    self.now(),
+                    tuple(ev.Prompt(p.prompt_id, known.get(p.prompt_id)) for p in payloads),
+                )
+            )
         if self.store.full != self.core.admission_paused:
             self.apply(ev.AdmissionPaused(self.now(), self.store.full))
 
@@ -110,7 +125,9 @@ class Run:
         """A training group has ended for good: into the ledger and the sums."""
         self.recorder.group(record)
         self.metrics.closed(record)
-        known = self.learned.get(record.prompt_id) or self.journal.lengths([record.prompt_id]).get(record.prompt_id)
+        known = self.learned.get(record.prompt_id) or self.journal.lengths([record.prompt_id]).get(
+            record.prompt_id
+        )
         self.metrics.latest.closed(record, spread(known) if known else 0.0)
 
     def forget(self, record: ev.GroupRecord) -> None:
@@ -122,19 +139,27 @@ class Run:
     def check_failures(self, record: ev.GroupRecord) -> None:
         """A group in which a rollout failed for good stops the run, unless told to skip: a failure is never a zero reward."""
         error = self.errors.pop(record.group_id, None)
-        gave_up = record.end == "failed" or (record.end == "evaluated" and any(r.reward is None for r in record.rollouts))
+        gave_up = record.end == "failed" or (
+            record.end == "evaluated" and any(r.reward is None for r in record.rollouts)
+        )
         if error and gave_up and self.config.data.on_error == "stop":
             attempts = self.config.darts.max_attempts
-            raise RunFailed(f"{error} (prompt {record.prompt_id} failed {attempts} times in a row; data.on_error=skip goes on without it)")
+            raise RunFailed(
+                f"{error} (prompt {record.prompt_id} failed {attempts} times in a row; data.on_error=skip goes on without it)"
+            )
 
     def rewind(self, step: int) -> None:
         """A learner came back with an older checkpoint: what was recorded after it is withdrawn."""
         if step > self.step:
-            raise RunFailed(f"the learner is at step {step}, the buffer at {self.step}: start both with the same run.name and run.resume")
+            raise RunFailed(
+                f"the learner is at step {step}, the buffer at {self.step}: start both with the same run.name and run.resume"
+            )
         self.recorder.close()
         self.last_row = recorder.resume(self.folder, step, self.config.batch.groups)
         self.recorder = recorder.Recorder(self.folder)
-        self.say(f"the learner resumes at step {step}; records of steps {step}..{self.step - 1} are withdrawn")
+        self.say(
+            f"the learner resumes at step {step}; records of steps {step}..{self.step - 1} are withdrawn"
+        )
         self.step = step
 
     def say(self, line: str) -> None:

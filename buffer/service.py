@@ -105,7 +105,9 @@ class Service:
 
     def _greet(self, identity: bytes, hello: msg.ActorHello | msg.LearnerHello) -> None:
         try:
-            self.actors.hello(identity, hello) if isinstance(hello, msg.ActorHello) else self.learner.hello(identity, hello)
+            self.actors.hello(identity, hello) if isinstance(
+                hello, msg.ActorHello
+            ) else self.learner.hello(identity, hello)
         except ev.ProtocolError as error:
             self.run.warn(f"{identity.decode(errors='replace')} is refused: {error}")
             self.run.router.send(identity, msg.Shutdown(error=f"refused: {error}"))
@@ -186,7 +188,11 @@ class Service:
         if run.eval_payloads and self._evaluating is None:
             self._evaluating = run.step
             prompts = tuple(ev.Prompt(prompt_id) for prompt_id in run.eval_payloads)
-            run.apply(ev.EvaluationRequested(run.now(), prompts, self.config.eval.samples, run.core.policy_version))
+            run.apply(
+                ev.EvaluationRequested(
+                    run.now(), prompts, self.config.eval.samples, run.core.policy_version
+                )
+            )
 
     def _held_out_group_ended(self, record: ev.GroupRecord) -> None:
         self.run.forget(record)
@@ -197,7 +203,9 @@ class Service:
         step, self._evaluating = self._evaluating, None
         records, self._evaluated = self._evaluated, []
         result = self.run.metrics.evaluated(records, step)
-        self.run.say(f"after {step} steps: accuracy {result['eval/accuracy']:.3f}, mean length {result['eval/length_mean']:.1f}")
+        self.run.say(
+            f"after {step} steps: accuracy {result['eval/accuracy']:.3f}, mean length {result['eval/length_mean']:.1f}"
+        )
         if self._final_row is not None:
             self._end() if step == self.config.run.steps else self._evaluate()
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-Part = tuple[int, int, list[int]]  # (total cost, number of items, items): the count makes empty parts come last among zeros
+Part = tuple[
+    int, int, list[int]
+]  # (total cost, number of items, items): the count makes empty parts come last among zeros
 
 
 def balance(costs: Sequence[int], num_shards: int) -> list[list[int]]:
@@ -19,9 +21,13 @@ def balance(costs: Sequence[int], num_shards: int) -> list[list[int]]:
     Source: Karmarkar & Karp, The differencing method of set partitioning (1982), in its k-way form.
     """
     if num_shards < 1:
-        raise ValueError(f"num_shards={num_shards}: at least 1 is needed, one shard per learner rank")
+        raise ValueError(
+            f"num_shards={num_shards}: at least 1 is needed, one shard per learner rank"
+        )
     if any(cost < 0 for cost in costs):
-        raise ValueError(f"costs: {min(costs)} is negative; a trajectory costs its number of tokens")
+        raise ValueError(
+            f"costs: {min(costs)} is negative; a trajectory costs its number of tokens"
+        )
     split = min(_largest_differencing(costs, num_shards), _greedy(costs, num_shards), key=_largest)
     return [sorted(items) for _, _, items in split]
 
@@ -49,7 +55,10 @@ def _largest_differencing(costs: Sequence[int], num_shards: int) -> list[Part]:
     while len(heap) > 1:
         _, _, wide = heapq.heappop(heap)
         _, _, other = heapq.heappop(heap)
-        merged = [(a[0] + b[0], a[1] + b[1], a[2] + b[2]) for a, b in zip(wide, reversed(other), strict=True)]
+        merged = [
+            (a[0] + b[0], a[1] + b[1], a[2] + b[2])
+            for a, b in zip(wide, reversed(other), strict=True)
+        ]
         merged.sort(key=lambda part: (-part[0], -part[1], part[2]))
         heapq.heappush(heap, (merged[-1][0] - merged[0][0], order, merged))
         order += 1

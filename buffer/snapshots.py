@@ -20,7 +20,16 @@ import msgspec
 import zmq
 
 from buffer.messages import FetchSnapshot, SnapshotChunk, SnapshotGone, SnapshotRef
-from buffer.transport import MAX_FRAME_BYTES, Router, TransportError, check_address, decoder, encode, open_socket, secure_client
+from buffer.transport import (
+    MAX_FRAME_BYTES,
+    Router,
+    TransportError,
+    check_address,
+    decoder,
+    encode,
+    open_socket,
+    secure_client,
+)
 
 CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 4 << 20  # served at most per request, whatever is asked for
@@ -35,7 +44,9 @@ class SnapshotGoneError(Exception):
     """The snapshot asked for is no longer kept. `newest` is the version that is (-1: unknown); take that one instead."""
 
     def __init__(self, version: int, newest: int, where: str) -> None:
-        super().__init__(f"snapshot {version} is no longer kept at {where}; newest there: {newest if newest >= 0 else 'unknown'}")
+        super().__init__(
+            f"snapshot {version} is no longer kept at {where}; newest there: {newest if newest >= 0 else 'unknown'}"
+        )
         self.version, self.newest = version, newest
 
 
@@ -52,7 +63,10 @@ class SnapshotServer:
 
     def publish(self, version: int, data: bytes) -> SnapshotRef:
         """Keep `data` as `version`, forgetting all but the one before it."""
-        self._kept = {**dict(list(self._kept.items())[-(NUM_KEPT - 1) :]), version: data}  # replaced whole: the thread reads it
+        self._kept = {
+            **dict(list(self._kept.items())[-(NUM_KEPT - 1) :]),
+            version: data,
+        }  # replaced whole: the thread reads it
         return _reference(version, data, address=self.address)
 
     def close(self) -> None:
@@ -64,7 +78,12 @@ class SnapshotServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _serve(self) -> None:
@@ -135,7 +154,9 @@ def _pull(ref: SnapshotRef, keys: str, timeout_s: float) -> bytes:
 
 
 def _pull_chunks(socket: zmq.Socket[bytes], ref: SnapshotRef, timeout_s: float) -> bytes:
-    missing = dict.fromkeys(range(0, ref.num_bytes, CHUNK_BYTES), 0.0)  # offset -> when to ask (again); in order
+    missing = dict.fromkeys(
+        range(0, ref.num_bytes, CHUNK_BYTES), 0.0
+    )  # offset -> when to ask (again); in order
     chunks: dict[int, bytes] = {}
     last_heard = time.monotonic()
     while missing:
@@ -144,7 +165,9 @@ def _pull_chunks(socket: zmq.Socket[bytes], ref: SnapshotRef, timeout_s: float) 
             if now >= missing[offset]:
                 missing[offset] = now + ASK_AGAIN_S
                 size = min(CHUNK_BYTES, ref.num_bytes - offset)
-                socket.send(encode(FetchSnapshot(version=ref.version, offset=offset, num_bytes=size)))
+                socket.send(
+                    encode(FetchSnapshot(version=ref.version, offset=offset, num_bytes=size))
+                )
         if not socket.poll(int(min(ASK_AGAIN_S, timeout_s) * 1000)):
             if time.monotonic() - last_heard >= timeout_s:
                 raise TransportError(
@@ -156,7 +179,9 @@ def _pull_chunks(socket: zmq.Socket[bytes], ref: SnapshotRef, timeout_s: float) 
         try:
             answer = decoder(_Answer).decode(socket.recv())
         except msgspec.MsgspecError as error:
-            raise TransportError(f"what answers at {ref.address} is no snapshot server of this version ({error})") from error
+            raise TransportError(
+                f"what answers at {ref.address} is no snapshot server of this version ({error})"
+            ) from error
         last_heard = time.monotonic()
         if isinstance(answer, SnapshotGone):
             raise SnapshotGoneError(ref.version, answer.newest, ref.address)
@@ -166,7 +191,13 @@ def _pull_chunks(socket: zmq.Socket[bytes], ref: SnapshotRef, timeout_s: float) 
 
 
 def _reference(version: int, data: bytes, address: str = "", path: str = "") -> SnapshotRef:
-    return SnapshotRef(version=version, digest=hashlib.sha256(data).hexdigest(), num_bytes=len(data), address=address, path=path)
+    return SnapshotRef(
+        version=version,
+        digest=hashlib.sha256(data).hexdigest(),
+        num_bytes=len(data),
+        address=address,
+        path=path,
+    )
 
 
 def _reachable(address: str) -> str:
@@ -176,7 +207,9 @@ def _reachable(address: str) -> str:
         return address
     with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: only asks which interface leads outward
+            probe.connect(
+                ("192.0.2.1", 9)
+            )  # sends nothing: only asks which interface leads outward
         except OSError:
             return f"tcp://{sockets.gethostname()}:{port}"
         return f"tcp://{probe.getsockname()[0]}:{port}"
@@ -184,8 +217,15 @@ def _reachable(address: str) -> str:
 
 def _prune(folder: Path, version: int) -> None:
     """Keep `version` and the newest older one. Newer ones belong to a run that was resumed from before them."""
-    found = {int(match[1]): path for path in folder.iterdir() if (match := re.fullmatch(r"policy_(\d{8,})\.safetensors", path.name))}
-    keep = [version, *sorted((other for other in found if other < version), reverse=True)[: NUM_KEPT - 1]]
+    found = {
+        int(match[1]): path
+        for path in folder.iterdir()
+        if (match := re.fullmatch(r"policy_(\d{8,})\.safetensors", path.name))
+    }
+    keep = [
+        version,
+        *sorted((other for other in found if other < version), reverse=True)[: NUM_KEPT - 1],
+    ]
     for other, path in found.items():
         if other not in keep:
             path.unlink(missing_ok=True)

@@ -34,7 +34,9 @@ def snapshot(run: Run) -> msg.Snapshot:
         histogram=run.metrics.histogram(),
         lags=list(run.metrics.recent_lags),
         metrics={k: float(v) for k, v in run.last_row.items()},
-        groups=[_group(g) for g in islice((g for g in core.groups.values() if g.running), SHOWN_GROUPS)],
+        groups=[
+            _group(g) for g in islice((g for g in core.groups.values() if g.running), SHOWN_GROUPS)
+        ],
         engines=[_engine(e, run) for e in core.engines.by_id.values()],
         prompts=list(run.metrics.latest.prompts),
     )
@@ -48,7 +50,10 @@ def _group(group: Group) -> msg.GroupView:
         mode=group.mode,
         budget=group.budget,
         cut=0 if cut == float("inf") else int(cut),
-        rollouts=[msg.RolloutView(rollout_id=r.rollout_id, tokens=r.tokens, state=r.state.value) for r in group.rollouts.values()],
+        rollouts=[
+            msg.RolloutView(rollout_id=r.rollout_id, tokens=r.tokens, state=r.state.value)
+            for r in group.rollouts.values()
+        ],
     )
 
 

@@ -32,7 +32,9 @@ class _Rollout:
         self.group_id = group_id
         self.tokens = bytearray()  # int32
         self.logprobs = bytearray()  # float32, 0 where given
-        self.runs: list[tuple[bool, int, int]] = []  # (sampled, version or -1, number of tokens), in order
+        self.runs: list[
+            tuple[bool, int, int]
+        ] = []  # (sampled, version or -1, number of tokens), in order
         self.continued = False  # its beginning was copied, and its engine has not spoken yet
 
     def append(self, chunk: Chunk) -> None:
@@ -100,7 +102,9 @@ class TrajectoryStore:
 
     def num_sampled(self, rollout_id: int) -> int:
         """Sampled tokens so far: the rollout's length, as the core counts it."""
-        return sum(num_tokens for sampled, _, num_tokens in self._rollout(rollout_id).runs if sampled)
+        return sum(
+            num_tokens for sampled, _, num_tokens in self._rollout(rollout_id).runs if sampled
+        )
 
     def oldest_version(self, rollout_id: int) -> int:
         """The policy version that sampled the oldest token. ValueError where none was sampled."""
@@ -122,7 +126,9 @@ class TrajectoryStore:
         if rollout is not None:
             self.bytes_held -= rollout.num_bytes
 
-    def trajectory(self, rollout_id: int, reward: float, truncated: bool, group_rewards: list[float]) -> Trajectory:
+    def trajectory(
+        self, rollout_id: int, reward: float, truncated: bool, group_rewards: list[float]
+    ) -> Trajectory:
         """The whole rollout as the learner takes it. It stays held until discarded."""
         rollout = self._rollout(rollout_id)
         versions: list[tuple[int, int]] = []
@@ -135,7 +141,10 @@ class TrajectoryStore:
             rollout_id=rollout_id,
             group_id=rollout.group_id,
             tokens=bytes(rollout.tokens),
-            sampled=b"".join((b"\1" if sampled else b"\0") * num_tokens for sampled, _, num_tokens in rollout.runs),
+            sampled=b"".join(
+                (b"\1" if sampled else b"\0") * num_tokens
+                for sampled, _, num_tokens in rollout.runs
+            ),
             actor_logprobs=bytes(rollout.logprobs),
             versions=versions,
             reward=reward,
@@ -168,17 +177,27 @@ def _spans(rollout: _Rollout) -> Iterable[tuple[bytearray, bool]]:
 def _check(chunk: Chunk) -> None:
     where = f"rollout {chunk.rollout_id}: a chunk's"
     if len(chunk.tokens) % 4:
-        raise ValueError(f"{where} tokens are {len(chunk.tokens)} bytes; int32 needs a multiple of 4")
+        raise ValueError(
+            f"{where} tokens are {len(chunk.tokens)} bytes; int32 needs a multiple of 4"
+        )
     if len(chunk.logprobs) != (len(chunk.tokens) if chunk.sampled else 0):
-        expected = f"{len(chunk.tokens)} bytes, one float32 per sampled token" if chunk.sampled else "none, since its tokens were given"
+        expected = (
+            f"{len(chunk.tokens)} bytes, one float32 per sampled token"
+            if chunk.sampled
+            else "none, since its tokens were given"
+        )
         raise ValueError(f"{where} logprobs are {len(chunk.logprobs)} bytes; expected {expected}")
     if chunk.tokens and np.frombuffer(chunk.tokens, "<i4").min() < 0:
         raise ValueError(f"{where} tokens hold a negative id; ids are 0 or more")
     if chunk.sampled:
         if chunk.version < 0:
-            raise ValueError(f"{where} version is {chunk.version}; sampled tokens need the policy version that sampled them, 0 or more")
+            raise ValueError(
+                f"{where} version is {chunk.version}; sampled tokens need the policy version that sampled them, 0 or more"
+            )
         if not np.isfinite(np.frombuffer(chunk.logprobs, "<f4")).all():
-            raise ValueError(f"{where} logprobs hold a value that is not finite; training on it would destroy the policy")
+            raise ValueError(
+                f"{where} logprobs hold a value that is not finite; training on it would destroy the policy"
+            )
 
 
 class Journal:
@@ -191,16 +210,24 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(self.path, isolation_level=None, timeout=10, check_same_thread=False)  # used by one thread at a time
+        self._db = sqlite3.connect(
+            self.path, isolation_level=None, timeout=10, check_same_thread=False
+        )  # used by one thread at a time
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute("CREATE TABLE IF NOT EXISTS lengths (prompt_id TEXT PRIMARY KEY, stats BLOB NOT NULL) WITHOUT ROWID")
-            self._db.execute("CREATE TABLE IF NOT EXISTS cursors (step INTEGER PRIMARY KEY, cursor BLOB NOT NULL)")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS lengths (prompt_id TEXT PRIMARY KEY, stats BLOB NOT NULL) WITHOUT ROWID"
+            )
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS cursors (step INTEGER PRIMARY KEY, cursor BLOB NOT NULL)"
+            )
             self._db.execute("CREATE TABLE IF NOT EXISTS run (id TEXT NOT NULL)")
         except sqlite3.DatabaseError as error:
             self._db.close()
-            raise ValueError(f"journal {self.path} cannot be used ({error}): move it away to start without length statistics") from error
+            raise ValueError(
+                f"journal {self.path} cannot be used ({error}): move it away to start without length statistics"
+            ) from error
 
     def run_id(self) -> str:
         """A name drawn when this journal was made: the same across resumes, another for every other run."""
@@ -228,25 +255,34 @@ class Journal:
         for start in range(0, len(asked), 500):  # SQLite bounds the number of parameters
             some = asked[start : start + 500]
             marks = ",".join("?" * len(some))
-            for prompt_id, stats in self._db.execute(f"SELECT prompt_id, stats FROM lengths WHERE prompt_id IN ({marks})", some):
+            for prompt_id, stats in self._db.execute(
+                f"SELECT prompt_id, stats FROM lengths WHERE prompt_id IN ({marks})", some
+            ):
                 found[prompt_id] = self._decode(stats)
         return found
 
     def save_cursor(self, num_steps: int, cursor: Cursor) -> None:
         """Where the prompt stream stood when `num_steps` steps were done; `KEPT_CURSORS` of them are kept."""
-        self._db.execute("INSERT OR REPLACE INTO cursors VALUES (?, ?)", (num_steps, msgspec.msgpack.encode(cursor)))
+        self._db.execute(
+            "INSERT OR REPLACE INTO cursors VALUES (?, ?)",
+            (num_steps, msgspec.msgpack.encode(cursor)),
+        )
         self._db.execute("DELETE FROM cursors WHERE step <= ?", (num_steps - KEPT_CURSORS,))
 
     def cursor(self, num_steps: int) -> Cursor | None:
         """Where the stream stood then, or at the last step before that was recorded."""
-        row = self._db.execute("SELECT cursor FROM cursors WHERE step <= ? ORDER BY step DESC LIMIT 1", (num_steps,)).fetchone()
+        row = self._db.execute(
+            "SELECT cursor FROM cursors WHERE step <= ? ORDER BY step DESC LIMIT 1", (num_steps,)
+        ).fetchone()
         return msgspec.msgpack.decode(row[0], type=Cursor) if row else None
 
     def _decode(self, stats: bytes) -> LengthStats:
         try:
             return msgspec.msgpack.decode(stats, type=LengthStats)
         except msgspec.MsgspecError as error:
-            raise ValueError(f"journal {self.path} was written by another version ({error}): move it away to start without it") from error
+            raise ValueError(
+                f"journal {self.path} was written by another version ({error}): move it away to start without it"
+            ) from error
 
     def close(self) -> None:
         """May be called twice."""
@@ -255,5 +291,10 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()

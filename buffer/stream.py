@@ -27,7 +27,9 @@ class PromptsOut:
         self._stream = stream
         self._again = sorted(cursor.unfinished) if cursor else []
         self._payloads: dict[str, PromptPayload] = {}
-        self._positions: dict[str, list[int]] = defaultdict(list)  # a small source may have the same prompt out twice
+        self._positions: dict[str, list[int]] = defaultdict(
+            list
+        )  # a small source may have the same prompt out twice
         if cursor:
             stream.seek(cursor.position)
 

@@ -19,7 +19,9 @@ EOS = "<eos>"
 MIN_DIGITS, MAX_DIGITS = 3, 6
 MAX_PROBLEMS = sum(9**n for n in range(MIN_DIGITS, MAX_DIGITS + 1))
 MAX_TRACE_TOKENS = 512  # <eos> included
-TOKEN = re.compile(r"[a-z]+|<eos>|[^a-z]")  # the tokenizer's split: words, otherwise single characters
+TOKEN = re.compile(
+    r"[a-z]+|<eos>|[^a-z]"
+)  # the tokenizer's split: words, otherwise single characters
 
 _PROBLEM = re.compile(r"(?:[A-H][1-9])+=")
 _ANSWER = re.compile(r"#([0-9]{2})" + re.escape(EOS))
@@ -52,7 +54,9 @@ def draw_problem(random: Random, max_digits: int = MAX_DIGITS) -> str:
 def solve(prompt: str) -> str:
     """The sum, as two digits. Raises ValueError when `prompt` is no problem of this task."""
     if not _PROBLEM.fullmatch(prompt):
-        raise ValueError(f"not a tagged_sum problem: {prompt!r}; expected something like 'A6B6C2D8='")
+        raise ValueError(
+            f"not a tagged_sum problem: {prompt!r}; expected something like 'A6B6C2D8='"
+        )
     return f"{sum(_digits(prompt)):02d}"
 
 

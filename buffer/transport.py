@@ -24,7 +24,9 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from buffer.messages import ActorHello, LearnerHello, Message
 
-MAX_FRAME_BYTES = 64 << 20  # of a message sent to a server; what the buffer sends may be larger (a step's shard)
+MAX_FRAME_BYTES = (
+    64 << 20
+)  # of a message sent to a server; what the buffer sends may be larger (a step's shard)
 MAX_PER_RECEIVE = 1000  # so that a flood cannot keep the service from its clock
 MAX_BACKLOG = 10_000  # messages kept for a peer that does not read, beyond the socket's own queue
 QUEUE_MESSAGES = 1000  # zmq's queue per peer and direction
@@ -87,14 +89,18 @@ def next_port(address: str) -> str:
         return address + ".pub"
     _, port = _split_tcp(address)
     if port == "*" or int(port) == 65535:
-        raise ValueError(f"address {address!r} has no next port to publish statistics on: name a port between 1 and 65534")
+        raise ValueError(
+            f"address {address!r} has no next port to publish statistics on: name a port between 1 and 65534"
+        )
     return f"{address.rpartition(':')[0]}:{int(port) + 1}"
 
 
 # Sockets -----------------------------------------------------------------------------------------------------------
 
 
-def open_socket(context: zmq.Context[Any], kind: int, address: str, max_frame_bytes: int) -> zmq.Socket[bytes]:
+def open_socket(
+    context: zmq.Context[Any], kind: int, address: str, max_frame_bytes: int
+) -> zmq.Socket[bytes]:
     """A socket with what all of ours share: bounded queues and frames, keepalive and heartbeats against half-open connections."""
     socket = context.socket(kind)
     socket.linger = LINGER_MS
@@ -103,7 +109,9 @@ def open_socket(context: zmq.Context[Any], kind: int, address: str, max_frame_by
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 60_000)  # longer than the largest message takes on a slow network
+    socket.setsockopt(
+        zmq.HEARTBEAT_TIMEOUT, 60_000
+    )  # longer than the largest message takes on a slow network
     socket.setsockopt(zmq.RECONNECT_IVL, 200)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     if address.startswith("tcp://["):
@@ -115,7 +123,9 @@ def _load_key(folder: str, name: str) -> tuple[bytes, bytes | None]:
     try:
         return zmq.auth.load_certificate(Path(folder) / name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"buffer.keys={folder!r}: no usable {name} there ({error}); run `python -m tools.keys {folder}`") from error
+        raise ValueError(
+            f"buffer.keys={folder!r}: no usable {name} there ({error}); run `python -m tools.keys {folder}`"
+        ) from error
 
 
 class _OneKey:
@@ -128,7 +138,9 @@ class _OneKey:
         return key == self._public_key
 
 
-def secure_server(context: zmq.Context[Any], socket: zmq.Socket[bytes], keys: str) -> ThreadAuthenticator | None:
+def secure_server(
+    context: zmq.Context[Any], socket: zmq.Socket[bytes], keys: str
+) -> ThreadAuthenticator | None:
     """Make `socket` accept only the client key of the folder `keys`. The authenticator returned must be stopped."""
     if not keys:
         return None
@@ -156,7 +168,9 @@ def secure_client(socket: zmq.Socket[bytes], keys: str) -> None:
 def _bind(socket: zmq.Socket[bytes], address: str) -> str:
     """Bind, and return the resolved endpoint."""
     try:
-        socket.bind(address.replace("tcp://localhost:", "tcp://127.0.0.1:"))  # zmq binds numbers and interfaces, not names
+        socket.bind(
+            address.replace("tcp://localhost:", "tcp://127.0.0.1:")
+        )  # zmq binds numbers and interfaces, not names
     except zmq.ZMQError as error:
         why = {
             errno.EADDRINUSE: "is in use: another run listens there, or has just ended; stop it, or choose another address",
@@ -199,7 +213,12 @@ class _Server:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 

@@ -10,7 +10,9 @@ import re
 from configs.schema import Config
 from darts.redundancy import fixed_budget
 
-BYTES_PER_TOKEN = 12  # int32 token, float32 log-probability, and what the journal and the ledger keep beside them
+BYTES_PER_TOKEN = (
+    12  # int32 token, float32 log-probability, and what the journal and the ledger keep beside them
+)
 
 
 def check(config: Config) -> None:
@@ -30,7 +32,11 @@ def _group(config: Config) -> None:
 
 def _upper(config: Config) -> None:
     upper, group_size = config.redundancy.upper, config.darts.group_size
-    if config.redundancy.rule != "none" and upper > 1 and fixed_budget(group_size, upper) == group_size:
+    if (
+        config.redundancy.rule != "none"
+        and upper > 1
+        and fixed_budget(group_size, upper) == group_size
+    ):
         raise ValueError(
             f"redundancy.upper={upper:g}: with darts.group_size={group_size} must be 1 or >= {(group_size + 0.5) / group_size:g}; "
             "otherwise no prompt gets one rollout more"
@@ -49,7 +55,9 @@ def _context(config: Config) -> None:
 def _betas(config: Config) -> None:
     betas = config.optimizer.betas
     if len(betas) != 2:
-        raise ValueError(f"optimizer.betas={betas}: must be two numbers, such as [0.9,0.95]; AdamW has no others")
+        raise ValueError(
+            f"optimizer.betas={betas}: must be two numbers, such as [0.9,0.95]; AdamW has no others"
+        )
 
 
 def _ranks(config: Config) -> None:
@@ -64,9 +72,13 @@ def _attention(config: Config) -> None:
     if config.model.attention != "flash_attention_2":
         return
     if config.model.dtype == "float32":
-        raise ValueError("model.attention=flash_attention_2: needs model.dtype bfloat16 or float16; it has no float32 kernels")
+        raise ValueError(
+            "model.attention=flash_attention_2: needs model.dtype bfloat16 or float16; it has no float32 kernels"
+        )
     if config.learner.device == "cpu":
-        raise ValueError("model.attention=flash_attention_2: needs learner.device=cuda; it has no CPU kernels (take sdpa)")
+        raise ValueError(
+            "model.attention=flash_attention_2: needs learner.device=cuda; it has no CPU kernels (take sdpa)"
+        )
 
 
 def _addresses(config: Config) -> None:
@@ -78,12 +90,18 @@ def _addresses(config: Config) -> None:
         )
     address = re.fullmatch(r"tcp://[^\s/]+:(\d+|\*)", config.weights.address)
     if not address or (address[1] != "*" and not 1 <= int(address[1]) <= 65535):
-        raise ValueError(f"weights.address={config.weights.address}: must be tcp://HOST:PORT, or tcp://HOST:* for a free port")
+        raise ValueError(
+            f"weights.address={config.weights.address}: must be tcp://HOST:PORT, or tcp://HOST:* for a free port"
+        )
 
 
 def _bytes_held(config: Config) -> None:
     """One step's groups at their longest must fit, or the learner waits for groups that a full store does not admit."""
-    upper = 1.0 if config.redundancy.rule == "none" or config.darts.policy == "plain" else config.redundancy.upper
+    upper = (
+        1.0
+        if config.redundancy.rule == "none" or config.darts.policy == "plain"
+        else config.redundancy.upper
+    )
     rollouts = config.batch.groups * fixed_budget(config.darts.group_size, upper)
     needed = rollouts * config.model.max_context * BYTES_PER_TOKEN
     if config.buffer.max_bytes < needed:

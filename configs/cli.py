@@ -48,7 +48,11 @@ class Key:
         """The rules in words, "" where there are none."""
         if "choices" in self.rules:
             return "one of " + ", ".join(str(choice) for choice in self.rules["choices"])
-        return " and ".join(f"{sign} {self.rules[name]:g}" for name, (sign, _) in BOUNDS.items() if name in self.rules)
+        return " and ".join(
+            f"{sign} {self.rules[name]:g}"
+            for name, (sign, _) in BOUNDS.items()
+            if name in self.rules
+        )
 
     def violated(self, value: Any) -> bool:
         if value is None:
@@ -57,7 +61,11 @@ class Key:
             return any(self.violated(item) for item in value)
         if "choices" in self.rules and value not in self.rules["choices"]:
             return True
-        return any(not holds(value, self.rules[name]) for name, (_, holds) in BOUNDS.items() if name in self.rules)
+        return any(
+            not holds(value, self.rules[name])
+            for name, (_, holds) in BOUNDS.items()
+            if name in self.rules
+        )
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[Key]:
@@ -68,7 +76,11 @@ def keys(schema: type, prefix: str = "") -> Iterator[Key]:
         if dataclasses.is_dataclass(kind):
             yield from keys(typing.cast(type, kind), path + ".")
             continue
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        default = (
+            field.default_factory()
+            if field.default_factory is not dataclasses.MISSING
+            else field.default
+        )
         yield Key(path, kind, default, field.metadata.get("doc", ""), field.metadata)
 
 
@@ -83,15 +95,22 @@ def load(argv: Sequence[str], schema: type | None = None) -> Any:
     known = {key.path: key for key in keys(schema)}
     config = OmegaConf.structured(schema)
     origin: dict[str, str] = {}
-    for path, value, where in [*_from_files(options.config, known), *_from_overrides(options.overrides, known)]:
+    for path, value, where in [
+        *_from_files(options.config, known),
+        *_from_overrides(options.overrides, known),
+    ]:
         _assign(config, known, path, value, where)
         origin[path] = where
     result = _finish(config)
     for path, key in known.items():
         value = _get(result, path)
         if key.violated(value):
-            consequence = f"; otherwise {key.rules['consequence']}" if "consequence" in key.rules else ""
-            raise ValueError(f"{_shown(path, value)} ({origin.get(path, 'default')}): must be {key.allowed()}{consequence}")
+            consequence = (
+                f"; otherwise {key.rules['consequence']}" if "consequence" in key.rules else ""
+            )
+            raise ValueError(
+                f"{_shown(path, value)} ({origin.get(path, 'default')}): must be {key.allowed()}{consequence}"
+            )
     if schema is _run_schema():
         from configs.checks import check
 
@@ -145,14 +164,19 @@ def help_text(description: str, schema: type) -> str:
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 140)
     presets = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
     options = [
-        ("--config FILE", f"a YAML file, or a preset: {presets}; may be repeated, later files win over earlier ones"),
+        (
+            "--config FILE",
+            f"a YAML file, or a preset: {presets}; may be repeated, later files win over earlier ones",
+        ),
         ("--print-config", "print the resolved configuration as YAML and exit"),
         ("-h, --help", "print this and exit"),
         ("key=value", "set a key; wins over files"),
     ]
     lines = textwrap.wrap(description, width) + ["", "options:"]
     for name, meaning in options:
-        lines += textwrap.wrap(f"{name:<16}{meaning}", width, initial_indent="  ", subsequent_indent=" " * 18)
+        lines += textwrap.wrap(
+            f"{name:<16}{meaning}", width, initial_indent="  ", subsequent_indent=" " * 18
+        )
     section = None
     for key in keys(schema):
         head = key.path.rpartition(".")[0]
@@ -161,7 +185,9 @@ def help_text(description: str, schema: type) -> str:
             section = head
         allowed = f"  ({key.allowed()})" if key.allowed() else ""
         heading = f"{key.path}  {_type_name(key.type)} = {_literal(key.default)}{allowed}"
-        lines += textwrap.wrap(heading, width, initial_indent="  ", subsequent_indent=" " * 8, break_on_hyphens=False)
+        lines += textwrap.wrap(
+            heading, width, initial_indent="  ", subsequent_indent=" " * 8, break_on_hyphens=False
+        )
         lines += textwrap.wrap(key.doc, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
@@ -170,7 +196,9 @@ def help_text(description: str, schema: type) -> str:
 
 
 def _run_schema() -> type:
-    from configs.schema import Config  # here and not above: a tool with a schema of its own needs no other
+    from configs.schema import (
+        Config,
+    )  # here and not above: a tool with a schema of its own needs no other
 
     return Config
 
@@ -188,7 +216,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*")
     for word in argv:
         if word.startswith("--") and "=" in word and not word.startswith("--config="):
-            raise ValueError(f"command line: {word} is no option; a key is set without dashes: {word.lstrip('-')}")
+            raise ValueError(
+                f"command line: {word} is no option; a key is set without dashes: {word.lstrip('-')}"
+            )
     return parser.parse_intermixed_args(argv)
 
 
@@ -199,17 +229,23 @@ def _from_files(names: Sequence[str], known: Mapping[str, Key]) -> Iterator[tupl
             path = PRESETS / f"{name}.yaml"
         if not path.is_file():
             presets = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-            raise ValueError(f"--config {name}: no such file, and no preset of that name ({presets})")
+            raise ValueError(
+                f"--config {name}: no such file, and no preset of that name ({presets})"
+            )
         try:
             content = _plain(OmegaConf.load(path))
         except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
             raise ValueError(f"--config {name}: not readable as YAML: {_one_line(error)}") from None
         if not isinstance(content, dict):
-            raise ValueError(f"--config {name}: must hold sections with keys, such as 'run: {{steps: 10}}'")
+            raise ValueError(
+                f"--config {name}: must hold sections with keys, such as 'run: {{steps: 10}}'"
+            )
         yield from ((key, value, name) for key, value in _flatten(content, known))
 
 
-def _flatten(content: Mapping[Any, Any], known: Mapping[str, Key], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(
+    content: Mapping[Any, Any], known: Mapping[str, Key], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
     for name, value in content.items():
         path = f"{prefix}{name}"
         if isinstance(value, dict) and path not in known:
@@ -220,34 +256,52 @@ def _flatten(content: Mapping[Any, Any], known: Mapping[str, Key], prefix: str =
             yield path, value
 
 
-def _from_overrides(overrides: Sequence[str], known: Mapping[str, Key]) -> Iterator[tuple[str, Any, str]]:
+def _from_overrides(
+    overrides: Sequence[str], known: Mapping[str, Key]
+) -> Iterator[tuple[str, Any, str]]:
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
-            raise ValueError(f"command line: {override!r} is not of the form key=value; --help lists every key")
+            raise ValueError(
+                f"command line: {override!r} is not of the form key=value; --help lists every key"
+            )
         quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
-        verbatim = path in known and known[path].type is str and not quoted  # run.name=007 stays as it is typed
+        verbatim = (
+            path in known and known[path].type is str and not quoted
+        )  # run.name=007 stays as it is typed
         try:
             value = text if verbatim else _plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ValueError(f"{override} (command line): not readable as a YAML value: {_one_line(error)}") from None
+            raise ValueError(
+                f"{override} (command line): not readable as a YAML value: {_one_line(error)}"
+            ) from None
         yield path, value, "command line"
 
 
-def _assign(config: DictConfig, known: Mapping[str, Key], path: str, value: Any, where: str) -> None:
+def _assign(
+    config: DictConfig, known: Mapping[str, Key], path: str, value: Any, where: str
+) -> None:
     if path not in known:
         inside = [key for key in known if key.startswith(path + ".")]
         if inside:
-            raise ValueError(f"{path} ({where}): is a section, not a key; its keys are {', '.join(inside)}")
-        raise ValueError(f"{path} ({where}): unknown key; did you mean {_nearest(path, known)}? --help lists every key")
+            raise ValueError(
+                f"{path} ({where}): is a section, not a key; its keys are {', '.join(inside)}"
+            )
+        raise ValueError(
+            f"{path} ({where}): unknown key; did you mean {_nearest(path, known)}? --help lists every key"
+        )
     try:
         OmegaConf.update(config, path, value)
     except OmegaConfBaseException:
-        raise ValueError(f"{_shown(path, value)} ({where}): expected {_type_name(known[path].type)}") from None
+        raise ValueError(
+            f"{_shown(path, value)} ({where}): expected {_type_name(known[path].type)}"
+        ) from None
 
 
 def _plain(config: Any) -> Any:
-    return OmegaConf.to_container(config, resolve=False)  # interpolations are resolved once, when everything is known
+    return OmegaConf.to_container(
+        config, resolve=False
+    )  # interpolations are resolved once, when everything is known
 
 
 def _nearest(path: str, known: Mapping[str, Key]) -> str:
@@ -298,7 +352,10 @@ def _raised_by_us(error: BaseException) -> bool:
     frame = error.__traceback__
     while frame and frame.tb_next:
         frame = frame.tb_next
-    return frame is not None and frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] in OWN_PACKAGES
+    return (
+        frame is not None
+        and frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] in OWN_PACKAGES
+    )
 
 
 def _fail(error: BaseException, status: int) -> NoReturn:

@@ -40,7 +40,13 @@ class PromptQueue:
         self._budgeter, self._max_reopens = budgeter, max_reopens
         self._reopens: dict[str, int] = {}  # prompts dropped and put back, until they ship
 
-    def add_window(self, prompts: Sequence[Prompt], pool: LengthStats, curve: LatencyCurve | None, num_engines: int) -> None:
+    def add_window(
+        self,
+        prompts: Sequence[Prompt],
+        pool: LengthStats,
+        curve: LatencyCurve | None,
+        num_engines: int,
+    ) -> None:
         """Longest expected first: what will take longest starts before slots run out. Only within a window, so nobody starves."""
         stats = [lengths.estimate(prompt.lengths, pool) for prompt in prompts]
         budgets: Sequence[Budget | None] = [None] * len(prompts)
@@ -50,7 +56,9 @@ class PromptQueue:
         self.training.extend(Waiting(prompts[i], budgets[i]) for i in order)
 
     def add_evaluation(self, event: EvaluationRequested) -> None:
-        self.held_out.extend(HeldOut(prompt, event.samples, event.min_version) for prompt in event.prompts)
+        self.held_out.extend(
+            HeldOut(prompt, event.samples, event.min_version) for prompt in event.prompts
+        )
 
     def put_back(self, prompt: Prompt) -> bool:
         """Returns a dropped group's prompt to the head; False once it has had its last chance."""

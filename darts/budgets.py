@@ -47,17 +47,30 @@ class Budgeter:
     def by_window(self) -> bool:
         return self.rule == "paper"
 
-    def window(self, stats: Sequence[LengthStats], pool: LengthStats, curve: LatencyCurve | None, num_engines: int) -> list[Budget]:
+    def window(
+        self,
+        stats: Sequence[LengthStats],
+        pool: LengthStats,
+        curve: LatencyCurve | None,
+        num_engines: int,
+    ) -> list[Budget]:
         """Budgets of a window of prompts under the published rule: a total by utility, split by spread in tokens."""
         if not stats:
             return []
         norms = redundancy.published_norm([length_std(s, self.max_tokens) for s in stats])
-        total = redundancy.paper_total(stats, curve or LatencyCurve(), self.group_size, self.upper, self.price, num_engines)
+        total = redundancy.paper_total(
+            stats, curve or LatencyCurve(), self.group_size, self.upper, self.price, num_engines
+        )
         split = redundancy.paper_split(norms, total, self.group_size, self.most)
         full = total == len(stats) * self.most  # everybody has all: that says nothing about anybody
-        return [Budget(m, self._has_all(m) and (not full or self._is_wide(s, pool))) for m, s in zip(split, stats, strict=True)]
+        return [
+            Budget(m, self._has_all(m) and (not full or self._is_wide(s, pool)))
+            for m, s in zip(split, stats, strict=True)
+        ]
 
-    def one(self, stats: LengthStats, pool: LengthStats, curve: LatencyCurve, batch: float) -> Budget:
+    def one(
+        self, stats: LengthStats, pool: LengthStats, curve: LatencyCurve, batch: float
+    ) -> Budget:
         """Budget of one prompt about to open on an engine whose batch is `batch`. A window's prompt that returns gets `fixed`.
 
         Differs from the published saturation: where spare slots give everybody the whole budget, only prompts far wider than the
@@ -82,4 +95,13 @@ class Budgeter:
 
     def _marginal(self, stats: LengthStats, pool: LengthStats, elasticity: float) -> int:
         v = redundancy.normalised_spread(stats, pool)
-        return redundancy.marginal_budget(stats, v, elasticity, self.price, self.group_size, self.num_long, self.long_end, self.most)
+        return redundancy.marginal_budget(
+            stats,
+            v,
+            elasticity,
+            self.price,
+            self.group_size,
+            self.num_long,
+            self.long_end,
+            self.most,
+        )

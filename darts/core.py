@@ -42,7 +42,9 @@ class CoreConfig:
     steps_per_version: int = 1
     max_lag: int = 4
     on_deadline: Literal["wait", "drop"] = "wait"
-    release_at_deadline: bool = True  # False in sync mode, where the learner waits for the whole window by design
+    release_at_deadline: bool = (
+        True  # False in sync mode, where the learner waits for the whole window by design
+    )
     policy: Literal["darts", "plain", "first_finished", "random"] = "darts"
     group_size: int = 8
     num_long: int = 1
@@ -78,7 +80,9 @@ class Core:
         self.admission_paused = False
         self.run_ended = False
         self.num_ignored_reports = 0
-        self._eager = config.policy == "first_finished" or (config.policy == "darts" and config.cancel == "eager")
+        self._eager = config.policy == "first_finished" or (
+            config.policy == "darts" and config.cancel == "eager"
+        )
         self._budgeter = Budgeter(
             rule="none" if config.policy == "plain" else config.redundancy,
             group_size=config.group_size,
@@ -134,7 +138,9 @@ class Core:
 
     @property
     def evaluating(self) -> bool:
-        return bool(self._prompts.held_out) or any(g.purpose == "eval" for g in self.groups.values())
+        return bool(self._prompts.held_out) or any(
+            g.purpose == "eval" for g in self.groups.values()
+        )
 
     def waiting_for(self) -> str:
         """Who waits for whom, in words; empty when nobody does."""
@@ -143,7 +149,11 @@ class Core:
             if due:
                 return f"learner waits for group {due[0]} (lag bound), {len(due)} due in all"
             missing = self.config.groups_per_step - self.num_ready
-            why = "no engine has joined" if not self.engines.by_id else f"{missing} of {self.config.groups_per_step} groups missing"
+            why = (
+                "no engine has joined"
+                if not self.engines.by_id
+                else f"{missing} of {self.config.groups_per_step} groups missing"
+            )
             return f"learner waits for actors: {why}"
         if self.admission_paused:
             return "actors wait for the learner: the trajectory store is full"
@@ -174,14 +184,22 @@ class Core:
             if not rollout.tokens <= event.num_tokens <= self.config.max_tokens:
                 self._bad_length(rollout, event.num_tokens)
             if not math.isfinite(event.reward):
-                raise ev.ProtocolError(f"rollout {rollout.rollout_id} finished with reward {event.reward}: rewards are finite numbers")
+                raise ev.ProtocolError(
+                    f"rollout {rollout.rollout_id} finished with reward {event.reward}: rewards are finite numbers"
+                )
             if not rollout.oldest_version <= event.oldest_version <= self.policy_version:
                 raise ev.ProtocolError(
                     f"rollout {rollout.rollout_id} claims policy version {event.oldest_version}: it was launched at "
                     f"{rollout.oldest_version} and the newest is {self.policy_version}"
                 )
-            rollout.tokens, rollout.reward, rollout.oldest_version = event.num_tokens, event.reward, event.oldest_version
-            rollout.group.end(rollout, RolloutState.TRUNCATED if event.truncated else RolloutState.FINISHED)
+            rollout.tokens, rollout.reward, rollout.oldest_version = (
+                event.num_tokens,
+                event.reward,
+                event.oldest_version,
+            )
+            rollout.group.end(
+                rollout, RolloutState.TRUNCATED if event.truncated else RolloutState.FINISHED
+            )
         self._free(rollout)
         self._review(rollout.group)
         self._admit()
@@ -191,7 +209,9 @@ class Core:
         if rollout is None:
             return self._require_issued(event.rollout_id)
         if rollout.state is not RolloutState.CANCELLED:
-            raise ev.ProtocolError(f"rollout {event.rollout_id} stopped, but is {rollout.state.value} and nobody cancelled it")
+            raise ev.ProtocolError(
+                f"rollout {event.rollout_id} stopped, but is {rollout.state.value} and nobody cancelled it"
+            )
         self._free(rollout)
         self._admit()
 
@@ -212,8 +232,12 @@ class Core:
         if rollout.attempt >= self.config.max_attempts:
             group.survivors.discard(rollout.rollout_id)
             return
-        group.planned.appendleft(Planned(rollout.attempt + 1, rollout if keep_tokens and rollout.tokens else None))
-        if rollout.rollout_id in group.survivors:  # the one that takes over is a survivor too, or nobody is
+        group.planned.appendleft(
+            Planned(rollout.attempt + 1, rollout if keep_tokens and rollout.tokens else None)
+        )
+        if (
+            rollout.rollout_id in group.survivors
+        ):  # the one that takes over is a survivor too, or nobody is
             group.survivors.discard(rollout.rollout_id)
             group.survivors_chosen -= 1
         engine = self.engines.by_id.get(group.engine_id)
@@ -231,7 +255,9 @@ class Core:
     def _require_issued(self, rollout_id: int) -> None:
         """News of a rollout that is over is a legal race; of one that never was, a peer's mistake."""
         if not 0 <= rollout_id < self._next_rollout:
-            raise ev.ProtocolError(f"rollout {rollout_id} was never launched (the last was {self._next_rollout - 1})")
+            raise ev.ProtocolError(
+                f"rollout {rollout_id} was never launched (the last was {self._next_rollout - 1})"
+            )
 
     def _bad_length(self, rollout: Rollout, num_tokens: int) -> None:
         raise ev.ProtocolError(
@@ -256,7 +282,11 @@ class Core:
             self._settle(group, "past_selection")
 
     def _cancel_past(self, group: Group) -> None:
-        past = [r for r in group.running.values() if r.tokens > group.watch and r.rollout_id not in group.survivors]
+        past = [
+            r
+            for r in group.running.values()
+            if r.tokens > group.watch and r.rollout_id not in group.survivors
+        ]
         seats = group.num_long - group.survivors_chosen if group.mode == "survivor" else 0
         if past and seats > 0:
             self.rng.shuffle(past)  # ties go to whom the generator puts first
@@ -282,10 +312,21 @@ class Core:
         config = self.config
         if config.policy == "random":
             group.selection = select_random(
-                group.finished, group.truncated, group.group_size, group.num_long, config.fill_truncated, self.rng
+                group.finished,
+                group.truncated,
+                group.group_size,
+                group.num_long,
+                config.fill_truncated,
+                self.rng,
             )
         else:
-            group.selection = select_dual_end(group.finished, group.truncated, group.group_size, group.num_long, config.fill_truncated)
+            group.selection = select_dual_end(
+                group.finished,
+                group.truncated,
+                group.group_size,
+                group.num_long,
+                config.fill_truncated,
+            )
         if group.selection is None:
             lost = any(r.state is RolloutState.LOST for r in group.rollouts.values())
             return self._drop(group, "failed" if lost else "too_few", requeue=True)
@@ -310,7 +351,11 @@ class Core:
 
     def _learn_lengths(self, group: Group) -> None:
         censored = [c.tokens for c in group.truncated]
-        censored += [r.tokens for r in group.rollouts.values() if r.state is RolloutState.CANCELLED and r.tokens]
+        censored += [
+            r.tokens
+            for r in group.rollouts.values()
+            if r.state is RolloutState.CANCELLED and r.tokens
+        ]
         finished = [c.tokens for c in group.finished]
         if not finished and not censored:
             return
@@ -323,7 +368,9 @@ class Core:
     def _drop(self, group: Group, end: ev.GroupEnd, requeue: bool) -> None:
         self._stop(group, "dropped")
         if group.state is GroupState.OPEN:
-            self._learn_lengths(group)  # the dropped ones are the long ones: leaving them out would lean short
+            self._learn_lengths(
+                group
+            )  # the dropped ones are the long ones: leaving them out would lean short
         if group.state is not GroupState.HANDED:
             self._handover.remove(group)
         group.move(GroupState.CLOSED)
@@ -341,7 +388,9 @@ class Core:
 
     def _evaluate(self, event: ev.EvaluationRequested) -> None:
         if event.samples < 1:
-            raise ev.ProtocolError(f"evaluation with {event.samples} samples per prompt: at least 1")
+            raise ev.ProtocolError(
+                f"evaluation with {event.samples} samples per prompt: at least 1"
+            )
         self._prompts.add_evaluation(event)
         self._admit()
 
@@ -355,7 +404,11 @@ class Core:
             if queue.held_out and engine.version >= queue.held_out[0].min_version:
                 prompt, samples, _ = queue.held_out.popleft()
                 self._open(prompt, "eval", engine, samples, samples, 0, "longest")
-            elif queue.training and not (self.admission_paused or self.run_ended) and self._handover.has_room(engine.version):
+            elif (
+                queue.training
+                and not (self.admission_paused or self.run_ended)
+                and self._handover.has_room(engine.version)
+            ):
                 prompt, budget = queue.training.popleft()
                 self._open_training(prompt, budget, engine)
             else:
@@ -366,7 +419,9 @@ class Core:
         stats = lengths.estimate(prompt.lengths, self.pool)
         if budget is None:
             batch = min(engine.load + config.group_size, engine.slots)
-            budget = self._budgeter.one(stats, self.pool, self.engines.curves[engine.engine_type], batch)
+            budget = self._budgeter.one(
+                stats, self.pool, self.engines.curves[engine.engine_type], batch
+            )
         mode = config.long_end if config.policy == "darts" else "longest"
         if config.policy == "darts" and budget.saturated:
             mode = "none"
@@ -374,7 +429,14 @@ class Core:
         self._open(prompt, "train", engine, budget.rollouts, config.group_size, num_long, mode)
 
     def _open(
-        self, prompt: ev.Prompt, purpose: ev.Purpose, engine: Engine, budget: int, size: int, num_long: int, mode: ev.LongEnd
+        self,
+        prompt: ev.Prompt,
+        purpose: ev.Purpose,
+        engine: Engine,
+        budget: int,
+        size: int,
+        num_long: int,
+        mode: ev.LongEnd,
     ) -> None:
         group = Group(
             self._next_group, prompt, purpose, engine.engine_id, engine.version, self.policy_version, budget, size, num_long, mode,
@@ -384,7 +446,9 @@ class Core:
         self.groups[group.group_id] = group
         if purpose == "train":
             self._handover.add(group)
-        self._out.append(ev.OpenGroup(group.group_id, prompt.prompt_id, purpose, engine.engine_id, budget, mode))
+        self._out.append(
+            ev.OpenGroup(group.group_id, prompt.prompt_id, purpose, engine.engine_id, budget, mode)
+        )
         engine.backlog.append(group)
         engine.queued += budget
         self._launch_backlog(engine)
@@ -407,7 +471,14 @@ class Core:
             self.rollouts[rollout.rollout_id] = rollout
             if before is not None:
                 before.tokens = 0  # not lost after all: they are the beginning of this one
-            self._out.append(ev.Launch(rollout.rollout_id, group.group_id, engine.engine_id, before.rollout_id if before else None))
+            self._out.append(
+                ev.Launch(
+                    rollout.rollout_id,
+                    group.group_id,
+                    engine.engine_id,
+                    before.rollout_id if before else None,
+                )
+            )
         self.engines.touch(engine)
 
     def _paused(self, event: ev.AdmissionPaused) -> None:
@@ -429,13 +500,17 @@ class Core:
 
     def _joined(self, event: ev.ActorJoined) -> None:
         if event.engine_id in self.engines.by_id:
-            raise ev.ProtocolError(f"engine {event.engine_id} has joined already: it must be lost before it can join again")
+            raise ev.ProtocolError(
+                f"engine {event.engine_id} has joined already: it must be lost before it can join again"
+            )
         if event.slots < 1 or event.policy_version > self.policy_version:
             raise ev.ProtocolError(
                 f"engine {event.engine_id} joins with {event.slots} slots and policy version {event.policy_version}: "
                 f"at least 1 slot, and no version above {self.policy_version}"
             )
-        self.engines.join(Engine(event.engine_id, event.engine_type, event.slots, event.policy_version))
+        self.engines.join(
+            Engine(event.engine_id, event.engine_type, event.slots, event.policy_version)
+        )
         self._rehome()
         self._admit()
 
@@ -448,7 +523,9 @@ class Core:
             del self.rollouts[rollout.rollout_id]
             if rollout.state is RolloutState.RUNNING:
                 self._lose(rollout, keep_tokens=True)
-        self._homeless.extend(g for g in groups.values() if g.state is GroupState.OPEN and g.planned)
+        self._homeless.extend(
+            g for g in groups.values() if g.state is GroupState.OPEN and g.planned
+        )
         for group in groups.values():
             self._review(group)
         self._rehome()
@@ -487,7 +564,9 @@ class Core:
     def _engine(self, engine_id: str) -> Engine:
         engine = self.engines.by_id.get(engine_id)
         if engine is None:
-            raise ev.ProtocolError(f"engine {engine_id} has not joined (known: {', '.join(sorted(self.engines.by_id)) or 'none'})")
+            raise ev.ProtocolError(
+                f"engine {engine_id} has not joined (known: {', '.join(sorted(self.engines.by_id)) or 'none'})"
+            )
         return engine
 
     # Learner ------------------------------------------------------------------------------------------------------
@@ -502,7 +581,9 @@ class Core:
 
     def _published(self, event: ev.PolicyPublished) -> None:
         if event.version <= self.policy_version:
-            raise ev.ProtocolError(f"policy version {event.version} published after {self.policy_version}: versions grow")
+            raise ev.ProtocolError(
+                f"policy version {event.version} published after {self.policy_version}: versions grow"
+            )
         self._handover.published(event.version)
         for group in self._handover.stale():
             self._drop(group, "stale", requeue=True)
@@ -510,7 +591,9 @@ class Core:
 
     def _requested(self, event: ev.ShardsRequested) -> None:
         if self.requested_step is not None:
-            raise ev.ProtocolError(f"shards of step {event.step} requested while step {self.requested_step} is still to be answered")
+            raise ev.ProtocolError(
+                f"shards of step {event.step} requested while step {self.requested_step} is still to be answered"
+            )
         if self._handover.steps_left < 1:
             raise ev.ProtocolError(
                 f"shards of step {event.step} requested, but version {self.policy_version} has been given its "
@@ -544,6 +627,8 @@ class Core:
     def _trained(self, event: ev.GroupTrained) -> None:
         group = self.groups.get(event.group_id)
         if group is None or group.state is not GroupState.HANDED:
-            raise ev.ProtocolError(f"group {event.group_id} reported as trained, but no learner has it")
+            raise ev.ProtocolError(
+                f"group {event.group_id} reported as trained, but no learner has it"
+            )
         group.move(GroupState.CLOSED)
         del self.groups[event.group_id]

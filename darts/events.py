@@ -14,7 +14,9 @@ from darts.lengths import LengthStats
 
 Purpose = Literal["train", "eval"]
 LongEnd = Literal["none", "survivor", "longest"]
-RolloutEnd = Literal["selected_short", "selected_long", "discarded", "truncated", "cancelled", "lost"]
+RolloutEnd = Literal[
+    "selected_short", "selected_long", "discarded", "truncated", "cancelled", "lost"
+]
 GroupEnd = Literal["shipped", "evaluated", "failed", "too_few", "deadline", "stale", "run_ended"]
 CancelReason = Literal["past_selection", "group_full", "deadline", "dropped"]
 

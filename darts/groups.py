@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
 
-from darts.events import GroupEnd, GroupRecord, LongEnd, Prompt, ProtocolError, Purpose, RolloutEnd, RolloutRecord
+from darts.events import (
+    GroupEnd,
+    GroupRecord,
+    LongEnd,
+    Prompt,
+    ProtocolError,
+    Purpose,
+    RolloutEnd,
+    RolloutRecord,
+)
 from darts.selection import Candidate, Selection
 
 
@@ -106,7 +115,9 @@ class Group:
 
     def move(self, state: GroupState) -> None:
         if state not in GROUP_MOVES[self.state]:
-            raise ProtocolError(f"group {self.group_id} is {self.state.value} and cannot become {state.value}")
+            raise ProtocolError(
+                f"group {self.group_id} is {self.state.value} and cannot become {state.value}"
+            )
         self.state = state
 
     def add(self, rollout: Rollout) -> None:
@@ -138,11 +149,25 @@ class Group:
             seats = dict.fromkeys(self.selection.short, "selected_short")
             seats |= dict.fromkeys(self.selection.long + self.selection.filled, "selected_long")
         rows = tuple(
-            RolloutRecord(r.rollout_id, r.engine_id, r.tokens, r.reward, seats.get(r.rollout_id, _end_unselected(r)), r.oldest_version)
+            RolloutRecord(
+                r.rollout_id,
+                r.engine_id,
+                r.tokens,
+                r.reward,
+                seats.get(r.rollout_id, _end_unselected(r)),
+                r.oldest_version,
+            )
             for r in self.rollouts.values()
         )
         return GroupRecord(
-            self.group_id, self.prompt.prompt_id, self.opened_version, self.shipped_version, self.budget, self.mode, end, rows
+            self.group_id,
+            self.prompt.prompt_id,
+            self.opened_version,
+            self.shipped_version,
+            self.budget,
+            self.mode,
+            end,
+            rows,
         )
 
 
@@ -152,7 +177,9 @@ def _end_unselected(rollout: Rollout) -> RolloutEnd:
             return "discarded"
         case RolloutState.TRUNCATED:
             return "truncated"
-        case RolloutState.CANCELLED | RolloutState.RUNNING:  # RUNNING: being dropped at this very moment
+        case (
+            RolloutState.CANCELLED | RolloutState.RUNNING
+        ):  # RUNNING: being dropped at this very moment
             return "cancelled"
         case RolloutState.LOST:
             return "lost"

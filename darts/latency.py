@@ -26,7 +26,9 @@ class LatencyCurve:
     """
 
     def __init__(self) -> None:
-        self._bins: dict[int, deque[tuple[float, float]]] = {}  # bin -> (log batch, log ms), at most 85 bins
+        self._bins: dict[
+            int, deque[tuple[float, float]]
+        ] = {}  # bin -> (log batch, log ms), at most 85 bins
         self._log_batch: list[float] = []
         self._log_ms: list[float] = []
         self._last_slope = 0.0
@@ -47,7 +49,9 @@ class LatencyCurve:
 
     def observe(self, batch: float, ms_per_token: float) -> bool:
         """One report. False, and nothing changes, where it cannot be true (not finite, not positive, beyond all engines)."""
-        if not (MIN_BATCH <= batch <= MAX_BATCH and 0.0 < ms_per_token <= MAX_MS):  # NaN fails every comparison
+        if not (
+            MIN_BATCH <= batch <= MAX_BATCH and 0.0 < ms_per_token <= MAX_MS
+        ):  # NaN fails every comparison
             return False
         index = round(BINS_PER_OCTAVE * math.log2(batch))
         samples = self._bins.setdefault(index, deque(maxlen=SAMPLES_PER_BIN))
@@ -68,7 +72,9 @@ class LatencyCurve:
     def points(self) -> list[tuple[float, float]]:
         """The fitted knots (batch, ms per token), for monitors; empty before any report."""
         self._refit()
-        return [(math.exp(x), math.exp(y)) for x, y in zip(self._log_batch, self._log_ms, strict=True)]
+        return [
+            (math.exp(x), math.exp(y)) for x, y in zip(self._log_batch, self._log_ms, strict=True)
+        ]
 
     def _log_ptl(self, x: float) -> float:
         self._refit()
@@ -100,7 +106,11 @@ class LatencyCurve:
         first = next(i for i, value in enumerate(x) if value >= x[-1] - math.log(2.0) - 1e-9)
         if first == len(x) - 1 and first > 0:
             first -= 1
-        return 0.0 if first == len(x) - 1 else min(1.0, (self._log_ms[-1] - self._log_ms[first]) / (x[-1] - x[first]))
+        return (
+            0.0
+            if first == len(x) - 1
+            else min(1.0, (self._log_ms[-1] - self._log_ms[first]) / (x[-1] - x[first]))
+        )
 
 
 def _log_default(x: float) -> float:

@@ -12,9 +12,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MIN_VAR_LOG, MAX_VAR_LOG = 1e-4, 9.0  # spread within 0.01 .. 3: beyond lies noise of tiny samples, not a length distribution
+MIN_VAR_LOG, MAX_VAR_LOG = (
+    1e-4,
+    9.0,
+)  # spread within 0.01 .. 3: beyond lies noise of tiny samples, not a length distribution
 MAX_MEAN_LOG = 16.0  # nine million tokens; only prompts of which nothing ever finishes come near
-MEAN_STRENGTH, VAR_STRENGTH = 1.0, 4.0  # pool pseudo-observations: prompts differ in mean length more than in spread
+MEAN_STRENGTH, VAR_STRENGTH = (
+    1.0,
+    4.0,
+)  # pool pseudo-observations: prompts differ in mean length more than in spread
 EM_STEPS, EM_TOLERANCE = 8, 1e-3
 POOL_MEMORY = 256.0  # prompts that the pool averages over
 
@@ -33,7 +39,11 @@ POOL_PRIOR = LengthStats(weight=2.0, mean_log=math.log(256.0), var_log=0.64)
 
 
 def update(
-    stats: LengthStats | None, finished: Sequence[int], censored: Sequence[int], pool: LengthStats, forgetting: float = 0.8
+    stats: LengthStats | None,
+    finished: Sequence[int],
+    censored: Sequence[int],
+    pool: LengthStats,
+    forgetting: float = 0.8,
 ) -> LengthStats:
     """What is known of a prompt after one more group: `finished` lengths are exact, `censored` ones lower bounds.
 
@@ -57,9 +67,14 @@ def update(
         degrees = old_weight + num - 1
         learnt = exact and degrees > 0  # of spread, bounds alone say nothing
         var_log = (old_weight * old.var_log + deviations) / degrees if learnt else old.var_log
-        new = LengthStats(weight, _clip(mean_log, 0.0, MAX_MEAN_LOG), _clip(var_log, MIN_VAR_LOG, MAX_VAR_LOG))
+        new = LengthStats(
+            weight, _clip(mean_log, 0.0, MAX_MEAN_LOG), _clip(var_log, MIN_VAR_LOG, MAX_VAR_LOG)
+        )
         previous, guess = guess, estimate(new, pool)
-        if abs(guess.mean_log - previous.mean_log) + abs(guess.var_log - previous.var_log) < EM_TOLERANCE:
+        if (
+            abs(guess.mean_log - previous.mean_log) + abs(guess.var_log - previous.var_log)
+            < EM_TOLERANCE
+        ):
             break
     return new
 
@@ -68,9 +83,13 @@ def estimate(stats: LengthStats | None, pool: LengthStats) -> LengthStats:
     """The prompt's statistics shrunk toward the pool: all pool while nothing is known, all its own after many groups."""
     if stats is None:
         return LengthStats(0.0, pool.mean_log, pool.var_log)
-    mean_log = (stats.weight * stats.mean_log + MEAN_STRENGTH * pool.mean_log) / (stats.weight + MEAN_STRENGTH)
+    mean_log = (stats.weight * stats.mean_log + MEAN_STRENGTH * pool.mean_log) / (
+        stats.weight + MEAN_STRENGTH
+    )
     # Variances average as logs: they are scales, and one group's may be off by a factor.
-    log_var = (stats.weight * math.log(stats.var_log) + VAR_STRENGTH * math.log(pool.var_log)) / (stats.weight + VAR_STRENGTH)
+    log_var = (stats.weight * math.log(stats.var_log) + VAR_STRENGTH * math.log(pool.var_log)) / (
+        stats.weight + VAR_STRENGTH
+    )
     return LengthStats(stats.weight, mean_log, math.exp(log_var))
 
 
@@ -105,11 +124,15 @@ def length_std(stats: LengthStats, limit: int) -> float:
     """Standard deviation, in tokens, of a response that is cut at `limit`: sigma as published."""
     sigma = spread(stats)
     z = (math.log(max(1, limit)) - stats.mean_log) / sigma
-    square = math.exp(min(2.0 * (stats.mean_log + stats.var_log), 700.0)) * _upper_tail(2.0 * sigma - z) + limit**2 * _upper_tail(z)
+    square = math.exp(min(2.0 * (stats.mean_log + stats.var_log), 700.0)) * _upper_tail(
+        2.0 * sigma - z
+    ) + limit**2 * _upper_tail(z)
     return math.sqrt(max(0.0, square - expected_length(stats, limit) ** 2))
 
 
-def _expected_moments(exact: list[float], bounds: list[float], guess: LengthStats) -> tuple[float, float]:
+def _expected_moments(
+    exact: list[float], bounds: list[float], guess: LengthStats
+) -> tuple[float, float]:
     """E-step: expected sum of the logs, and expected sum of their squared deviations from the group's mean."""
     sigma = math.sqrt(guess.var_log)
     values, doubt = list(exact), 0.0

@@ -86,4 +86,6 @@ class Engines:
 
     def _is_current(self, entry: tuple[int, int, Engine]) -> bool:
         load, _, engine = entry
-        return engine.has_room and engine.load == load and self.by_id.get(engine.engine_id) is engine
+        return (
+            engine.has_room and engine.load == load and self.by_id.get(engine.engine_id) is engine
+        )

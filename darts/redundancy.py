@@ -21,7 +21,10 @@ from darts.events import LongEnd
 from darts.latency import LatencyCurve
 from darts.lengths import LengthStats, spread
 
-MAX_TABLE_SPREAD, TABLE_STEPS = 2.0, 40  # wider lognormals are cut by the length limit before they are lognormal
+MAX_TABLE_SPREAD, TABLE_STEPS = (
+    2.0,
+    40,
+)  # wider lognormals are cut by the length limit before they are lognormal
 
 
 def fixed_budget(M: int, upper: float) -> int:
@@ -43,7 +46,11 @@ def published_norm(sigmas: Sequence[float]) -> list[float]:
     Its 1 carries the unit of sigma: measured in tokens it vanishes, measured in thousands of tokens it flattens everything.
     """
     low, high = min(sigmas), max(sigmas)
-    return [1.0] * len(sigmas) if high == low else [(sigma - low + 1.0) / (high - low) for sigma in sigmas]
+    return (
+        [1.0] * len(sigmas)
+        if high == low
+        else [(sigma - low + 1.0) / (high - low) for sigma in sigmas]
+    )
 
 
 # The published rule ------------------------------------------------------------------------------------------------
@@ -57,14 +64,23 @@ def rollout_time(sorted_lengths: Sequence[float], curve: LatencyCurve) -> float:
     num, time_ms, previous = len(sorted_lengths), 0.0, 0.0
     for ended, length in enumerate(sorted_lengths):
         if length < previous:
-            raise ValueError(f"sorted_lengths[{ended}] = {length} is below its predecessor {previous}: lengths must ascend from 0")
+            raise ValueError(
+                f"sorted_lengths[{ended}] = {length} is below its predecessor {previous}: lengths must ascend from 0"
+            )
         if length > previous:
             time_ms += (length - previous) * curve.ptl(num - ended)
         previous = length
     return time_ms
 
 
-def paper_total(window: Sequence[LengthStats], curve: LatencyCurve, M: int, upper: float, price: float, num_engines: int = 1) -> int:
+def paper_total(
+    window: Sequence[LengthStats],
+    curve: LatencyCurve,
+    M: int,
+    upper: float,
+    price: float,
+    num_engines: int = 1,
+) -> int:
     """M_total = N * m for the mean budget m in M .. upper * M that maximises U(m) = E(m) - price * T(m); ties to the smaller.
 
     E(m) = 1 - M/m: the share of the plain sum(norm/M) that a mean budget of m takes off the split's objective.
@@ -73,19 +89,26 @@ def paper_total(window: Sequence[LengthStats], curve: LatencyCurve, M: int, uppe
     `price` has no unit. Differs: the paper leaves E, T and lambda without units.
     """
     if not window or num_engines < 1:
-        raise ValueError(f"a window of {len(window)} prompts on {num_engines} engines: both must be at least 1, or nothing can be timed")
+        raise ValueError(
+            f"a window of {len(window)} prompts on {num_engines} engines: both must be at least 1, or nothing can be timed"
+        )
     budgets = range(M, max(M, fixed_budget(M, upper)) + 1)
     num_longest = len(window) * budgets[-1]
     ptl = np.array([curve.ptl(batch / num_engines) for batch in range(1, num_longest + 1)])
     times = [_window_time(window, m, ptl) for m in budgets]
-    utility = [1.0 - M / m - price * (time / times[0] - 1.0) for m, time in zip(budgets, times, strict=True)]
+    utility = [
+        1.0 - M / m - price * (time / times[0] - 1.0)
+        for m, time in zip(budgets, times, strict=True)
+    ]
     return len(window) * budgets[int(np.argmax(utility))]
 
 
 def _window_time(window: Sequence[LengthStats], m: int, ptl: np.ndarray) -> float:
     """`rollout_time` of N * m expected lengths, given PTL of every batch."""
     scores = np.array(_normal_scores(m))
-    lengths = np.sort(np.concatenate([np.exp(stats.mean_log + spread(stats) * scores) for stats in window]))
+    lengths = np.sort(
+        np.concatenate([np.exp(stats.mean_log + spread(stats) * scores) for stats in window])
+    )
     return float(np.diff(lengths, prepend=0.0) @ ptl[len(lengths) - 1 :: -1])
 
 
@@ -103,7 +126,9 @@ def paper_split(norms: Sequence[float], total: int, lower: int, upper: int) -> l
     """
     num = len(norms)
     if not num * lower <= total <= num * upper:
-        raise ValueError(f"total {total} must lie in {num * lower}..{num * upper} ({num} prompts of {lower}..{upper} rollouts)")
+        raise ValueError(
+            f"total {total} must lie in {num * lower}..{num * upper} ({num} prompts of {lower}..{upper} rollouts)"
+        )
     budgets = [lower] * num
     gains = [(-v / (lower * (lower + 1)), i) for i, v in enumerate(norms)] if upper > lower else []
     heapq.heapify(gains)
@@ -121,7 +146,14 @@ def paper_split(norms: Sequence[float], total: int, lower: int, upper: int) -> l
 
 
 def marginal_budget(
-    stats: LengthStats, v: float, elasticity: float, price: float, M: int, num_long: int, long_end: LongEnd, max_budget: int
+    stats: LengthStats,
+    v: float,
+    elasticity: float,
+    price: float,
+    M: int,
+    num_long: int,
+    long_end: LongEnd,
+    max_budget: int,
 ) -> int:
     """The m in M .. max_budget with the greatest v * (1/M - 1/m) - price * elasticity * net_tokens(m); ties to the larger.
 
@@ -152,7 +184,9 @@ def net_tokens(spread_log: float, M: int, num_long: int, long_end: LongEnd, m: i
     return _net_tokens_row(spread_log, M, num_long, long_end, m)[m - M]
 
 
-def _net_tokens_row(spread_log: float, M: int, num_long: int, long_end: LongEnd, max_budget: int) -> list[float]:
+def _net_tokens_row(
+    spread_log: float, M: int, num_long: int, long_end: LongEnd, max_budget: int
+) -> list[float]:
     """`net_tokens` of M .. max_budget, interpolated between the table's spreads."""
     if long_end == "longest":
         return [m / M - 1.0 for m in range(M, max_budget + 1)]
@@ -160,7 +194,9 @@ def _net_tokens_row(spread_log: float, M: int, num_long: int, long_end: LongEnd,
     place = min(max(spread_log, 0.0), MAX_TABLE_SPREAD) / MAX_TABLE_SPREAD * TABLE_STEPS
     below = min(int(place), TABLE_STEPS - 1)
     share = place - below
-    return [low + share * (high - low) for low, high in zip(table[below], table[below + 1], strict=True)]
+    return [
+        low + share * (high - low) for low, high in zip(table[below], table[below + 1], strict=True)
+    ]
 
 
 @lru_cache(maxsize=32)
@@ -180,7 +216,15 @@ def _net_tokens_table(M: int, max_budget: int, survivor: bool) -> list[list[floa
     table = np.zeros((len(spreads), max_budget - M + 1))
     for m in range(M + 1, max_budget + 1):
         counts = [math.comb(m - 1, j - 1) * m for j in range(1, M + 1)]
-        density = np.array([count * below ** (j - 1) * above ** (m - j) for j, count in enumerate(counts, start=1)]) * mass
+        density = (
+            np.array(
+                [
+                    count * below ** (j - 1) * above ** (m - j)
+                    for j, count in enumerate(counts, start=1)
+                ]
+            )
+            * mass
+        )
         shortest = density @ lengths  # [M, spreads]: expected j-th smallest
         finished, cut = shortest.sum(axis=0), shortest[-1]
         rest = (m * mean - finished) / (m - M)

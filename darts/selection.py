@@ -28,7 +28,11 @@ class Selection(NamedTuple):
 
 
 def select_dual_end(
-    finished: Sequence[Candidate], truncated: Sequence[Candidate], group_size: int, num_long: int, fill_truncated: bool
+    finished: Sequence[Candidate],
+    truncated: Sequence[Candidate],
+    group_size: int,
+    num_long: int,
+    fill_truncated: bool,
 ) -> Selection | None:
     """The K shortest and the L longest of `finished`, or None when there are too few and they may not be filled."""
     valid = sorted(finished)
@@ -42,7 +46,12 @@ def select_dual_end(
 
 
 def select_random(
-    finished: Sequence[Candidate], truncated: Sequence[Candidate], group_size: int, num_long: int, fill_truncated: bool, rng: random.Random
+    finished: Sequence[Candidate],
+    truncated: Sequence[Candidate],
+    group_size: int,
+    num_long: int,
+    fill_truncated: bool,
+    rng: random.Random,
 ) -> Selection | None:
     """A control: any M of `finished`, whatever their length. Shows what selecting by length adds to sampling more."""
     valid = sorted(finished, key=lambda c: c.rollout_id)

@@ -25,17 +25,32 @@ class RoundGroup:
     budget: int
     mode: str
     waiting: deque[int | None]
-    running: dict[int, tuple[str, int]] = field(default_factory=dict)  # rollout -> engine, oldest version
+    running: dict[int, tuple[str, int]] = field(
+        default_factory=dict
+    )  # rollout -> engine, oldest version
     ended: list[ev.RolloutRecord] = field(default_factory=list)
 
     def record(self, end: ev.GroupEnd, version: int, group_size: int) -> ev.GroupRecord:
         """The first `group_size` that finished are selected."""
         rows: list[ev.RolloutRecord] = []
         for row in self.ended:
-            seat = row.reward is not None and end == "shipped" and sum(r.end == "selected_short" for r in rows) < group_size
+            seat = (
+                row.reward is not None
+                and end == "shipped"
+                and sum(r.end == "selected_short" for r in rows) < group_size
+            )
             rows.append(row if row.reward is None or not seat else _ending(row, "selected_short"))
         shipped = version if end == "shipped" else -1
-        return ev.GroupRecord(self.group_id, self.prompt.prompt_id, self.opened_version, shipped, self.budget, self.mode, end, tuple(rows))
+        return ev.GroupRecord(
+            self.group_id,
+            self.prompt.prompt_id,
+            self.opened_version,
+            shipped,
+            self.budget,
+            self.mode,
+            end,
+            tuple(rows),
+        )
 
 
 class Rounds:
@@ -75,7 +90,10 @@ class Rounds:
             case ev.PromptsDrawn():
                 self._pending.extend(event.prompts)
             case ev.ActorJoined():
-                self._free[event.engine_id], self._versions[event.engine_id] = event.slots, event.policy_version
+                self._free[event.engine_id], self._versions[event.engine_id] = (
+                    event.slots,
+                    event.policy_version,
+                )
             case ev.PolicyLoaded():
                 self._versions[event.engine_id] = event.version
             case ev.PolicyPublished():
@@ -99,7 +117,12 @@ class Rounds:
 
     def _start_round(self) -> None:
         current = all(version == self.policy_version for version in self._versions.values())
-        if self._step is None or self._round_open or not current or len(self._pending) < self.started:
+        if (
+            self._step is None
+            or self._round_open
+            or not current
+            or len(self._pending) < self.started
+        ):
             return
         self._round_open = True
         self.begin()
@@ -112,11 +135,15 @@ class Rounds:
         raise NotImplementedError
 
     def open(self, prompt: ev.Prompt, budget: int, mode: str) -> None:
-        group = RoundGroup(self._next_group, prompt, self.policy_version, budget, mode, deque([None] * budget))
+        group = RoundGroup(
+            self._next_group, prompt, self.policy_version, budget, mode, deque([None] * budget)
+        )
         self._next_group += 1
         self._open[group.group_id] = group
         engine_id = max(self._free, key=lambda engine: self._free[engine])
-        self._out.append(ev.OpenGroup(group.group_id, prompt.prompt_id, "train", engine_id, budget, mode))
+        self._out.append(
+            ev.OpenGroup(group.group_id, prompt.prompt_id, "train", engine_id, budget, mode)
+        )
         self._launching.append(group)
 
     def _launch(self) -> None:
@@ -141,7 +168,11 @@ class Rounds:
         if event.rollout_id not in group.running:
             return
         engine_id, oldest = group.running.pop(event.rollout_id)
-        group.ended.append(ev.RolloutRecord(event.rollout_id, engine_id, event.num_tokens, event.reward, "discarded", oldest))
+        group.ended.append(
+            ev.RolloutRecord(
+                event.rollout_id, engine_id, event.num_tokens, event.reward, "discarded", oldest
+            )
+        )
         if sum(row.reward is not None for row in group.ended) == self.group_size:
             self.cancel(group)
             del self._open[group.group_id]
@@ -164,7 +195,9 @@ class Rounds:
         """For good."""
         for rollout_id, (engine_id, oldest) in group.running.items():
             tokens = self._tokens.get(rollout_id, 0)
-            group.ended.append(ev.RolloutRecord(rollout_id, engine_id, tokens, None, "cancelled", oldest))
+            group.ended.append(
+                ev.RolloutRecord(rollout_id, engine_id, tokens, None, "cancelled", oldest)
+            )
             self._out.append(ev.Cancel(rollout_id, engine_id, "group_full"))
         group.running.clear()
         group.waiting.clear()
@@ -174,7 +207,9 @@ class Rounds:
             return
         for _ in range(self.groups_per_step):
             group = self._ready.popleft()
-            self._out.append(ev.Ship(self._step, group.record("shipped", self.policy_version, self.group_size)))
+            self._out.append(
+                ev.Ship(self._step, group.record("shipped", self.policy_version, self.group_size))
+            )
         self._step, self._round_open = None, False
         self.end()
 
@@ -200,7 +235,11 @@ class TailBatching(Rounds):
         for group in [*self._open.values(), *self._ready]:
             self.cancel(group)
             self._deferred.append(group.prompt)
-            self._out.append(ev.Drop(group.record("deadline", self.policy_version, self.group_size), requeued=True))
+            self._out.append(
+                ev.Drop(
+                    group.record("deadline", self.policy_version, self.group_size), requeued=True
+                )
+            )
         self._open.clear()
         self._ready.clear()
         self._launching.clear()
@@ -224,4 +263,6 @@ class PartialRollout(Rounds):
 
 
 def _ending(row: ev.RolloutRecord, end: ev.RolloutEnd) -> ev.RolloutRecord:
-    return ev.RolloutRecord(row.rollout_id, row.engine_id, row.tokens, row.reward, end, row.oldest_version)
+    return ev.RolloutRecord(
+        row.rollout_id, row.engine_id, row.tokens, row.reward, end, row.oldest_version
+    )

@@ -44,7 +44,15 @@ class SimRollout:
 class SimEngine:
     """Times in seconds. `ptl_s[b]`: seconds per token at batch b."""
 
-    def __init__(self, engine_id: str, engine_type: str, slots: int, ptl_s: list[float], kv_tokens: int, chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        engine_id: str,
+        engine_type: str,
+        slots: int,
+        ptl_s: list[float],
+        kv_tokens: int,
+        chunk_tokens: int,
+    ) -> None:
         self.engine_id = engine_id
         self.engine_type = engine_type
         self.slots = slots
@@ -73,7 +81,9 @@ class SimEngine:
         if batch:
             start = max(self._time_s, self._paused_until_s)
             if time_s > start:
-                self.position = min(self.position + (time_s - start) / self.ptl_s[batch], self._target)
+                self.position = min(
+                    self.position + (time_s - start) / self.ptl_s[batch], self._target
+                )
         self.occupied_slot_s += (batch + len(self.preempted)) * (time_s - self._time_s)
         self._time_s = time_s
 
@@ -91,7 +101,10 @@ class SimEngine:
             heapq.heappop(self._finishes)
         full = (self.kv_tokens - self._kv_base) / batch if batch > 1 else math.inf
         self._target = max(self.position, min(self._finishes[0][0], self._next_report, full))
-        return max(self._time_s, self._paused_until_s) + (self._target - self.position) * self.ptl_s[batch]
+        return (
+            max(self._time_s, self._paused_until_s)
+            + (self._target - self.position) * self.ptl_s[batch]
+        )
 
     def arrive(self, time_s: float) -> None:
         """The planned moment is here."""
@@ -123,7 +136,9 @@ class SimEngine:
         """Takes a new rollout. False: the cache has no room yet, it waits behind those preempted."""
         rollout.engine = self
         needed = rollout.prompt_tokens + rollout.tokens
-        if self.preempted or (self.decoding and self._cache_use() + needed > RESUME_FRAC * self.kv_tokens):
+        if self.preempted or (
+            self.decoding and self._cache_use() + needed > RESUME_FRAC * self.kv_tokens
+        ):
             self.preempted.append(rollout)
             return False
         self._add(rollout)
@@ -146,7 +161,9 @@ class SimEngine:
         rollout.tokens = rollout.sampled()
         rollout.decoding = False
         del self.decoding[rollout.rollout_id]
-        self._kv_base = self._kv_base - (rollout.prompt_tokens - rollout.origin) if self.decoding else 0.0
+        self._kv_base = (
+            self._kv_base - (rollout.prompt_tokens - rollout.origin) if self.decoding else 0.0
+        )
 
     def relieve_cache(self) -> float:
         """Preempts the youngest while the cache is full, resumes the oldest while it is not. Returns tokens to recompute."""
@@ -174,7 +191,9 @@ class SimEngine:
         return self._kv_base + len(self.decoding) * self.position
 
 
-def ptl_table(batches: list[float], ms_per_token: list[float], speed: float, slots: int) -> list[float]:
+def ptl_table(
+    batches: list[float], ms_per_token: list[float], speed: float, slots: int
+) -> list[float]:
     """Seconds per token at batch 0 .. slots: joined and extended as `LatencyCurve` does."""
     curve = LatencyCurve.from_points(zip(batches, ms_per_token, strict=True))
     return [curve.ptl(batch) / (1e3 * speed) for batch in range(slots + 1)]

@@ -57,7 +57,9 @@ def make_prompts(keys: LengthKeys, pattern: PatternKeys, seed: int) -> list[SimP
         mean_log = math.log(keys.median) + keys.between * rng.gauss(0, 1)
         spread = keys.spread * math.exp(keys.spread_between * rng.gauss(0, 1))
         slope = -pattern.strength if rng.random() < pattern.verbosity else pattern.strength
-        prompts.append(SimPrompt(f"p{index:05d}", mean_log, spread, base_odds + rng.gauss(0, 1), slope))
+        prompts.append(
+            SimPrompt(f"p{index:05d}", mean_log, spread, base_odds + rng.gauss(0, 1), slope)
+        )
     return prompts
 
 
@@ -71,29 +73,52 @@ def recorded_prompts(path: Path, pattern: PatternKeys) -> list[SimPrompt]:
             seen.setdefault(row["prompt_id"], []).extend(row["rollouts"])
         fits = {prompt_id: _fit(rollouts) for prompt_id, rollouts in seen.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"lengths.recorded={path}: not a readable groups.jsonl ({error}); give the ledger of a run") from None
+        raise ValueError(
+            f"lengths.recorded={path}: not a readable groups.jsonl ({error}); give the ledger of a run"
+        ) from None
     known = [stats for stats in fits.values() if stats is not None]
     if not known:
-        raise ValueError(f"lengths.recorded={path}: no response finished in it, so there is nothing to draw lengths from")
+        raise ValueError(
+            f"lengths.recorded={path}: no response finished in it, so there is nothing to draw lengths from"
+        )
     pool = lengths.POOL_PRIOR
     for stats in known:
         pool = lengths.update_pool(pool, stats)
-    return [_recorded_prompt(prompt_id, lengths.estimate(fits[prompt_id], pool), seen[prompt_id], pattern) for prompt_id in sorted(seen)]
+    return [
+        _recorded_prompt(
+            prompt_id, lengths.estimate(fits[prompt_id], pool), seen[prompt_id], pattern
+        )
+        for prompt_id in sorted(seen)
+    ]
 
 
 def _fit(rollouts: Sequence[dict]) -> lengths.LengthStats | None:
-    finished = [r["tokens"] for r in rollouts if r["reward"] is not None and r["end"] != "truncated"]
-    bounds = [r["tokens"] for r in rollouts if (r["reward"] is None or r["end"] == "truncated") and r["tokens"] > 0]
+    finished = [
+        r["tokens"] for r in rollouts if r["reward"] is not None and r["end"] != "truncated"
+    ]
+    bounds = [
+        r["tokens"]
+        for r in rollouts
+        if (r["reward"] is None or r["end"] == "truncated") and r["tokens"] > 0
+    ]
     return lengths.update(None, finished, bounds, lengths.POOL_PRIOR) if finished else None
 
 
-def _recorded_prompt(prompt_id: str, stats: lengths.LengthStats, rollouts: Sequence[dict], pattern: PatternKeys) -> SimPrompt:
+def _recorded_prompt(
+    prompt_id: str, stats: lengths.LengthStats, rollouts: Sequence[dict], pattern: PatternKeys
+) -> SimPrompt:
     scored = [r for r in rollouts if r["reward"] is not None]
     right = [r["tokens"] for r in scored if r["reward"] > 0.5]
     wrong = [r["tokens"] for r in scored if r["reward"] <= 0.5]
     odds = math.log((len(right) + 0.5) / (len(wrong) + 0.5))
     verbose = not right or not wrong or sum(right) / len(right) <= sum(wrong) / len(wrong)
-    return SimPrompt(prompt_id, stats.mean_log, lengths.spread(stats), odds, -pattern.strength if verbose else pattern.strength)
+    return SimPrompt(
+        prompt_id,
+        stats.mean_log,
+        lengths.spread(stats),
+        odds,
+        -pattern.strength if verbose else pattern.strength,
+    )
 
 
 class Shaping:
@@ -131,13 +156,22 @@ class Shaping:
             return prompt.mean_log, prompt.spread
         most = -math.log(self._floor)
         shift = min(most, max(-most, self.shift * prompt.spread))
-        return prompt.mean_log + shift, prompt.spread * min(1.0 / self._floor, max(self._floor, self.factor))
+        return prompt.mean_log + shift, prompt.spread * min(
+            1.0 / self._floor, max(self._floor, self.factor)
+        )
 
 
 class Responses:
     """Draws of one visit of a prompt, one after the other."""
 
-    def __init__(self, prompt: SimPrompt, moments: tuple[float, float], max_tokens: int, seed: int, visit: int) -> None:
+    def __init__(
+        self,
+        prompt: SimPrompt,
+        moments: tuple[float, float],
+        max_tokens: int,
+        seed: int,
+        visit: int,
+    ) -> None:
         self.prompt = prompt
         self.draws: list[Draw] = []
         self._moments, self._max_tokens = moments, max_tokens

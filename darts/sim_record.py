@@ -36,14 +36,22 @@ class Tally:
     def closed(self, record: GroupRecord) -> None:
         for rollout in record.rollouts:
             selected = rollout.end.startswith("selected")
-            fate = "trained" if selected else "cancelled" if rollout.end == "cancelled" else "discarded"
+            fate = (
+                "trained"
+                if selected
+                else "cancelled"
+                if rollout.end == "cancelled"
+                else "discarded"
+            )
             self.tokens["generated"] += rollout.tokens
             self.tokens[fate] += rollout.tokens
             if selected:
                 self.lags[record.shipped_version - rollout.oldest_version] += 1
                 self.selected_lengths.append(rollout.tokens)
         self.groups["shipped" if record.end == "shipped" else "dropped"] += 1
-        self.groups["filled"] += any(r.end == "selected_long" and r.tokens >= self._max_tokens for r in record.rollouts)
+        self.groups["filled"] += any(
+            r.end == "selected_long" and r.tokens >= self._max_tokens for r in record.rollouts
+        )
 
     def compare_offline(self, record: GroupRecord, draws: Sequence[Draw]) -> None:
         """Against the rule that would have seen every response to its end: seats as lengths, so that ties are no difference."""
@@ -51,12 +59,18 @@ class Tally:
         finished = [c for c in ids if c.tokens < self._max_tokens]
         truncated = [c for c in ids if c.tokens >= self._max_tokens]
         num_long = 0 if record.mode == "none" else self._num_long
-        ideal = select_dual_end(finished, truncated, self._group_size, num_long, fill_truncated=True)
+        ideal = select_dual_end(
+            finished, truncated, self._group_size, num_long, fill_truncated=True
+        )
         if ideal is None or ideal.filled:
             return
         self.num_compared += 1
-        self.num_short_wrong += sorted(draws[i].length for i in ideal.short) != _seats(record, "selected_short")
-        self.num_long_wrong += sorted(draws[i].length for i in ideal.long) != _seats(record, "selected_long")
+        self.num_short_wrong += sorted(draws[i].length for i in ideal.short) != _seats(
+            record, "selected_short"
+        )
+        self.num_long_wrong += sorted(draws[i].length for i in ideal.long) != _seats(
+            record, "selected_long"
+        )
 
     def summary(self, rows: Sequence[Row]) -> Row:
         """The comparison table's row, given the run's metrics. `step_s` leaves out the first step, which starts from empty engines;
@@ -87,7 +101,12 @@ class Tally:
     def row(self, records: Sequence[GroupRecord]) -> Row:
         """The step that trained `records`, in the words of `metrics.jsonl`."""
         rollouts = [r for record in records for r in record.rollouts]
-        selected = [(record, r) for record in records for r in record.rollouts if r.end.startswith("selected")]
+        selected = [
+            (record, r)
+            for record in records
+            for r in record.rollouts
+            if r.end.startswith("selected")
+        ]
         lags = [record.shipped_version - r.oldest_version for record, r in selected]
         rewards = [r.reward for _, r in selected if r.reward is not None]
         return {
@@ -109,7 +128,9 @@ class Files:
 
     def __init__(self, folder: Path, config_yaml: str) -> None:
         if (folder / "config.yaml").exists():
-            raise ValueError(f"run.out={folder}: holds a run already; choose another folder, or remove it")
+            raise ValueError(
+                f"run.out={folder}: holds a run already; choose another folder, or remove it"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(config_yaml)
         self._metrics = (folder / "metrics.jsonl").open("w")
@@ -137,4 +158,8 @@ def _seats(record: GroupRecord, end: str) -> list[int]:
 def _lengths(name: str, tokens: list[int]) -> Row:
     array = np.array(tokens or [0])
     quantiles = {f"length/{name}_p{q}": float(np.percentile(array, q)) for q in (50, 90, 99)}
-    return {f"length/{name}_mean": float(array.mean()), **quantiles, f"length/{name}_max": int(array.max())}
+    return {
+        f"length/{name}_mean": float(array.mean()),
+        **quantiles,
+        f"length/{name}_max": int(array.max()),
+    }

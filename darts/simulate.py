@@ -48,7 +48,9 @@ def make_scheduler(config: SimulateConfig) -> Core | Rounds:
 class Simulation:
     """One run. `observer` sees every event with its decisions (golden tests, event logs)."""
 
-    def __init__(self, config: SimulateConfig, files: Files | None = None, observer: Observer | None = None) -> None:
+    def __init__(
+        self, config: SimulateConfig, files: Files | None = None, observer: Observer | None = None
+    ) -> None:
         check(config)
         self.config = config
         self.scheduler = make_scheduler(config)
@@ -72,16 +74,23 @@ class Simulation:
         self._requested_s = 0.0
         self._waited_s = 0.0
         self._at_last_row = (0.0, 0.0)  # time, occupied slot seconds
-        oversampled = config.batch.groups * (config.baseline.oversample if config.darts.policy in SCHEDULERS else 1)
+        oversampled = config.batch.groups * (
+            config.baseline.oversample if config.darts.policy in SCHEDULERS else 1
+        )
         self._keep_pending = math.ceil(oversampled)
 
     def _make_engines(self) -> dict[str, SimEngine]:
         keys = self.config.engines
-        tables = {speed: ptl_table(keys.batches, keys.ms_per_token, speed, keys.slots) for speed in set(keys.speeds)}
+        tables = {
+            speed: ptl_table(keys.batches, keys.ms_per_token, speed, keys.slots)
+            for speed in set(keys.speeds)
+        }
         engines = {}
         for index in range(keys.count):
             speed, name = keys.speeds[index % len(keys.speeds)], f"sim/{index}"
-            engines[name] = SimEngine(name, f"x{speed:g}", keys.slots, tables[speed], keys.kv_tokens, keys.chunk_tokens)
+            engines[name] = SimEngine(
+                name, f"x{speed:g}", keys.slots, tables[speed], keys.kv_tokens, keys.chunk_tokens
+            )
         return engines
 
     # The clock ----------------------------------------------------------------------------------------------------
@@ -91,16 +100,26 @@ class Simulation:
         self._send(ev.PolicyPublished(0.0, 0))
         for engine in self._engines.values():
             self._send(ev.ActorJoined(0.0, engine.engine_id, engine.engine_type, engine.slots, 0))
-        for index, engine in enumerate(self._engines.values()):  # spread over the interval, as unsynchronised engines are
-            self._at(self.config.engines.latency_every_s * (index + 1) / len(self._engines), self._report_latency, engine)
+        for index, engine in enumerate(
+            self._engines.values()
+        ):  # spread over the interval, as unsynchronised engines are
+            self._at(
+                self.config.engines.latency_every_s * (index + 1) / len(self._engines),
+                self._report_latency,
+                engine,
+            )
         self._request()
         self._settle()
         while self._step < self.config.run.steps:
             self.now, _, action, arguments = heapq.heappop(self._agenda)
             action(*arguments)
             self._settle()
-            if len(self._agenda) <= len(self._engines):  # nothing is due any more but engines' latency reports
-                raise RuntimeError(f"simulation stands still at {self.now:.1f} s in step {self._step}: {self.scheduler.waiting_for()}")
+            if len(self._agenda) <= len(
+                self._engines
+            ):  # nothing is due any more but engines' latency reports
+                raise RuntimeError(
+                    f"simulation stands still at {self.now:.1f} s in step {self._step}: {self.scheduler.waiting_for()}"
+                )
         if self._files is not None:
             self._files.close()
         return self.tally.summary(self.rows) | {"events": sum(self.num_events.values())}
@@ -133,7 +152,9 @@ class Simulation:
                     self._launch(decision)
                 case ev.Cancel():
                     self._cancelled.add(decision.rollout_id)
-                    self._at(self.now + self.config.engines.cancel_s, self._stop, decision.rollout_id)
+                    self._at(
+                        self.now + self.config.engines.cancel_s, self._stop, decision.rollout_id
+                    )
                 case ev.OpenGroup():
                     self._open(decision)
                 case ev.Ship():
@@ -146,7 +167,9 @@ class Simulation:
     # Engines ------------------------------------------------------------------------------------------------------
 
     def _open(self, decision: ev.OpenGroup) -> None:
-        self._groups[decision.group_id] = OpenedGroup(self._stream.visit(decision.prompt_id, self.shaping))
+        self._groups[decision.group_id] = OpenedGroup(
+            self._stream.visit(decision.prompt_id, self.shaping)
+        )
         self.tally.groups["opened"] += 1
 
     def _launch(self, decision: ev.Launch) -> None:
@@ -154,7 +177,15 @@ class Simulation:
         prompt_tokens = self.config.lengths.prompt_tokens
         if decision.continues is None:
             draw = group.responses.next()
-            rollout = SimRollout(decision.rollout_id, decision.group_id, engine, draw.length, draw.reward, engine.version, prompt_tokens)
+            rollout = SimRollout(
+                decision.rollout_id,
+                decision.group_id,
+                engine,
+                draw.length,
+                draw.reward,
+                engine.version,
+                prompt_tokens,
+            )
         else:
             before = group.rollouts.pop(decision.continues)
             rollout = SimRollout(
@@ -170,7 +201,9 @@ class Simulation:
         group.rollouts[rollout.rollout_id] = self._rollouts[rollout.rollout_id] = rollout
         if not engine.admit(rollout):
             return
-        to_read = rollout.tokens + (0 if engine.engine_id in group.prompt_read_by else prompt_tokens)
+        to_read = rollout.tokens + (
+            0 if engine.engine_id in group.prompt_read_by else prompt_tokens
+        )
         group.prompt_read_by.add(engine.engine_id)
         if to_read:
             engine.pause(to_read * self.config.engines.prefill_ms_per_token / 1e3)
@@ -198,7 +231,16 @@ class Simulation:
         del self._rollouts[rollout.rollout_id]
         self._cancelled.discard(rollout.rollout_id)
         truncated = rollout.length >= self.config.sampling.max_tokens
-        self._send(ev.RolloutFinished(self.now, rollout.rollout_id, rollout.length, truncated, rollout.reward, rollout.oldest_version))
+        self._send(
+            ev.RolloutFinished(
+                self.now,
+                rollout.rollout_id,
+                rollout.length,
+                truncated,
+                rollout.reward,
+                rollout.oldest_version,
+            )
+        )
 
     def _stop(self, rollout_id: int) -> None:
         rollout = self._rollouts.pop(rollout_id, None)
@@ -212,7 +254,11 @@ class Simulation:
     def _report_latency(self, engine: SimEngine) -> None:
         batch = len(engine.decoding)
         if batch:
-            self._send(ev.LatencyReported(self.now, engine.engine_id, float(batch), 1e3 * engine.ptl_s[batch]))
+            self._send(
+                ev.LatencyReported(
+                    self.now, engine.engine_id, float(batch), 1e3 * engine.ptl_s[batch]
+                )
+            )
         self._at(self.now + self.config.engines.latency_every_s, self._report_latency, engine)
 
     def _swap(self, engine: SimEngine, version: int) -> None:
@@ -238,10 +284,17 @@ class Simulation:
             return
         self._waited_s = self.now - self._requested_s
         keys, per_ms = self.config.learner, 1e-3 / self.config.learner.gpus
-        trained = [r.tokens for record in self._shipped for r in record.rollouts if r.end.startswith("selected")]
+        trained = [
+            r.tokens
+            for record in self._shipped
+            for r in record.rollouts
+            if r.end.startswith("selected")
+        ]
         tokens = sum(trained) + len(trained) * self.config.lengths.prompt_tokens
         preparing = 0.0 if keys.streaming else keys.prepare_ms_per_token * tokens * per_ms
-        self._at(self.now + preparing + keys.fixed_s + keys.ms_per_token * tokens * per_ms, self._trained)
+        self._at(
+            self.now + preparing + keys.fixed_s + keys.ms_per_token * tokens * per_ms, self._trained
+        )
 
     def _offline_draws(self, record: ev.GroupRecord, group: OpenedGroup) -> list[Any]:
         """What all of the group's budget would have answered, launched or not."""
@@ -256,7 +309,13 @@ class Simulation:
             self._send(ev.GroupTrained(self.now, record.group_id))
             group = self._groups[record.group_id]
             drawn = [draw.length for draw in group.responses.draws[: record.budget]]
-            lessons.append((group.responses.prompt, drawn, [r.tokens for r in record.rollouts if r.end.startswith("selected")]))
+            lessons.append(
+                (
+                    group.responses.prompt,
+                    drawn,
+                    [r.tokens for r in record.rollouts if r.end.startswith("selected")],
+                )
+            )
             self._close(record)
         self.shaping.learn(lessons)
         self._record_step(records)
@@ -312,7 +371,11 @@ def report(summary: Row) -> str:
     """The summary as lines for people."""
     lines = []
     for name, value in summary.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else f"{value:,.4g}"
+        shown = (
+            ", ".join(f"{k} {v}" for k, v in value.items())
+            if isinstance(value, dict)
+            else f"{value:,.4g}"
+        )
         lines.append(f"{name:<18}{f'{value:,}' if isinstance(value, int) else shown}")
     return "\n".join(lines)
 
@@ -324,7 +387,9 @@ def main() -> None:
         files = Files(Path(config.run.out), cli.to_yaml(config)) if config.run.out else None
         print(report(simulate(config, files)))
 
-    cli.main("Simulates a run: the same decisions at any scale, in virtual time.", run, SimulateConfig)
+    cli.main(
+        "Simulates a run: the same decisions at any scale, in virtual time.", run, SimulateConfig
+    )
 
 
 if __name__ == "__main__":

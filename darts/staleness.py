@@ -13,7 +13,14 @@ opens groups that are stale from the start, so its own version is what counts.
 from __future__ import annotations
 
 
-def handovers_left(floor: int, learner_version: int, steps_left: int, max_lag: int, groups_per_step: int, steps_per_version: int) -> int:
+def handovers_left(
+    floor: int,
+    learner_version: int,
+    steps_left: int,
+    max_lag: int,
+    groups_per_step: int,
+    steps_per_version: int,
+) -> int:
     """Groups that can still be handed over while a group with this floor is within `max_lag`.
 
     steps_left: batches that the learner will still take before it publishes its next version.

@@ -38,7 +38,12 @@ def run(config: Config) -> int:
     if "RANK" in os.environ:
         # SIGTERM keeps its default here: a collective never returns to Python to see a signal, and nothing is ever half-written.
         _die_with_parent()
-        return _train(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+        return _train(
+            config,
+            int(os.environ["RANK"]),
+            int(os.environ["WORLD_SIZE"]),
+            int(os.environ.get("LOCAL_RANK", "0")),
+        )
     signal.signal(signal.SIGTERM, _terminated)
     if config.learner.ranks == 1:
         return _train(config, 0, 1, 0)
@@ -60,7 +65,9 @@ def supervise(config: Config) -> int:
         command = [sys.executable, "-m", "learner", "--config", str(file)]
         try:
             for rank in range(config.learner.ranks):
-                environment = os.environ | _rank_environment(rank, config.learner.ranks, Path(folder) / "rendezvous")
+                environment = os.environ | _rank_environment(
+                    rank, config.learner.ranks, Path(folder) / "rendezvous"
+                )
                 processes.append(subprocess.Popen(command, env=environment))
             _watch(processes)
         finally:
@@ -76,7 +83,9 @@ def _rank_environment(rank: int, num_ranks: int, rendezvous: Path) -> dict[str, 
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "LEARNER_RENDEZVOUS": f"file://{rendezvous}",
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # a host name that does not resolve cannot hurt
+        "GLOO_SOCKET_IFNAME": os.environ.get(
+            "GLOO_SOCKET_IFNAME", "lo"
+        ),  # a host name that does not resolve cannot hurt
         PARENT_VARIABLE: str(os.getpid()),
     }
 
@@ -86,8 +95,14 @@ def _watch(processes: list[subprocess.Popen[bytes]]) -> None:
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):
             if code:
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with status {code}, its error is above"
-                raise RankDied(f"learner rank {rank} (pid {processes[rank].pid}) {how}; run.resume=true continues from the last checkpoint")
+                how = (
+                    f"was killed by {signal.Signals(-code).name}"
+                    if code < 0
+                    else f"failed with status {code}, its error is above"
+                )
+                raise RankDied(
+                    f"learner rank {rank} (pid {processes[rank].pid}) {how}; run.resume=true continues from the last checkpoint"
+                )
         if all(code == 0 for code in codes):
             return
         time.sleep(WATCH_S)
@@ -122,7 +137,9 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> NoReturn:
     errors = (TransportError, ProtocolError, RunStopped, RankDied, FloatingPointError)
-    cli.main("The learner: trains on the buffer's shards and publishes weights.", run, errors=errors)
+    cli.main(
+        "The learner: trains on the buffer's shards and publishes weights.", run, errors=errors
+    )
 
 
 if __name__ == "__main__":

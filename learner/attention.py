@@ -20,7 +20,9 @@ def attends_plainly(config: PreTrainedConfig) -> bool:
     """Whether every layer is full causal attention: no window, no soft cap, no linear layers."""
     kinds = getattr(config, "layer_types", None) or []
     special = ("sliding_window", "attention_chunk_size", "attn_logit_softcapping")
-    return all(kind == "full_attention" for kind in kinds) and not any(getattr(config, name, None) for name in special)
+    return all(kind == "full_attention" for kind in kinds) and not any(
+        getattr(config, name, None) for name in special
+    )
 
 
 def packed_sdpa(
@@ -34,8 +36,13 @@ def packed_sdpa(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """`query` [1, heads, T, dim], `key` and `value` [1, kv heads, T, dim], `lengths` summing to T; returns [1, T, heads, dim]."""
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    outputs = [scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True) for q, k, v in parts]
+    parts = zip(
+        query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+    )
+    outputs = [
+        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        for q, k, v in parts
+    ]
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 

@@ -22,7 +22,9 @@ class Pack:
     """One micro-batch. Position p of a sequence predicts its token p + 1, so a sequence's last token is only ever a target."""
 
     input_ids_T: torch.Tensor  # int64
-    position_ids_T: torch.Tensor  # int64, from 0 in each sequence: by these a model keeps sequences apart
+    position_ids_T: (
+        torch.Tensor
+    )  # int64, from 0 in each sequence: by these a model keeps sequences apart
     predicts_S: torch.Tensor  # int64, indices into T
     targets_S: torch.Tensor  # int64
     actor_logprobs_S: torch.Tensor  # float32
@@ -31,13 +33,17 @@ class Pack:
     lengths: tuple[int, ...]  # of the sequences, summing to T
 
     def to(self, device: torch.device) -> Pack:
-        return Pack(*(getattr(self, name).to(device, non_blocking=True) for name in TENSORS), self.lengths)
+        return Pack(
+            *(getattr(self, name).to(device, non_blocking=True) for name in TENSORS), self.lengths
+        )
 
 
 TENSORS = tuple(column.name for column in fields(Pack) if column.name != "lengths")
 
 
-def make_packs(shard: Shard, max_tokens: int, train_truncated: bool, current_version: int, kind: str = "grpo") -> list[Pack]:
+def make_packs(
+    shard: Shard, max_tokens: int, train_truncated: bool, current_version: int, kind: str = "grpo"
+) -> list[Pack]:
     """Micro-batches of at most `max_tokens` input tokens, in which every trained trajectory of `shard` appears once.
 
     A trajectory longer than `max_tokens` has a pack to itself. `current_version` is the policy version whose weights the learner holds
@@ -45,7 +51,11 @@ def make_packs(shard: Shard, max_tokens: int, train_truncated: bool, current_ver
     `train_truncated`: they count in their group's advantages only (`kind`: see `group_advantage`). Raises `ProtocolError` for a malformed
     trajectory.
     """
-    trained = [trajectory for trajectory in shard.trajectories if train_truncated or not trajectory.truncated]
+    trained = [
+        trajectory
+        for trajectory in shard.trajectories
+        if train_truncated or not trajectory.truncated
+    ]
     sequences = [_sequence(trajectory, current_version, kind) for trajectory in trained]
     bins = first_fit([len(sequence.input_ids_T) for sequence in sequences], max_tokens)
     return [_concatenate(sequences[index] for index in members) for members in bins]
@@ -55,7 +65,16 @@ def empty_pack() -> Pack:
     """A micro-batch without a loss, for a rank that has fewer than the others: collectives need every rank."""
     nothing = torch.zeros(0)
     start = torch.zeros(2, dtype=torch.int64)
-    return Pack(start, torch.arange(2), nothing.long(), nothing.long(), nothing, nothing, nothing.bool(), (2,))
+    return Pack(
+        start,
+        torch.arange(2),
+        nothing.long(),
+        nothing.long(),
+        nothing,
+        nothing,
+        nothing.bool(),
+        (2,),
+    )
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -78,7 +97,9 @@ def _sequence(trajectory: Trajectory, current_version: int, kind: str) -> Pack:
     tokens_T = np.frombuffer(trajectory.tokens, dtype="<i4")
     sampled_T = np.frombuffer(trajectory.sampled, dtype=np.uint8).astype(bool)
     logprobs_T = np.frombuffer(trajectory.actor_logprobs, dtype="<f4")
-    versions_S = np.repeat([version for version, _ in trajectory.versions], [count for _, count in trajectory.versions])
+    versions_S = np.repeat(
+        [version for version, _ in trajectory.versions], [count for _, count in trajectory.versions]
+    )
     _check(trajectory, tokens_T, sampled_T, logprobs_T, versions_S)
     predicts_S = np.flatnonzero(sampled_T[1:])
     return Pack(
@@ -87,24 +108,36 @@ def _sequence(trajectory: Trajectory, current_version: int, kind: str) -> Pack:
         predicts_S=torch.from_numpy(predicts_S),
         targets_S=torch.from_numpy(tokens_T[predicts_S + 1].astype(np.int64)),
         actor_logprobs_S=torch.from_numpy(logprobs_T[predicts_S + 1].copy()),
-        advantages_S=torch.full((len(predicts_S),), group_advantage(trajectory.reward, trajectory.group_rewards, kind)),
+        advantages_S=torch.full(
+            (len(predicts_S),), group_advantage(trajectory.reward, trajectory.group_rewards, kind)
+        ),
         current_S=torch.from_numpy(versions_S == current_version),
         lengths=(len(tokens_T) - 1,),
     )
 
 
-def _check(trajectory: Trajectory, tokens_T: np.ndarray, sampled_T: np.ndarray, logprobs_T: np.ndarray, versions_S: np.ndarray) -> None:
+def _check(
+    trajectory: Trajectory,
+    tokens_T: np.ndarray,
+    sampled_T: np.ndarray,
+    logprobs_T: np.ndarray,
+    versions_S: np.ndarray,
+) -> None:
     wrong = ""
     if not len(tokens_T) == len(sampled_T) == len(logprobs_T):
         wrong = f"has {len(tokens_T)} tokens, {len(sampled_T)} marks and {len(logprobs_T)} log-probabilities"
     elif len(tokens_T) < 2 or sampled_T[0]:
         wrong = "begins with a sampled token, or has no second one: nothing precedes what is to be predicted"
     elif len(versions_S) != sampled_T.sum():
-        wrong = f"has {sampled_T.sum()} sampled tokens, of which versions account for {len(versions_S)}"
+        wrong = (
+            f"has {sampled_T.sum()} sampled tokens, of which versions account for {len(versions_S)}"
+        )
     elif not np.isfinite(logprobs_T).all():
         wrong = "has log-probabilities that are not finite"
     if wrong:
-        raise ProtocolError(f"rollout {trajectory.rollout_id} of group {trajectory.group_id} {wrong}")
+        raise ProtocolError(
+            f"rollout {trajectory.rollout_id} of group {trajectory.group_id} {wrong}"
+        )
 
 
 def _concatenate(sequences: Iterable[Pack]) -> Pack:
@@ -112,5 +145,7 @@ def _concatenate(sequences: Iterable[Pack]) -> Pack:
     lengths = tuple(length for member in members for length in member.lengths)
     starts = np.cumsum([0, *lengths[:-1]])
     columns = {name: torch.cat([getattr(member, name) for member in members]) for name in TENSORS}
-    columns["predicts_S"] = torch.cat([member.predicts_S + int(start) for member, start in zip(members, starts, strict=True)])
+    columns["predicts_S"] = torch.cat(
+        [member.predicts_S + int(start) for member, start in zip(members, starts, strict=True)]
+    )
     return Pack(**columns, lengths=lengths)

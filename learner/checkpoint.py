@@ -23,7 +23,13 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, int], keep: int) -> None:
+def save(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    meta: dict[str, int],
+    keep: int,
+) -> None:
     """Write the checkpoint of `meta["step"]`, point `latest` at it, and remove all but the newest `keep`. A collective.
 
     All is written under a temporary name and renamed when complete, so whoever dies at any moment leaves the previous one intact.
@@ -37,7 +43,10 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
         partial.mkdir(parents=True)
     dist.barrier()
     # Sharded safetensors: torch.distributed.checkpoint's default format keeps its metadata as a pickle.
-    dcp.save(_tensors(model, optimizer), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    dcp.save(
+        _tensors(model, optimizer),
+        storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+    )
     dist.barrier()
     if leads:
         (partial / "meta.json").write_text(json.dumps(meta) + "\n")
@@ -45,12 +54,16 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
             shutil.rmtree(folder / name)
         partial.rename(folder / name)
         _replace_text(folder / "latest", name + "\n")
-        for old in sorted(path for path in folder.glob("step_*") if path.name != name)[: -(keep - 1) or None]:
+        for old in sorted(path for path in folder.glob("step_*") if path.name != name)[
+            : -(keep - 1) or None
+        ]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def load_latest(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int] | None:
+def load_latest(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, int] | None:
     """Load the newest complete checkpoint in place and return its `meta.json`; None where there is none. A collective.
 
     Raises `ValueError` if it does not fit the model or is damaged.
@@ -65,7 +78,9 @@ def load_latest(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opt
         dcp.load(_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(source)))
     except (OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"run.resume=true: checkpoint {source} does not fit this model: {reason}; remove it to start anew") from error
+        raise ValueError(
+            f"run.resume=true: checkpoint {source} does not fit this model: {reason}; remove it to start anew"
+        ) from error
     return meta
 
 
@@ -75,11 +90,17 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     Raises `ValueError` if they do not fit.
     """
     try:
-        wanted = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is no process group, which is what we ask for
+        wanted = {
+            f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()
+        }
+        with warnings.catch_warnings(
+            action="ignore", category=UserWarning
+        ):  # that there is no process group, which is what we ask for
             dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException) as error:
-        raise ValueError(f"checkpoint {folder} does not fit this model: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(
+            f"checkpoint {folder} does not fit this model: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -97,8 +118,12 @@ def _create_moments(optimizer: torch.optim.Optimizer, num_steps: float) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             step_device = parameter.device if group["fused"] else "cpu"
-            optimizer.state[parameter] = {"step": torch.tensor(num_steps, dtype=torch.float32, device=step_device)}
-            optimizer.state[parameter] |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            optimizer.state[parameter] = {
+                "step": torch.tensor(num_steps, dtype=torch.float32, device=step_device)
+            }
+            optimizer.state[parameter] |= {
+                moment: torch.zeros_like(parameter) for moment in MOMENTS
+            }
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -41,7 +41,9 @@ def pick_device(config: Config, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def process_group(config: Config, rank: int = 0, num_ranks: int = 1, local_rank: int = 0) -> Iterator[torch.device]:
+def process_group(
+    config: Config, rank: int = 0, num_ranks: int = 1, local_rank: int = 0
+) -> Iterator[torch.device]:
     """Join the learner's process group, yielding this rank's device.
 
     A single rank needs no rendezvous. Several meet where `learner.__main__` says (`LEARNER_RENDEZVOUS`), or where torchrun does.
@@ -54,7 +56,11 @@ def process_group(config: Config, rank: int = 0, num_ranks: int = 1, local_rank:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
         torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // ranks_here))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    rendezvous = {"store": dist.HashStore()} if num_ranks == 1 else {"init_method": os.environ.get("LEARNER_RENDEZVOUS", "env://")}
+    rendezvous = (
+        {"store": dist.HashStore()}
+        if num_ranks == 1
+        else {"init_method": os.environ.get("LEARNER_RENDEZVOUS", "env://")}
+    )
     dist.init_process_group(backend, rank=rank, world_size=num_ranks, **rendezvous)  # type: ignore[arg-type]
     try:
         yield device
@@ -67,12 +73,18 @@ def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
     model = load_model(config.model)
     # Evaluation mode: dropout would make the learner's log-probabilities differ from the actors'.
     model.eval()
-    blocks = [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules or ())]
+    blocks = [
+        module
+        for module in model.modules()
+        if type(module).__name__ in set(model._no_split_modules or ())
+    ]
     if config.learner.activation_checkpointing:
         for block in blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPE[config.model.dtype], reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(
+        param_dtype=COMPUTE_DTYPE[config.model.dtype], reduce_dtype=torch.float32
+    )
     for module in [*blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=precision)
     for module in model.modules():
@@ -86,15 +98,21 @@ def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The model of `model.path` on the CPU, in float32, not sharded. Raises `ValueError` if it cannot be loaded."""
     if config.attention == "flash_attention_2" and config.dtype == "float16":
-        raise ValueError("model.attention=flash_attention_2: the learner needs model.dtype=bfloat16 with it; it never trains in float16")
+        raise ValueError(
+            "model.attention=flash_attention_2: the learner needs model.dtype=bfloat16 with it; it never trains in float16"
+        )
     disable_progress_bar()
     try:
         plain = attends_plainly(AutoConfig.from_pretrained(config.path))
         attention = PACKED_SDPA if config.attention == "sdpa" and plain else config.attention
-        return AutoModelForCausalLM.from_pretrained(config.path, dtype=torch.float32, attn_implementation=attention)
+        return AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=torch.float32, attn_implementation=attention
+        )
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"model.path={config.path}, model.attention={config.attention}: the learner cannot load it: {reason}") from error
+        raise ValueError(
+            f"model.path={config.path}, model.attention={config.attention}: the learner cannot load it: {reason}"
+        ) from error
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,7 +135,9 @@ def all_max(value: float, device: torch.device) -> float:
     return _reduce([value], device, dist.ReduceOp.MAX)[0]
 
 
-def _reduce(values: list[float], device: torch.device, operation: dist.ReduceOp.RedOpType) -> list[float]:
+def _reduce(
+    values: list[float], device: torch.device, operation: dist.ReduceOp.RedOpType
+) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=operation)
     return tensor.tolist()

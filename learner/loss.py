@@ -21,7 +21,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_SV: torch.Tensor, targets_S: torch.Tensor, temperature: float, chunk_rows: int
+        ctx: Any,
+        logits_SV: torch.Tensor,
+        targets_S: torch.Tensor,
+        temperature: float,
+        chunk_rows: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs_S = torch.empty(len(targets_S), dtype=torch.float32, device=logits_SV.device)
         entropy_S = torch.empty_like(logprobs_S)
@@ -43,7 +47,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
             rows = slice(start, start + ctx.chunk_rows)
             grad_CV = torch.softmax(logits_SV[rows].float() / ctx.temperature, dim=-1).neg_()
             grad_CV.scatter_add_(1, targets_S[rows, None], torch.ones_like(grad_CV[:, :1]))
-            grad_logits_SV[rows] = grad_CV.mul_(grads[0][rows, None] / ctx.temperature).to(logits_SV.dtype)
+            grad_logits_SV[rows] = grad_CV.mul_(grads[0][rows, None] / ctx.temperature).to(
+                logits_SV.dtype
+            )
         return grad_logits_SV, None, None, None
 
 
@@ -69,7 +75,10 @@ class Surrogate(NamedTuple):
 
 
 def clipped_surrogate(
-    learner_logprobs_S: torch.Tensor, actor_logprobs_S: torch.Tensor, advantages_S: torch.Tensor, config: LossConfig
+    learner_logprobs_S: torch.Tensor,
+    actor_logprobs_S: torch.Tensor,
+    advantages_S: torch.Tensor,
+    config: LossConfig,
 ) -> Surrogate:
     """The token-level surrogate of a single update: r = learner/actor, A = advantage.
 
@@ -90,14 +99,20 @@ def clipped_surrogate(
     Source: PPO (arXiv 1707.06347); clip-higher and the token-level mean: DAPO (arXiv 2503.14476); truncated importance sampling: IMPALA
     (arXiv 1802.01561).
     """
-    log_ratio_S = (learner_logprobs_S.detach() - actor_logprobs_S).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio_S = (learner_logprobs_S.detach() - actor_logprobs_S).clamp(
+        -MAX_LOG_RATIO, MAX_LOG_RATIO
+    )
     ratio_S = log_ratio_S.exp()
     high_S = (advantages_S > 0) & (ratio_S > 1 + config.clip_high)
     low_S = (advantages_S < 0) & (ratio_S < 1 - config.clip_low)
     clipped_S = high_S | low_S
     weight_S = ratio_S.clamp(max=config.tis_cap)
-    value_S = torch.where(clipped_S, ratio_S.clamp(1 - config.clip_low, 1 + config.clip_high), weight_S)
+    value_S = torch.where(
+        clipped_S, ratio_S.clamp(1 - config.clip_low, 1 + config.clip_high), weight_S
+    )
     gradient_weight_S = torch.where(clipped_S, 0.0, weight_S)
     # The bracket is zero: it adds the gradient, not a value.
-    loss_S = -advantages_S * (value_S + gradient_weight_S * (learner_logprobs_S - learner_logprobs_S.detach()))
+    loss_S = -advantages_S * (
+        value_S + gradient_weight_S * (learner_logprobs_S - learner_logprobs_S.detach())
+    )
     return Surrogate(loss_S, ratio_S, clipped_S, ratio_S > config.tis_cap)

@@ -29,14 +29,29 @@ class TokenSums:
     def as_list(self) -> list[float]:
         return list(vars(self).values())
 
-    def add(self, pack: Pack, logprobs_S: torch.Tensor, entropy_S: torch.Tensor, surrogate: Surrogate) -> None:
+    def add(
+        self, pack: Pack, logprobs_S: torch.Tensor, entropy_S: torch.Tensor, surrogate: Surrogate
+    ) -> None:
         if not len(pack.targets_S):
             return
         diff_S = (logprobs_S.detach() - pack.actor_logprobs_S).abs()
         loss_S, ratio_S = surrogate.loss_S.detach(), surrogate.ratio_S
-        per_token = [loss_S, entropy_S, surrogate.clipped_S, surrogate.capped_S, ratio_S, diff_S, pack.current_S, diff_S * pack.current_S]
-        sums = torch.stack(per_token).sum(1, dtype=torch.float64).tolist()  # one transfer from the device
-        for name, value in zip(vars(self), [len(pack.input_ids_T), len(pack.targets_S), *sums], strict=True):
+        per_token = [
+            loss_S,
+            entropy_S,
+            surrogate.clipped_S,
+            surrogate.capped_S,
+            ratio_S,
+            diff_S,
+            pack.current_S,
+            diff_S * pack.current_S,
+        ]
+        sums = (
+            torch.stack(per_token).sum(1, dtype=torch.float64).tolist()
+        )  # one transfer from the device
+        for name, value in zip(
+            vars(self), [len(pack.input_ids_T), len(pack.targets_S), *sums], strict=True
+        ):
             setattr(self, name, getattr(self, name) + value)
 
     def metrics(self, num_trained: int, seconds: float) -> dict[str, float]:

@@ -34,7 +34,9 @@ def gather(model: PreTrainedModel, dtype: torch.dtype, keep: bool) -> dict[str, 
             kind = dtype if whole.is_floating_point() else whole.dtype
             weights[name] = torch.empty(whole.shape, dtype=kind).copy_(whole)
     head = model.get_output_embeddings()
-    assert not keep or head is None or "lm_head.weight" in weights, "the output head must be published under its own name"
+    assert not keep or head is None or "lm_head.weight" in weights, (
+        "the output head must be published under its own name"
+    )
     return weights
 
 
@@ -44,21 +46,36 @@ class Publisher:
     def __init__(self, config: Config, rank: int) -> None:
         self._dtype = DTYPES[config.model.dtype]
         self._keep = rank == 0
-        self._folder = Path(config.weights.dir or Path(config.run.dir) / config.run.name / "weights")
+        self._folder = Path(
+            config.weights.dir or Path(config.run.dir) / config.run.name / "weights"
+        )
         over_zmq = self._keep and config.weights.transport == "zmq"
-        self._server = SnapshotServer(config.weights.address, config.buffer.keys) if over_zmq else None
+        self._server = (
+            SnapshotServer(config.weights.address, config.buffer.keys) if over_zmq else None
+        )
 
     def publish(self, model: PreTrainedModel, version: int) -> SnapshotRef | None:
         """Make `version` available; where it is on rank 0, None elsewhere. A collective."""
         weights = gather(model, self._dtype, self._keep)
         if not self._keep:
             return None
-        data = safetensors.torch.save(weights, metadata={"format": "pt", "policy_version": str(version)})
-        return self._server.publish(version, data) if self._server else write_snapshot(self._folder, version, data)
+        data = safetensors.torch.save(
+            weights, metadata={"format": "pt", "policy_version": str(version)}
+        )
+        return (
+            self._server.publish(version, data)
+            if self._server
+            else write_snapshot(self._folder, version, data)
+        )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._server:
             self._server.close()

@@ -66,7 +66,10 @@ def run_rank(config: Config, rank: int = 0, num_ranks: int = 1, local_rank: int 
 
     Raises `RunStopped` (the buffer's error), `TransportError` (no buffer), `ValueError` (configuration), or whatever broke.
     """
-    with fsdp.process_group(config, rank, num_ranks, local_rank) as device, _link(config, rank) as link:
+    with (
+        fsdp.process_group(config, rank, num_ranks, local_rank) as device,
+        _link(config, rank) as link,
+    ):
         state = build_state(config, device, rank, num_ranks)
         if config.run.resume:
             _resume(state)
@@ -98,15 +101,23 @@ def _train(state: LearnerState, link: LearnerLink, publisher: Publisher) -> None
         if not last and state.step % config.learner.checkpoint_every == 0:
             save(state)
     _receive(link)  # serves the last snapshot while the run is evaluated
-    raise ProtocolError(f"rank {state.rank} was handed a shard after the last step, {config.run.steps - 1}")
+    raise ProtocolError(
+        f"rank {state.rank} was handed a shard after the last step, {config.run.steps - 1}"
+    )
 
 
-def build_state(config: Config, device: torch.device, rank: int = 0, num_ranks: int = 1) -> LearnerState:
+def build_state(
+    config: Config, device: torch.device, rank: int = 0, num_ranks: int = 1
+) -> LearnerState:
     """Model, sharding and optimizer, fresh from `model.path`. Needs `fsdp.process_group`."""
     model = fsdp.load_sharded(config, device)
     beta1, beta2 = config.optimizer.betas
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.optimizer.lr, betas=(beta1, beta2), weight_decay=config.optimizer.weight_decay, fused=True
+        model.parameters(),
+        lr=config.optimizer.lr,
+        betas=(beta1, beta2),
+        weight_decay=config.optimizer.weight_decay,
+        fused=True,
     )
     return LearnerState(config, device, rank, num_ranks, model, optimizer)
 
@@ -142,9 +153,13 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
     }
 
 
-def micro_batch_loss(state: LearnerState, pack: Pack, num_trained: int, totals: TokenSums) -> torch.Tensor:
+def micro_batch_loss(
+    state: LearnerState, pack: Pack, num_trained: int, totals: TokenSums
+) -> torch.Tensor:
     """This pack's part of the step's loss, a scalar to call `backward` on; what it measured is added to `totals`."""
-    packed = {"lengths": pack.lengths} if state.model.config._attn_implementation == PACKED_SDPA else {}
+    packed = (
+        {"lengths": pack.lengths} if state.model.config._attn_implementation == PACKED_SDPA else {}
+    )
     logits_SV = state.model(
         input_ids=pack.input_ids_T[None],
         position_ids=pack.position_ids_T[None],
@@ -152,18 +167,26 @@ def micro_batch_loss(state: LearnerState, pack: Pack, num_trained: int, totals: 
         logits_to_keep=pack.predicts_S,
         **packed,
     ).logits[0]
-    logprobs_S, entropy_S = token_logprobs(logits_SV, pack.targets_S, state.config.sampling.temperature)
-    surrogate = clipped_surrogate(logprobs_S, pack.actor_logprobs_S, pack.advantages_S, state.config.loss)
+    logprobs_S, entropy_S = token_logprobs(
+        logits_SV, pack.targets_S, state.config.sampling.temperature
+    )
+    surrogate = clipped_surrogate(
+        logprobs_S, pack.actor_logprobs_S, pack.advantages_S, state.config.loss
+    )
     totals.add(pack, logprobs_S, entropy_S, surrogate)
     return surrogate.loss_S.sum() / num_trained
 
 
 def update(state: LearnerState) -> float:
     """Clip the accumulated gradient, step the optimizer, clear the gradient. Returns its norm before clipping, over all ranks."""
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.config.optimizer.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(
+        state.model.parameters(), state.config.optimizer.max_grad_norm
+    )
     grad_norm = fsdp.whole(norm).item()
     if not grad_norm < float("inf"):
-        raise FloatingPointError(f"step {state.step}: the gradient's norm is {grad_norm}; lower optimizer.lr, or look at the rewards")
+        raise FloatingPointError(
+            f"step {state.step}: the gradient's norm is {grad_norm}; lower optimizer.lr, or look at the rewards"
+        )
     state.optimizer.step()
     state.optimizer.zero_grad()
     return grad_norm
@@ -182,12 +205,16 @@ class _RunEnded(Exception):
 
 
 def _link(config: Config, rank: int) -> LearnerLink:
-    return LearnerLink(config.buffer.address, f"learner/{rank}", config.buffer.keys, config.buffer.peer_timeout_s)
+    return LearnerLink(
+        config.buffer.address, f"learner/{rank}", config.buffer.keys, config.buffer.peer_timeout_s
+    )
 
 
 def _join(state: LearnerState, link: LearnerLink) -> None:
     """Greet the buffer. Rank 0 goes last, so its hello means that every rank is ready."""
-    hello = LearnerHello(rank=state.rank, num_ranks=state.num_ranks, step=state.step, pid=os.getpid())
+    hello = LearnerHello(
+        rank=state.rank, num_ranks=state.num_ranks, step=state.step, pid=os.getpid()
+    )
     if state.rank == 0:
         fsdp.barrier()
     state.policy_version = link.connect(hello, state.config.buffer.connect_timeout_s).policy_version
@@ -209,7 +236,9 @@ def _pull(state: LearnerState, link: LearnerLink) -> tuple[Shard, float]:
     link.send(Pull(rank=state.rank, step=state.step))
     shard = _receive(link)
     if shard.step != state.step:
-        raise ProtocolError(f"rank {state.rank} asked for step {state.step} and was handed step {shard.step}")
+        raise ProtocolError(
+            f"rank {state.rank} asked for step {state.step} and was handed step {shard.step}"
+        )
     return shard, time.monotonic() - started
 
 
@@ -220,7 +249,11 @@ def _receive(link: LearnerLink) -> Shard:
         if isinstance(message, Shard):
             return message
         if isinstance(message, Shutdown):
-            raise RunStopped(f"the buffer stopped the run: {message.error}") if message.error else _RunEnded
+            raise (
+                RunStopped(f"the buffer stopped the run: {message.error}")
+                if message.error
+                else _RunEnded
+            )
 
 
 def _publish(state: LearnerState, publisher: Publisher, link: LearnerLink) -> dict[str, float]:
@@ -251,7 +284,11 @@ def _until_told_to_stop(state: LearnerState, link: LearnerLink) -> Iterator[None
         if state.num_ranks > 1 and isinstance(error, RuntimeError):
             # A dead rank breaks the collectives of all others: let whoever watches us find it, before we are taken for the cause.
             time.sleep(SURVIVOR_GRACE_S)
-        link.send(LearnerFailed(rank=state.rank, error=" ".join(f"{type(error).__name__}: {error}".split())[:500]))
+        link.send(
+            LearnerFailed(
+                rank=state.rank, error=" ".join(f"{type(error).__name__}: {error}".split())[:500]
+            )
+        )
         raise
 
 
@@ -268,7 +305,13 @@ def save(state: LearnerState) -> None:
         return
     state.saved_step = state.step
     meta = {"step": state.step, "policy_version": state.policy_version}
-    checkpoint.save(_checkpoints(state.config), state.model, state.optimizer, meta, state.config.learner.keep_checkpoints)
+    checkpoint.save(
+        _checkpoints(state.config),
+        state.model,
+        state.optimizer,
+        meta,
+        state.config.learner.keep_checkpoints,
+    )
 
 
 def _resume(state: LearnerState) -> None:

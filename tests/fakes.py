@@ -100,7 +100,11 @@ class World:
 
     def on_engine(self, engine_id: str) -> list[TrueRollout]:
         """Rollouts that hold a slot there: running, or cancelled and not yet confirmed."""
-        return [r for r in self.rollouts.values() if r.engine_id == engine_id and r.end in ("", "cancelling")]
+        return [
+            r
+            for r in self.rollouts.values()
+            if r.engine_id == engine_id and r.end in ("", "cancelling")
+        ]
 
     def running(self) -> list[TrueRollout]:
         return [r for r in self.rollouts.values() if not r.end]
@@ -116,7 +120,16 @@ class World:
         else:
             truncated = rollout.length >= self.config.max_tokens
             rollout.end = "raced" if rollout.end == "cancelling" else "finished"
-            self.send(ev.RolloutFinished(self.tick(), rollout.rollout_id, rollout.tokens, truncated, 1.0, rollout.oldest_version))
+            self.send(
+                ev.RolloutFinished(
+                    self.tick(),
+                    rollout.rollout_id,
+                    rollout.tokens,
+                    truncated,
+                    1.0,
+                    rollout.oldest_version,
+                )
+            )
 
     def fail(self, rollout: TrueRollout) -> None:
         rollout.end = "lost"
@@ -169,8 +182,16 @@ class World:
                 if self.steps_left == 0:
                     self.publish()
                 self.request()
-            idle = not self.running() and not self.cancelling() and not self.core.num_pending and self.step_pending
-            if idle and self.core.num_ready == self.core.num_outstanding < self.config.groups_per_step:
+            idle = (
+                not self.running()
+                and not self.cancelling()
+                and not self.core.num_pending
+                and self.step_pending
+            )
+            if (
+                idle
+                and self.core.num_ready == self.core.num_outstanding < self.config.groups_per_step
+            ):
                 return
         raise AssertionError(f"no end in sight: {self.core.waiting_for()}")
 
@@ -188,7 +209,10 @@ class World:
             case ev.Ship():
                 self.check_ship(decision)
             case ev.Drop():
-                assert self.ended.setdefault(decision.record.group_id, decision.record.end) == decision.record.end
+                assert (
+                    self.ended.setdefault(decision.record.group_id, decision.record.end)
+                    == decision.record.end
+                )
                 assert decision.record.end not in ("shipped", "evaluated")
                 self.check_record(decision.record)
                 self.drops.append(decision)
@@ -224,16 +248,26 @@ class World:
 
     def check_ship(self, ship: ev.Ship) -> None:
         record = ship.record
-        assert ship.step == self.next_step and record.group_id not in self.ended and record.group_id not in self.handed
+        assert (
+            ship.step == self.next_step
+            and record.group_id not in self.ended
+            and record.group_id not in self.handed
+        )
         selected = [r for r in record.rollouts if r.end in ("selected_short", "selected_long")]
         assert len(selected) == self.config.group_size
-        assert all(0 <= self.version - self.rollouts[r.rollout_id].oldest_version <= self.config.max_lag for r in selected)
+        assert all(
+            0 <= self.version - self.rollouts[r.rollout_id].oldest_version <= self.config.max_lag
+            for r in selected
+        )
         assert record.shipped_version == self.version
         self.check_record(record)
         self.check_short_seats(record)
         self.handed[record.group_id] = record
         self.ships.append(ship)
-        if sum(s.step == self.next_step for s in self.ships[self.answered :]) == self.config.groups_per_step:
+        if (
+            sum(s.step == self.next_step for s in self.ships[self.answered :])
+            == self.config.groups_per_step
+        ):
             self.answered = len(self.ships)
             self.next_step += 1
             self.steps_left -= 1
@@ -266,9 +300,16 @@ class World:
 class FakeEngine(threading.Thread):
     """An engine that speaks the protocol and draws lengths instead of decoding. `kill` drops it without a word."""
 
-    def __init__(self, address: str, engine_id: str, slots: int = 8, seed: int = 0, max_tokens: int = 64) -> None:
+    def __init__(
+        self, address: str, engine_id: str, slots: int = 8, seed: int = 0, max_tokens: int = 64
+    ) -> None:
         super().__init__(daemon=True)
-        self.address, self.engine_id, self.slots, self.max_tokens = address, engine_id, slots, max_tokens
+        self.address, self.engine_id, self.slots, self.max_tokens = (
+            address,
+            engine_id,
+            slots,
+            max_tokens,
+        )
         self.rng = random.Random(f"{seed}/{engine_id}")
         self.version = -1
         self.in_flight: dict[int, list[int]] = {}  # rollout -> [tokens so far, length]
@@ -278,7 +319,13 @@ class FakeEngine(threading.Thread):
         self.shutdown: msg.Shutdown | None = None
 
     def run(self) -> None:
-        hello = msg.ActorHello(engine_id=self.engine_id, engine_type="fake", slots=self.slots, policy_version=-1, pid=id(self) % 10**6)
+        hello = msg.ActorHello(
+            engine_id=self.engine_id,
+            engine_type="fake",
+            slots=self.slots,
+            policy_version=-1,
+            pid=id(self) % 10**6,
+        )
         with ActorLink(self.address, self.engine_id, peer_timeout_s=10) as link:
             self.load(link, link.connect(hello, 20).policy)
             while not self.killed.is_set():
@@ -327,27 +374,59 @@ class FakeEngine(threading.Thread):
             if state[0] == state[1]:
                 del self.in_flight[rollout_id]
                 if self.fail_rollouts:
-                    link.send(msg.Failed(rollout_id=rollout_id, error=self.fail_rollouts, fatal=False))
+                    link.send(
+                        msg.Failed(rollout_id=rollout_id, error=self.fail_rollouts, fatal=False)
+                    )
                 else:
                     reward = float(self.rng.random() < 0.5)
                     truncated = state[1] >= self.max_tokens
-                    link.send(msg.Finished(rollout_id=rollout_id, truncated=truncated, reward=reward, text="x" * state[1]))
-        link.send(msg.EngineReport(batch=len(self.in_flight) or 1, ms_per_token=1.0, tokens_per_s=100.0, busy_frac=1.0))
+                    link.send(
+                        msg.Finished(
+                            rollout_id=rollout_id,
+                            truncated=truncated,
+                            reward=reward,
+                            text="x" * state[1],
+                        )
+                    )
+        link.send(
+            msg.EngineReport(
+                batch=len(self.in_flight) or 1, ms_per_token=1.0, tokens_per_s=100.0, busy_frac=1.0
+            )
+        )
 
 
 def chunk(rollout_id: int, tokens: list[int], version: int | None) -> msg.Chunk:
     """Sampled by `version`, or given where that is None."""
     data = np.array(tokens, "<i4").tobytes()
     logprobs = b"" if version is None else np.full(len(tokens), -0.5, "<f4").tobytes()
-    return msg.Chunk(rollout_id=rollout_id, sampled=version is not None, version=version or 0, tokens=data, logprobs=logprobs)
+    return msg.Chunk(
+        rollout_id=rollout_id,
+        sampled=version is not None,
+        version=version or 0,
+        tokens=data,
+        logprobs=logprobs,
+    )
 
 
 class FakeLearner(threading.Thread):
     """A learner rank that pulls, keeps what it got, and publishes nothing but version numbers."""
 
-    def __init__(self, address: str, steps: int, start: int = 0, stop_after: int | None = None, step_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        steps: int,
+        start: int = 0,
+        stop_after: int | None = None,
+        step_s: float = 0.0,
+    ) -> None:
         super().__init__(daemon=True)
-        self.address, self.steps, self.step, self.stop_after, self.step_s = address, steps, start, stop_after, step_s
+        self.address, self.steps, self.step, self.stop_after, self.step_s = (
+            address,
+            steps,
+            start,
+            stop_after,
+            step_s,
+        )
         self.shards: list[msg.Shard] = []
         self.shutdown: msg.Shutdown | None = None
 
@@ -372,7 +451,9 @@ class FakeLearner(threading.Thread):
             self.wait(link)
 
     def publish(self, link: LearnerLink, version: int) -> None:
-        policy = msg.SnapshotRef(version=version, digest="", num_bytes=0, address="", path="nowhere")
+        policy = msg.SnapshotRef(
+            version=version, digest="", num_bytes=0, address="", path="nowhere"
+        )
         link.send(msg.Published(policy=policy, seconds=0.0))
 
     def wait(self, link: LearnerLink) -> msg.Shard | None:

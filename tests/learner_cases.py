@@ -52,7 +52,9 @@ def save_model(folder: Path, family: str = "qwen3", tied: bool = True) -> Path:
     config: PreTrainedConfig = Qwen3Config(**sizes) if family == "qwen3" else LlamaConfig(**sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():  # away from the initial uniform distribution, so that positions and neighbours matter
+    with (
+        torch.no_grad()
+    ):  # away from the initial uniform distribution, so that positions and neighbours matter
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
@@ -96,13 +98,24 @@ def make_trajectory(
     )
 
 
-def make_trajectories(seed: int, num_groups: int = 3, group_size: int = 4, version: int = 0) -> list[Trajectory]:
+def make_trajectories(
+    seed: int, num_groups: int = 3, group_size: int = 4, version: int = 0
+) -> list[Trajectory]:
     rng = np.random.default_rng(seed)
     trajectories = []
     for _ in range(num_groups):
         group = [float(reward) for reward in rng.permutation([1.0] + [0.0] * (group_size - 1))]
         for reward in group:
-            trajectories.append(make_trajectory(rng, int(rng.integers(2, 8)), int(rng.integers(3, 50)), reward, group, version=version))
+            trajectories.append(
+                make_trajectory(
+                    rng,
+                    int(rng.integers(2, 8)),
+                    int(rng.integers(3, 50)),
+                    reward,
+                    group,
+                    version=version,
+                )
+            )
     return trajectories
 
 
@@ -110,7 +123,9 @@ def num_sampled(trajectories: list[Trajectory]) -> int:
     return sum(count for trajectory in trajectories for _, count in trajectory.versions)
 
 
-def make_shards(trajectories: list[Trajectory], step: int = 0, parts: list[int] | None = None, version: int = 0) -> list[Shard]:
+def make_shards(
+    trajectories: list[Trajectory], step: int = 0, parts: list[int] | None = None, version: int = 0
+) -> list[Shard]:
     """A step's shards, one per rank: `parts` says how many trajectories each takes, in order; all to one rank if None."""
     shards, start = [], 0
     for part in parts or [len(trajectories)]:
@@ -154,7 +169,12 @@ class FakeBuffer:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._closing.set()
         self._thread.join()
         self._router.close()

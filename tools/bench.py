@@ -20,7 +20,15 @@ ENGINES, SLOTS, GROUP_SIZE, MAX_TOKENS = 64, 256, 8, 100_000
 
 def core(_: Sequence[str]) -> None:
     """Events per second through `Core.handle`, on one core: reports of progress, and ends with all that follows from them."""
-    machine = Core(CoreConfig(groups_per_step=4096, group_size=GROUP_SIZE, redundancy="fixed", upper=1.5, max_tokens=MAX_TOKENS))
+    machine = Core(
+        CoreConfig(
+            groups_per_step=4096,
+            group_size=GROUP_SIZE,
+            redundancy="fixed",
+            upper=1.5,
+            max_tokens=MAX_TOKENS,
+        )
+    )
     launched: list[int] = []
 
     def send(event: ev.Event) -> None:
@@ -30,7 +38,9 @@ def core(_: Sequence[str]) -> None:
     for index in range(ENGINES):
         send(ev.ActorJoined(0.0, f"engine/{index}", "bench", SLOTS, 0))
     send(ev.PromptsDrawn(0.0, tuple(ev.Prompt(f"p{i}") for i in range(4096))))
-    print(f"{len(launched):,} rollouts in flight on {ENGINES} engines, {machine.num_outstanding:,} groups")
+    print(
+        f"{len(launched):,} rollouts in flight on {ENGINES} engines, {machine.num_outstanding:,} groups"
+    )
     _progress(machine, list(launched))
     _finishes(machine, list(launched))
 
@@ -38,7 +48,11 @@ def core(_: Sequence[str]) -> None:
 def _progress(machine: Core, rollouts: list[int]) -> None:
     """Every rollout reports in turn, as their engines decode."""
     rounds = 40
-    events = [ev.RolloutProgressed(1.0, rollout_id, 8 * (n + 1)) for n in range(rounds) for rollout_id in rollouts]
+    events = [
+        ev.RolloutProgressed(1.0, rollout_id, 8 * (n + 1))
+        for n in range(rounds)
+        for rollout_id in rollouts
+    ]
     handle = machine.handle
     rates = []
     for start in range(0, len(events), len(events) // 8):
@@ -58,7 +72,9 @@ def _finishes(machine: Core, rollouts: list[int]) -> None:
     for _ in range(8):
         num, began = 0, time.perf_counter()
         for _ in range(2_500):
-            todo: list[ev.Event] = [ev.RolloutFinished(2.0, running.pop(), rng.randint(400, 4000), False, 1.0, 0)]
+            todo: list[ev.Event] = [
+                ev.RolloutFinished(2.0, running.pop(), rng.randint(400, 4000), False, 1.0, 0)
+            ]
             while todo:
                 for decision in machine.handle(todo.pop()):
                     if type(decision) is ev.Launch:
@@ -67,9 +83,13 @@ def _finishes(machine: Core, rollouts: list[int]) -> None:
                         todo.append(ev.RolloutStopped(2.0, decision.rollout_id, 400))
                 num += 1
             if machine.num_pending < 4096:
-                machine.handle(ev.PromptsDrawn(2.0, tuple(ev.Prompt(f"q{next(prompts)}") for _ in range(64))))
+                machine.handle(
+                    ev.PromptsDrawn(2.0, tuple(ev.Prompt(f"q{next(prompts)}") for _ in range(64)))
+                )
         rates.append(num / (time.perf_counter() - began))
-    print(f"ends:     {_spread(rates)} (finishes and confirmed cancels, with selection, statistics, admission and launches)")
+    print(
+        f"ends:     {_spread(rates)} (finishes and confirmed cancels, with selection, statistics, admission and launches)"
+    )
 
 
 def _spread(rates: list[float]) -> str:
@@ -78,7 +98,9 @@ def _spread(rates: list[float]) -> str:
 
 
 def pipeline(argv: Sequence[str]) -> None:
-    from tools import bench_pipeline  # here: it loads vLLM and torch, and vLLM's processes import this module again
+    from tools import (
+        bench_pipeline,
+    )  # here: it loads vLLM and torch, and vLLM's processes import this module again
 
     bench_pipeline.main(argv)
 
@@ -87,8 +109,14 @@ SUBJECTS: dict[str, Callable[[Sequence[str]], None]] = {"core": core, "pipeline"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description="Measures one subject on this machine.")
-    parser.add_argument("subject", choices=sorted(SUBJECTS), help="`pipeline` takes key=value options, and --help of its own")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench", description="Measures one subject on this machine."
+    )
+    parser.add_argument(
+        "subject",
+        choices=sorted(SUBJECTS),
+        help="`pipeline` takes key=value options, and --help of its own",
+    )
     SUBJECTS[parser.parse_args(sys.argv[1:2]).subject](sys.argv[2:])
 
 

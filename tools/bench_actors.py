@@ -77,23 +77,34 @@ async def measure_actors(
             if kind == BARE:
                 window = await bare.measure(seconds, warmup_s)
             else:
-                window = await _pipeline(config, engine, snapshot, kind == SWAPS, shards, seconds, warmup_s)
+                window = await _pipeline(
+                    config, engine, snapshot, kind == SWAPS, shards, seconds, warmup_s
+                )
             windows[kind].append(window)
-            print(f"round {number + 1} of {rounds}: {kind:<18}{window.tokens_per_s:>8,.0f} tokens/s", flush=True)
+            print(
+                f"round {number + 1} of {rounds}: {kind:<18}{window.tokens_per_s:>8,.0f} tokens/s",
+                flush=True,
+            )
     finally:
         del bare  # it holds the engine's vLLM, which must not outlive it
         engine.close()
     return windows, shards
 
 
-async def _window(num_tokens: Callable[[], int], buffer_pid: int | None, seconds: float, warmup_s: float) -> Window:
+async def _window(
+    num_tokens: Callable[[], int], buffer_pid: int | None, seconds: float, warmup_s: float
+) -> Window:
     while not num_tokens():
         await asyncio.sleep(POLL_S)
     await asyncio.sleep(warmup_s)
     before, cpu, started = num_tokens(), _cpu_seconds(buffer_pid), time.monotonic()
     await asyncio.sleep(seconds)
     took_s, after = time.monotonic() - started, num_tokens()
-    return Window(after - before, took_s, {part: value - cpu[part] for part, value in _cpu_seconds(buffer_pid).items()})
+    return Window(
+        after - before,
+        took_s,
+        {part: value - cpu[part] for part, value in _cpu_seconds(buffer_pid).items()},
+    )
 
 
 def _cpu_seconds(buffer_pid: int | None) -> dict[str, float]:
@@ -206,7 +217,9 @@ class _MeteredLink:
 
     def send(self, message: msg.ActorMessage) -> None:
         if isinstance(message, msg.Progress):
-            self.num_tokens += sum(len(chunk.tokens) // 4 for chunk in message.chunks if chunk.sampled)
+            self.num_tokens += sum(
+                len(chunk.tokens) // 4 for chunk in message.chunks if chunk.sampled
+            )
         elif isinstance(message, msg.EngineReport):
             self.reports.append(message)
         elif isinstance(message, msg.PolicyLoaded):
@@ -215,7 +228,13 @@ class _MeteredLink:
 
 
 async def _pipeline(
-    config: Config, engine: Engine, snapshot: bytes, swaps: bool, shards: list[msg.Shard], seconds: float, warmup_s: float
+    config: Config,
+    engine: Engine,
+    snapshot: bytes,
+    swaps: bool,
+    shards: list[msg.Shard],
+    seconds: float,
+    warmup_s: float,
 ) -> Window:
     """One measurement on a buffer of its own."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -226,19 +245,36 @@ async def _pipeline(
             weights=replace(config.weights, every=1 if swaps else NEVER),
         )
         stop = threading.Event()
-        with _buffer(config) as buffer_pid, ActorLink(config.buffer.address, "bench/0", config.buffer.keys) as link:
-            learner = asyncio.create_task(asyncio.to_thread(_acknowledge, config, snapshot, shards, stop))
+        with (
+            _buffer(config) as buffer_pid,
+            ActorLink(config.buffer.address, "bench/0", config.buffer.keys) as link,
+        ):
+            learner = asyncio.create_task(
+                asyncio.to_thread(_acknowledge, config, snapshot, shards, stop)
+            )
             hello = msg.ActorHello(
-                engine_id="bench/0", engine_type=engine_type(config), slots=config.actors.slots, policy_version=-1, pid=os.getpid()
+                engine_id="bench/0",
+                engine_type=engine_type(config),
+                slots=config.actors.slots,
+                policy_version=-1,
+                pid=os.getpid(),
             )
             welcome = await asyncio.to_thread(link.connect, hello, config.buffer.connect_timeout_s)
             metered, environment = _MeteredLink(link), make_environment(config)
-            worker = asyncio.create_task(Worker(config, engine, metered, environment, partial(fetch, keys=config.buffer.keys)).run(welcome))
+            worker = asyncio.create_task(
+                Worker(
+                    config, engine, metered, environment, partial(fetch, keys=config.buffer.keys)
+                ).run(welcome)
+            )
             measuring = asyncio.create_task(_measure_worker(metered, buffer_pid, seconds, warmup_s))
             try:
-                await asyncio.wait({measuring, worker, learner}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    {measuring, worker, learner}, return_when=asyncio.FIRST_COMPLETED
+                )
                 if not measuring.done():  # whoever ended first says why
-                    raise RuntimeError(f"the pipeline ended early: {(learner if learner.done() else worker).result()}")
+                    raise RuntimeError(
+                        f"the pipeline ended early: {(learner if learner.done() else worker).result()}"
+                    )
                 return measuring.result()
             finally:
                 stop.set()
@@ -248,20 +284,30 @@ async def _pipeline(
                 environment.close()
 
 
-async def _measure_worker(link: _MeteredLink, buffer_pid: int, seconds: float, warmup_s: float) -> Window:
+async def _measure_worker(
+    link: _MeteredLink, buffer_pid: int, seconds: float, warmup_s: float
+) -> Window:
     window = await _window(lambda: link.num_tokens, buffer_pid, seconds, warmup_s)
     reports = link.reports[-max(1, int(seconds)) :]  # one a second
     window.busy_frac = sum(report.busy_frac for report in reports) / max(1, len(reports))
     lasted_s = seconds + warmup_s
-    window.num_swaps, window.paused_frac = len(link.swaps), sum(swap.pause_s for swap in link.swaps) / lasted_s
+    window.num_swaps, window.paused_frac = (
+        len(link.swaps),
+        sum(swap.pause_s for swap in link.swaps) / lasted_s,
+    )
     return window
 
 
-def _acknowledge(config: Config, snapshot: bytes, shards: list[msg.Shard], stop: threading.Event) -> None:
+def _acknowledge(
+    config: Config, snapshot: bytes, shards: list[msg.Shard], stop: threading.Event
+) -> None:
     """The learner's part of the conversation, without the learning."""
     with SnapshotServer(config.weights.address, config.buffer.keys) as server:
         with LearnerLink(config.buffer.address, "learner/0", config.buffer.keys) as link:
-            link.connect(msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=os.getpid()), config.buffer.connect_timeout_s)
+            link.connect(
+                msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=os.getpid()),
+                config.buffer.connect_timeout_s,
+            )
             link.send(msg.Published(policy=server.publish(0, snapshot), seconds=0.0))
             for step in itertools.count():
                 link.send(msg.Pull(rank=0, step=step))
@@ -284,7 +330,12 @@ def _buffer(config: Config) -> Iterator[int]:
         file.write(to_yaml(config))
         file.flush()
         command = [sys.executable, "-m", "buffer", "--config", file.name]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, preexec_fn=die_with(os.getpid(), signal.SIGTERM)) as process:
+        with subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            preexec_fn=die_with(os.getpid(), signal.SIGTERM),
+        ) as process:
             try:
                 yield process.pid
             finally:

@@ -35,8 +35,15 @@ Variants = dict[str, list[str]]
 PLAIN = ["darts.policy=plain"]
 SYNC, ASYNC = ["pipeline.mode=sync"], ["pipeline.mode=async"]
 FIXED = ["redundancy.rule=fixed", "redundancy.upper=1.5"]
-ADAPTIVE = ["redundancy.rule=paper", "redundancy.upper=2.0", "redundancy.price=0.6"]  # a mean budget of about 12, as FIXED has
-SPLIT_32 = ["engines.count=12", "learner.gpus=20"]  # the same 32 devices, in two parts about as busy under async plain
+ADAPTIVE = [
+    "redundancy.rule=paper",
+    "redundancy.upper=2.0",
+    "redundancy.price=0.6",
+]  # a mean budget of about 12, as FIXED has
+SPLIT_32 = [
+    "engines.count=12",
+    "learner.gpus=20",
+]  # the same 32 devices, in two parts about as busy under async plain
 # The demo in smaller steps: the 32 responses of a plain one decode where this engine's latency is flat, as on a GPU that is not full.
 FLAT = ["batch.groups=4", "run.steps=128", "optimizer.lr=1e-4"]
 LONGER = [*FLAT, "run.steps=192"]  # still sooner done
@@ -67,7 +74,12 @@ SETS: dict[str, Variants] = {
         "async random of 12": [*ASYNC, *FIXED, "darts.policy=random", *SPLIT_32],
         "async darts, longest": [*ASYNC, *FIXED, "darts.long_end=longest", *SPLIT_32],
         "async darts, fixed 12": [*ASYNC, *FIXED, *SPLIT_32],
-        "async darts, marginal": [*ASYNC, "redundancy.rule=marginal", "redundancy.upper=2.0", *SPLIT_32],
+        "async darts, marginal": [
+            *ASYNC,
+            "redundancy.rule=marginal",
+            "redundancy.upper=2.0",
+            *SPLIT_32,
+        ],
     },
     "rules": {  # on whatever hardware the base has
         "async plain": [*ASYNC, *PLAIN],
@@ -94,12 +106,20 @@ class CompareConfig:
     set: str = key("ablation", "Which variants.", choices=list(SETS))
     base: str = key("configs/simulate/qwen14b.yaml", "Configuration that all variants start from.")
     overrides: list[str] = key([], "key=value overrides of all variants, such as [run.steps=10].")
-    only: list[str] = key([], "Names of the variants to run; empty: all of the set. The first is the reference.")
+    only: list[str] = key(
+        [], "Names of the variants to run; empty: all of the set. The first is the reference."
+    )
     seeds: list[int] = key([0], "Seeds; each variant runs once with each.")
-    live: bool = key(False, "Real runs (tools.launch), one after the other, instead of simulated ones.")
+    live: bool = key(
+        False, "Real runs (tools.launch), one after the other, instead of simulated ones."
+    )
     judge_every: int = key(5, "Live: learner steps between the checkpoints that are judged.", ge=1)
-    judge_samples: int = key(4, "Live: responses per held-out prompt (eval.prompts of them) and checkpoint.", ge=1)
-    margin: float = key(0.02, "Accuracies further apart than this make a difference in time no speedup.", ge=0)
+    judge_samples: int = key(
+        4, "Live: responses per held-out prompt (eval.prompts of them) and checkpoint.", ge=1
+    )
+    margin: float = key(
+        0.02, "Accuracies further apart than this make a difference in time no speedup.", ge=0
+    )
     jobs: int = key(1, "Simulations, or judgements of live runs, at a time.", ge=1)
     out: str = key("runs/compare", "Folder of the table, and of the runs where they are live.")
 
@@ -126,8 +146,14 @@ def run(config: CompareConfig) -> None:
     rows = table(by_variant, config.margin)
     written = {"seeds": config.seeds, "variants": variants, "rows": rows, "results": by_variant}
     (out / "table.json").write_text(json.dumps(written, indent=1) + "\n")
-    kind = "Real runs" if config.live else "Simulated: accuracy is not modelled, and lengths, latencies and learning are assumptions"
-    (out / "table.html").write_text(html(rows, config.set, f"{kind}. {config.base}, seeds {config.seeds}. Means over seeds."))
+    kind = (
+        "Real runs"
+        if config.live
+        else "Simulated: accuracy is not modelled, and lengths, latencies and learning are assumptions"
+    )
+    (out / "table.html").write_text(
+        html(rows, config.set, f"{kind}. {config.base}, seeds {config.seeds}. Means over seeds.")
+    )
     plot_table(rows, out / "table.png")
     if config.live:
         plot_curves(by_variant, out / "curves.png")
@@ -139,7 +165,9 @@ def _chosen(config: CompareConfig) -> Variants:
     known = SETS[config.set]
     unknown = [name for name in config.only if name not in known]
     if unknown:
-        raise ValueError(f"only={unknown[0]!r}: not a variant of set={config.set}; its variants are {', '.join(known)}")
+        raise ValueError(
+            f"only={unknown[0]!r}: not a variant of set={config.set}; its variants are {', '.join(known)}"
+        )
     if not config.seeds:
         raise ValueError("seeds=[]: at least one seed, or nothing runs")
     return {name: known[name] for name in (config.only or known)}
@@ -148,8 +176,12 @@ def _chosen(config: CompareConfig) -> Variants:
 # Running -----------------------------------------------------------------------------------------------------------
 
 
-def _simulation(config: CompareConfig, name: str, values: Sequence[str], seed: int) -> SimulateConfig:
-    loaded: SimulateConfig = cli.load(["--config", config.base, *config.overrides, *values, f"run.seed={seed}"], SimulateConfig)
+def _simulation(
+    config: CompareConfig, name: str, values: Sequence[str], seed: int
+) -> SimulateConfig:
+    loaded: SimulateConfig = cli.load(
+        ["--config", config.base, *config.overrides, *values, f"run.seed={seed}"], SimulateConfig
+    )
     check(loaded)
     return loaded
 
@@ -163,8 +195,22 @@ def _train(config: CompareConfig, name: str, values: Sequence[str], seed: int) -
     run_name = f"{name.replace(',', '').replace(' ', '-')}-{seed}"
     folder = Path(config.out) / run_name
     if not (folder / "report.html").exists():  # a comparison cut short goes on where it was
-        command = [sys.executable, "-m", "tools.launch", "--config", config.base, *config.overrides, *values, *_judged_later(config)]
-        command += [f"run.seed={seed}", f"run.name={run_name}", f"run.dir={config.out}", "launch.progress=none"]
+        command = [
+            sys.executable,
+            "-m",
+            "tools.launch",
+            "--config",
+            config.base,
+            *config.overrides,
+            *values,
+            *_judged_later(config),
+        ]
+        command += [
+            f"run.seed={seed}",
+            f"run.name={run_name}",
+            f"run.dir={config.out}",
+            "launch.progress=none",
+        ]
         command += ["run.resume=true"] if (folder / "config.yaml").exists() else []
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)
@@ -173,12 +219,20 @@ def _train(config: CompareConfig, name: str, values: Sequence[str], seed: int) -
 
 def _judge(folder: Path, num_samples: int) -> None:
     if not (folder / EVALUATIONS).exists():
-        subprocess.run([sys.executable, "-m", "tools.evaluate", str(folder), "--samples", str(num_samples)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "tools.evaluate", str(folder), "--samples", str(num_samples)],
+            check=True,
+        )
 
 
 def _judged_later(config: CompareConfig) -> list[str]:
     """A run keeps what it will be judged by, and is evaluated only before and after: prompts are held out where it is evaluated at all."""
-    return [f"learner.checkpoint_every={config.judge_every}", "learner.keep_checkpoints=1000000", "eval.every=1000000", "eval.samples=1"]
+    return [
+        f"learner.checkpoint_every={config.judge_every}",
+        "learner.keep_checkpoints=1000000",
+        "eval.every=1000000",
+        "eval.samples=1",
+    ]
 
 
 def summarise(run: RunDirectory) -> Row:
@@ -187,9 +241,16 @@ def summarise(run: RunDirectory) -> Row:
     `curve`: for each judged checkpoint the seconds after which it was there, and its accuracy.
     """
     if len(run.metrics) < 2:
-        raise ValueError(f"{run.path}: {len(run.metrics)} steps recorded; a comparison needs at least two")
+        raise ValueError(
+            f"{run.path}: {len(run.metrics)} steps recorded; a comparison needs at least two"
+        )
     seconds, last = run.seconds(), run.metrics[-1]
-    selected = sorted(r["tokens"] for group in run.trained_groups() for r in group["rollouts"] if r["end"].startswith("selected"))
+    selected = sorted(
+        r["tokens"]
+        for group in run.trained_groups()
+        for r in group["rollouts"]
+        if r["end"].startswith("selected")
+    )
     took_s = seconds[-1] - seconds[0]
     judged = [json.loads(line) for line in (run.path / EVALUATIONS).read_text().splitlines()]
     return {
@@ -243,7 +304,10 @@ def table(by_variant: dict[str, list[Row]], margin: float) -> list[Row]:
             values = [result[column] for result in results if column in result]
             if len(values) == len(results):
                 row[column] = fmean(values)
-        ratios = [base["step_s"] / result["step_s"] for base, result in zip(reference, results, strict=True)]
+        ratios = [
+            base["step_s"] / result["step_s"]
+            for base, result in zip(reference, results, strict=True)
+        ]
         row["time_ratio"], row["time_ratio_range"] = fmean(ratios), [min(ratios), max(ratios)]
         row["verdict"] = verdict(row, rows[0] if rows else row, margin)
         rows.append(row)
@@ -264,4 +328,9 @@ def verdict(row: Row, reference: Row, margin: float) -> str:
 
 
 if __name__ == "__main__":
-    cli.main("Runs policies on the same seeds and work, and prints one table.", run, CompareConfig, errors=(subprocess.CalledProcessError,))
+    cli.main(
+        "Runs policies on the same seeds and work, and prints one table.",
+        run,
+        CompareConfig,
+        errors=(subprocess.CalledProcessError,),
+    )

@@ -37,7 +37,11 @@ COLUMNS = {
 
 
 def _cells(row: Row) -> list[str]:
-    return [str(row["variant"]), *(_shown(name, row.get(name)) for name in COLUMNS), str(row["verdict"])]
+    return [
+        str(row["variant"]),
+        *(_shown(name, row.get(name)) for name in COLUMNS),
+        str(row["verdict"]),
+    ]
 
 
 def _shown(name: str, value: float | None) -> str:
@@ -65,7 +69,10 @@ td, th { padding:4px 10px; border-bottom:1px solid #ddd; text-align:right } td:f
 
 def html(rows: Sequence[Row], title: str, lead: str) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in ["variant", *COLUMNS.values(), "verdict"])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
+        for row in rows
+    )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>{PAGE_STYLE}</style>'
         f"<h1>{escape(title)}</h1><p>{escape(lead)}</p>"
@@ -80,14 +87,20 @@ def plot_table(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     names = [str(row["variant"]) for row in rows]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 0.45 * len(rows) + 1.6), sharey=True, layout="constrained")
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(12, 0.45 * len(rows) + 1.6), sharey=True, layout="constrained"
+    )
     below = [row["time_ratio"] - row["time_ratio_range"][0] for row in rows]
     above = [row["time_ratio_range"][1] - row["time_ratio"] for row in rows]
     left.barh(names, [row["time_ratio"] for row in rows], xerr=[below, above], color="#3d5bd9")
     left.axvline(1.0, color="#1d2733", linewidth=0.8)
     left.set_xlabel(f"learner steps per second, over {names[0]} (range over seeds)")
     start = [0.0] * len(rows)
-    for fate, colour in (("trained", "#12876f"), ("discarded", "#e3a11f"), ("cancelled", "#9aa3ad")):
+    for fate, colour in (
+        ("trained", "#12876f"),
+        ("discarded", "#e3a11f"),
+        ("cancelled", "#9aa3ad"),
+    ):
         values = [row[f"tokens/{fate}"] / 1e6 for row in rows]
         right.barh(names, values, left=start, color=colour, label=fate)
         start = [a + b for a, b in zip(start, values, strict=True)]
@@ -109,7 +122,14 @@ def plot_curves(by_variant: dict[str, list[Row]], path: Path) -> None:
     for index, (name, results) in enumerate(by_variant.items()):
         for number, result in enumerate(results):
             times, accuracies = zip(*result["curve"], strict=True)
-            axes.plot(times, accuracies, color=f"C{index}", linewidth=1.4, marker=".", label=name if number == 0 else None)
+            axes.plot(
+                times,
+                accuracies,
+                color=f"C{index}",
+                linewidth=1.4,
+                marker=".",
+                label=name if number == 0 else None,
+            )
     axes.set_xlabel("seconds of training, after the first step")
     axes.set_ylabel("held-out accuracy, temperature of training")
     axes.grid(alpha=0.3)

@@ -33,10 +33,16 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
     """
     config, steps = run_config(run), steps_saved(run)
     if not config.eval.every and not config.data.eval:
-        raise ValueError(f"{run} held no prompts out (eval.every=0, data.eval empty), and what it was trained on judges nobody")
+        raise ValueError(
+            f"{run} held no prompts out (eval.every=0, data.eval empty), and what it was trained on judges nobody"
+        )
     if not steps:
-        raise ValueError(f"{run}/checkpoints holds none: learner.checkpoint_every and learner.keep_checkpoints say what a run keeps")
-    config = replace(config, eval=replace(config.eval, every=1, samples=samples or config.eval.samples))
+        raise ValueError(
+            f"{run}/checkpoints holds none: learner.checkpoint_every and learner.keep_checkpoints say what a run keeps"
+        )
+    config = replace(
+        config, eval=replace(config.eval, every=1, samples=samples or config.eval.samples)
+    )
     rows = []
     unfinished = run / f"{EVALUATIONS}.partial"
     with unfinished.open("w") as file:
@@ -61,27 +67,39 @@ def _judge(config: Config, run: Path, steps: list[int]) -> Iterator[Row]:
     with asyncio.Runner() as runner:
         try:
             for step in steps:
-                state = gather(load_checkpoint(config, run, step), DTYPES[config.model.dtype], keep=True)
+                state = gather(
+                    load_checkpoint(config, run, step), DTYPES[config.model.dtype], keep=True
+                )
                 runner.run(weights.swap(step, safetensors.torch.save(state), engine))
-                yield {"step": step} | runner.run(_answer(config, engine, environment, prompts, step))
+                yield {"step": step} | runner.run(
+                    _answer(config, engine, environment, prompts, step)
+                )
         finally:
             environment.close()
             engine.close()
 
 
-async def _answer(config: Config, engine: Any, environment: Environment, prompts: list[PromptPayload], step: int) -> Row:
+async def _answer(
+    config: Config, engine: Any, environment: Environment, prompts: list[PromptPayload], step: int
+) -> Row:
     """Has every prompt answered `eval.samples` times, with the same seeds at every step."""
 
     async def answer(number: int, prompt: PromptPayload) -> tuple[float, int]:
         ids = environment.render(prompt, engine.tokenizer)
         most = min(config.model.max_context - len(ids), config.sampling.max_tokens)
-        generation = engine.launch(f"{step}/{number}", ids, most, config.run.seed * 1_000_003 + number)
+        generation = engine.launch(
+            f"{step}/{number}", ids, most, config.run.seed * 1_000_003 + number
+        )
         await generation.finished
-        text = engine.tokenizer.decode(generation.tokens, skip_special_tokens=not environment.keep_special_tokens)
+        text = engine.tokenizer.decode(
+            generation.tokens, skip_special_tokens=not environment.keep_special_tokens
+        )
         return await environment.score(prompt, text), len(generation.tokens)
 
     samples = [prompt for prompt in prompts for _ in range(config.eval.samples)]
-    answers = await asyncio.gather(*(answer(number, prompt) for number, prompt in enumerate(samples)))
+    answers = await asyncio.gather(
+        *(answer(number, prompt) for number, prompt in enumerate(samples))
+    )
     lengths = np.array([tokens for _, tokens in answers])
     return {
         "accuracy": float(np.mean([reward for reward, _ in answers])),
@@ -92,9 +110,14 @@ async def _answer(config: Config, engine: Any, environment: Environment, prompts
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description="Judge a run's checkpoints on held-out prompts.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.evaluate",
+        description="Judge a run's checkpoints on held-out prompts.",
+    )
     parser.add_argument("run", type=Path, help="a run's directory, such as runs/demo")
-    parser.add_argument("--samples", type=int, help="responses per prompt; without it, the run's eval.samples")
+    parser.add_argument(
+        "--samples", type=int, help="responses per prompt; without it, the run's eval.samples"
+    )
     given = parser.parse_args()
     try:
         evaluate(given.run, given.samples)

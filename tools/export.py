@@ -17,13 +17,17 @@ from configs.schema import Config
 
 def steps_saved(run: Path) -> list[int]:
     """Steps whose checkpoints the run has kept, ascending."""
-    return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+    return sorted(
+        int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*")
+    )
 
 
 def run_config(run: Path) -> Config:
     """The configuration of a run's directory. ValueError where it is none."""
     if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run} holds no config.yaml: give the directory of a run, such as runs/demo")
+        raise ValueError(
+            f"{run} holds no config.yaml: give the directory of a run, such as runs/demo"
+        )
     return cli.load(["--config", str(run / "config.yaml")])
 
 
@@ -44,9 +48,13 @@ def export(run: Path, target: Path, step: int | None = None) -> int:
     config, saved = run_config(run), steps_saved(run)
     step = saved[-1] if saved and step is None else step
     if step not in saved:
-        raise ValueError(f"{run}: no checkpoint of step {step}; it has {', '.join(map(str, saved)) or 'none'}")
+        raise ValueError(
+            f"{run}: no checkpoint of step {step}; it has {', '.join(map(str, saved)) or 'none'}"
+        )
     if target.exists():
-        raise ValueError(f"{target} exists already: name a folder that does not, or an engine would load two models from one")
+        raise ValueError(
+            f"{target} exists already: name a folder that does not, or an engine would load two models from one"
+        )
     from transformers import AutoTokenizer  # here: --help need not wait for it
 
     from learner.publish import DTYPES
@@ -60,7 +68,10 @@ def export(run: Path, target: Path, step: int | None = None) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.export", description="Write a run's checkpoint as a Hugging Face model folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.export",
+        description="Write a run's checkpoint as a Hugging Face model folder.",
+    )
     parser.add_argument("run", type=Path, help="a run's directory, such as runs/demo")
     parser.add_argument("folder", type=Path, help="where to write the model; must not exist")
     parser.add_argument("--step", type=int, help="which checkpoint; without it, the newest")

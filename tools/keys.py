@@ -31,7 +31,9 @@ def make_keys(folder: Path) -> None:
             f"{folder} already holds {', '.join(existing)}; replacing them would lock out running processes: name another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    umask = os.umask(0o077)  # so that a secret is never readable by others, not even while it is written
+    umask = os.umask(
+        0o077
+    )  # so that a secret is never readable by others, not even while it is written
     try:
         for name in ("server", "client"):
             _, secret = zmq.auth.create_certificates(folder, name)
@@ -41,8 +43,13 @@ def make_keys(folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.keys", description="Make the CURVE keys that a run beyond one machine needs.")
-    parser.add_argument("folder", type=Path, help="where to put them (created; existing keys are never overwritten)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.keys",
+        description="Make the CURVE keys that a run beyond one machine needs.",
+    )
+    parser.add_argument(
+        "folder", type=Path, help="where to put them (created; existing keys are never overwritten)"
+    )
     folder = parser.parse_args().folder
     try:
         make_keys(folder)

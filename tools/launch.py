@@ -33,7 +33,9 @@ from tools.summary import print_summary, resume_hint
 
 POLL_S = 0.1
 MEASURE_S = 1.0
-FAREWELL_S = 20.0  # for the learner to end its step and save, once the buffer has been told to end the run
+FAREWELL_S = (
+    20.0  # for the learner to end its step and save, once the buffer has been told to end the run
+)
 STOP_S = 12.0  # a pool gives its engines 8 seconds
 LEAVE_S = 20.0  # for the others to end by themselves once the buffer has ended the run
 SETTLE_S = 5.0  # for the buffer to end the run once the learner, or the last pool, has ended well
@@ -103,7 +105,9 @@ class Run:
                 self._view.show(snapshot)
             self._listen()
             self.error = self._verdict()
-            if all(child.status is not None for child in self.children) or self._overdue(LEAVE_S, "buffer"):
+            if all(child.status is not None for child in self.children) or self._overdue(
+                LEAVE_S, "buffer"
+            ):
                 return
 
     def _verdict(self) -> str:
@@ -118,16 +122,24 @@ class Run:
             culprit = min(culprits, key=lambda child: child.ended_s)
             for line in culprit.last_lines if len(culprit.last_lines) > 1 else ():
                 self._view.say(f"  {culprit.process.name} | {line}")
-            said = next((line for line in reversed(culprit.last_lines) if line.startswith("error: ")), "")
+            said = next(
+                (line for line in reversed(culprit.last_lines) if line.startswith("error: ")), ""
+            )
             return culprit.end() + (f": {said.removeprefix('error: ')}" if said else "")
-        if not over and (self._overdue(SETTLE_S, "learner") or (all(c.status == 0 for c in pools) and self._overdue(SETTLE_S, "actors"))):
+        if not over and (
+            self._overdue(SETTLE_S, "learner")
+            or (all(c.status == 0 for c in pools) and self._overdue(SETTLE_S, "actors"))
+        ):
             who = next(child for child in self.children if child.status == 0)
             return f"{who.process.name} ({who.process.where}) ended before the run was over"
         return ""
 
     def _overdue(self, grace_s: float, role: str) -> bool:
         """Whether a process of that role ended well so long ago."""
-        return any(c.role == role and c.status == 0 and time.monotonic() - c.ended_s > grace_s for c in self.children)
+        return any(
+            c.role == role and c.status == 0 and time.monotonic() - c.ended_s > grace_s
+            for c in self.children
+        )
 
     def _listen(self) -> None:
         """Take in what the processes printed, how they ended and what they hold."""
@@ -139,7 +151,9 @@ class Run:
                 child.ended_s = now
             for line in child.process.lines():
                 child.last_lines.append(line)
-                if line.startswith(f"{child.role}: "):  # what libraries print is shown only if the process fails
+                if line.startswith(
+                    f"{child.role}: "
+                ):  # what libraries print is shown only if the process fails
                     self._view.say(f"{child.process.name} | {line.removeprefix(f'{child.role}: ')}")
             if measure:
                 child.process.peaks()
@@ -151,14 +165,22 @@ class Run:
         after `FAREWELL_S` is told by signal, after `STOP_S` more, or at a second signal, killed."""
         num_signals = len(self.signals)
         if not self.error:
-            self._end([child for child in self.children if child.role == "buffer"], FAREWELL_S, num_signals)
+            self._end(
+                [child for child in self.children if child.role == "buffer"],
+                FAREWELL_S,
+                num_signals,
+            )
         self._end(self.children, STOP_S, num_signals)
         killed = [child for child in self.children if child.status is None]
         for child in killed:
             child.process.kill()
         self._listen()
         if killed:
-            why = "at once, as asked" if len(self.signals) > num_signals else f"still running after {STOP_S:g} s"
+            why = (
+                "at once, as asked"
+                if len(self.signals) > num_signals
+                else f"still running after {STOP_S:g} s"
+            )
             self._view.say(f"killed {', '.join(child.process.name for child in killed)}: {why}")
 
     def _end(self, told: Sequence[Child], limit_s: float, num_signals: int) -> None:
@@ -167,12 +189,18 @@ class Run:
         for child in told:
             child.process.terminate()
         deadline = time.monotonic() + (limit_s if told else 0.0)
-        while any(child.status is None for child in self.children) and time.monotonic() < deadline and len(self.signals) == num_signals:
+        while (
+            any(child.status is None for child in self.children)
+            and time.monotonic() < deadline
+            and len(self.signals) == num_signals
+        ):
             self._listen()
             time.sleep(POLL_S)
 
     def peaks(self) -> dict[str, int]:
-        return {label: peak for child in self.children for label, peak in child.process.peaks().items()}
+        return {
+            label: peak for child in self.children for label, peak in child.process.peaks().items()
+        }
 
 
 # The run -------------------------------------------------------------------------------------------------------------
@@ -192,7 +220,9 @@ def run_all(config: Config) -> int:
     return conduct(config, host, commands)
 
 
-def conduct(config: Config, host: AbstractContextManager[Host], commands: Sequence[tuple[str, Command]]) -> int:
+def conduct(
+    config: Config, host: AbstractContextManager[Host], commands: Sequence[tuple[str, Command]]
+) -> int:
     """One run of `commands` from start to report."""
     started_s = time.monotonic()
     run_dir = Path(config.run.dir) / config.run.name
@@ -200,7 +230,9 @@ def conduct(config: Config, host: AbstractContextManager[Host], commands: Sequen
     with MonitorLink(next_port(config.buffer.address), config.buffer.keys) as link:
         run = Run(view, link)
         try:
-            view.say(f"starting {', '.join(command.name for _, command in commands)}; the run's directory will be {run_dir}")
+            view.say(
+                f"starting {', '.join(command.name for _, command in commands)}; the run's directory will be {run_dir}"
+            )
             with host as entered:
                 try:
                     run.start(entered, commands)
@@ -213,7 +245,10 @@ def conduct(config: Config, host: AbstractContextManager[Host], commands: Sequen
         print(f"interrupted: everything has ended. {resume_hint(run_dir)}")
         return 128 + run.signals[0]
     if run.error:
-        print(f"error: {run.error}\nThe run stopped; everything has ended. {resume_hint(run_dir)}", file=sys.stderr)
+        print(
+            f"error: {run.error}\nThe run stopped; everything has ended. {resume_hint(run_dir)}",
+            file=sys.stderr,
+        )
         return 1
     print_summary(run_dir, run.peaks(), time.monotonic() - started_s)
     return 0

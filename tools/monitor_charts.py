@@ -52,11 +52,16 @@ def nice_ceiling(value: int) -> int:
     return ceiling
 
 
-def stacked_columns(layers: Sequence[Sequence[int]], inks: Sequence[Ink], width: int, height: int, color: bool) -> list[Text]:
+def stacked_columns(
+    layers: Sequence[Sequence[int]], inks: Sequence[Ink], width: int, height: int, color: bool
+) -> list[Text]:
     """`layers[k][bin]` counts, the first layer at the bottom; the highest column fills `height`."""
     columns = list(zip(*layers, strict=True))
     merged = -(-len(columns) // max(width, 1)) or 1
-    columns = [[sum(layer) for layer in zip(*columns[start : start + merged], strict=True)] for start in range(0, len(columns), merged)]
+    columns = [
+        [sum(layer) for layer in zip(*columns[start : start + merged], strict=True)]
+        for start in range(0, len(columns), merged)
+    ]
     pitch = width // max(len(columns), 1)
     solid = pitch - 1 if pitch > 2 else pitch
     highest = max((sum(column) for column in columns), default=0)
@@ -72,7 +77,9 @@ def stacked_columns(layers: Sequence[Sequence[int]], inks: Sequence[Ink], width:
     return lines
 
 
-def _cell(column: Sequence[int], inks: Sequence[Ink], row: int, scale: float, color: bool) -> tuple[str, str]:
+def _cell(
+    column: Sequence[int], inks: Sequence[Ink], row: int, scale: float, color: bool
+) -> tuple[str, str]:
     """The character of one cell, `row` rows above the ground: the lower of its layers as ink, the one above it as paper."""
     tops, top = [], 0.0
     for count in column:
@@ -80,14 +87,26 @@ def _cell(column: Sequence[int], inks: Sequence[Ink], row: int, scale: float, co
         tops.append(top)
     if 0 < top < 0.125 and row == 0:  # one rollout among thousands is still there
         tops[next(layer for layer, count in enumerate(column) if count)] = top = 0.125
-    inside = [layer for layer, edge in enumerate(tops) if column[layer] and edge > row and edge - column[layer] * scale < row + 1]
+    inside = [
+        layer
+        for layer, edge in enumerate(tops)
+        if column[layer] and edge > row and edge - column[layer] * scale < row + 1
+    ]
     if not inside:
         return " ", ""
     if not color:
         middle = next((layer for layer in inside if tops[layer] >= row + 0.5), None)
-        return (inks[middle].letter, "") if middle is not None else (inks[inside[0]].letter, "") if row == 0 else (" ", "")
+        return (
+            (inks[middle].letter, "")
+            if middle is not None
+            else (inks[inside[0]].letter, "")
+            if row == 0
+            else (" ", "")
+        )
     eighths = [round(8 * (min(tops[layer], row + 1) - row)) for layer in inside]
-    visible = next((index for index, top in enumerate(eighths) if top), 0)  # a layer thinner than an eighth gives way to the next
+    visible = next(
+        (index for index, top in enumerate(eighths) if top), 0
+    )  # a layer thinner than an eighth gives way to the next
     lower, above = inks[inside[visible]], inside[visible + 1 :]
     if eighths[visible] >= 8 or not above:
         return EIGHTHS[max(eighths[visible], 1)], lower.color
@@ -103,7 +122,9 @@ def growing_bars(bars: Sequence[Bar], scale: int, mark: int, width: int, color: 
     """Horizontal bars, two to a line in colour, one without; `scale` is the length that fills `width`, `mark` is drawn across."""
     per_line = bars_per_line(color)
     inks = [bar.ink.shaded() if place % per_line else bar.ink for place, bar in enumerate(bars)]
-    lengths = [min(width, max(1, round(bar.length * width / scale))) if bar.length else 0 for bar in bars]
+    lengths = [
+        min(width, max(1, round(bar.length * width / scale))) if bar.length else 0 for bar in bars
+    ]
     mark_at = min(width - 1, round(mark * width / scale)) if mark else -1
     lines = []
     for start in range(0, len(bars), per_line):
@@ -136,23 +157,34 @@ def race_track(bars: Sequence[Bar], scale: int, mark: int, width: int, color: bo
         cells[min(width - 1, mark * width // scale)] = ("│", "bright_white" if color else "")
     for bar in sorted(bars):
         if bar.length:
-            cells[min(width - 1, bar.length * width // scale)] = ("●", bar.ink.color) if color else (bar.ink.letter, "")
+            cells[min(width - 1, bar.length * width // scale)] = (
+                ("●", bar.ink.color) if color else (bar.ink.letter, "")
+            )
     return _joined(cells)
 
 
 def _joined(cells: Sequence[tuple[str, str]]) -> Text:
     """Cells of one style in a row become one span: drawing costs by the span."""
     runs = groupby(cells, key=lambda cell: cell[1])
-    return Text.assemble(*(("".join(character for character, _ in run), style) for style, run in runs))
+    return Text.assemble(
+        *(("".join(character for character, _ in run), style) for style, run in runs)
+    )
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
     """Heights from the lowest value to the highest; exactly `width` characters."""
     if not values:
         return " " * width
-    picked = [values[index * len(values) // width] for index in range(width)] if len(values) > width else list(values)
+    picked = (
+        [values[index * len(values) // width] for index in range(width)]
+        if len(values) > width
+        else list(values)
+    )
     low, high = min(picked), max(picked)
-    marks = (EIGHTHS[1 + round(7 * (value - low) / (high - low))] if high > low else EIGHTHS[1] for value in picked)
+    marks = (
+        EIGHTHS[1 + round(7 * (value - low) / (high - low))] if high > low else EIGHTHS[1]
+        for value in picked
+    )
     return "".join(marks).ljust(width)
 
 

@@ -70,7 +70,9 @@ def frame(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]
     else:
         lines = _columns(snapshot, view, width, body, NARROW_LAYOUT)
     lines = [*head, *lines, *[Text()] * max(0, body - len(lines))][: height - 1]
-    keys = "q quit   ? help   ↑↓ prompt   ←→ group   s order" + ("   space +- speed" if view.source.startswith("replay") else "")
+    keys = "q quit   ? help   ↑↓ prompt   ←→ group   s order" + (
+        "   space +- speed" if view.source.startswith("replay") else ""
+    )
     return [fitted(line, width) for line in [*lines, Text(keys, style(view, DIM))]][:height]
 
 
@@ -78,10 +80,15 @@ def pressed(view: View, key: str, snapshot: Snapshot) -> View:
     """The view after a key: "up", "down", "left", "right", or a character. Unknown keys change nothing."""
     if key in ("up", "k", "down", "j"):
         ids = [prompt.prompt_id for prompt in ordered(snapshot.prompts, view.order)]
-        return replace(view, prompt_id=_neighbour(ids, view.prompt_id, -1 if key in ("up", "k") else 1, ""))
+        return replace(
+            view, prompt_id=_neighbour(ids, view.prompt_id, -1 if key in ("up", "k") else 1, "")
+        )
     if key in ("left", "h", "right", "l"):
         group_ids = [group.group_id for group in snapshot.groups]
-        return replace(view, group_id=_neighbour(group_ids, view.group_id, -1 if key in ("left", "h") else 1, -1))
+        return replace(
+            view,
+            group_id=_neighbour(group_ids, view.group_id, -1 if key in ("left", "h") else 1, -1),
+        )
     if key == "s":
         return replace(view, order=ORDERS[(ORDERS.index(view.order) + 1) % len(ORDERS)])
     return replace(view, help=not view.help) if key == "?" else view
@@ -93,9 +100,15 @@ def header(snapshot: Snapshot, view: View, width: int) -> list[Text]:
     name.truncate(max(width // 3, 4), overflow="ellipsis")
     name.append(" ")
     facts = [Text(view.source, style(view, "#eeb02e"))] if view.source else []
-    facts += [Text(printable(snapshot.phase), style(view, TITLE)), Text(f"step {snapshot.step}/{snapshot.steps}")]
+    facts += [
+        Text(printable(snapshot.phase), style(view, TITLE)),
+        Text(f"step {snapshot.step}/{snapshot.steps}"),
+    ]
     facts += [Text(f"version {snapshot.policy_version}"), Text(f"lag ≤ {snapshot.max_lag}")]
-    facts += [Text(f"groups {snapshot.groups_open} open, {snapshot.groups_ready} ready"), Text(f"{snapshot.bytes_held / 1e6:.1f} MB held")]
+    facts += [
+        Text(f"groups {snapshot.groups_open} open, {snapshot.groups_ready} ready"),
+        Text(f"{snapshot.bytes_held / 1e6:.1f} MB held"),
+    ]
     facts += [Text(_clock(snapshot.time_s), style(view, DIM))]
     metrics = [
         Text.assemble((f"{name} ", style(view, DIM)), form.format(snapshot.metrics[key]))
@@ -105,9 +118,15 @@ def header(snapshot: Snapshot, view: View, width: int) -> list[Text]:
     if snapshot.phase == "done":
         third = Text(" the run is done", style(view, "#2fbf9b"))
     elif view.silent_s >= SILENCE_S:
-        third = Text(f" no news for {view.silent_s:.0f} s: this is the last that was heard", style(view, "bold #f0604d"))
+        third = Text(
+            f" no news for {view.silent_s:.0f} s: this is the last that was heard",
+            style(view, "bold #f0604d"),
+        )
     else:
-        third = Text(f" {printable(snapshot.waiting) or 'nobody waits'}", style(view, "#eeb02e" if snapshot.waiting else DIM))
+        third = Text(
+            f" {printable(snapshot.waiting) or 'nobody waits'}",
+            style(view, "#eeb02e" if snapshot.waiting else DIM),
+        )
     return [
         fitted(line, width)
         for line in (
@@ -141,15 +160,22 @@ WIDE_LAYOUT: Layout = [
 def titled(panel: Panel, snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
     """A panel below its title; exactly `height` lines."""
     title = TITLES[panel](snapshot, view)
-    rule = Text.assemble((title + " ", style(view, TITLE)), ("─" * max(0, width - len(title) - 1), style(view, DIM)))
+    rule = Text.assemble(
+        (title + " ", style(view, TITLE)), ("─" * max(0, width - len(title) - 1), style(view, DIM))
+    )
     lines = panel(snapshot, view, width, height - 1)[: max(height - 1, 0)]
-    return [fitted(line, width) for line in [rule, *lines, *[Text()] * (height - 1 - len(lines))]][:height]
+    return [fitted(line, width) for line in [rule, *lines, *[Text()] * (height - 1 - len(lines))]][
+        :height
+    ]
 
 
 def _columns(snapshot: Snapshot, view: View, width: int, height: int, layout: Layout) -> list[Text]:
     gap = 2
     inner = width - gap * (len(layout) - 1)
-    widths = [inner * (place + 1) // len(layout) - inner * place // len(layout) for place in range(len(layout))]
+    widths = [
+        inner * (place + 1) // len(layout) - inner * place // len(layout)
+        for place in range(len(layout))
+    ]
     blocks: list[list[Text]] = []
     for column, column_width in zip(layout, widths, strict=True):
         total, used, block = sum(share for _, share in column), 0.0, []
@@ -169,4 +195,8 @@ def _neighbour(ids: list, current: object, step: int, none: object):
 
 
 def _clock(seconds: float) -> str:
-    return strftime("%H:%M:%S", localtime(seconds)) if seconds > 1e8 else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+    return (
+        strftime("%H:%M:%S", localtime(seconds))
+        if seconds > 1e8
+        else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+    )

@@ -57,22 +57,41 @@ def snapshots(run: RunDirectory) -> list[Snapshot]:
         raise ValueError(f"{run.path} cannot be played: {' '.join(run.problems)}")
     frames, first = [], 0
     for row, seconds, last in zip(run.metrics, run.seconds(), _ends_of_steps(run), strict=True):
-        frames.append(_snapshot(run, row, seconds, run.groups[first:last], run.groups[max(0, last - WINDOW_GROUPS) : last]))
+        frames.append(
+            _snapshot(
+                run,
+                row,
+                seconds,
+                run.groups[first:last],
+                run.groups[max(0, last - WINDOW_GROUPS) : last],
+            )
+        )
         first = last
     return frames
 
 
 def _ends_of_steps(run: RunDirectory) -> list[int]:
     """For each row of metrics the number of ledger rows up to its step: the ledger is in order, and a step trains on a fixed number."""
-    per_step = run.setting("batch.groups") or max(1, round(len(run.trained_groups()) / len(run.metrics)))
+    per_step = run.setting("batch.groups") or max(
+        1, round(len(run.trained_groups()) / len(run.metrics))
+    )
     shipped = [place + 1 for place, group in enumerate(run.groups) if group["end"] == "shipped"]
-    ends = [shipped[min((step + 1) * per_step, len(shipped)) - 1] if shipped else 0 for step in range(len(run.metrics))]
+    ends = [
+        shipped[min((step + 1) * per_step, len(shipped)) - 1] if shipped else 0
+        for step in range(len(run.metrics))
+    ]
     return [*ends[:-1], len(run.groups)]
 
 
-def _snapshot(run: RunDirectory, row: Row, seconds: float, closed: list[Row], recent: list[Row]) -> Snapshot:
+def _snapshot(
+    run: RunDirectory, row: Row, seconds: float, closed: list[Row], recent: list[Row]
+) -> Snapshot:
     bound = run.setting("staleness.max_lag")
-    spans = [group["shipped_version"] - group["opened_version"] for group in recent if group["end"] == "shipped"]
+    spans = [
+        group["shipped_version"] - group["opened_version"]
+        for group in recent
+        if group["end"] == "shipped"
+    ]
     last_step = row is run.metrics[-1]
     return Snapshot(
         time_s=seconds,
@@ -82,7 +101,9 @@ def _snapshot(run: RunDirectory, row: Row, seconds: float, closed: list[Row], re
         steps=int(run.setting("run.steps") or len(run.metrics)),
         policy_version=int(row.get("policy_version", 0)),
         max_lag=int(bound) if is_number(bound) else max(spans, default=0),
-        waiting=f"the learner waited {row['wait/learner_s']:.1f} s in this step" if is_number(row.get("wait/learner_s")) else "",
+        waiting=f"the learner waited {row['wait/learner_s']:.1f} s in this step"
+        if is_number(row.get("wait/learner_s"))
+        else "",
         groups_open=0,
         groups_ready=0,
         bytes_held=0,
@@ -106,9 +127,15 @@ def _histogram(groups: list[Row]) -> dict[str, list[int]]:
 
 
 def _group_view(group: Row) -> GroupView:
-    shorts = [rollout["tokens"] for rollout in _rollouts(group) if rollout["end"] == "selected_short"]
+    shorts = [
+        rollout["tokens"] for rollout in _rollouts(group) if rollout["end"] == "selected_short"
+    ]
     views = [
-        RolloutView(rollout_id=rollout.get("rollout_id", place), tokens=rollout["tokens"], state=rollout["end"])
+        RolloutView(
+            rollout_id=rollout.get("rollout_id", place),
+            tokens=rollout["tokens"],
+            state=rollout["end"],
+        )
         for place, rollout in enumerate(_rollouts(group))
     ]
     return GroupView(
@@ -131,7 +158,9 @@ def _prompt_views(groups: list[Row]) -> list[PromptView]:
             logs = [log(max(length, 1)) for length in right + wrong]
             views[str(group["prompt_id"])] = PromptView(
                 prompt_id=str(group["prompt_id"]),
-                spread=pstdev(logs),  # of those that finished alone, so lower than what the buffer knows
+                spread=pstdev(
+                    logs
+                ),  # of those that finished alone, so lower than what the buffer knows
                 budget=group["budget"],
                 pass_rate=fmean(rollout["reward"] > 0.5 for rollout in ended),
                 lengths_right=right,
@@ -141,4 +170,8 @@ def _prompt_views(groups: list[Row]) -> list[PromptView]:
 
 
 def _rollouts(group: Row) -> list[Row]:
-    return [rollout for rollout in group["rollouts"] if isinstance(rollout.get("tokens"), int) and isinstance(rollout.get("end"), str)]
+    return [
+        rollout
+        for rollout in group["rollouts"]
+        if isinstance(rollout.get("tokens"), int) and isinstance(rollout.get("end"), str)
+    ]

@@ -32,7 +32,9 @@ Order = Literal["spread", "budget", "pass_rate"]
 
 RIGHT, WRONG = Ink("#2fbf9b", "+"), Ink("#f0604d", "-")
 RUNNING, ENDED = Ink("#4cc3f7", ">"), Ink("#a7e3c4", "=")
-STATE_INKS = {name: Ink(fate.on_screen, fate.letter) for name, fate in FATES.items()} | {"running": RUNNING}
+STATE_INKS = {name: Ink(fate.on_screen, fate.letter) for name, fate in FATES.items()} | {
+    "running": RUNNING
+}
 DIM, TITLE = "bright_black", "bold"
 
 
@@ -52,8 +54,12 @@ class View:
 def ordered(prompts: list[PromptView], order: Order) -> list[PromptView]:
     """Largest spread or budget first; lowest pass rate first. Ties by id, so that rows do not jump."""
     sign = 1 if order == "pass_rate" else -1
-    latest = {prompt.prompt_id: prompt for prompt in prompts}  # a prompt drawn again replaces itself
-    return sorted(latest.values(), key=lambda prompt: (sign * getattr(prompt, order), prompt.prompt_id))
+    latest = {
+        prompt.prompt_id: prompt for prompt in prompts
+    }  # a prompt drawn again replaces itself
+    return sorted(
+        latest.values(), key=lambda prompt: (sign * getattr(prompt, order), prompt.prompt_id)
+    )
 
 
 def pattern(prompt: PromptView) -> str:
@@ -69,16 +75,35 @@ def pattern(prompt: PromptView) -> str:
 def lengths_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
     """Ends of recent rollouts by length, stacked by fate, with a legend that counts them."""
     names = [name for name in FATES if name in snapshot.histogram]
-    filled = [place for place, counts in enumerate(zip(*(snapshot.histogram[name] for name in names), strict=True)) if any(counts)]
+    filled = [
+        place
+        for place, counts in enumerate(
+            zip(*(snapshot.histogram[name] for name in names), strict=True)
+        )
+        if any(counts)
+    ]
     if not filled:
         return [Text("no group has closed yet", style(view, DIM))]
     shown = slice(filled[0], filled[-1] + 1)
-    layers, inks = [snapshot.histogram[name][shown] for name in names], [_ink(name) for name in names]
-    present = [(FATES[name], ink, sum(layer)) for name, layer, ink in zip(names, layers, inks, strict=True) if any(layer)]
+    layers, inks = (
+        [snapshot.histogram[name][shown] for name in names],
+        [_ink(name) for name in names],
+    )
+    present = [
+        (FATES[name], ink, sum(layer))
+        for name, layer, ink in zip(names, layers, inks, strict=True)
+        if any(layer)
+    ]
     texts = [[f"{fate.label} {count}" for fate, _, count in present]]
     texts += [[f"{fate.label.removeprefix('selected, ')} {count}" for fate, _, count in present]]
-    texts += [[f"{fate.short} {count}" for fate, _, count in present], [fate.short for fate, _, _ in present]]
-    legends = [_legend([(text, ink) for text, (_, ink, _) in zip(words, present, strict=True)], view) for words in texts]
+    texts += [
+        [f"{fate.short} {count}" for fate, _, count in present],
+        [fate.short for fate, _, _ in present],
+    ]
+    legends = [
+        _legend([(text, ink) for text, (_, ink, _) in zip(words, present, strict=True)], view)
+        for words in texts
+    ]
     legend = next((legend for legend in legends if legend.cell_len <= width), legends[-1])
     return [
         legend,
@@ -97,7 +122,10 @@ def groups_panel(snapshot: Snapshot, view: View, width: int, height: int) -> lis
     bar_lines = [-(-len(group.rollouts) // bars_per_line(view.color)) for group in groups]
     rows, drawn_in_full = min(len(groups), height), 0
     least_tracks = min(len(groups) - 1, 1)
-    while drawn_in_full < len(groups) and drawn_in_full + 1 + least_tracks + sum(bar_lines[: drawn_in_full + 1]) <= height:
+    while (
+        drawn_in_full < len(groups)
+        and drawn_in_full + 1 + least_tracks + sum(bar_lines[: drawn_in_full + 1]) <= height
+    ):
         drawn_in_full += 1
     lines: list[Text] = []
     for place, group in enumerate(groups[:rows]):
@@ -110,7 +138,9 @@ def prompts_panel(snapshot: Snapshot, view: View, width: int, height: int) -> li
     """Recently closed prompts; the chosen row stays in sight."""
     spark = min(width - 44, 24) if width >= 54 else 0
     name = max(6, min(width - 28 - (2 + spark if spark else 0), 24))
-    heading = f"{'prompt':<{name}}{'spread':>7}{'budget':>7}{'pass':>6}{'pattern':>8}" + ("  lengths" if spark else "")
+    heading = f"{'prompt':<{name}}{'spread':>7}{'budget':>7}{'pass':>6}{'pattern':>8}" + (
+        "  lengths" if spark else ""
+    )
     lines = [Text(heading[:width], style(view, DIM))]
     prompts = ordered(snapshot.prompts, view.order)
     if not prompts:
@@ -124,7 +154,9 @@ def prompts_panel(snapshot: Snapshot, view: View, width: int, height: int) -> li
         row = f"{label}{prompt.spread:>7.2f}{prompt.budget:>7}{prompt.pass_rate:>6.0%}{pattern(prompt) or '–':>8}"
         lengths = prompt.lengths_right + prompt.lengths_wrong
         if spark and lengths:
-            row += "  " + sparkline(counts_in_log_bins(lengths, min(lengths), max(lengths), spark), spark)
+            row += "  " + sparkline(
+                counts_in_log_bins(lengths, min(lengths), max(lengths), spark), spark
+            )
         lines.append(fitted(Text(row), width))
         if prompt is chosen:
             lines[-1].stylize(style(view, "reverse"))
@@ -149,12 +181,23 @@ def prompt_panel(snapshot: Snapshot, view: View, width: int, height: int) -> lis
     if not lengths:
         return [Text("nothing finished", style(view, DIM))]
     parts = (("right", prompt.lengths_right, RIGHT), ("wrong", prompt.lengths_wrong, WRONG))
-    legend = _legend([(f"{len(values)} {name}, mean {fmean(values):.0f}", ink) for name, values, ink in parts if values], view)
+    legend = _legend(
+        [
+            (f"{len(values)} {name}, mean {fmean(values):.0f}", ink)
+            for name, values, ink in parts
+            if values
+        ],
+        view,
+    )
     bins = max(4, min(24, width // 3))
     low, high = max(min(lengths), 1), max(*lengths, min(lengths) + 1, 2)
     layers = [counts_in_log_bins(values, low, high, bins) for _, values, _ in parts]
     edges = [round(low * (high / low) ** (place / bins)) for place in range(bins + 1)]
-    return [legend, *stacked_columns(layers, [RIGHT, WRONG], width, max(height - 2, 1), view.color), _axis(edges, bins, width, view)]
+    return [
+        legend,
+        *stacked_columns(layers, [RIGHT, WRONG], width, max(height - 2, 1), view.color),
+        _axis(edges, bins, width, view),
+    ]
 
 
 def lag_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
@@ -165,7 +208,13 @@ def lag_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[T
     counts = [snapshot.lags.count(lag) for lag in range(last + 1)]
     within = [count if lag <= snapshot.max_lag else 0 for lag, count in enumerate(counts)]
     beyond = [count if lag > snapshot.max_lag else 0 for lag, count in enumerate(counts)]
-    chart = stacked_columns([within, beyond], [Ink("#6f8cff", "#"), Ink("#f0604d", "!")], width, max(height - 1, 1), view.color)
+    chart = stacked_columns(
+        [within, beyond],
+        [Ink("#6f8cff", "#"), Ink("#f0604d", "!")],
+        width,
+        max(height - 1, 1),
+        view.color,
+    )
     return [*chart, _axis(list(range(last + 2)), last + 1, width, view, every=True)]
 
 
@@ -174,7 +223,12 @@ def engines_panel(snapshot: Snapshot, view: View, width: int, height: int) -> li
     if not snapshot.engines:
         return [
             Text(
-                "none: " + ("a ledger keeps no engine states" if view.source.startswith("replay") else "no actor has joined"),
+                "none: "
+                + (
+                    "a ledger keeps no engine states"
+                    if view.source.startswith("replay")
+                    else "no actor has joined"
+                ),
                 style(view, DIM),
             )
         ]
@@ -186,11 +240,16 @@ def engines_panel(snapshot: Snapshot, view: View, width: int, height: int) -> li
         line.append(f" {f'{engine.in_flight}/{engine.slots}':>7} ")
         if gauge:
             full = round(gauge * min(engine.in_flight / max(engine.slots, 1), 1))
-            line.append("━" * full, style(view, RUNNING.color)).append("─" * (gauge - full) + " ", style(view, DIM))
+            line.append("━" * full, style(view, RUNNING.color)).append(
+                "─" * (gauge - full) + " ", style(view, DIM)
+            )
         line.append(f"{engine.tokens_per_s:>6.0f}/s v{engine.policy_version:<3} ")
         latencies = [latency for _, latency in sorted(engine.curve)]
         spark = max(0, min(12, width - line.cell_len - (22 if gauge else 1)))
-        line.append(sparkline(latencies, min(spark, len(latencies))) if latencies else "", style(view, "#eeb02e"))
+        line.append(
+            sparkline(latencies, min(spark, len(latencies))) if latencies else "",
+            style(view, "#eeb02e"),
+        )
         if latencies and gauge:
             line.append(f" {min(latencies):.1f}–{max(latencies):.1f} ms/token", style(view, DIM))
         lines.append(line)
@@ -201,10 +260,23 @@ def engines_panel(snapshot: Snapshot, view: View, width: int, height: int) -> li
 def _group_line(group: GroupView, width: int, view: View, track: bool) -> Text:
     states = [rollout.state for rollout in group.rollouts]
     running, cancelled = states.count("running"), states.count("cancelled")
-    line = fitted(Text(printable(group.prompt_id), "bold" if not track and view.color else ""), min(16, max(width // 4, 4)))
-    line.append(f" {len(states) - running - cancelled:>2}/{group.budget:<2}" + (" " if track else ""))
+    line = fitted(
+        Text(printable(group.prompt_id), "bold" if not track and view.color else ""),
+        min(16, max(width // 4, 4)),
+    )
+    line.append(
+        f" {len(states) - running - cancelled:>2}/{group.budget:<2}" + (" " if track else "")
+    )
     if track:
-        line.append_text(race_track(_rollout_bars(group), _scale(group), group.cut, max(width - line.cell_len, 4), view.color))
+        line.append_text(
+            race_track(
+                _rollout_bars(group),
+                _scale(group),
+                group.cut,
+                max(width - line.cell_len, 4),
+                view.color,
+            )
+        )
         return line
     facts = [line]
     if group.cut:
@@ -247,7 +319,12 @@ def _axis(edges: list[int], bins: int, width: int, view: View, every: bool = Fal
 
 def _legend(parts: list[tuple[str, Ink]], view: View) -> Text:
     """Words in the colour of what they name, or after its letter."""
-    return Text("  ").join([Text(text if view.color else f"{ink.letter} {text}", style(view, ink.color)) for text, ink in parts])
+    return Text("  ").join(
+        [
+            Text(text if view.color else f"{ink.letter} {text}", style(view, ink.color))
+            for text, ink in parts
+        ]
+    )
 
 
 def as_many_as_fit(parts: list[Text], width: int) -> Text:

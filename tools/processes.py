@@ -81,7 +81,9 @@ class LocalHost:
 
     def start(self, command: Command) -> LocalProcess:
         """Call it from a thread that lives as long as the run: the kernel ends the child with the thread that started it."""
-        return LocalProcess(command, [argument.replace(CONFIG, str(self._config)) for argument in command.arguments])
+        return LocalProcess(
+            command, [argument.replace(CONFIG, str(self._config)) for argument in command.arguments]
+        )
 
     def close(self) -> None:
         self._folder.cleanup()
@@ -112,7 +114,9 @@ class LocalProcess:
         self._psutil = psutil.Process(self._popen.pid)
         self._lines: deque[str] = deque()
         self._peaks: dict[tuple[int, str], int] = {}
-        self._reader = threading.Thread(target=self._read, name=f"output of {command.name}", daemon=True)
+        self._reader = threading.Thread(
+            target=self._read, name=f"output of {command.name}", daemon=True
+        )
         self._reader.start()
 
     def _read(self) -> None:
@@ -136,14 +140,23 @@ class LocalProcess:
             for process in self._tree():
                 self._note_peak(process)
         peaks: dict[str, int] = {}
-        for (_, label), peak in self._peaks.items():  # of several alike, a restarted engine say, the largest
+        for (
+            _,
+            label,
+        ), peak in self._peaks.items():  # of several alike, a restarted engine say, the largest
             peaks[label] = max(peak, peaks.get(label, 0))
         return peaks
 
     def _note_peak(self, process: psutil.Process) -> None:
         try:
-            high_water = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-            label = self.name if process == self._psutil else what_is(process.name(), process.cmdline(), self.name)
+            high_water = re.search(
+                r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()
+            )
+            label = (
+                self.name
+                if process == self._psutil
+                else what_is(process.name(), process.cmdline(), self.name)
+            )
         except (OSError, psutil.Error):
             return  # it ended just now
         if high_water and int(high_water[1]) * 1024 > SMALL_BYTES:
@@ -169,7 +182,12 @@ class LocalProcess:
 def what_is(title: str, arguments: list[str], root: str) -> str:
     """A descendant in the user's words."""
     line = " ".join([title, *arguments])
-    parts = {"VLLM::EngineCore": "engine core", "VLLM::Worker": "engine worker", "actors.": "engine front end", "learner": "rank"}
+    parts = {
+        "VLLM::EngineCore": "engine core",
+        "VLLM::Worker": "engine worker",
+        "actors.": "engine front end",
+        "learner": "rank",
+    }
     return f"{root} {next((part for sign, part in parts.items() if sign in line), 'helper')}"
 
 
@@ -180,7 +198,9 @@ def die_with(parent: int, number: int) -> Callable[[], None]:
     """To be called in a new child: the kernel sends it signal `number` when the thread that started it ends."""
 
     def arm() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started it may have blocked signals
+        signal.pthread_sigmask(
+            signal.SIG_SETMASK, ()
+        )  # whoever started it may have blocked signals
         LIBC.prctl(PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it ended before we could ask
             os._exit(1)
@@ -197,7 +217,9 @@ def guarded(run: Callable[[], int]) -> int:
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
     guard = os.getpid()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # what arrives before both sides are ready must not be lost
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, numbers
+    )  # what arrives before both sides are ready must not be lost
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -217,7 +239,10 @@ def guarded(run: Callable[[], int]) -> int:
         signal.signal(number, signal.SIG_IGN)  # nobody is left to be told
     _end_adopted()
     if status < 0:
-        print(f"error: the launcher was killed by {signal.Signals(-status).name}; everything that it started has ended", file=sys.stderr)
+        print(
+            f"error: the launcher was killed by {signal.Signals(-status).name}; everything that it started has ended",
+            file=sys.stderr,
+        )
         return 128 - status
     return status
 

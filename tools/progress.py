@@ -20,7 +20,10 @@ from rich.text import Text
 
 from buffer.messages import Snapshot
 
-PLAIN_STEPS, PLAIN_S = 5, 10.0  # a plain line after so many steps, or so many seconds if a step was taken
+PLAIN_STEPS, PLAIN_S = (
+    5,
+    10.0,
+)  # a plain line after so many steps, or so many seconds if a step was taken
 PLAIN_IDLE_S = 30.0  # while no step is taken
 ETA_STEPS = 3  # steps to have seen before guessing when it ends
 
@@ -52,16 +55,24 @@ def clock(seconds: float) -> str:
 class Pace:
     """When the run will end, from the steps taken since this launch."""
 
-    first: tuple[float, int] | None = None  # (time_s, step) once the first step was taken: those before it wait for engines
+    first: tuple[float, int] | None = (
+        None  # (time_s, step) once the first step was taken: those before it wait for engines
+    )
 
     def eta(self, snapshot: Snapshot) -> str:
         """ "" until enough was seen. The last evaluation is not in it."""
         if self.first is None and state(snapshot) == "training":
             self.first = (snapshot.time_s, snapshot.step)
-        if self.first is None or snapshot.step - self.first[1] < ETA_STEPS or snapshot.step >= snapshot.steps:
+        if (
+            self.first is None
+            or snapshot.step - self.first[1] < ETA_STEPS
+            or snapshot.step >= snapshot.steps
+        ):
             return ""
         time_s, step = self.first
-        left_s = (snapshot.steps - snapshot.step) * (snapshot.time_s - time_s) / (snapshot.step - step)
+        left_s = (
+            (snapshot.steps - snapshot.step) * (snapshot.time_s - time_s) / (snapshot.step - step)
+        )
         return f"{clock(left_s)} left"
 
 
@@ -91,7 +102,9 @@ def outcome_facts(metrics: dict[str, float], evaluations: dict[int, float]) -> l
     if "reward/mean" in metrics:
         facts.append(f"reward {metrics['reward/mean']:.2f}")
     if "length/selected_mean" in metrics:
-        facts.append(f"length {metrics['length/selected_mean']:.0f} mean, {metrics['length/selected_p99']:.0f} p99")
+        facts.append(
+            f"length {metrics['length/selected_mean']:.0f} mean, {metrics['length/selected_p99']:.0f} p99"
+        )
     return facts
 
 
@@ -105,7 +118,11 @@ def flow_facts(snapshot: Snapshot) -> list[str]:
     if snapshot.engines:
         facts.append(f"{sum(engine.tokens_per_s for engine in snapshot.engines):,.0f} tokens/s")
         busy = f"{100 * fmean(engine.busy_frac for engine in snapshot.engines):.0f} % busy"
-        facts.append(f"engine {busy}" if len(snapshot.engines) == 1 else f"{len(snapshot.engines)} engines {busy}")
+        facts.append(
+            f"engine {busy}"
+            if len(snapshot.engines) == 1
+            else f"{len(snapshot.engines)} engines {busy}"
+        )
     return facts
 
 
@@ -146,12 +163,30 @@ class PlainView(SilentView):
         eta = self._following.pace.eta(snapshot)
         now, current = self._clock_s(), state(snapshot)
         steps, idle_s = snapshot.step - self._step, now - self._said_s
-        due = steps >= PLAIN_STEPS or (steps and idle_s >= PLAIN_S) or current != self._state or idle_s >= PLAIN_IDLE_S
+        due = (
+            steps >= PLAIN_STEPS
+            or (steps and idle_s >= PLAIN_S)
+            or current != self._state
+            or idle_s >= PLAIN_IDLE_S
+        )
         if not due or current == "done":
             return
         self._step, self._state, self._said_s = snapshot.step, current, now
         outcome, flow, waiting = told(snapshot, self._following.evaluations)
-        self.say("; ".join(filter(None, [f"step {snapshot.step}/{snapshot.steps} {current}", *outcome, *flow, eta, waiting])))
+        self.say(
+            "; ".join(
+                filter(
+                    None,
+                    [
+                        f"step {snapshot.step}/{snapshot.steps} {current}",
+                        *outcome,
+                        *flow,
+                        eta,
+                        waiting,
+                    ],
+                )
+            )
+        )
 
 
 class LiveView:
@@ -160,7 +195,13 @@ class LiveView:
     def __init__(self, console: Console | None = None) -> None:
         self._following, self._started_s = _Following(), time.monotonic()
         self._console = console or Console(highlight=False)
-        self._live = Live(Text("starting"), console=self._console, refresh_per_second=4, transient=True, redirect_stdout=False)
+        self._live = Live(
+            Text("starting"),
+            console=self._console,
+            refresh_per_second=4,
+            transient=True,
+            redirect_stdout=False,
+        )
         self._live.start()
 
     def show(self, snapshot: Snapshot) -> None:
@@ -172,14 +213,23 @@ class LiveView:
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True)
-        times = " ".join(filter(None, [clock(time.monotonic() - self._started_s), self._following.pace.eta(snapshot)]))
+        times = " ".join(
+            filter(
+                None,
+                [clock(time.monotonic() - self._started_s), self._following.pace.eta(snapshot)],
+            )
+        )
         bar.add_row(
             Text(snapshot.run_name, "bold"),
             ProgressBar(total=snapshot.steps, completed=snapshot.step),
             Text(f"step {snapshot.step}/{snapshot.steps}  {times}"),
         )
         outcome, flow, waiting = told(snapshot, self._following.evaluations)
-        lines = [Text("   ".join(facts), no_wrap=True, overflow="ellipsis") for facts in (outcome, flow) if facts]
+        lines = [
+            Text("   ".join(facts), no_wrap=True, overflow="ellipsis")
+            for facts in (outcome, flow)
+            if facts
+        ]
         last = "; ".join(filter(None, [state(snapshot), waiting]))
         return Group(bar, *lines, Text(last, "dim", no_wrap=True, overflow="ellipsis"))
 

@@ -26,14 +26,18 @@ LOOPBACK = re.compile(r"tcp://(127\.|localhost:|\[::1\])")
 START_S = 120.0  # for Ray to find the resources and start a worker
 CALL_S = 10.0
 LISTENER_TIMEOUT_S = 5.0
-FEW_CPUS = 0.01  # the processes share a node's CPUs as the local launcher's do; GPUs alone are counted
+FEW_CPUS = (
+    0.01  # the processes share a node's CPUs as the local launcher's do; GPUs alone are counted
+)
 
 
 class Runner:
     """In a Ray actor: one command on its node."""
 
     def __init__(self, command: Command, config_yaml: str) -> None:
-        os.environ.pop("OMP_NUM_THREADS", None)  # Ray's own guess, 1, would bind the learner to one core
+        os.environ.pop(
+            "OMP_NUM_THREADS", None
+        )  # Ray's own guess, 1, would bind the learner to one core
         self._host = LocalHost(config_yaml)
         self._process = self._host.start(command)
 
@@ -119,14 +123,30 @@ class RayCluster:
 
     def __enter__(self) -> Self:
         address = self._config.launch.ray_address
-        environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}}
+        environment = {
+            "env_vars": {
+                "PYTHONPATH": os.pathsep.join(
+                    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+                )
+            }
+        }
         local = {} if address else {"include_dashboard": False}
         _require_listener(address)
         try:
-            ray.init(address or "local", log_to_driver=False, logging_level="error", runtime_env=environment, **local)
+            ray.init(
+                address or "local",
+                log_to_driver=False,
+                logging_level="error",
+                runtime_env=environment,
+                **local,
+            )
         except Exception as error:  # Ray raises bare ones here
             ray.shutdown()
-            what = f"the Ray cluster launch.ray_address={address} could not be joined" if address else "Ray did not start on this machine"
+            what = (
+                f"the Ray cluster launch.ray_address={address} could not be joined"
+                if address
+                else "Ray did not start on this machine"
+            )
             raise TransportError(f"{what}: {_one_line(error)}") from error
         try:
             self._check_gpus()
@@ -142,9 +162,15 @@ class RayCluster:
     def start(self, command: Command) -> RayProcess:
         role = next(role for role, known in self._commands if known == command)
         node = self._places[role]
-        options: dict[str, Any] = {"num_cpus": FEW_CPUS, "num_gpus": command.num_gpus, "max_restarts": 0}
+        options: dict[str, Any] = {
+            "num_cpus": FEW_CPUS,
+            "num_gpus": command.num_gpus,
+            "max_restarts": 0,
+        }
         if node:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
+                node_id=node, soft=False
+            )
         runner = ray.remote(Runner).options(**options).remote(command, cli.to_yaml(self._config))
         try:
             return RayProcess(command.name, runner)
@@ -155,7 +181,9 @@ class RayCluster:
             ) from None
 
     def _check_gpus(self) -> None:
-        needed = {command.name: command.num_gpus for _, command in self._commands if command.num_gpus}
+        needed = {
+            command.name: command.num_gpus for _, command in self._commands if command.num_gpus
+        }
         there = int(ray.cluster_resources().get("GPU", 0))
         if sum(needed.values()) > there:
             wanted = ", ".join(f"{name} {count}" for name, count in needed.items())
@@ -168,17 +196,28 @@ class RayCluster:
         """The node that a role must run on, so that the address it binds is its own; "" where any will do."""
         config = self._config
         if LOOPBACK.match(config.buffer.address):
-            return ray.get_runtime_context().get_node_id()  # nobody elsewhere could reach the buffer
-        binds = {"buffer": config.buffer.address, "learner": config.weights.address if config.weights.transport == "zmq" else ""}
+            return (
+                ray.get_runtime_context().get_node_id()
+            )  # nobody elsewhere could reach the buffer
+        binds = {
+            "buffer": config.buffer.address,
+            "learner": config.weights.address if config.weights.transport == "zmq" else "",
+        }
         address = binds.get(role, "")
         if not address:
             return ""
         if LOOPBACK.match(address):
-            raise ValueError(f"weights.address={address}: actors on other nodes cannot reach it; name the learner's node, tcp://HOST:*")
+            raise ValueError(
+                f"weights.address={address}: actors on other nodes cannot reach it; name the learner's node, tcp://HOST:*"
+            )
         host = re.sub(r"^tcp://\[?|\]?:[^:]*$", "", address)
-        nodes = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        nodes = {
+            node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]
+        }
         if host not in nodes:
-            raise ValueError(f"{role} at {address}: no node of the Ray cluster has this address; it has {', '.join(sorted(nodes))}")
+            raise ValueError(
+                f"{role} at {address}: no node of the Ray cluster has this address; it has {', '.join(sorted(nodes))}"
+            )
         return nodes[host]
 
 

@@ -46,13 +46,17 @@ def replay(config: CoreConfig, entries: Iterator[ev.Event | ev.Decision]) -> Rep
         if not complete:
             replayed = replayed[: len(recorded)]
         if replayed != recorded:
-            return Replayed(num_events, num_decisions, Difference(num_events, event, recorded, replayed))
+            return Replayed(
+                num_events, num_decisions, Difference(num_events, event, recorded, replayed)
+            )
         num_events += 1
         num_decisions += len(recorded)
     return Replayed(num_events, num_decisions, None)
 
 
-def _with_decisions(entries: Iterator[ev.Event | ev.Decision]) -> Iterator[tuple[ev.Event, list[ev.Decision], bool]]:
+def _with_decisions(
+    entries: Iterator[ev.Event | ev.Decision],
+) -> Iterator[tuple[ev.Event, list[ev.Decision], bool]]:
     """Each event with the decisions that follow it. Of the last one some may be missing (`complete` is False)."""
     decision_types = tuple(DECISION_TYPES.values())
     event: ev.Event | None = None
@@ -69,11 +73,16 @@ def _with_decisions(entries: Iterator[ev.Event | ev.Decision]) -> Iterator[tuple
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.replay", description="Decide a recorded run again and compare.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.replay", description="Decide a recorded run again and compare."
+    )
     parser.add_argument("run", type=Path, help="a run's directory, such as runs/demo")
     path: Path = parser.parse_args().run / "events.msgpack"
     if not path.is_file():
-        print(f"error: {path} does not exist: name a run's directory, such as runs/demo", file=sys.stderr)
+        print(
+            f"error: {path} does not exist: name a run's directory, such as runs/demo",
+            file=sys.stderr,
+        )
         return 2
     started = time.perf_counter()
     num_events = num_decisions = 0
@@ -81,12 +90,17 @@ def main() -> int:
         result = replay(config, entries)
         if result.difference is not None:
             number, event, recorded, replayed = result.difference
-            print(f"error: session {session}, event {number} {event}\n  recorded {recorded}\n  replayed {replayed}", file=sys.stderr)
+            print(
+                f"error: session {session}, event {number} {event}\n  recorded {recorded}\n  replayed {replayed}",
+                file=sys.stderr,
+            )
             return 1
         num_events += result.num_events
         num_decisions += result.num_decisions
     seconds = time.perf_counter() - started
-    print(f"{num_events} events, {num_decisions} decisions: identical ({num_events / max(seconds, 1e-9):,.0f} events/s)")
+    print(
+        f"{num_events} events, {num_decisions} decisions: identical ({num_events / max(seconds, 1e-9):,.0f} events/s)"
+    )
     return 0
 
 

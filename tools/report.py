@@ -121,31 +121,49 @@ def _headline(run: RunDirectory) -> str:
         facts.append((compact(len(run.trained_groups())), "groups trained"))
     dropped = sum(group["end"] not in ("shipped", "evaluated", "run_ended") for group in run.groups)
     facts += [(compact(dropped), "groups dropped")] if dropped else []
-    rows = _change("Held-out accuracy", [value for _, _, value in evaluations(run)], 1, rise=True, percent=True)
+    rows = _change(
+        "Held-out accuracy", [value for _, _, value in evaluations(run)], 1, rise=True, percent=True
+    )
     rows += _change("Held-out length, mean", run.series("eval/length_mean")[1], 1)
     rows += _change("Held-out length, p99", run.series("eval/length_p99")[1], 1)
     rows += _change("Reward", run.series("reward/mean")[1], width, rise=True)
     for kind, name in (("selected", "Trained"), ("generated", "Generated")):
         for statistic in ("mean", "p99"):
-            rows += _change(f"{name} length, {statistic}", run.series(f"length/{kind}_{statistic}")[1], width)
+            rows += _change(
+                f"{name} length, {statistic}", run.series(f"length/{kind}_{statistic}")[1], width
+            )
     cards = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in facts)
-    window = f"the first {width} and the last {width} steps" if width > 1 else "the first and the last step"
+    window = (
+        f"the first {width} and the last {width} steps"
+        if width > 1
+        else "the first and the last step"
+    )
     note = f'<p class="note">Held-out rows compare the first evaluation with the last; the others are means over {window}.</p>'
     header = '<tr><th></th><th class="n">before</th><th class="n">after</th><th class="n">change</th></tr>'
     table = f"<h2>Before and after</h2>{note}<table>{header}{rows}</table>" if rows else ""
     return f'<div class="facts">{cards}</div>' + (f"<section>{table}</section>" if table else "")
 
 
-def _change(name: str, values: list[float], width: int, *, rise: bool = False, percent: bool = False) -> str:
+def _change(
+    name: str, values: list[float], width: int, *, rise: bool = False, percent: bool = False
+) -> str:
     """A table row; `rise`: more is better (green), else less is. Empty for fewer than two values."""
     if len(values) < 2 * width or len(values) < 2:
         return ""
     before, after = fmean(values[:width]), fmean(values[-width:])
     if percent:
-        shown = [f"{100 * before:.1f} %", f"{100 * after:.1f} %", f"{100 * (after - before):+.1f} points"]
+        shown = [
+            f"{100 * before:.1f} %",
+            f"{100 * after:.1f} %",
+            f"{100 * (after - before):+.1f} points",
+        ]
     else:
         digits = 3 if rise else 1
-        change = f"{100 * (after / before - 1):+.0f} %" if before > 0 and not rise else f"{after - before:+.{digits}f}"
+        change = (
+            f"{100 * (after / before - 1):+.0f} %"
+            if before > 0 and not rise
+            else f"{after - before:+.{digits}f}"
+        )
         shown = [f"{before:.{digits}f}", f"{after:.{digits}f}", change]
     small = 0.01 if rise else 0.02 * before  # not worth a colour
     verdict = "" if abs(after - before) <= small else "good" if (after > before) == rise else "bad"
@@ -163,12 +181,18 @@ def _ledger(run: RunDirectory) -> str:
     body = ""
     for fate in ("opened", "shipped", "filled", "dropped"):
         times = Counter(counts[fate] for counts in ledger.values())
-        body += f"<tr><td>{fate}</td>" + "".join(f'<td class="n">{times[n] or ""}</td>' for n in range(most + 1)) + "</tr>"
+        body += (
+            f"<tr><td>{fate}</td>"
+            + "".join(f'<td class="n">{times[n] or ""}</td>' for n in range(most + 1))
+            + "</tr>"
+        )
     note = (
         f"How many of the {compact(len(ledger))} prompts drawn were opened, shipped to the learner, filled up with truncated responses, or "
         "dropped, and how often each. A dropped prompt is put back a bounded number of times; the reason stands in groups.jsonl."
     )
-    return _section("Did any prompt starve?", note, f"<table><tr><th>prompts</th>{header}</tr>{body}</table>")
+    return _section(
+        "Did any prompt starve?", note, f"<table><tr><th>prompts</th>{header}</tr>{body}</table>"
+    )
 
 
 def _samples(run: RunDirectory) -> str:
@@ -184,11 +208,19 @@ def _samples(run: RunDirectory) -> str:
             if all(row is not other for _, other in chosen):
                 chosen.append((f"{when}, {size}", row))
     body = "".join(_sample(label, row) for label, row in chosen)
-    return _section("Responses", "The shortest and the longest of the first and of the last samples kept.", f"<table>{body}</table>")
+    return _section(
+        "Responses",
+        "The shortest and the longest of the first and of the last samples kept.",
+        f"<table>{body}</table>",
+    )
 
 
 def _sample(label: str, row: Row) -> str:
-    facts = [f"{key.replace('_', ' ')} {row[key]:g}" for key in ("step", "reward", "tokens") if is_number(row.get(key))]
+    facts = [
+        f"{key.replace('_', ' ')} {row[key]:g}"
+        for key in ("step", "reward", "tokens")
+        if is_number(row.get(key))
+    ]
     facts += [str(row["end"]).replace("_", " ")] if row.get("end") else []
     prompt, response = _text(row, "prompt"), _text(row, "response")
     shown = (f"<pre>{escape(prompt)}</pre>" if prompt else "") + f"<pre>{escape(response)}</pre>"
@@ -238,12 +270,23 @@ def _length(row: Row) -> float:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min {rest:02d} s"
+        if minutes
+        else f"{seconds:.1f} s"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description="Writes runs/<name>/report.html, one self-contained page.")
-    parser.add_argument("run_dir", type=Path, help=f"directory of a run: {', '.join(FILES)} as far as they exist")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.report",
+        description="Writes runs/<name>/report.html, one self-contained page.",
+    )
+    parser.add_argument(
+        "run_dir", type=Path, help=f"directory of a run: {', '.join(FILES)} as far as they exist"
+    )
     try:
         print(write_report(parser.parse_args(arguments).run_dir))
     except ValueError as error:

@@ -55,7 +55,9 @@ class RunDirectory:
         run.samples = run._read_rows("samples.jsonl")
         planned = run.setting("run.steps")
         if run.metrics and isinstance(planned, int) and len(run.metrics) < planned:
-            run.problems.append(f"The run has not finished: {len(run.metrics)} of {planned} steps are recorded.")
+            run.problems.append(
+                f"The run has not finished: {len(run.metrics)} of {planned} steps are recorded."
+            )
         return run
 
     @property
@@ -76,7 +78,9 @@ class RunDirectory:
 
     def seconds(self) -> list[float]:
         """Wall time of each row of `metrics`, from the run's start (from its first row, where the clock is the epoch's)."""
-        times = [float(row["time_s"]) if is_number(row.get("time_s")) else 0.0 for row in self.metrics]
+        times = [
+            float(row["time_s"]) if is_number(row.get("time_s")) else 0.0 for row in self.metrics
+        ]
         start = times[0] if times and times[0] > 1e8 else 0.0
         return [time - start for time in times]
 
@@ -90,7 +94,9 @@ class RunDirectory:
         for group in self.groups:
             if group["end"] == "evaluated":
                 continue
-            of_prompt = counts.setdefault(group["prompt_id"], Counter(opened=0, shipped=0, filled=0, dropped=0))
+            of_prompt = counts.setdefault(
+                group["prompt_id"], Counter(opened=0, shipped=0, filled=0, dropped=0)
+            )
             of_prompt["opened"] += 1
             of_prompt["shipped" if group["end"] == "shipped" else "dropped"] += 1
             seats = [r["tokens"] for r in group["rollouts"] if r["end"] == "selected_long"]
@@ -105,9 +111,13 @@ class RunDirectory:
         try:
             config = OmegaConf.to_container(OmegaConf.load(file))
         except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-            self.problems.append(f"config.yaml cannot be read ({str(error).splitlines()[0]}): {FILES['config.yaml']}.")
+            self.problems.append(
+                f"config.yaml cannot be read ({str(error).splitlines()[0]}): {FILES['config.yaml']}."
+            )
             return
-        self.config = {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+        self.config = (
+            {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+        )
 
     def _read_rows(self, name: str) -> list[Row]:
         file = self.path / name
@@ -123,8 +133,14 @@ class RunDirectory:
             elif line.strip():
                 skipped.append(number)
         if skipped:
-            lines = f"line {skipped[0]}" if len(skipped) == 1 else f"{len(skipped)} lines, the first is {skipped[0]},"
-            self.problems.append(f"{name}: {lines} cannot be read (cut off when the run was killed?) and was skipped.")
+            lines = (
+                f"line {skipped[0]}"
+                if len(skipped) == 1
+                else f"{len(skipped)} lines, the first is {skipped[0]},"
+            )
+            self.problems.append(
+                f"{name}: {lines} cannot be read (cut off when the run was killed?) and was skipped."
+            )
         if not rows:
             self.problems.append(f"{name} has no rows: {FILES[name]}.")
         return rows
@@ -133,13 +149,20 @@ class RunDirectory:
         # A resumed run repeats the steps after its checkpoint: what counts is what the final weights went through.
         latest = {row["step"]: row for row in rows if is_number(row["step"])}
         if len(latest) < len(rows):
-            self.problems.append(f"{len(rows) - len(latest)} steps are recorded twice (a resumed run): the later record counts.")
+            self.problems.append(
+                f"{len(rows) - len(latest)} steps are recorded twice (a resumed run): the later record counts."
+            )
         return [latest[step] for step in sorted(latest)]
 
 
 def is_number(value: Any) -> bool:
     """True for a finite int or float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) != float("inf")
+    )
 
 
 def _parsed(line: bytes) -> Row | None:

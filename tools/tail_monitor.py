@@ -24,7 +24,9 @@ from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run as a file: the repository, not tools/, is where packages are
+    sys.path[0] = str(
+        Path(__file__).resolve().parent.parent
+    )  # run as a file: the repository, not tools/, is where packages are
 
 import msgspec
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -61,7 +63,12 @@ class Dashboard:
         silent_s = time.monotonic() - self.since_s
         if self.snapshot is None:
             return [Text(no_statistics(self.address, silent_s)), Text("q quit")][:height]
-        return frame(self.snapshot, replace(self.view, silent_s=silent_s if not self.view.source else 0.0), width, height)
+        return frame(
+            self.snapshot,
+            replace(self.view, silent_s=silent_s if not self.view.source else 0.0),
+            width,
+            height,
+        )
 
     def show(self, snapshot: Snapshot) -> None:
         self.snapshot, self.since_s = snapshot, time.monotonic()
@@ -82,7 +89,10 @@ def first_snapshot(source: MonitorLink | Replay, address: str) -> Snapshot:
 def print_once(source: MonitorLink | Replay, address: str, console: Console) -> None:
     """One frame: coloured in a terminal, plain text otherwise."""
     snapshot = source.last() if isinstance(source, Replay) else first_snapshot(source, address)
-    view = View(color=console.color_system is not None, source=described(source) if isinstance(source, Replay) else "")
+    view = View(
+        color=console.color_system is not None,
+        source=described(source) if isinstance(source, Replay) else "",
+    )
     width, height = (console.width, console.height - 1) if console.is_terminal else PIPED_SIZE
     for line in frame(snapshot, view, width, height)[:-1]:
         console.print(line, soft_wrap=True) if console.is_terminal else print(line.plain.rstrip())
@@ -104,7 +114,10 @@ def watch(source: MonitorLink | Replay, address: str, console: Console) -> None:
     """The dashboard, until q. Keeps its last frame when the buffer is gone, and goes on when it is back."""
     dashboard = Dashboard(address, console.color_system is not None)
     drawn_s, size = 0.0, (0, 0)
-    with raw_keys() as keys, Live(dashboard, console=console, screen=True, auto_refresh=False) as live:
+    with (
+        raw_keys() as keys,
+        Live(dashboard, console=console, screen=True, auto_refresh=False) as live,
+    ):
         while True:
             changed = False
             for key in read_keys(keys, POLL_S):
@@ -137,7 +150,9 @@ def steer(replay: Replay, key: str) -> None:
 
 
 def described(replay: Replay) -> str:
-    return "replay " + ("held" if replay.held else "ended" if replay.ended() else f"×{replay.speed:g}")
+    return "replay " + (
+        "held" if replay.held else "ended" if replay.ended() else f"×{replay.speed:g}"
+    )
 
 
 @contextlib.contextmanager
@@ -173,14 +188,31 @@ def read_keys(descriptor: int, timeout_s: float) -> list[str]:
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     default = BufferConfig()
     parser = argparse.ArgumentParser(
-        prog="tail_monitor", description="A live view of a run: lengths, groups in flight, prompts, lag, engines."
+        prog="tail_monitor",
+        description="A live view of a run: lengths, groups in flight, prompts, lag, engines.",
     )
-    parser.add_argument("--address", default=default.address, help="the buffer's address, as in buffer.address (default: %(default)s)")
-    parser.add_argument("--keys", default=default.keys, help="folder with CURVE keys, as in buffer.keys; needed beyond loopback")
-    parser.add_argument("--replay", type=Path, metavar="RUN", help="play runs/<name> instead of listening")
+    parser.add_argument(
+        "--address",
+        default=default.address,
+        help="the buffer's address, as in buffer.address (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keys",
+        default=default.keys,
+        help="folder with CURVE keys, as in buffer.keys; needed beyond loopback",
+    )
+    parser.add_argument(
+        "--replay", type=Path, metavar="RUN", help="play runs/<name> instead of listening"
+    )
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--once", action="store_true", help="print one frame and exit; 1 if no buffer answers")
-    output.add_argument("--json", action="store_true", help="print one JSON object per snapshot, until the run is done")
+    output.add_argument(
+        "--once", action="store_true", help="print one frame and exit; 1 if no buffer answers"
+    )
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object per snapshot, until the run is done",
+    )
     return parser.parse_args(arguments)
 
 
@@ -190,7 +222,11 @@ def main(arguments: list[str] | None = None) -> None:
     if not (asked.once or asked.json) and not (console.is_terminal and sys.stdin.isatty()):
         raise SystemExit("tail_monitor: input and output are not a terminal: use --once or --json")
     try:
-        with contextlib.closing(Replay(asked.replay) if asked.replay else MonitorLink(next_port(asked.address), asked.keys)) as source:
+        with contextlib.closing(
+            Replay(asked.replay)
+            if asked.replay
+            else MonitorLink(next_port(asked.address), asked.keys)
+        ) as source:
             if asked.once:
                 print_once(source, asked.address, console)
             elif asked.json:

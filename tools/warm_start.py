@@ -29,10 +29,34 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from buffer.tagged_sum import CLEAN, EOS, FULL, MAX_DIGITS, SINGLE_PASS, TAGS, Grammar, draw_problem, draw_trace
+from buffer.tagged_sum import (
+    CLEAN,
+    EOS,
+    FULL,
+    MAX_DIGITS,
+    SINGLE_PASS,
+    TAGS,
+    Grammar,
+    draw_problem,
+    draw_trace,
+)
 
 RECIPE_FILE = "recipe.json"
-VOCABULARY = ["<pad>", "<bos>", EOS, "<unk>", "wait", "again", "ok", "no", "hmm", "so", *"0123456789", *"=,.# ", *TAGS]
+VOCABULARY = [
+    "<pad>",
+    "<bos>",
+    EOS,
+    "<unk>",
+    "wait",
+    "again",
+    "ok",
+    "no",
+    "hmm",
+    "so",
+    *"0123456789",
+    *"=,.# ",
+    *TAGS,
+]
 MODEL = {
     "vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 384, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True, "max_position_embeddings": 1024,
@@ -62,12 +86,23 @@ PHASES = (
 
 def warm_start(folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) -> bool:
     """Makes `folder`, unless this recipe made it already; says whether it did. ValueError: the folder is someone else's."""
-    recipe = json.loads(json.dumps({"model": MODEL, "init_gain": INIT_GAIN, "phases": [asdict(phase) for phase in phases], "seed": seed}))
+    recipe = json.loads(
+        json.dumps(
+            {
+                "model": MODEL,
+                "init_gain": INIT_GAIN,
+                "phases": [asdict(phase) for phase in phases],
+                "seed": seed,
+            }
+        )
+    )
     recipe["digest"] = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     if folder.exists():
         made_by = folder / RECIPE_FILE
         if not made_by.is_file():
-            raise ValueError(f"{folder} exists and was not made by tools.warm_start; name another folder, or remove it")
+            raise ValueError(
+                f"{folder} exists and was not made by tools.warm_start; name another folder, or remove it"
+            )
         if json.loads(made_by.read_text()).get("digest") == recipe["digest"]:
             print(f"{folder}: already there, made by this recipe with seed {seed}")
             return False
@@ -85,13 +120,17 @@ def warm_start(folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) 
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{folder}: {model.num_parameters():,} parameters, trained in {time.monotonic() - started:.0f} s")
+    print(
+        f"{folder}: {model.num_parameters():,} parameters, trained in {time.monotonic() - started:.0f} s"
+    )
     return True
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Words, otherwise single characters; 33 entries. Decoding glues them together again, so text survives a round trip."""
-    tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[a-z]+|[^a-z]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -102,7 +141,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_model(seed: int) -> Qwen3ForCausalLM:
     """An untrained tiny reasoner, float32."""
-    special = {name: VOCABULARY.index(f"<{name[:3]}>") for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    special = {
+        name: VOCABULARY.index(f"<{name[:3]}>")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+    }
     model = Qwen3ForCausalLM(Qwen3Config(**MODEL, **special)).float()
     model.generation_config.update(**special)
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +157,11 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
 
 
 def train(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, phases: tuple[Phase, ...], seed: int, show: Callable[[int, float], None]
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    phases: tuple[Phase, ...],
+    seed: int,
+    show: Callable[[int, float], None],
 ) -> None:
     """Supervised training in place; `show(steps done, loss)` after each step."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
@@ -128,7 +174,9 @@ def train(
             optimizer.param_groups[0]["lr"] = phase.lr * decay * min(1.0, (step + 1) / WARMUP_STEPS)
             tokens_T, positions_T, targets_T = next(packs)
             # Positions that restart at 0 keep the packed traces apart, which the library honours only without a cache.
-            logits_TV = model(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False).logits[0]
+            logits_TV = model(
+                input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False
+            ).logits[0]
             loss = torch.nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=-100)
             optimizer.zero_grad()
             loss.backward()
@@ -162,7 +210,11 @@ class ProgressLine:
     """One line that redraws itself on a terminal, with the time left; every tenth of the way elsewhere."""
 
     def __init__(self, num_steps: int) -> None:
-        self.num_steps, self.started, self.redraws = num_steps, time.monotonic(), sys.stderr.isatty()
+        self.num_steps, self.started, self.redraws = (
+            num_steps,
+            time.monotonic(),
+            sys.stderr.isatty(),
+        )
 
     def __call__(self, step: int, loss: float) -> None:
         if not self.redraws and step % max(1, self.num_steps // 10):
@@ -170,15 +222,28 @@ class ProgressLine:
         done_frac = step / self.num_steps
         left_s = (time.monotonic() - self.started) * (1 / done_frac - 1)
         bar = "█" * round(24 * done_frac) + "░" * (24 - round(24 * done_frac))
-        line = f"warm start {bar} step {step}/{self.num_steps}  loss {loss:.3f}  {left_s:3.0f} s left"
+        line = (
+            f"warm start {bar} step {step}/{self.num_steps}  loss {loss:.3f}  {left_s:3.0f} s left"
+        )
         last = step == self.num_steps
-        print(f"\r{line}" if self.redraws else line, end="" if self.redraws and not last else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r{line}" if self.redraws else line,
+            end="" if self.redraws and not last else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.warm_start", description="Train the tiny reasoner from nothing.")
-    parser.add_argument("folder", type=Path, help="where to put the model, e.g. models/tiny-reasoner")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the traces (default 0)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.warm_start", description="Train the tiny reasoner from nothing."
+    )
+    parser.add_argument(
+        "folder", type=Path, help="where to put the model, e.g. models/tiny-reasoner"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the initial weights and the traces (default 0)"
+    )
     arguments = parser.parse_args()
     try:
         warm_start(arguments.folder, arguments.seed)

@@ -44,9 +44,16 @@ def make_model(tied: bool, seed: int, eos_logit: float = -60) -> Qwen3ForCausalL
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=0.3 if "embed" in name or "head" in name else 0.8 / parameter.shape[1] ** 0.5)
+                torch.nn.init.normal_(
+                    parameter,
+                    std=0.3
+                    if "embed" in name or "head" in name
+                    else 0.8 / parameter.shape[1] ** 0.5,
+                )
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter[0] = 0  # so that feature 0 stays what the embedding says, 1, and <eos> can be given a logit of its own
+                parameter[0] = (
+                    0  # so that feature 0 stays what the embedding says, 1, and <eos> can be given a logit of its own
+                )
         model.model.embed_tokens.weight[:, 0] = 1
         model.lm_head.weight[EOS] = 0
         model.lm_head.weight[EOS, 0] = eos_logit
@@ -54,10 +61,14 @@ def make_model(tied: bool, seed: int, eos_logit: float = -60) -> Qwen3ForCausalL
 
 
 def save_model(model: Qwen3ForCausalLM, folder: Path) -> None:
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": EOS, "<unk>": 3} | {chr(60 + i): i for i in range(4, VOCABULARY)}
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": EOS, "<unk>": 3} | {
+        chr(60 + i): i for i in range(4, VOCABULARY)
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
     model.save_pretrained(folder)
 
 
@@ -72,7 +83,14 @@ def logprobs_of(model: Qwen3ForCausalLM, tokens: list[int]) -> torch.Tensor:
 def error(model: Qwen3ForCausalLM, run: Run, before: list[int] | None = None) -> float:
     """The largest difference of a run's log-probabilities from those of `model`; `before`: the response's earlier tokens."""
     before = before or []
-    return float((logprobs_of(model, before + list(run.tokens))[len(before) :] - torch.tensor(list(run.logprobs))).abs().max())
+    return float(
+        (
+            logprobs_of(model, before + list(run.tokens))[len(before) :]
+            - torch.tensor(list(run.logprobs))
+        )
+        .abs()
+        .max()
+    )
 
 
 @dataclass
@@ -91,7 +109,14 @@ class Served:
     def write(self, model: Qwen3ForCausalLM) -> str:
         """A snapshot's path. As a checkpoint holds the weights: a tied head is not among them."""
         path = str(self.folder / f"snapshot {next(self.request_ids)}")
-        save_file({name: tensor for name, tensor in model.state_dict().items() if not (self.tied and name == "lm_head.weight")}, path)
+        save_file(
+            {
+                name: tensor
+                for name, tensor in model.state_dict().items()
+                if not (self.tied and name == "lm_head.weight")
+            },
+            path,
+        )
         return path
 
     async def swap(self, path: str) -> int:
@@ -101,11 +126,17 @@ class Served:
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     folder, tied = tmp_path_factory.mktemp(request.param), request.param == "tied"
     save_model(make_model(tied, seed=0), folder / "model")
     config = Config()
-    config.model.path, config.actors.slots, config.actors.kv_cache_gib = str(folder / "model"), SLOTS, 0.25
+    config.model.path, config.actors.slots, config.actors.kv_cache_gib = (
+        str(folder / "model"),
+        SLOTS,
+        0.25,
+    )
     engine = Engine(config)
     with asyncio.Runner() as runner:
         yield Served(engine, folder, tied, runner.run)
@@ -138,7 +169,9 @@ def test_the_base_weights_sample_under_version_minus_one(served: Served) -> None
 
 
 @untied_only
-def test_a_narrow_nucleus_leaves_one_response(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrow_nucleus_leaves_one_response(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def generate(seed: int) -> list[int]:
         generation = served.launch(40, seed)
         await generation.finished
@@ -150,7 +183,9 @@ def test_a_narrow_nucleus_leaves_one_response(served: Served, monkeypatch: pytes
 
 
 @tied_only
-def test_an_abort_frees_the_slot(served: Served, record_property: Callable[[str, object], None]) -> None:
+def test_an_abort_frees_the_slot(
+    served: Served, record_property: Callable[[str, object], None]
+) -> None:
     async def generate() -> float:
         running = [served.launch(800) for _ in range(SLOTS)]
         await until(lambda: all(len(generation.tokens) > 5 for generation in running))
@@ -164,7 +199,9 @@ def test_an_abort_frees_the_slot(served: Served, record_property: Callable[[str,
         await until(lambda: len(waiting.tokens) > 0)
         assert running[0].finished.result() == "abort"
         assert 5 < sampled == len(running[0].tokens) < 800
-        assert not any(generation.finished.done() for generation in [*running[1:], waiting])  # nobody else's slot was it
+        assert not any(
+            generation.finished.done() for generation in [*running[1:], waiting]
+        )  # nobody else's slot was it
         await served.engine.abort([generation.request_id for generation in [*running, waiting]])
         return freed_s
 
@@ -184,7 +221,9 @@ def test_aborting_what_has_ended_changes_nothing(served: Served) -> None:
 
 @tied_only
 @pytest.mark.parametrize("during_a_swap", [False, True])
-def test_an_abort_reaches_a_request_that_was_launched_just_now(served: Served, during_a_swap: bool) -> None:
+def test_an_abort_reaches_a_request_that_was_launched_just_now(
+    served: Served, during_a_swap: bool
+) -> None:
     snapshot = served.write(make_model(True, seed=1))
 
     async def generate() -> None:
@@ -197,13 +236,17 @@ def test_an_abort_reaches_a_request_that_was_launched_just_now(served: Served, d
             await swap
         others = [served.launch(400) for _ in range(SLOTS)]
         await until(lambda: any(len(generation.tokens) > 100 for generation in others))
-        assert all(len(generation.tokens) > 20 for generation in others)  # none waits for a slot that the aborted one holds
+        assert all(
+            len(generation.tokens) > 20 for generation in others
+        )  # none waits for a slot that the aborted one holds
         await served.engine.abort([generation.request_id for generation in others])
 
     served.run(generate())
 
 
-def test_after_a_swap_logprobs_are_those_of_the_new_weights(served: Served, record_property: Callable[[str, object], None]) -> None:
+def test_after_a_swap_logprobs_are_those_of_the_new_weights(
+    served: Served, record_property: Callable[[str, object], None]
+) -> None:
     """Of a prompt, too, that the old weights had prefilled and cached."""
     new = make_model(served.tied, seed=7)
     snapshot = served.write(new)
@@ -224,7 +267,9 @@ def test_after_a_swap_logprobs_are_those_of_the_new_weights(served: Served, reco
 
 
 @tied_only
-def test_requests_in_flight_survive_a_swap_and_every_token_knows_its_version(served: Served) -> None:
+def test_requests_in_flight_survive_a_swap_and_every_token_knows_its_version(
+    served: Served,
+) -> None:
     old, new = make_model(True, seed=1), make_model(True, seed=2)
     snapshots = served.write(old), served.write(new)
 
@@ -242,13 +287,20 @@ def test_requests_in_flight_survive_a_swap_and_every_token_knows_its_version(ser
         assert (before.version, after.version) == (version - 1, version)
         assert len(before.tokens) + len(after.tokens) == len(generation.tokens) == 600
         assert error(old, before) < BOUND  # up to and including the last token before the pause
-        assert error(old, Run(version, after.tokens[:1], after.logprobs[:1]), list(before.tokens)) > 1e-3  # from the first one after it
+        assert (
+            error(old, Run(version, after.tokens[:1], after.logprobs[:1]), list(before.tokens))
+            > 1e-3
+        )  # from the first one after it
 
 
 @tied_only
 def test_a_snapshot_that_lacks_a_parameter_is_refused(served: Served) -> None:
     path = str(served.folder / "partial")
-    tensors = {name: tensor for name, tensor in make_model(True, seed=1).state_dict().items() if "layers.0." not in name}
+    tensors = {
+        name: tensor
+        for name, tensor in make_model(True, seed=1).state_dict().items()
+        if "layers.0." not in name
+    }
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
     with pytest.raises(Exception, match="lacks"):
         served.run(served.engine.swap(path, 99))
@@ -274,7 +326,11 @@ def test_the_death_of_vllm_is_noticed(served: Served) -> None:
         await served.swap(served.write(make_model(False, seed=3)))
         generation = served.launch(800)
         await until(lambda: len(generation.tokens) > 0)
-        (core,) = [child for child in psutil.Process(os.getpid()).children() if "EngineCore" in " ".join(child.cmdline())]
+        (core,) = [
+            child
+            for child in psutil.Process(os.getpid()).children()
+            if "EngineCore" in " ".join(child.cmdline())
+        ]
         core.send_signal(signal.SIGKILL)
         await asyncio.wait_for(served.engine.died.wait(), 30)
         return generation

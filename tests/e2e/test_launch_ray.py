@@ -33,7 +33,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.e2e
-def test_a_failed_process_is_named_and_ends_the_others_on_ray(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_a_failed_process_is_named_and_ends_the_others_on_ray(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(tmp_path), str(free_port())],
         cwd=ROOT, capture_output=True, text=True, timeout=400,
@@ -49,5 +51,8 @@ def test_a_failed_process_is_named_and_ends_the_others_on_ray(tmp_path: Path, fr
 @pytest.mark.e2e
 def test_an_address_without_a_cluster_is_named(free_port: Callable[[], int]) -> None:
     config = cli.load(["launch.launcher=ray", f"launch.ray_address=127.0.0.1:{free_port()}"])
-    with pytest.raises(TransportError, match="launch.ray_address=127.0.0.1"), RayCluster(config, []):
+    with (
+        pytest.raises(TransportError, match="launch.ray_address=127.0.0.1"),
+        RayCluster(config, []),
+    ):
         pass

@@ -31,8 +31,21 @@ def model() -> Path:
 
 
 def launch(folder: Path, port: int, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tools.launch", "--config", "configs/demo.yaml", f"run.dir={folder}", "run.name=r"]
-    command += [f"buffer.address=tcp://127.0.0.1:{port}", f"model.path={MODEL}", "launch.progress=none", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.launch",
+        "--config",
+        "configs/demo.yaml",
+        f"run.dir={folder}",
+        "run.name=r",
+    ]
+    command += [
+        f"buffer.address=tcp://127.0.0.1:{port}",
+        f"model.path={MODEL}",
+        "launch.progress=none",
+        *overrides,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -46,7 +59,9 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for_steps(folder: Path, num_steps: int, process: subprocess.Popen[str], timeout_s: float = 240) -> None:
+def wait_for_steps(
+    folder: Path, num_steps: int, process: subprocess.Popen[str], timeout_s: float = 240
+) -> None:
     deadline = time.monotonic() + timeout_s
     while len(rows(folder, "metrics.jsonl")) < num_steps:
         assert process.poll() is None, process.communicate()[0]
@@ -55,13 +70,26 @@ def wait_for_steps(folder: Path, num_steps: int, process: subprocess.Popen[str],
 
 
 def descendants(process: subprocess.Popen[str], module: str) -> list[psutil.Process]:
-    return [p for p in psutil.Process(process.pid).children(recursive=True) if module in p.cmdline()]
+    return [
+        p for p in psutil.Process(process.pid).children(recursive=True) if module in p.cmdline()
+    ]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> tuple[Path, int, str]:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> tuple[Path, int, str]:
     folder = tmp_path_factory.mktemp("trained")
-    code, output = finish(launch(folder, free_port(), "run.steps=16", "eval.every=16", "eval.prompts=128", "eval.samples=2"))
+    code, output = finish(
+        launch(
+            folder,
+            free_port(),
+            "run.steps=16",
+            "eval.every=16",
+            "eval.prompts=128",
+            "eval.samples=2",
+        )
+    )
     return folder, code, output
 
 
@@ -70,11 +98,22 @@ def test_run_ends_well_and_reports(trained: tuple[Path, int, str]) -> None:
     assert code == 0, output
     assert output.rstrip().endswith(str(folder / "r" / "report.html"))
     files = {path.name for path in (folder / "r").iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "groups.jsonl", "events.msgpack", "samples.jsonl", "checkpoints", "tb", "report.html"} <= files
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "groups.jsonl",
+        "events.msgpack",
+        "samples.jsonl",
+        "checkpoints",
+        "tb",
+        "report.html",
+    } <= files
 
 
 def test_held_out_accuracy_rises(trained: tuple[Path, int, str]) -> None:
-    accuracy = [row["eval/accuracy"] for row in rows(trained[0], "metrics.jsonl") if "eval/accuracy" in row]
+    accuracy = [
+        row["eval/accuracy"] for row in rows(trained[0], "metrics.jsonl") if "eval/accuracy" in row
+    ]
     assert len(accuracy) == 2
     assert accuracy[1] >= accuracy[0] + 0.1
 
@@ -84,7 +123,11 @@ def test_lag_stays_within_its_bound_at_every_step(trained: tuple[Path, int, str]
 
 
 def test_actor_and_learner_agree_on_logprobs(trained: tuple[Path, int, str]) -> None:
-    diffs = [row["train/logprob_diff"] for row in rows(trained[0], "metrics.jsonl") if "train/logprob_diff" in row]
+    diffs = [
+        row["train/logprob_diff"]
+        for row in rows(trained[0], "metrics.jsonl")
+        if "train/logprob_diff" in row
+    ]
     # A response in flight keeps the key-value cache of the weights before the swap. Fresh ones agree within 1e-4: test_engine.py.
     assert diffs and median(diffs) < 1e-3 and max(diffs) < 5e-3
 
@@ -97,47 +140,77 @@ def test_cancels_free_their_slots(trained: tuple[Path, int, str]) -> None:
 
 
 def test_recorded_run_replays_to_identical_decisions(trained: tuple[Path, int, str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "tools.replay", str(trained[0] / "r")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.replay", str(trained[0] / "r")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert "identical" in done.stdout
 
 
 def test_checkpoints_are_judged_after_the_run(trained: tuple[Path, int, str]) -> None:
     run = trained[0] / "r"
-    after = [row["eval/accuracy"] for row in rows(trained[0], "metrics.jsonl") if "eval/accuracy" in row][-1]
+    after = [
+        row["eval/accuracy"] for row in rows(trained[0], "metrics.jsonl") if "eval/accuracy" in row
+    ][-1]
     subprocess.run([sys.executable, "-m", "tools.evaluate", str(run)], check=True)
     (judged,) = rows(trained[0], "evaluations.jsonl")
     assert (judged["step"], judged["responses"]) == (16, 256)
-    assert abs(judged["accuracy"] - after) < 0.15  # the same weights and prompts; four standard errors of a difference
+    assert (
+        abs(judged["accuracy"] - after) < 0.15
+    )  # the same weights and prompts; four standard errors of a difference
 
 
-def test_a_checkpoint_is_exported_as_an_ordinary_model(trained: tuple[Path, int, str], tmp_path: Path) -> None:
+def test_a_checkpoint_is_exported_as_an_ordinary_model(
+    trained: tuple[Path, int, str], tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "tools.export", str(trained[0] / "r"), str(tmp_path / "model")]
     subprocess.run(command, check=True)
-    start, exported = (dict(AutoModelForCausalLM.from_pretrained(path).named_parameters()) for path in (MODEL, tmp_path / "model"))
+    start, exported = (
+        dict(AutoModelForCausalLM.from_pretrained(path).named_parameters())
+        for path in (MODEL, tmp_path / "model")
+    )
     assert start.keys() == exported.keys()
     assert any(not torch.equal(exported[name], tensor) for name, tensor in start.items())
-    assert AutoTokenizer.from_pretrained(tmp_path / "model").encode("A1B2=") == AutoTokenizer.from_pretrained(MODEL).encode("A1B2=")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").encode(
+        "A1B2="
+    ) == AutoTokenizer.from_pretrained(MODEL).encode("A1B2=")
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "exists already" in again.stderr
 
 
-def test_killed_engine_is_restarted_and_the_run_ends_well(tmp_path: Path, free_port: Callable[[], int]) -> None:
-    process = launch(tmp_path, free_port(), "run.steps=8", "eval.every=0", "actors.engines=2", "actors.slots=32")
+def test_killed_engine_is_restarted_and_the_run_ends_well(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    process = launch(
+        tmp_path, free_port(), "run.steps=8", "eval.every=0", "actors.engines=2", "actors.slots=32"
+    )
     wait_for_steps(tmp_path, 1, process)
     first, _ = descendants(process, "actors.process")
     first.send_signal(signal.SIGKILL)
     code, output = finish(process)
     assert code == 0, output
     metrics = rows(tmp_path, "metrics.jsonl")
-    assert [row["step"] for row in metrics] == list(range(8)) and max(row["lag/max"] for row in metrics) <= 4
+    assert [row["step"] for row in metrics] == list(range(8)) and max(
+        row["lag/max"] for row in metrics
+    ) <= 4
     ledger = rows(tmp_path, "groups.jsonl")
     assert sum(row["end"] == "shipped" for row in ledger) == 8 * 16
     assert any(r["end"] == "lost" for row in ledger for r in row["rollouts"])
 
 
-def test_killed_learner_resumes_from_its_checkpoint(tmp_path: Path, free_port: Callable[[], int]) -> None:
-    overrides = ["run.steps=6", "eval.every=0", "learner.checkpoint_every=2", "learner.ranks=2", "weights.transport=file"]
+def test_killed_learner_resumes_from_its_checkpoint(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    overrides = [
+        "run.steps=6",
+        "eval.every=0",
+        "learner.checkpoint_every=2",
+        "learner.ranks=2",
+        "weights.transport=file",
+    ]
     process = launch(tmp_path, free_port(), *overrides)
     wait_for_steps(tmp_path, 3, process)
     for rank in descendants(process, "learner"):
@@ -150,5 +223,7 @@ def test_killed_learner_resumes_from_its_checkpoint(tmp_path: Path, free_port: C
     assert [row["step"] for row in metrics] == list(range(6))
     versions = [row["policy_version"] for row in metrics]
     assert versions == sorted(set(versions)) and max(row["lag/max"] for row in metrics) <= 4
-    shipped = [row["prompt_id"] for row in rows(tmp_path, "groups.jsonl") if row["end"] == "shipped"]
+    shipped = [
+        row["prompt_id"] for row in rows(tmp_path, "groups.jsonl") if row["end"] == "shipped"
+    ]
     assert len(shipped) == 6 * 16 and len(set(shipped)) == len(shipped)

@@ -33,13 +33,31 @@ DEADLINE_S = 40.0
 
 
 def snapshot(step: int, phase: str = "training") -> Snapshot:
-    rollouts = [RolloutView(rollout_id=place, tokens=10 + 7 * place, state="running" if place > 5 else "finished") for place in range(12)]
+    rollouts = [
+        RolloutView(
+            rollout_id=place, tokens=10 + 7 * place, state="running" if place > 5 else "finished"
+        )
+        for place in range(12)
+    ]
     groups = [
-        GroupView(group_id=place, prompt_id=f"flight-{place}", mode="survivor", budget=12, cut=40, rollouts=rollouts) for place in range(9)
+        GroupView(
+            group_id=place,
+            prompt_id=f"flight-{place}",
+            mode="survivor",
+            budget=12,
+            cut=40,
+            rollouts=rollouts,
+        )
+        for place in range(9)
     ]
     prompts = [
         PromptView(
-            prompt_id=f"closed-{place}", spread=1 - place / 30, budget=12, pass_rate=0.5, lengths_right=[20, 30], lengths_wrong=[80, 200]
+            prompt_id=f"closed-{place}",
+            spread=1 - place / 30,
+            budget=12,
+            pass_rate=0.5,
+            lengths_right=[20, 30],
+            lengths_wrong=[80, 200],
         )
         for place in range(20)
     ]
@@ -82,7 +100,9 @@ class Terminal:
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
-            os.execve(command[0], command, os.environ | {"TERM": "xterm-256color", "PYTHONPATH": ""})
+            os.execve(
+                command[0], command, os.environ | {"TERM": "xterm-256color", "PYTHONPATH": ""}
+            )
         self.output = b""
         self.resize(width, height)
 
@@ -106,7 +126,10 @@ class Terminal:
     def frames(self) -> list[list[str]]:
         """All complete frames: what lies between one return to the top left corner and the next."""
         drawn = self.output.decode(errors="replace").split("\x1b[H")[1:-1]
-        return [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "").rstrip("\n").split("\n") for text in drawn]
+        return [
+            re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "").rstrip("\n").split("\n")
+            for text in drawn
+        ]
 
     def until(self, condition: Callable[[list[str]], bool]) -> list[str]:
         """The first frame from now on of which `condition` is true."""
@@ -118,7 +141,9 @@ class Terminal:
                 if condition(shown):
                     return shown
             seen = len(frames)
-        raise AssertionError(f"not seen within {DEADLINE_S} s; the last output was {self.output[-2000:]!r}")
+        raise AssertionError(
+            f"not seen within {DEADLINE_S} s; the last output was {self.output[-2000:]!r}"
+        )
 
     def ended(self) -> int:
         """The exit status, waited for."""
@@ -147,13 +172,22 @@ def holds(*words: str) -> Callable[[list[str]], bool]:
 
 def run(command: list[str], timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, env=os.environ | {"PYTHONPATH": ""}, check=False
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=os.environ | {"PYTHONPATH": ""},
+        check=False,
     )
 
 
 @pytest.mark.parametrize("size", [(80, 24), (200, 50)])
 def test_the_dashboard_fits_its_terminal(address: str, size: tuple[int, int]) -> None:
-    with publishing(address, lambda: snapshot(7)), terminal([*AS_FILE, "--address", address], *size) as screen:
+    with (
+        publishing(address, lambda: snapshot(7)),
+        terminal([*AS_FILE, "--address", address], *size) as screen,
+    ):
         shown = screen.until(holds("step 7/60", "closed-0", "flight-0", "Engines"))
         assert len(shown) == size[1]
         assert {len(line) for line in shown} == {size[0]}
@@ -162,7 +196,10 @@ def test_the_dashboard_fits_its_terminal(address: str, size: tuple[int, int]) ->
 
 
 def test_keys_move_the_cursor_and_open_the_help(address: str) -> None:
-    with publishing(address, lambda: snapshot(7)), terminal([*AS_FILE, "--address", address], 100, 30) as screen:
+    with (
+        publishing(address, lambda: snapshot(7)),
+        terminal([*AS_FILE, "--address", address], 100, 30) as screen,
+    ):
         screen.until(holds("Prompt closed-0"))
         screen.press(b"\x1b[B\x1b[B")
         screen.until(holds("Prompt closed-2"))
@@ -173,7 +210,10 @@ def test_keys_move_the_cursor_and_open_the_help(address: str) -> None:
 
 
 def test_a_resized_terminal_is_filled_again(address: str) -> None:
-    with publishing(address, lambda: snapshot(7)), terminal([*AS_FILE, "--address", address], 80, 24) as screen:
+    with (
+        publishing(address, lambda: snapshot(7)),
+        terminal([*AS_FILE, "--address", address], 80, 24) as screen,
+    ):
         screen.until(lambda shown: len(shown) == 24)
         screen.resize(140, 40)
         screen.until(lambda shown: len(shown) == 40 and {len(line) for line in shown} == {140})
@@ -202,21 +242,31 @@ def test_once_prints_one_plain_frame(address: str, command: list[str]) -> None:
 
 def test_json_is_one_object_per_snapshot_until_the_run_is_done(address: str) -> None:
     steps = iter(range(10_000))
-    with publishing(address, lambda: snapshot(step := next(steps), "done" if step > 40 else "training")):
+    with publishing(
+        address, lambda: snapshot(step := next(steps), "done" if step > 40 else "training")
+    ):
         done = run([*AS_FILE, "--json", "--address", address])
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0
-    assert len(rows) > 1 and [row["phase"] for row in rows].count("done") == 1 and rows[-1]["phase"] == "done"
+    assert (
+        len(rows) > 1
+        and [row["phase"] for row in rows].count("done") == 1
+        and rows[-1]["phase"] == "done"
+    )
     assert rows[0]["groups"][0]["cut"] == 40
 
 
 def test_no_buffer_is_one_clear_line(address: str) -> None:
     done = run([*AS_FILE, "--once", "--address", address])
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [f"tail_monitor: no statistics from {address} within 10 s: is `python -m buffer` running there?"]
+    assert done.stderr.splitlines() == [
+        f"tail_monitor: no statistics from {address} within 10 s: is `python -m buffer` running there?"
+    ]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--once", "--address", "nowhere"], ["--once", "--replay", "no/such/run"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--once", "--address", "nowhere"], ["--once", "--replay", "no/such/run"]]
+)
 def test_a_mistake_is_one_line(arguments: list[str]) -> None:
     done = run([*AS_FILE, *arguments])
     assert done.returncode == 1
@@ -225,9 +275,21 @@ def test_a_mistake_is_one_line(arguments: list[str]) -> None:
 
 def test_a_replay_plays_to_its_end_and_can_be_held(tmp_path: Path) -> None:
     rollout = {"rollout_id": 1, "engine": "e", "tokens": 30, "reward": 1.0, "end": "selected_short"}
-    group = {"group_id": 1, "prompt_id": "p", "opened_version": 0, "shipped_version": 0, "budget": 1, "mode": "none", "end": "shipped"}
-    (tmp_path / "groups.jsonl").write_text((json.dumps(group | {"rollouts": [rollout]}) + "\n") * 30)
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "time_s": step}) + "\n" for step in range(30)))
+    group = {
+        "group_id": 1,
+        "prompt_id": "p",
+        "opened_version": 0,
+        "shipped_version": 0,
+        "budget": 1,
+        "mode": "none",
+        "end": "shipped",
+    }
+    (tmp_path / "groups.jsonl").write_text(
+        (json.dumps(group | {"rollouts": [rollout]}) + "\n") * 30
+    )
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, "time_s": step}) + "\n" for step in range(30))
+    )
     with terminal([*AS_FILE, "--replay", str(tmp_path)], 80, 24) as screen:
         screen.until(holds("replay ×1"))
         screen.press(b" ")

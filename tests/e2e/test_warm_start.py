@@ -11,9 +11,20 @@ pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from buffer.tagged_sum import FULL, SINGLE_PASS, TOKEN, draw_problem, draw_trace  # noqa: E402
-from tools.warm_start import PHASES, Phase, build_model, build_tokenizer, draw_packs, torch, warm_start  # noqa: E402
+from tools.warm_start import (
+    PHASES,
+    Phase,
+    build_model,
+    build_tokenizer,
+    draw_packs,
+    torch,
+    warm_start,
+)  # noqa: E402
 
-SHORT = (Phase(SINGLE_PASS, steps=3, tokens=128, lr=3e-3, short_frac=1 / 3), Phase(FULL, steps=1, tokens=768, lr=2e-3, decays=True))
+SHORT = (
+    Phase(SINGLE_PASS, steps=3, tokens=128, lr=3e-3, short_frac=1 / 3),
+    Phase(FULL, steps=1, tokens=768, lr=2e-3, decays=True),
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +37,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_folder_loads_as_a_model_and_its_tokenizer(folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert (type(model).__name__, model.num_parameters(), model.dtype) == ("Qwen3ForCausalLM", 599_104, torch.float32)
-    assert model.config.tie_word_embeddings and model.config.vocab_size == 64 and len(tokenizer) == 33
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == tokenizer.encode("<eos>")[0]
+    assert (type(model).__name__, model.num_parameters(), model.dtype) == (
+        "Qwen3ForCausalLM",
+        599_104,
+        torch.float32,
+    )
+    assert (
+        model.config.tie_word_embeddings and model.config.vocab_size == 64 and len(tokenizer) == 33
+    )
+    assert (
+        model.generation_config.eos_token_id
+        == tokenizer.eos_token_id
+        == tokenizer.encode("<eos>")[0]
+    )
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
 
@@ -42,11 +63,15 @@ def test_the_same_recipe_finds_its_folder_and_another_seed_makes_it_anew(folder:
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_an_interrupted_warm_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_warm_start_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", interrupted)  # the model is written by then
+    monkeypatch.setattr(
+        transformers.PreTrainedTokenizerFast, "save_pretrained", interrupted
+    )  # the model is written by then
     with pytest.raises(KeyboardInterrupt):
         warm_start(tmp_path / "tiny", phases=SHORT[:1])
     assert list(tmp_path.iterdir()) == []
@@ -66,30 +91,47 @@ def test_traces_survive_the_tokenizer_one_token_per_word_or_character() -> None:
         trace = draw_trace(random, problem)
         ids = tokenizer.encode(problem + trace)
         assert tokenizer.decode(ids) == problem + trace
-        assert len(ids) == len(problem) + len(TOKEN.findall(trace)) and tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == (problem + trace).removesuffix("<eos>")
+        assert (
+            len(ids) == len(problem) + len(TOKEN.findall(trace))
+            and tokenizer.unk_token_id not in ids
+        )
+    assert tokenizer.decode(ids, skip_special_tokens=True) == (problem + trace).removesuffix(
+        "<eos>"
+    )
 
 
 def test_packs_fill_their_tokens_and_learn_only_responses() -> None:
     tokenizer = build_tokenizer()
-    tokens, positions, targets = next(draw_packs(Random(0), tokenizer, Phase(SINGLE_PASS, steps=1, tokens=256, lr=1e-3)))
+    tokens, positions, targets = next(
+        draw_packs(Random(0), tokenizer, Phase(SINGLE_PASS, steps=1, tokens=256, lr=1e-3))
+    )
     assert 256 - 50 < len(tokens) <= 256 and len(tokens) == len(positions) == len(targets)
     starts = (positions == 0).nonzero().flatten().tolist()
     first = tokens[: starts[1]].tolist()
     prompt_length = first.index(tokenizer.encode("=")[0]) + 1
-    assert targets[: starts[1]].tolist() == [-100] * (prompt_length - 1) + first[prompt_length:] + [-100]
+    assert targets[: starts[1]].tolist() == [-100] * (prompt_length - 1) + first[prompt_length:] + [
+        -100
+    ]
 
 
 def test_packed_traces_do_not_see_one_another() -> None:
     tokenizer, model = build_tokenizer(), build_model(seed=0).eval()
-    tokens, positions, _ = next(draw_packs(Random(0), tokenizer, Phase(SINGLE_PASS, steps=1, tokens=128, lr=1e-3)))
+    tokens, positions, _ = next(
+        draw_packs(Random(0), tokenizer, Phase(SINGLE_PASS, steps=1, tokens=128, lr=1e-3))
+    )
     second = int((positions == 0).nonzero()[1])
     end = int((positions == 0).nonzero()[2]) if (positions == 0).sum() > 2 else len(tokens)
     with torch.no_grad():
-        packed = model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits[0, second:end]
+        packed = model(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False
+        ).logits[0, second:end]
         alone = model(input_ids=tokens[None, second:end], use_cache=False).logits[0]
     assert torch.allclose(packed, alone, atol=1e-3)
 
 
 def test_the_recipe_is_the_one_whose_result_was_measured() -> None:
-    assert [(phase.steps, phase.tokens) for phase in PHASES] == [(230, 1024), (220, 1536), (220, 1536)]
+    assert [(phase.steps, phase.tokens) for phase in PHASES] == [
+        (230, 1024),
+        (220, 1536),
+        (220, 1536),
+    ]

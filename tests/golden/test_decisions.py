@@ -52,14 +52,19 @@ def rounded(decision: ev.Decision) -> ev.Decision:
     if not isinstance(decision, ev.RememberLengths):
         return decision
     stats = decision.lengths
-    return ev.RememberLengths(decision.prompt_id, type(stats)(*(float(f"{x:.6g}") for x in (stats.weight, stats.mean_log, stats.var_log))))
+    return ev.RememberLengths(
+        decision.prompt_id,
+        type(stats)(*(float(f"{x:.6g}") for x in (stats.weight, stats.mean_log, stats.var_log))),
+    )
 
 
 def write(steps: list[Step]) -> None:
     lines = []
     for event, decisions in steps:
         entries = [event, *map(rounded, decisions)]
-        lines.append(json.dumps([[type(entry).__name__, msgspec.to_builtins(entry)] for entry in entries]))
+        lines.append(
+            json.dumps([[type(entry).__name__, msgspec.to_builtins(entry)] for entry in entries])
+        )
     GOLDEN.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
 
 

@@ -16,9 +16,17 @@ CURVES = ("train/loss", "train/grad_norm", "train/entropy", "train/ratio_mean", 
 
 
 def test_the_loss_curve_is_the_golden_one(tmp_path: Path) -> None:
-    config = make_config(save_model(tmp_path / "model"), tmp_path / "run", optimizer__lr=2e-3, optimizer__warmup_steps=2)
+    config = make_config(
+        save_model(tmp_path / "model"),
+        tmp_path / "run",
+        optimizer__lr=2e-3,
+        optimizer__warmup_steps=2,
+    )
     with single_rank(config) as state:
-        steps = [train_step(state, make_shards(make_trajectories(seed=step % 3), step)[0]) for step in range(8)]
+        steps = [
+            train_step(state, make_shards(make_trajectories(seed=step % 3), step)[0])
+            for step in range(8)
+        ]
     measured = {name: [step[name] for step in steps] for name in CURVES}
     if os.environ.get("WRITE_GOLDEN") == "1":
         GOLDEN.write_text(json.dumps(measured, indent=1) + "\n")

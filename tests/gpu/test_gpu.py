@@ -47,13 +47,33 @@ def test_an_engine_keeps_to_its_share_of_memory() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_on_one_gpu_learns_and_agrees_with_itself(dtype: str, tmp_path: Path, free_port: Callable[[], int]) -> None:
-    command = [sys.executable, "-m", "tools.launch", "--config", "configs/demo.yaml", f"run.dir={tmp_path}", "run.name=r", *DEVICES]
-    command += [f"model.dtype={dtype}", "run.steps=12", "eval.every=12", f"buffer.address=tcp://127.0.0.1:{free_port()}"]
+def test_a_run_on_one_gpu_learns_and_agrees_with_itself(
+    dtype: str, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "tools.launch",
+        "--config",
+        "configs/demo.yaml",
+        f"run.dir={tmp_path}",
+        "run.name=r",
+        *DEVICES,
+    ]
+    command += [
+        f"model.dtype={dtype}",
+        "run.steps=12",
+        "eval.every=12",
+        f"buffer.address=tcp://127.0.0.1:{free_port()}",
+    ]
     subprocess.run([*command, "launch.progress=none"], check=True)
-    metrics = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    ]
     accuracy = [row["eval/accuracy"] for row in metrics if "eval/accuracy" in row]
     assert accuracy[-1] > accuracy[0]
     assert all(row["lag/max"] <= 4 for row in metrics)
-    bound = 5e-3 if dtype == "float32" else 0.1  # mean difference of log-probabilities, engine against learner, at equal weights
+    bound = (
+        5e-3 if dtype == "float32" else 0.1
+    )  # mean difference of log-probabilities, engine against learner, at equal weights
     assert all(row["train/logprob_diff"] < bound for row in metrics if "train/logprob_diff" in row)

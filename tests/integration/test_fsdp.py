@@ -39,28 +39,50 @@ def address(free_port: Callable[[], int]) -> str:
 
 
 @contextmanager
-def started(model: Path, run: Path, address: str, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    model: Path, run: Path, address: str, *overrides: str
+) -> Iterator[subprocess.Popen[str]]:
     """`python -m learner`; whatever is left of it at the end is killed."""
     keys = [
         f"model.path={model}", f"run.dir={run.parent}", f"run.name={run.name}", f"run.steps={NUM_STEPS}", f"buffer.address={address}",
         "learner.device=cpu", "batch.tokens=64", "optimizer.lr=1e-3", "weights.transport=file", *overrides,
     ]  # fmt: skip
-    with subprocess.Popen([sys.executable, "-m", "learner", *keys], cwd=ROOT, stderr=subprocess.PIPE, text=True) as learner:
+    with subprocess.Popen(
+        [sys.executable, "-m", "learner", *keys], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as learner:
         try:
             yield learner
         finally:
             learner.kill()
 
 
-def steps_for(parts: list[int] | None, first: int = 0, last: int = NUM_STEPS) -> dict[int, list[Shard]]:
-    return {step: make_shards(make_trajectories(seed=step, version=step), step, parts, version=step) for step in range(first, last)}
+def steps_for(
+    parts: list[int] | None, first: int = 0, last: int = NUM_STEPS
+) -> dict[int, list[Shard]]:
+    return {
+        step: make_shards(make_trajectories(seed=step, version=step), step, parts, version=step)
+        for step in range(first, last)
+    }
 
 
 def train(
-    model: Path, run: Path, address: str, parts: list[int] | None, *overrides: str, first: int = 0, last: int = NUM_STEPS
+    model: Path,
+    run: Path,
+    address: str,
+    parts: list[int] | None,
+    *overrides: str,
+    first: int = 0,
+    last: int = NUM_STEPS,
 ) -> FakeBuffer:
     with FakeBuffer(address, steps_for(parts, first, last), last_step=last - 1) as buffer:
-        with started(model, run, address, f"learner.ranks={len(parts or [0])}", f"run.steps={last}", *overrides) as learner:
+        with started(
+            model,
+            run,
+            address,
+            f"learner.ranks={len(parts or [0])}",
+            f"run.steps={last}",
+            *overrides,
+        ) as learner:
             _, stderr = learner.communicate(timeout=START_TIMEOUT_S * 2)
             assert learner.returncode == 0, stderr
     return buffer
@@ -104,7 +126,9 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 def test_the_conversation_of_a_run(reference: FakeBuffer) -> None:
     kinds = [type(message) for message in reference.heard]
     assert kinds == [LearnerHello, Published, *([Pull, Published, Trained] * NUM_STEPS)]
-    assert [message.policy.version for message in reference.of(Published)] == list(range(NUM_STEPS + 1))
+    assert [message.policy.version for message in reference.of(Published)] == list(
+        range(NUM_STEPS + 1)
+    )
     assert [message.step for message in reference.of(Pull)] == list(range(NUM_STEPS))
     expected = {
         "train/loss", "train/grad_norm", "train/entropy", "train/clip_frac", "train/ratio_mean", "train/tis_clip_frac",
@@ -114,7 +138,9 @@ def test_the_conversation_of_a_run(reference: FakeBuffer) -> None:
     assert all(set(metrics) == expected for metrics in reference.trained.values())
 
 
-def test_two_ranks_train_the_same_weights_as_one(reference: FakeBuffer, model_path: Path, tmp_path: Path, address: str) -> None:
+def test_two_ranks_train_the_same_weights_as_one(
+    reference: FakeBuffer, model_path: Path, tmp_path: Path, address: str
+) -> None:
     # 11 trajectories against 1: the second rank runs out of micro-batches and must keep the first company.
     two = train(model_path, tmp_path / "two", address, [11, 1])
     expected, measured = newest_weights(reference), newest_weights(two)
@@ -123,34 +149,48 @@ def test_two_ranks_train_the_same_weights_as_one(reference: FakeBuffer, model_pa
         torch.testing.assert_close(measured[name], tensor, rtol=1e-3, atol=1e-5)
     for step in range(NUM_STEPS):
         for name in ("train/loss", "train/grad_norm", "train/entropy", "train/logprob_diff_all"):
-            assert two.trained[step][name] == pytest.approx(reference.trained[step][name], rel=1e-3), (step, name)
+            assert two.trained[step][name] == pytest.approx(
+                reference.trained[step][name], rel=1e-3
+            ), (step, name)
 
 
 def test_a_run_resumes_on_another_number_of_ranks(
-    reference: FakeBuffer, model_path: Path, tmp_path: Path, address: str, free_port: Callable[[], int]
+    reference: FakeBuffer,
+    model_path: Path,
+    tmp_path: Path,
+    address: str,
+    free_port: Callable[[], int],
 ) -> None:
     run = tmp_path / "run"
     train(model_path, run, address, [5, 7], last=2)
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_000002"
-    resumed = train(model_path, run, f"tcp://127.0.0.1:{free_port()}", None, "run.resume=true", first=2)
+    resumed = train(
+        model_path, run, f"tcp://127.0.0.1:{free_port()}", None, "run.resume=true", first=2
+    )
     assert resumed.of(LearnerHello)[0].step == 2
     assert list(resumed.trained) == [2]
     for name, tensor in newest_weights(reference).items():
         torch.testing.assert_close(newest_weights(resumed)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_a_buffer_that_returns_finds_the_learner_where_it_was(learners: Start, model_path: Path, tmp_path: Path, address: str) -> None:
+def test_a_buffer_that_returns_finds_the_learner_where_it_was(
+    learners: Start, model_path: Path, tmp_path: Path, address: str
+) -> None:
     with FakeBuffer(address, {0: steps_for(None)[0]}, last_step=NUM_STEPS) as buffer:
         learner = learners(model_path, tmp_path / "run", address)
         assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
-    with FakeBuffer(address, steps_for(None, first=1), last_step=NUM_STEPS - 1, policy_version=7) as buffer:
+    with FakeBuffer(
+        address, steps_for(None, first=1), last_step=NUM_STEPS - 1, policy_version=7
+    ) as buffer:
         learner.communicate(timeout=START_TIMEOUT_S)
         assert learner.returncode == 0
     assert [hello.step for hello in buffer.of(LearnerHello)] == [1]
     assert [message.policy.version for message in buffer.of(Published)] == [8, 9, 10]
 
 
-def test_a_run_that_the_buffer_stops_with_an_error_fails(learners: Start, model_path: Path, tmp_path: Path, address: str) -> None:
+def test_a_run_that_the_buffer_stops_with_an_error_fails(
+    learners: Start, model_path: Path, tmp_path: Path, address: str
+) -> None:
     with FakeBuffer(address, steps_for(None), last_step=0, error="no engine is left") as buffer:
         learner = learners(model_path, tmp_path / "run", address)
         _, stderr = learner.communicate(timeout=START_TIMEOUT_S)
@@ -160,7 +200,9 @@ def test_a_run_that_the_buffer_stops_with_an_error_fails(learners: Start, model_
 
 
 @pytest.mark.parametrize("victim", ["rank", "supervisor"])
-def test_who_is_killed_takes_all_along(learners: Start, model_path: Path, tmp_path: Path, address: str, victim: str) -> None:
+def test_who_is_killed_takes_all_along(
+    learners: Start, model_path: Path, tmp_path: Path, address: str, victim: str
+) -> None:
     with FakeBuffer(address, {}, last_step=0) as buffer:  # never answers a pull
         learner = learners(model_path, tmp_path / "run", address, "learner.ranks=2")
         assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
@@ -173,7 +215,9 @@ def test_who_is_killed_takes_all_along(learners: Start, model_path: Path, tmp_pa
         assert "rank 1" in stderr.splitlines()[-1]
 
 
-def test_sigterm_ends_all_ranks(learners: Start, model_path: Path, tmp_path: Path, address: str) -> None:
+def test_sigterm_ends_all_ranks(
+    learners: Start, model_path: Path, tmp_path: Path, address: str
+) -> None:
     with FakeBuffer(address, {}, last_step=0) as buffer:
         learner = learners(model_path, tmp_path / "run", address, "learner.ranks=2")
         assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)

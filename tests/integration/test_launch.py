@@ -46,7 +46,11 @@ class Launched:
         self.pids, self.run_dir = folder / "pids", folder / "runs" / "run"
         self.pids.mkdir()
         commands = [(name.split()[0], name, NOTE + code) for name, code in stubs.items()]
-        overrides = [f"run.dir={folder / 'runs'}", f"buffer.address=tcp://127.0.0.1:{port}", "launch.progress=plain"]
+        overrides = [
+            f"run.dir={folder / 'runs'}",
+            f"buffer.address=tcp://127.0.0.1:{port}",
+            "launch.progress=plain",
+        ]
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, str(stop_s), json.dumps(overrides), json.dumps(commands)],
             cwd=ROOT, env=os.environ | {"PIDS": str(self.pids)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -56,7 +60,9 @@ class Launched:
         """The pids of `count` stubs, once they run."""
         deadline = time.monotonic() + WAIT_S
         while len(list(self.pids.iterdir())) < count:
-            assert time.monotonic() < deadline and self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline and self.process.poll() is None, (
+                self.process.communicate()
+            )
             time.sleep(0.02)
         return [int(file.name) for file in self.pids.iterdir()]
 
@@ -70,7 +76,11 @@ class Launched:
 
 
 def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    return [
+        pid
+        for pid in pids
+        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 @pytest.fixture
@@ -88,7 +98,13 @@ def launched(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Callable[
 
 
 def test_a_failed_learner_is_named_and_ends_the_others(launched: Callable[..., Launched]) -> None:
-    run = launched({"buffer": SLEEP, "actors": SLEEP, "learner": "time.sleep(0.5); print('Traceback'); print('last words'); sys.exit(7)"})
+    run = launched(
+        {
+            "buffer": SLEEP,
+            "actors": SLEEP,
+            "learner": "time.sleep(0.5); print('Traceback'); print('last words'); sys.exit(7)",
+        }
+    )
     pids = run.started(3)
     status, out, err = run.ended()
     assert status == 1
@@ -104,7 +120,9 @@ def test_a_killed_buffer_is_named_with_its_signal(launched: Callable[..., Launch
     assert "buffer (pid" in err and "SIGKILL" in err
 
 
-def test_the_reason_given_by_the_culprit_is_part_of_the_last_line(launched: Callable[..., Launched]) -> None:
+def test_the_reason_given_by_the_culprit_is_part_of_the_last_line(
+    launched: Callable[..., Launched],
+) -> None:
     run = launched({"buffer": "sys.exit('error: no disk')", "actors": SLEEP, "learner": SLEEP})
     assert "exit status 1: no disk" in run.ended()[2]
 
@@ -118,7 +136,12 @@ def test_the_only_pool_failing_ends_the_run(launched: Callable[..., Launched]) -
 
 def test_one_pool_of_two_failing_does_not_end_the_run(launched: Callable[..., Launched]) -> None:
     run = launched(
-        {"buffer": "time.sleep(2)", "actors a": "sys.exit(3)", "actors b": "time.sleep(2)", "learner": "time.sleep(2); sys.exit(5)"}
+        {
+            "buffer": "time.sleep(2)",
+            "actors a": "sys.exit(3)",
+            "actors b": "time.sleep(2)",
+            "learner": "time.sleep(2); sys.exit(5)",
+        }
     )
     assert "learner" in run.ended()[2]
 
@@ -132,7 +155,9 @@ def test_a_learner_that_leaves_early_is_no_success(launched: Callable[..., Launc
 
 def test_ctrl_c_ends_everything_grandchildren_included(launched: Callable[..., Launched]) -> None:
     parent = PARENT.format(child=NOTE + STUBBORN + SLEEP)
-    run = launched({"buffer": SLEEP, "actors": parent + STUBBORN + SLEEP, "learner": SLEEP}, stop_s=0.5)
+    run = launched(
+        {"buffer": SLEEP, "actors": parent + STUBBORN + SLEEP, "learner": SLEEP}, stop_s=0.5
+    )
     pids = run.started(4)
     run.process.send_signal(signal.SIGINT)
     assert run.ended()[0] == 130
@@ -151,7 +176,10 @@ def test_a_second_ctrl_c_does_not_wait(launched: Callable[..., Launched]) -> Non
 
 @pytest.mark.parametrize("victim", ["guard", "supervisor"])
 def test_a_killed_launcher_leaves_nothing(launched: Callable[..., Launched], victim: str) -> None:
-    run = launched({"buffer": SLEEP, "actors": PARENT.format(child=NOTE + SLEEP) + SLEEP, "learner": SLEEP}, stop_s=1)
+    run = launched(
+        {"buffer": SLEEP, "actors": PARENT.format(child=NOTE + SLEEP) + SLEEP, "learner": SLEEP},
+        stop_s=1,
+    )
     pids = run.started(4)
     killed = run.process if victim == "guard" else run.supervisor()
     killed.kill()
@@ -161,7 +189,9 @@ def test_a_killed_launcher_leaves_nothing(launched: Callable[..., Launched], vic
         time.sleep(0.05)
 
 
-def test_a_run_whose_buffer_ended_well_succeeds_and_ends_with_its_report(launched: Callable[..., Launched]) -> None:
+def test_a_run_whose_buffer_ended_well_succeeds_and_ends_with_its_report(
+    launched: Callable[..., Launched],
+) -> None:
     run = launched({"buffer": "time.sleep(1)", "actors": SLEEP, "learner": "time.sleep(1)"})
     run.run_dir.mkdir(parents=True)
     (run.run_dir / "config.yaml").write_text("run: {name: run, steps: 1}\n")

@@ -46,7 +46,11 @@ def nothing_left_running():
     """Every test closes its threads (pyzmq's one collector of sent buffers belongs to the process)."""
     before = set(threading.enumerate())
     yield
-    left = [thread for thread in threading.enumerate() if thread not in before and type(thread).__name__ != "GarbageCollectorThread"]
+    left = [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before and type(thread).__name__ != "GarbageCollectorThread"
+    ]
     assert left == []
 
 
@@ -71,7 +75,12 @@ class Serving:
             for peer, message in self.router.receive(0.01):
                 if isinstance(message, (ActorHello, LearnerHello)):
                     self.peers.append(peer)
-                    self.router.send(peer, Welcome(policy=None) if isinstance(message, ActorHello) else LearnerWelcome(policy_version=3))
+                    self.router.send(
+                        peer,
+                        Welcome(policy=None)
+                        if isinstance(message, ActorHello)
+                        else LearnerWelcome(policy_version=3),
+                    )
                 elif not isinstance(message, Heartbeat):
                     self.heard.append(message)
             while self.to_send:
@@ -125,7 +134,9 @@ def receive_all(router, count):
 
 def send_while_stalled(router, peer, count):
     """Bodies large enough that neither side's kernel buffers swallow them all."""
-    return [router.send(peer, Shutdown(error=f"{number}:".ljust(2000, "."))) for number in range(count)]
+    return [
+        router.send(peer, Shutdown(error=f"{number}:".ljust(2000, "."))) for number in range(count)
+    ]
 
 
 def numbers_read(router, dealer, count):
@@ -143,13 +154,18 @@ def test_a_stalled_peer_loses_nothing_and_keeps_the_order(router):
         dealer.send(encode(HELLO))
         [(peer, _)] = receive_all(router, 1)
         assert all(send_while_stalled(router, peer, 6000))
-        assert len(router._backlog[peer]) > 1000  # the socket's own queue did overflow, or this test proves nothing
+        assert (
+            len(router._backlog[peer]) > 1000
+        )  # the socket's own queue did overflow, or this test proves nothing
         assert numbers_read(router, dealer, 6000) == list(range(6000))
         assert router._backlog == {}
 
 
 def test_a_stalled_peer_holds_up_no_other(router):
-    with raw_dealer(router.address, b"stalled", receive_queue=10) as stalled, raw_dealer(router.address, b"good") as good:
+    with (
+        raw_dealer(router.address, b"stalled", receive_queue=10) as stalled,
+        raw_dealer(router.address, b"good") as good,
+    ):
         stalled.send(encode(HELLO))
         good.send(encode(HELLO))
         receive_all(router, 2)
@@ -209,13 +225,19 @@ def test_garbage_is_counted_and_harms_nobody(router, monkeypatch):
         bad.send(good)
         peer.send(good)
         received = receive_all(router, 2)
-    assert sorted(received, key=lambda item: item[0]) == [(name, Stopped(rollout_id=1)) for name in (b"bad", b"good")]
+    assert sorted(received, key=lambda item: item[0]) == [
+        (name, Stopped(rollout_id=1)) for name in (b"bad", b"good")
+    ]
     assert router.num_rejected == len(garbage)
 
 
 def test_a_port_scan_harms_nobody(router):
     port = int(router.address.rpartition(":")[2])
-    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" + b"\0" * 8 + b"\x7f", b"\xff\0\0\0\0\0\0\0\x01\x7f" + b"\xff" * 500):
+    for noise in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff" + b"\0" * 8 + b"\x7f",
+        b"\xff\0\0\0\0\0\0\0\x01\x7f" + b"\xff" * 500,
+    ):
         with sockets.create_connection(("127.0.0.1", port)) as scanner:
             scanner.sendall(noise)
     with raw_dealer(router.address) as dealer:
@@ -249,7 +271,9 @@ def test_messages_go_both_ways_in_order(router):
         for number in range(3000):
             link.send(Stopped(rollout_id=number))
             serving.to_send.append((serving.peers[0], Cancel(rollout_ids=[number])))
-        assert [link.receive(SOON_S) for _ in range(3000)] == [Cancel(rollout_ids=[number]) for number in range(3000)]
+        assert [link.receive(SOON_S) for _ in range(3000)] == [
+            Cancel(rollout_ids=[number]) for number in range(3000)
+        ]
         wait_until(lambda: len(serving.heard) == 3000)
         assert [message.rollout_id for message in serving.heard] == list(range(3000))
 
@@ -259,9 +283,17 @@ def test_a_learner_gets_its_shard(router):
         rollout_id=1, group_id=2, tokens=b"\1\0\0\0" * 500_000, sampled=b"\1" * 500_000, actor_logprobs=b"\0" * 2_000_000,
         versions=[(3, 500_000)], reward=1.0, truncated=False, group_rewards=[1.0, 0.0],
     )  # fmt: skip
-    shard = Shard(step=0, policy_version=3, trajectories=[trajectory] * 4, step_sampled_tokens=1, step_trained_tokens=1)
+    shard = Shard(
+        step=0,
+        policy_version=3,
+        trajectories=[trajectory] * 4,
+        step_sampled_tokens=1,
+        step_trained_tokens=1,
+    )
     with Serving(router) as serving, LearnerLink(router.address, "learner/0") as link:
-        assert link.connect(LearnerHello(rank=0, num_ranks=1, step=0, pid=1), SOON_S) == LearnerWelcome(policy_version=3)
+        assert link.connect(
+            LearnerHello(rank=0, num_ranks=1, step=0, pid=1), SOON_S
+        ) == LearnerWelcome(policy_version=3)
         link.send(Pull(rank=0, step=0))
         wait_until(lambda: serving.heard == [Pull(rank=0, step=0)])
         serving.to_send.append((serving.peers[0], shard))
@@ -284,26 +316,36 @@ def test_any_thread_may_send(router):
         wait_until(lambda: len(serving.heard) == 2000)
         ids = [message.rollout_id for message in serving.heard]
         for thread in range(4):  # each thread's messages are in its own order
-            assert [id for id in ids if id // 1000 == thread] == [thread * 1000 + number for number in range(500)]
+            assert [id for id in ids if id // 1000 == thread] == [
+                thread * 1000 + number for number in range(500)
+            ]
 
 
 @pytest.mark.parametrize("link_queue", [1, 1000], ids=["kept by the link", "kept by zmq"])
 def test_closing_a_link_delivers_what_was_sent(monkeypatch, link_queue):
-    monkeypatch.setattr(buffer.transport, "QUEUE_MESSAGES", 1)  # a buffer that takes nothing in while it does not read
+    monkeypatch.setattr(
+        buffer.transport, "QUEUE_MESSAGES", 1
+    )  # a buffer that takes nothing in while it does not read
     with Router(LOOPBACK, Inbound) as router:
         monkeypatch.setattr(buffer.transport, "QUEUE_MESSAGES", link_queue)
         link = ActorLink(router.address, "pool/0")
         with Serving(router):
             link.connect(HELLO, SOON_S)
         for number in range(40):
-            link.send(Finished(rollout_id=number, truncated=False, reward=0.0, text="." * 1_000_000))
+            link.send(
+                Finished(rollout_id=number, truncated=False, reward=0.0, text="." * 1_000_000)
+            )
         closing = threading.Thread(target=link.close)
         closing.start()
         time.sleep(0.2)
         finished = []
         deadline = time.monotonic() + SOON_S
         while len(finished) < 40 and time.monotonic() < deadline:
-            finished += [message.rollout_id for _, message in router.receive(0.05) if isinstance(message, Finished)]
+            finished += [
+                message.rollout_id
+                for _, message in router.receive(0.05)
+                if isinstance(message, Finished)
+            ]
         closing.join()
     assert finished == list(range(40))
 
@@ -330,7 +372,12 @@ def test_hello_is_repeated_until_answered_and_one_answer_counts(router):
         connecting.start()
         (peer, first), again = receive_all(router, 2)
         assert first == HELLO and again == (peer, HELLO) and peer.startswith(b"pool/0~")
-        for message in (Welcome(policy=None), Welcome(policy=None), Heartbeat(), Cancel(rollout_ids=[1])):
+        for message in (
+            Welcome(policy=None),
+            Welcome(policy=None),
+            Heartbeat(),
+            Cancel(rollout_ids=[1]),
+        ):
             router.send(peer, message)
         connecting.join()
         assert answers == [Welcome(policy=None)]
@@ -394,7 +441,9 @@ def test_a_restarted_buffer_is_joined_anew():
             serving.to_send.append((serving.peers[0], Cancel(rollout_ids=[1])))
             wait_until(lambda: not serving.to_send)
         router.close()
-        assert link.receive(SOON_S) == Cancel(rollout_ids=[1])  # what had arrived before the end still counts
+        assert link.receive(SOON_S) == Cancel(
+            rollout_ids=[1]
+        )  # what had arrived before the end still counts
         with pytest.raises(TransportError, match="closed the connection"):
             link.receive(SOON_S)
         with Router(address, Inbound) as successor, Serving(successor) as serving:
@@ -404,13 +453,20 @@ def test_a_restarted_buffer_is_joined_anew():
 
 
 def test_links_of_one_name_are_peers_of_their_own(router):
-    with Serving(router) as serving, ActorLink(router.address, "pool/0") as first, ActorLink(router.address, "pool/0") as second:
+    with (
+        Serving(router) as serving,
+        ActorLink(router.address, "pool/0") as first,
+        ActorLink(router.address, "pool/0") as second,
+    ):
         first.connect(HELLO, SOON_S)
         second.connect(HELLO, SOON_S)
         assert len(set(serving.peers)) == 2
         for peer, number in zip(serving.peers, (1, 2), strict=True):
             serving.to_send.append((peer, Cancel(rollout_ids=[number])))
-        assert (first.receive(SOON_S), second.receive(SOON_S)) == (Cancel(rollout_ids=[1]), Cancel(rollout_ids=[2]))
+        assert (first.receive(SOON_S), second.receive(SOON_S)) == (
+            Cancel(rollout_ids=[1]),
+            Cancel(rollout_ids=[2]),
+        )
 
 
 def test_a_link_tells_which_run_it_has_served(router):
@@ -444,7 +500,11 @@ def keys(tmp_path_factory):
 
 
 def test_the_right_keys_open_everything(keys):
-    with Router(LOOPBACK, Inbound, keys) as router, Serving(router) as serving, ActorLink(router.address, "pool/0", keys) as link:
+    with (
+        Router(LOOPBACK, Inbound, keys) as router,
+        Serving(router) as serving,
+        ActorLink(router.address, "pool/0", keys) as link,
+    ):
         assert link.connect(HELLO, SOON_S) == Welcome(policy=None)
         link.send(Stopped(rollout_id=1))
         wait_until(lambda: serving.heard == [Stopped(rollout_id=1)])
@@ -459,7 +519,10 @@ def test_wrong_keys_open_nothing(keys, client, tmp_path):
         (tmp_path / "server.key").write_bytes(Path(keys, "server.key").read_bytes())
     wrong = "" if client == "no keys" else str(tmp_path)
     with Router(LOOPBACK, Inbound, keys) as router, Serving(router) as serving:
-        with ActorLink(router.address, "pool/0", wrong) as link, pytest.raises(TransportError) as raised:
+        with (
+            ActorLink(router.address, "pool/0", wrong) as link,
+            pytest.raises(TransportError) as raised,
+        ):
             link.connect(HELLO, 2.0)
         assert router.address in str(raised.value)
         assert "buffer.keys" in str(raised.value)
@@ -468,7 +531,10 @@ def test_wrong_keys_open_nothing(keys, client, tmp_path):
 
 def test_a_client_with_keys_does_not_speak_to_a_server_without(keys):
     with Router(LOOPBACK, Inbound) as router, Serving(router) as serving:
-        with ActorLink(router.address, "pool/0", keys) as link, pytest.raises(TransportError, match=r"buffer\.keys"):
+        with (
+            ActorLink(router.address, "pool/0", keys) as link,
+            pytest.raises(TransportError, match=r"buffer\.keys"),
+        ):
             link.connect(HELLO, 2.0)
         assert serving.peers == []
 
@@ -525,7 +591,9 @@ def test_a_stalled_monitor_slows_nobody_and_then_sees_the_newest():
 
 def test_router_and_publisher_share_a_process():
     with Router(LOOPBACK, Inbound) as router:
-        for _ in range(20):  # the next port may belong to someone else: then a buffer would take another pair
+        for _ in range(
+            20
+        ):  # the next port may belong to someone else: then a buffer would take another pair
             try:
                 publisher = Publisher(next_port(router.address))
                 break
@@ -544,7 +612,12 @@ def test_a_snapshot_arrives_as_published(size):
     data = hashlib.shake_128(b"weights").digest(size)
     with SnapshotServer(LOOPBACK) as server:
         ref = server.publish(4, data)
-        assert (ref.version, ref.num_bytes, ref.digest, ref.path) == (4, size, hashlib.sha256(data).hexdigest(), "")
+        assert (ref.version, ref.num_bytes, ref.digest, ref.path) == (
+            4,
+            size,
+            hashlib.sha256(data).hexdigest(),
+            "",
+        )
         assert fetch(ref, timeout_s=SOON_S) == data
 
 
@@ -559,7 +632,10 @@ def test_the_newest_two_snapshots_are_served():
 
 def test_a_snapshot_never_published_is_gone_too():
     with SnapshotServer(LOOPBACK) as server, pytest.raises(SnapshotGoneError) as raised:
-        fetch(SnapshotRef(version=7, digest="", num_bytes=10, address=server.address, path=""), timeout_s=SOON_S)
+        fetch(
+            SnapshotRef(version=7, digest="", num_bytes=10, address=server.address, path=""),
+            timeout_s=SOON_S,
+        )
     assert raised.value.newest == -1
 
 
@@ -568,7 +644,10 @@ def test_several_actors_fetch_at_once():
     with SnapshotServer(LOOPBACK) as server:
         ref = server.publish(0, data)
         fetched = []
-        threads = [threading.Thread(target=lambda: fetched.append(fetch(ref, timeout_s=SOON_S))) for _ in range(4)]
+        threads = [
+            threading.Thread(target=lambda: fetched.append(fetch(ref, timeout_s=SOON_S)))
+            for _ in range(4)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -579,7 +658,11 @@ def test_several_actors_fetch_at_once():
 @pytest.mark.parametrize("transport", ["zmq", "file"])
 def test_damaged_bytes_are_refused(transport, tmp_path):
     with SnapshotServer(LOOPBACK) as server:
-        good = server.publish(3, b"weights") if transport == "zmq" else write_snapshot(tmp_path, 3, b"weights")
+        good = (
+            server.publish(3, b"weights")
+            if transport == "zmq"
+            else write_snapshot(tmp_path, 3, b"weights")
+        )
         if transport == "zmq":
             server.publish(3, b"wEights")
         else:
@@ -628,7 +711,9 @@ def test_absurd_requests_harm_no_server():
 
 
 def test_a_folder_keeps_the_newest_two(tmp_path):
-    refs = [write_snapshot(tmp_path / "weights", version, bytes([version])) for version in (8, 9, 10)]
+    refs = [
+        write_snapshot(tmp_path / "weights", version, bytes([version])) for version in (8, 9, 10)
+    ]
     assert len(list((tmp_path / "weights").iterdir())) == 2
     assert [fetch(ref) for ref in refs[1:]] == [b"\x09", b"\x0a"]
     with pytest.raises(SnapshotGoneError) as raised:

@@ -21,7 +21,14 @@ def config(tmp_path: Path, free_port: Callable[[], int]) -> Config:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    return cli.load([f"run.dir={tmp_path}", "run.name=demo", f"model.path={model}", f"buffer.address=tcp://127.0.0.1:{free_port()}"])
+    return cli.load(
+        [
+            f"run.dir={tmp_path}",
+            "run.name=demo",
+            f"model.path={model}",
+            f"buffer.address=tcp://127.0.0.1:{free_port()}",
+        ]
+    )
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -62,7 +69,14 @@ def test_a_pool_that_cannot_work_is_refused(config: Config, entry: str) -> None:
 
 
 def test_gpus_are_split_where_there_are_enough_and_shared_where_not() -> None:
-    table = [("buffer", Command("buffer", ())), ("actors", Command("actors", (), 2)), ("learner", Command("learner", (), 1))]
-    split = [command.environment.get("CUDA_VISIBLE_DEVICES") for _, command in share_gpus(table, ["4", "5", "6"])]
+    table = [
+        ("buffer", Command("buffer", ())),
+        ("actors", Command("actors", (), 2)),
+        ("learner", Command("learner", (), 1)),
+    ]
+    split = [
+        command.environment.get("CUDA_VISIBLE_DEVICES")
+        for _, command in share_gpus(table, ["4", "5", "6"])
+    ]
     assert split == [None, "4,5", "6"]
     assert share_gpus(table, ["0"]) == table

@@ -58,13 +58,17 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> tuple[Path, FakeLearner, list[FakeEngine], int]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> tuple[Path, FakeLearner, list[FakeEngine], int]:
     """One whole run with two engines and a learner; the tests below read what it left."""
     folder = tmp_path_factory.mktemp("runs")
     port = free_port()
     running = Running(make_config(folder, port))
     learner = FakeLearner(running.service.run.router.address, STEPS)
-    engines = [FakeEngine(running.service.run.router.address, f"e/{i}", slots=6 + 4 * i) for i in range(2)]
+    engines = [
+        FakeEngine(running.service.run.router.address, f"e/{i}", slots=6 + 4 * i) for i in range(2)
+    ]
     for peer in (learner, *engines):
         peer.start()
     status = running.wait()
@@ -85,14 +89,24 @@ def test_every_step_has_one_metrics_row_within_the_lag_bound(finished: Any) -> N
     metrics = rows(finished[0], "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(STEPS))
     assert all(0 <= row["lag/max"] <= 2 for row in metrics)
-    assert all(row["tokens/generated"] == row["tokens/trained"] + row["tokens/discarded"] + row["tokens/cancelled"] for row in metrics)
-    assert [row["tokens/trained"] for row in metrics] == sorted(row["tokens/trained"] for row in metrics)
+    assert all(
+        row["tokens/generated"]
+        == row["tokens/trained"] + row["tokens/discarded"] + row["tokens/cancelled"]
+        for row in metrics
+    )
+    assert [row["tokens/trained"] for row in metrics] == sorted(
+        row["tokens/trained"] for row in metrics
+    )
 
 
 def test_evaluations_stand_before_during_and_after(finished: Any) -> None:
     steps = [row["eval/step"] for row in rows(finished[0], "metrics.jsonl") if "eval/step" in row]
     assert steps[0] == 0 and steps[-1] == STEPS
-    assert all(row["eval/responses"] == 5 for row in rows(finished[0], "metrics.jsonl") if "eval/step" in row)
+    assert all(
+        row["eval/responses"] == 5
+        for row in rows(finished[0], "metrics.jsonl")
+        if "eval/step" in row
+    )
 
 
 def test_shards_hold_whole_groups_of_sampled_tokens(finished: Any) -> None:
@@ -102,10 +116,16 @@ def test_shards_hold_whole_groups_of_sampled_tokens(finished: Any) -> None:
         for t in shard.trajectories:
             by_group.setdefault(t.group_id, []).append(t.reward)
             mask = np.frombuffer(t.sampled, np.uint8)
-            assert mask[:3].sum() == 0 and mask[3:].all() and len(t.tokens) == 4 * len(mask) == len(t.actor_logprobs)
+            assert (
+                mask[:3].sum() == 0
+                and mask[3:].all()
+                and len(t.tokens) == 4 * len(mask) == len(t.actor_logprobs)
+            )
             assert sum(n for _, n in t.versions) == mask.sum()
         assert all(len(rewards) == SIZE for rewards in by_group.values())
-        assert all(sorted(t.group_rewards) == sorted(by_group[t.group_id]) for t in shard.trajectories)
+        assert all(
+            sorted(t.group_rewards) == sorted(by_group[t.group_id]) for t in shard.trajectories
+        )
         assert shard.step_sampled_tokens == sum(t.sampled.count(1) for t in shard.trajectories)
 
 
@@ -117,7 +137,16 @@ def test_ledger_has_each_group_once_with_selected_rollouts(finished: Any) -> Non
     for row in shipped:
         ends = [r["end"] for r in row["rollouts"]]
         assert ends.count("selected_short") + ends.count("selected_long") == SIZE
-        assert set(row) == {"group_id", "prompt_id", "opened_version", "shipped_version", "budget", "mode", "end", "rollouts"}
+        assert set(row) == {
+            "group_id",
+            "prompt_id",
+            "opened_version",
+            "shipped_version",
+            "budget",
+            "mode",
+            "end",
+            "rollouts",
+        }
 
 
 def test_slots_are_never_exceeded(finished: Any) -> None:
@@ -131,14 +160,18 @@ def test_log_replays_to_the_same_decisions(finished: Any) -> None:
 
 
 def test_replay_notices_a_decision_that_was_not_made(finished: Any) -> None:
-    [(config, entries)] = [(c, list(e)) for c, e in read_sessions(finished[0] / "r" / "events.msgpack")]
+    [(config, entries)] = [
+        (c, list(e)) for c, e in read_sessions(finished[0] / "r" / "events.msgpack")
+    ]
     at = next(i for i, e in enumerate(entries) if type(e).__name__ == "Launch")
     del entries[at]
     assert replay(config, iter(entries)).difference is not None
 
 
 @pytest.mark.slow
-def test_killed_engine_loses_only_what_it_had_in_flight(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_killed_engine_loses_only_what_it_had_in_flight(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     running = Running(make_config(tmp_path, free_port(), "buffer.peer_timeout_s=1.5"))
     address = running.service.run.router.address
     learner = FakeLearner(address, STEPS, step_s=0.3)
@@ -154,7 +187,9 @@ def test_killed_engine_loses_only_what_it_had_in_flight(tmp_path: Path, free_por
     assert {row["end"] for row in ledger} <= {"shipped", "deadline"}
 
 
-def test_learner_that_dies_with_a_shard_is_replaced(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_learner_that_dies_with_a_shard_is_replaced(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     running = Running(make_config(tmp_path, free_port(), "buffer.peer_timeout_s=1.5"))
     address = running.service.run.router.address
     engine, first = FakeEngine(address, "e"), FakeLearner(address, STEPS, stop_after=3)
@@ -173,10 +208,15 @@ def test_learner_that_dies_with_a_shard_is_replaced(tmp_path: Path, free_port: C
     assert in_hand <= offered_again | stale and not offered_again & stale
 
 
-def test_resumed_run_draws_what_was_unfinished_and_repeats_nothing(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_resumed_run_draws_what_was_unfinished_and_repeats_nothing(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     port = free_port()
     running = Running(make_config(tmp_path, port, "data.size=60"))
-    engine, learner = FakeEngine(running.service.run.router.address, "e"), FakeLearner(running.service.run.router.address, 3)
+    engine, learner = (
+        FakeEngine(running.service.run.router.address, "e"),
+        FakeLearner(running.service.run.router.address, 3),
+    )
     engine.start()
     learner.start()
     while len(learner.shards) < 3 or learner.step < 3:
@@ -192,20 +232,34 @@ def test_resumed_run_draws_what_was_unfinished_and_repeats_nothing(tmp_path: Pat
 
     running = Running(make_config(tmp_path, port, "data.size=60", "run.resume=true"))
     assert running.service.run.step == 2
-    engine, learner = FakeEngine(running.service.run.router.address, "e"), FakeLearner(running.service.run.router.address, STEPS, start=2)
+    engine, learner = (
+        FakeEngine(running.service.run.router.address, "e"),
+        FakeLearner(running.service.run.router.address, STEPS, start=2),
+    )
     engine.start()
     learner.start()
     assert running.wait() == 0
     metrics = rows(tmp_path, "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(STEPS))
-    assert [row["policy_version"] for row in metrics] == sorted({row["policy_version"] for row in metrics})
-    shipped = [row["prompt_id"] for row in rows(tmp_path, "groups.jsonl") if row["end"] == "shipped"]
-    assert len(shipped) == STEPS * GROUPS and len(set(shipped)) == len(shipped)  # 15 of an epoch of 60: none twice
+    assert [row["policy_version"] for row in metrics] == sorted(
+        {row["policy_version"] for row in metrics}
+    )
+    shipped = [
+        row["prompt_id"] for row in rows(tmp_path, "groups.jsonl") if row["end"] == "shipped"
+    ]
+    assert len(shipped) == STEPS * GROUPS and len(set(shipped)) == len(
+        shipped
+    )  # 15 of an epoch of 60: none twice
 
 
-def test_rollout_that_always_fails_stops_the_run_with_its_error(tmp_path: Path, free_port: Callable[[], int], capsys: Any) -> None:
+def test_rollout_that_always_fails_stops_the_run_with_its_error(
+    tmp_path: Path, free_port: Callable[[], int], capsys: Any
+) -> None:
     running = Running(make_config(tmp_path, free_port()))
-    engine, learner = FakeEngine(running.service.run.router.address, "e"), FakeLearner(running.service.run.router.address, STEPS)
+    engine, learner = (
+        FakeEngine(running.service.run.router.address, "e"),
+        FakeLearner(running.service.run.router.address, STEPS),
+    )
     engine.fail_rollouts = "verifier my_module:verify raised KeyError: 'x'"
     engine.start()
     learner.start()
@@ -215,7 +269,9 @@ def test_rollout_that_always_fails_stops_the_run_with_its_error(tmp_path: Path, 
     assert learner.shutdown is not None and "KeyError" in learner.shutdown.error
 
 
-def test_a_failing_prompt_is_skipped_where_that_is_asked(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_a_failing_prompt_is_skipped_where_that_is_asked(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     """data.on_error=skip: the run goes on, nothing that failed is trained on, and the ledger says what became of it."""
     running = Running(make_config(tmp_path, free_port(), "data.on_error=skip", "eval.every=0"))
     address = running.service.run.router.address
@@ -229,35 +285,52 @@ def test_a_failing_prompt_is_skipped_where_that_is_asked(tmp_path: Path, free_po
     assert running.wait() == 0
     ledger = rows(tmp_path, "groups.jsonl")
     failed = [row for row in ledger if row["end"] == "failed"]
-    assert failed and not any(r["end"].startswith("selected") for row in failed for r in row["rollouts"])
+    assert failed and not any(
+        r["end"].startswith("selected") for row in failed for r in row["rollouts"]
+    )
     assert sum(row["end"] == "shipped" for row in ledger) == STEPS * GROUPS
-    assert all(r["reward"] is not None for row in ledger for r in row["rollouts"] if r["end"].startswith("selected"))
+    assert all(
+        r["reward"] is not None
+        for row in ledger
+        for r in row["rollouts"]
+        if r["end"].startswith("selected")
+    )
 
 
 @pytest.mark.slow
 def test_a_full_store_pauses_admission(tmp_path: Path, free_port: Callable[[], int]) -> None:
     """buffer.max_bytes: with room for little more than a step, engines wait and the run ends all the same."""
     config = make_config(tmp_path, free_port())
-    config.buffer.max_bytes = 4_000  # less than configuration allows: that bound is for responses at their longest
+    config.buffer.max_bytes = (
+        4_000  # less than configuration allows: that bound is for responses at their longest
+    )
     running = Running(config)
     address = running.service.run.router.address
     engine, learner = FakeEngine(address, "e", slots=64), FakeLearner(address, STEPS, step_s=0.2)
     engine.start()
     learner.start()
     assert running.wait() == 0
-    events = [entry for _, entries in read_sessions(tmp_path / "r" / "events.msgpack") for entry in entries]
+    events = [
+        entry
+        for _, entries in read_sessions(tmp_path / "r" / "events.msgpack")
+        for entry in entries
+    ]
     assert any(isinstance(entry, ev.AdmissionPaused) and entry.paused for entry in events)
 
 
 @pytest.mark.slow
-def test_a_run_without_a_learner_ends_with_an_error(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_a_run_without_a_learner_ends_with_an_error(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     running = Running(make_config(tmp_path, free_port(), "buffer.rejoin_timeout_s=1.5"))
     FakeEngine(running.service.run.router.address, "e").start()
     assert running.wait(20) == 1
     assert "for a learner" in running.service.error and "rejoin_timeout_s" in running.service.error
 
 
-def test_second_run_in_the_same_directory_is_refused(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_second_run_in_the_same_directory_is_refused(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     config = make_config(tmp_path, free_port())
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "config.yaml").write_text("")
@@ -266,10 +339,16 @@ def test_second_run_in_the_same_directory_is_refused(tmp_path: Path, free_port: 
 
 
 @pytest.mark.slow
-def test_a_second_engine_of_one_name_replaces_the_first_which_is_told(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_a_second_engine_of_one_name_replaces_the_first_which_is_told(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     running = Running(make_config(tmp_path, free_port()))
     address = running.service.run.router.address
-    first, second, learner = FakeEngine(address, "e"), FakeEngine(address, "e", seed=1), FakeLearner(address, STEPS, step_s=0.2)
+    first, second, learner = (
+        FakeEngine(address, "e"),
+        FakeEngine(address, "e", seed=1),
+        FakeLearner(address, STEPS, step_s=0.2),
+    )
     first.start()
     learner.start()
     while first.num_launched < 5:
@@ -281,13 +360,20 @@ def test_a_second_engine_of_one_name_replaces_the_first_which_is_told(tmp_path: 
     assert second.num_launched > 0
 
 
-def test_what_another_run_left_behind_is_refused(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_what_another_run_left_behind_is_refused(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     port = free_port()
     running = Running(make_config(tmp_path / "one", port))
     address = running.service.run.router.address
-    engine_hello = msg.ActorHello(engine_id="e", engine_type="fake", slots=4, policy_version=-1, pid=1)
+    engine_hello = msg.ActorHello(
+        engine_id="e", engine_type="fake", slots=4, policy_version=-1, pid=1
+    )
     learner_hello = msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=1)
-    with ActorLink(address, "e", peer_timeout_s=10) as engine_link, LearnerLink(address, "learner/0", peer_timeout_s=10) as learner_link:
+    with (
+        ActorLink(address, "e", peer_timeout_s=10) as engine_link,
+        LearnerLink(address, "learner/0", peer_timeout_s=10) as learner_link,
+    ):
         engine_link.connect(engine_hello, 10)
         learner_link.connect(learner_hello, 10)
         running.service.stop()
@@ -303,12 +389,22 @@ def test_what_another_run_left_behind_is_refused(tmp_path: Path, free_port: Call
     assert running.wait() == 0
 
 
-def test_an_engine_that_speaks_for_the_learner_is_dismissed(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_an_engine_that_speaks_for_the_learner_is_dismissed(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     running = Running(make_config(tmp_path, free_port()))
     address = running.service.run.router.address
     with ActorLink(address, "bad", peer_timeout_s=10) as link:
-        link.connect(msg.ActorHello(engine_id="bad", engine_type="fake", slots=4, policy_version=-1, pid=1), 10)
-        link.send(msg.Published(policy=msg.SnapshotRef(version=7, digest="", num_bytes=0, address="", path=""), seconds=0.0))  # type: ignore[arg-type]
+        link.connect(
+            msg.ActorHello(engine_id="bad", engine_type="fake", slots=4, policy_version=-1, pid=1),
+            10,
+        )
+        link.send(
+            msg.Published(
+                policy=msg.SnapshotRef(version=7, digest="", num_bytes=0, address="", path=""),
+                seconds=0.0,
+            )
+        )  # type: ignore[arg-type]
         answer = link.receive(10)
         while isinstance(answer, msg.Launch):
             answer = link.receive(10)
@@ -319,13 +415,21 @@ def test_an_engine_that_speaks_for_the_learner_is_dismissed(tmp_path: Path, free
     assert running.wait() == 0
 
 
-def test_engine_with_an_impossible_hello_is_refused_and_the_run_goes_on(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_engine_with_an_impossible_hello_is_refused_and_the_run_goes_on(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     running = Running(make_config(tmp_path, free_port()))
     address = running.service.run.router.address
     hello = msg.ActorHello(engine_id="bad", engine_type="fake", slots=0, policy_version=-1, pid=1)
-    with ActorLink(address, "bad", peer_timeout_s=10) as link, pytest.raises(TransportError, match="at least 1 slot"):
+    with (
+        ActorLink(address, "bad", peer_timeout_s=10) as link,
+        pytest.raises(TransportError, match="at least 1 slot"),
+    ):
         link.connect(hello, 10)
-    with LearnerLink(address, "learner/7", peer_timeout_s=10) as link, pytest.raises(TransportError, match="rank 7 of 2"):
+    with (
+        LearnerLink(address, "learner/7", peer_timeout_s=10) as link,
+        pytest.raises(TransportError, match="rank 7 of 2"),
+    ):
         link.connect(msg.LearnerHello(rank=7, num_ranks=2, step=0, pid=1), 10)
     engine, learner = FakeEngine(address, "e"), FakeLearner(address, STEPS)
     engine.start()

@@ -59,7 +59,9 @@ class CoreMachine(RuleBasedStateMachine):
     def lose(self, data: st.DataObject) -> None:
         self.world.lose(data.draw(st.sampled_from(sorted(self.world.engine_versions))))
 
-    @precondition(lambda self: any(v < self.world.version for v in self.world.engine_versions.values()))
+    @precondition(
+        lambda self: any(v < self.world.version for v in self.world.engine_versions.values())
+    )
     @rule(data=st.data())
     def load(self, data: st.DataObject) -> None:
         behind = sorted(e for e, v in self.world.engine_versions.items() if v < self.world.version)
@@ -73,7 +75,9 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(num=st.integers(1, 3), samples=st.integers(1, 3))
     def evaluate(self, num: int, samples: int) -> None:
         prompts = tuple(ev.Prompt(f"held-out {i}") for i in range(num))
-        self.world.send(ev.EvaluationRequested(self.world.tick(), prompts, samples, max(self.world.version, 0)))
+        self.world.send(
+            ev.EvaluationRequested(self.world.tick(), prompts, samples, max(self.world.version, 0))
+        )
 
     @precondition(lambda self: self.world.running())
     @rule(data=st.data(), num_tokens=st.integers(1, 30))
@@ -132,8 +136,12 @@ class CoreMachine(RuleBasedStateMachine):
         if over:
             rollout = data.draw(st.sampled_from(over))
             before = state_of(self.world.core)
-            assert not self.world.core.handle(ev.RolloutProgressed(0.0, rollout.rollout_id, rollout.tokens))
-            assert not self.world.core.handle(ev.RolloutFinished(0.0, rollout.rollout_id, rollout.length, False, 1.0, 0))
+            assert not self.world.core.handle(
+                ev.RolloutProgressed(0.0, rollout.rollout_id, rollout.tokens)
+            )
+            assert not self.world.core.handle(
+                ev.RolloutFinished(0.0, rollout.rollout_id, rollout.length, False, 1.0, 0)
+            )
             assert state_of(self.world.core) == before
 
     @rule(data=st.data())
@@ -153,12 +161,19 @@ class CoreMachine(RuleBasedStateMachine):
             events.append(ev.ShardsRequested(0.0, 0))
         if world.engine_versions:
             engine_id = sorted(world.engine_versions)[0]
-            events += [ev.PolicyLoaded(0.0, engine_id, world.version + 1), ev.ActorJoined(0.0, engine_id, "fake", 1, -1)]
+            events += [
+                ev.PolicyLoaded(0.0, engine_id, world.version + 1),
+                ev.ActorJoined(0.0, engine_id, "fake", 1, -1),
+            ]
         if world.running():
             rollout = world.running()[0]
             events += [
-                ev.RolloutFinished(0.0, rollout.rollout_id, rollout.length, False, nan, rollout.oldest_version),
-                ev.RolloutFinished(0.0, rollout.rollout_id, rollout.length, False, 1.0, world.version + 1),
+                ev.RolloutFinished(
+                    0.0, rollout.rollout_id, rollout.length, False, nan, rollout.oldest_version
+                ),
+                ev.RolloutFinished(
+                    0.0, rollout.rollout_id, rollout.length, False, 1.0, world.version + 1
+                ),
                 ev.RolloutProgressed(0.0, rollout.rollout_id, rollout.tokens - 1),
                 ev.RolloutProgressed(0.0, rollout.rollout_id, world.config.max_tokens + 1),
                 ev.RolloutStopped(0.0, rollout.rollout_id, rollout.tokens),
@@ -177,7 +192,9 @@ class CoreMachine(RuleBasedStateMachine):
         in_flight = {r.rollout_id for r in world.rollouts.values() if r.end in ("", "cancelling")}
         assert set(core.rollouts) == in_flight
         assert set(core.groups) == set(world.opened) - set(world.ended)
-        assert core.num_outstanding == len([g for g in core.groups.values() if g.purpose == "train"]) - len(world.handed)
+        assert core.num_outstanding == len(
+            [g for g in core.groups.values() if g.purpose == "train"]
+        ) - len(world.handed)
         for engine in core.engines.by_id.values():
             assert engine.queued == sum(len(g.planned) for g in engine.backlog)
 
@@ -190,18 +207,28 @@ class CoreMachine(RuleBasedStateMachine):
         self.slots_and_memory_are_bounded()
         left = {g.prompt.prompt_id for g in self.world.core.groups.values()}
         for prompt_id, count in self.world.drawn.items():
-            still_there = sum(g.prompt.prompt_id == prompt_id for g in self.world.core.groups.values())
+            still_there = sum(
+                g.prompt.prompt_id == prompt_id for g in self.world.core.groups.values()
+            )
             assert self.world.settled[prompt_id] + still_there == count, (prompt_id, left)
         self.world.send(ev.RunEnded(self.world.tick()))
         for rollout in self.world.cancelling():
             self.world.confirm(rollout)
-        assert not self.world.core.rollouts and not self.world.core.groups and not self.world.core.num_outstanding
+        assert (
+            not self.world.core.rollouts
+            and not self.world.core.groups
+            and not self.world.core.num_outstanding
+        )
         assert set(self.world.opened) == set(self.world.ended)
 
 
 TestCore = CoreMachine.TestCase
 TestCore.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, report_multiple_bugs=False, suppress_health_check=list(HealthCheck)
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
 )
 
 
@@ -211,7 +238,15 @@ def test_online_selection_equals_the_offline_rule(long_end: str, seed: int) -> N
     """With the whole budget launched, the machine keeps just whom the pure rule keeps of all true lengths."""
     rng = random.Random(seed)
     num_long = 0 if long_end == "none" else 2
-    config = CoreConfig(1, group_size=5, num_long=num_long, long_end=long_end, redundancy="fixed", upper=2.0, max_tokens=60)
+    config = CoreConfig(
+        1,
+        group_size=5,
+        num_long=num_long,
+        long_end=long_end,
+        redundancy="fixed",
+        upper=2.0,
+        max_tokens=60,
+    )
     world = World(config, rng)
     world.publish()
     world.join("e", 64, 0)
@@ -231,7 +266,15 @@ def test_online_selection_equals_the_offline_rule(long_end: str, seed: int) -> N
 @pytest.mark.parametrize("seed", range(30))
 def test_survivor_keeps_the_shortest_and_one_longer_than_them(seed: int) -> None:
     rng = random.Random(seed)
-    config = CoreConfig(1, group_size=5, num_long=1, long_end="survivor", redundancy="fixed", upper=2.0, max_tokens=100_000)
+    config = CoreConfig(
+        1,
+        group_size=5,
+        num_long=1,
+        long_end="survivor",
+        redundancy="fixed",
+        upper=2.0,
+        max_tokens=100_000,
+    )
     world = World(config, rng)
     world.publish()
     world.join("e", 64, 0)
@@ -247,7 +290,16 @@ def test_survivor_keeps_the_shortest_and_one_longer_than_them(seed: int) -> None
 
 def test_adversarial_lengths_starve_no_prompt() -> None:
     """One prompt is always truncated, one always slow, one fails often: each still comes to training or is accounted for."""
-    config = CoreConfig(2, max_lag=1, group_size=3, num_long=1, redundancy="fixed", upper=2.0, max_tokens=50, max_attempts=2)
+    config = CoreConfig(
+        2,
+        max_lag=1,
+        group_size=3,
+        num_long=1,
+        redundancy="fixed",
+        upper=2.0,
+        max_tokens=50,
+        max_attempts=2,
+    )
     world = World(config, random.Random(0))
     world.publish()
     world.join("e", 7, 0)

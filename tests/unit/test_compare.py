@@ -16,7 +16,13 @@ from tools.run_directory import RunDirectory
 
 
 def result(step_s: float, **more: float) -> dict[str, Any]:
-    return {"step_s": step_s, "tokens/trained": 10, "tokens/discarded": 0, "tokens/cancelled": 0, **more}
+    return {
+        "step_s": step_s,
+        "tokens/trained": 10,
+        "tokens/discarded": 0,
+        "tokens/cancelled": 0,
+        **more,
+    }
 
 
 def test_equal_accuracy_makes_a_speedup_and_unequal_accuracy_none() -> None:
@@ -54,8 +60,19 @@ def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
         {"step": 2, "accuracy": 0.6, "length_mean": 9.0, "length_p99": 30.0},
         {"step": 3, "accuracy": 0.7, "length_mean": 8.0, "length_p99": 20.0},
     ]
-    rollouts = [{"tokens": 10, "end": "selected_short"}, {"tokens": 20, "end": "selected_long"}, {"tokens": 99, "end": "cancelled"}]
-    group = {"prompt_id": "p", "opened_version": 0, "shipped_version": 0, "budget": 3, "end": "shipped", "rollouts": rollouts}
+    rollouts = [
+        {"tokens": 10, "end": "selected_short"},
+        {"tokens": 20, "end": "selected_long"},
+        {"tokens": 99, "end": "cancelled"},
+    ]
+    group = {
+        "prompt_id": "p",
+        "opened_version": 0,
+        "shipped_version": 0,
+        "budget": 3,
+        "end": "shipped",
+        "rollouts": rollouts,
+    }
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
     (tmp_path / "groups.jsonl").write_text(json.dumps(group) + "\n")
@@ -63,9 +80,16 @@ def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
     assert (summary["step_s"], summary["trained_s"]) == (2.0, 4.0)
     assert summary["wait_frac"] == 0.25
     assert (summary["lag_mean"], summary["lag_max"]) == (1.0, 2)
-    assert (summary["length_mean"], summary["tokens/cancelled"], summary["accuracy"]) == (15.0, 10, 0.7)
+    assert (summary["length_mean"], summary["tokens/cancelled"], summary["accuracy"]) == (
+        15.0,
+        10,
+        0.7,
+    )
     assert (summary["judged_length_mean"], summary["judged_length_p99"]) == (8.0, 20.0)
-    assert summary["curve"] == [[2.0, 0.6], [4.0, 0.7]]  # after two steps, and after three; from the end of the first
+    assert summary["curve"] == [
+        [2.0, 0.6],
+        [4.0, 0.7],
+    ]  # after two steps, and after three; from the end of the first
 
 
 def test_time_to_reach_is_to_the_accuracy_that_the_same_seed_s_reference_has_at_its_end() -> None:
@@ -76,19 +100,37 @@ def test_time_to_reach_is_to_the_accuracy_that_the_same_seed_s_reference_has_at_
         {"accuracy": 0.85, "curve": [[2.0, 0.81], [4.0, 0.85]]},
     ]
     add_time_to_reach([0, 1, 0, 1], rows, margin=0.02)
-    assert [(row.get("reach_s"), row["near_s"]) for row in rows] == [(9.0, 9.0), (9.0, 5.0), (None, 4.0), (2.0, 2.0)]
+    assert [(row.get("reach_s"), row["near_s"]) for row in rows] == [
+        (9.0, 9.0),
+        (9.0, 5.0),
+        (None, 4.0),
+        (2.0, 2.0),
+    ]
 
 
 def test_curves_are_drawn_for_every_seed(tmp_path: Path) -> None:
-    of_a, of_b = [{"curve": [[1.0, 0.5], [2.0, 0.7]]}, {"curve": [[1.0, 0.6]]}], [{"curve": [[0.5, 0.6]]}]
+    of_a, of_b = (
+        [{"curve": [[1.0, 0.5], [2.0, 0.7]]}, {"curve": [[1.0, 0.6]]}],
+        [{"curve": [[0.5, 0.6]]}],
+    )
     plot_curves({"a": of_a, "b": of_b}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_simulated_variants_end_in_one_table(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
-    base.write_text("run: {steps: 3}\nbatch: {groups: 4}\nlengths: {prompts: 16}\nengines: {slots: 16}\n")
-    run(CompareConfig(set="rules", base=str(base), only=["async plain", "exact, survivor"], seeds=[0, 1], out=str(tmp_path / "out")))
+    base.write_text(
+        "run: {steps: 3}\nbatch: {groups: 4}\nlengths: {prompts: 16}\nengines: {slots: 16}\n"
+    )
+    run(
+        CompareConfig(
+            set="rules",
+            base=str(base),
+            only=["async plain", "exact, survivor"],
+            seeds=[0, 1],
+            out=str(tmp_path / "out"),
+        )
+    )
     written = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [row["variant"] for row in written["rows"]] == ["async plain", "exact, survivor"]
     assert written["rows"][0]["time_ratio"] == 1.0

@@ -34,8 +34,15 @@ def test_no_arguments_give_the_defaults() -> None:
 
 
 def test_overrides_take_the_type_of_their_key() -> None:
-    config = load(["optimizer.lr=1e-4", "run.steps=7", "run.resume=true", "optimizer.betas=[0.8,0.9]"])
-    assert (config.optimizer.lr, config.run.steps, config.run.resume, config.optimizer.betas) == (1e-4, 7, True, [0.8, 0.9])
+    config = load(
+        ["optimizer.lr=1e-4", "run.steps=7", "run.resume=true", "optimizer.betas=[0.8,0.9]"]
+    )
+    assert (config.optimizer.lr, config.run.steps, config.run.resume, config.optimizer.betas) == (
+        1e-4,
+        7,
+        True,
+        [0.8, 0.9],
+    )
 
 
 @pytest.mark.parametrize("text", ["007", "", "yes", "a: b", "tcp://127.0.0.1:*", "[x"])
@@ -62,11 +69,16 @@ def test_later_wins_and_overrides_win_over_files(tmp_path: Path) -> None:
 def test_an_empty_file_and_an_empty_section_change_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "section.yaml").write_text("run:\n#  steps: 3\n")
-    assert load(["--config", str(tmp_path / "empty.yaml"), "--config", str(tmp_path / "section.yaml")]) == Config()
+    assert (
+        load(["--config", str(tmp_path / "empty.yaml"), "--config", str(tmp_path / "section.yaml")])
+        == Config()
+    )
 
 
 def test_written_configuration_reads_back_the_same(tmp_path: Path) -> None:
-    config = load(["optimizer.lr=3e-5", "run.name=007", "launch.pools=['actors.name=b actors.slots=8']"])
+    config = load(
+        ["optimizer.lr=3e-5", "run.name=007", "launch.pools=['actors.name=b actors.slots=8']"]
+    )
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load(["--config", str(tmp_path / "config.yaml")]) == config
 
@@ -111,7 +123,11 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
 )
 def test_a_wrong_type_names_key_value_and_type(override: str, expected: str) -> None:
     message = refusal(override)
-    assert override.partition("=")[0] in message and override.partition("=")[2] in message and expected in message
+    assert (
+        override.partition("=")[0] in message
+        and override.partition("=")[2] in message
+        and expected in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +151,10 @@ def test_a_broken_rule_states_its_consequence() -> None:
     class Schema:
         depth: int = key(1, "How deep.", ge=1, consequence="nothing is dug")
 
-    assert refusal("depth=0", schema=Schema) == "depth=0 (command line): must be >= 1; otherwise nothing is dug"
+    assert (
+        refusal("depth=0", schema=Schema)
+        == "depth=0 (command line): must be >= 1; otherwise nothing is dug"
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,7 +174,9 @@ def test_what_is_no_override_is_refused(argv: list[str]) -> None:
     assert refusal(*argv)
 
 
-@pytest.mark.parametrize("content", ["run: [1\n", "- a\n- b\n", "run: 3\n", "run: {steps: 1, steps: 2}\n"])
+@pytest.mark.parametrize(
+    "content", ["run: [1\n", "- a\n- b\n", "run: 3\n", "run: {steps: 1, steps: 2}\n"]
+)
 def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "bad.yaml").write_text(content)
     assert "bad.yaml" in refusal("--config", str(tmp_path / "bad.yaml"))
@@ -171,9 +192,15 @@ def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: str) -> No
         (["redundancy.upper=1.05"], ["redundancy.upper=1.05", ">= 1.0625"]),
         (["sampling.max_tokens=1024"], ["sampling.max_tokens=1024", "model.max_context=1024"]),
         (["optimizer.betas=[0.9]"], ["optimizer.betas", "two"]),
-        (["batch.groups=1", "darts.group_size=2", "learner.ranks=3", "redundancy.upper=2"], ["learner.ranks=3", "2"]),
+        (
+            ["batch.groups=1", "darts.group_size=2", "learner.ranks=3", "redundancy.upper=2"],
+            ["learner.ranks=3", "2"],
+        ),
         (["model.attention=flash_attention_2"], ["model.attention", "model.dtype"]),
-        (["model.attention=flash_attention_2", "model.dtype=bfloat16", "learner.device=cpu"], ["model.attention", "learner.device"]),
+        (
+            ["model.attention=flash_attention_2", "model.dtype=bfloat16", "learner.device=cpu"],
+            ["model.attention", "learner.device"],
+        ),
         (["buffer.address=localhost:5577"], ["buffer.address=localhost:5577", "tcp://"]),
         (["buffer.address=tcp://127.0.0.1:65535"], ["buffer.address", "65534"]),
         (["weights.address=tcp://127.0.0.1"], ["weights.address", "tcp://HOST:*"]),
@@ -242,7 +269,8 @@ def test_main_ends_a_users_mistake_in_one_line(capsys: pytest.CaptureFixture[str
     captured = capsys.readouterr()
     assert (
         captured.out == ""
-        and captured.err == "error: inner.depht (command line): unknown key; did you mean inner.depth? --help lists every key\n"
+        and captured.err
+        == "error: inner.depht (command line): unknown key; did you mean inner.depth? --help lists every key\n"
     )
 
 
@@ -250,8 +278,13 @@ class PeerError(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "runs/x"), PeerError("no answer\nfrom the buffer")])
-def test_main_ends_the_machines_and_the_peers_errors_in_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device", "runs/x"), PeerError("no answer\nfrom the buffer")],
+)
+def test_main_ends_the_machines_and_the_peers_errors_in_one_line(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(config: Other) -> None:
         raise error
 
@@ -281,7 +314,9 @@ def test_main_leaves_quietly_on_an_interrupt(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr() == ("", "")
 
 
-def test_print_config_shows_what_would_run_and_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_shows_what_would_run_and_runs_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def run(config: Other) -> None:
         raise AssertionError("ran")
 
@@ -321,7 +356,9 @@ SECTION_OF_CLASS = {type(section).__name__: name for name, section in vars(Confi
 def read_keys(tree: ast.Module) -> set[str]:
     """`section.key` for every attribute read of a section: `config.section.key`, or of a name assigned from or annotated as one."""
     sections = set(SECTION_OF_CLASS.values())
-    aliases = {section: {section} for section in sections}  # section -> names that stand for it in this module
+    aliases = {
+        section: {section} for section in sections
+    }  # section -> names that stand for it in this module
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             targets = [(target, node.value) for target in node.targets]
@@ -335,8 +372,17 @@ def read_keys(tree: ast.Module) -> set[str]:
             annotation = last_name(node.annotation) if node.annotation else ""
             if annotation in SECTION_OF_CLASS:
                 aliases[SECTION_OF_CLASS[annotation]].add(name)
-    reads = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)]
-    return {f"{section}.{node.attr}" for node in reads for section in sections if last_name(node.value) in aliases[section]}
+    reads = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    ]
+    return {
+        f"{section}.{node.attr}"
+        for node in reads
+        for section in sections
+        if last_name(node.value) in aliases[section]
+    }
 
 
 def test_every_key_is_read_by_the_product() -> None:
@@ -359,6 +405,14 @@ def test_a_reader_of_a_key_is_recognised(code: str, read: set[str]) -> None:
 
 
 def test_the_command_line_works_as_a_process() -> None:
-    code = "from configs.cli import main; main('A process.', lambda config: print(config.run.steps))"
-    done = subprocess.run([sys.executable, "-c", code, "run.steps=12"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    code = (
+        "from configs.cli import main; main('A process.', lambda config: print(config.run.steps))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run.steps=12"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "12\n", "")

@@ -40,8 +40,19 @@ NOT_A_FUNCTION = 3
 """
 
 
-def payload(text: str = "2+2?", answer: str = "4", metadata: str = "", **other: Any) -> PromptPayload:
-    return PromptPayload(**{"prompt_id": "p1", "text": text, "messages": [], "answer": answer, "metadata": metadata, **other})
+def payload(
+    text: str = "2+2?", answer: str = "4", metadata: str = "", **other: Any
+) -> PromptPayload:
+    return PromptPayload(
+        **{
+            "prompt_id": "p1",
+            "text": text,
+            "messages": [],
+            "answer": answer,
+            "metadata": metadata,
+            **other,
+        }
+    )
 
 
 def config_of(environment: str = "auto", train: str = "rows.jsonl", **data: Any) -> Config:
@@ -103,19 +114,28 @@ def test_inline_verifiers(verifier: str, answer: str, response: str, reward: flo
 
 
 def test_a_numeric_reference_that_holds_no_number_is_a_failure_not_a_zero() -> None:
-    with pytest.raises(EnvironmentFailure, match=r"numeric on prompt p1: .*'Paris' holds no number"):
+    with pytest.raises(
+        EnvironmentFailure, match=r"numeric on prompt p1: .*'Paris' holds no number"
+    ):
         score(make_environment(config_of("numeric")), payload(answer="Paris"), "4")
 
 
 def test_tagged_sum_scores_its_own_prompts_and_must_see_the_end_token() -> None:
     environment = make_environment(config_of(train="tagged_sum"))
     assert environment.keep_special_tokens and not make_environment(config_of()).keep_special_tokens
-    assert [score(environment, payload("A1B2C3="), response) for response in ("#06<eos>", "#06", "#07<eos>")] == [1.0, 0.0, 0.0]
+    assert [
+        score(environment, payload("A1B2C3="), response)
+        for response in ("#06<eos>", "#06", "#07<eos>")
+    ] == [1.0, 0.0, 0.0]
 
 
 def test_reasoning_gym_scores_an_entry_of_its_own() -> None:
     pytest.importorskip("reasoning_gym")
-    entry = {"question": "3 + 4 - 7 =", "answer": "0", "metadata": {"source_dataset": "chain_sum", "source_index": 25}}
+    entry = {
+        "question": "3 + 4 - 7 =",
+        "answer": "0",
+        "metadata": {"source_dataset": "chain_sum", "source_index": 25},
+    }
     prompt = payload("3 + 4 - 7 =", "0", json.dumps(entry))
     environment = make_environment(config_of(train="reasoning_gym:chain_sum"))
     assert score(environment, prompt, "<answer>0</answer>") == 1.0
@@ -158,7 +178,11 @@ def test_a_failing_verifier_is_a_failure_and_the_next_response_is_scored(
     with pytest.raises(EnvironmentFailure) as failure:
         score(user_environment, payload(), response)
     message = str(failure.value)
-    assert message.startswith("verifier my_verifiers:verify on prompt p1: ") and expected in message and "\n" not in message
+    assert (
+        message.startswith("verifier my_verifiers:verify on prompt p1: ")
+        and expected in message
+        and "\n" not in message
+    )
     assert score(user_environment, payload(), "4") == 1.0
 
 
@@ -185,7 +209,9 @@ def test_the_event_loop_goes_on_while_a_verifier_works(user_environment: Environ
 
 def test_many_responses_are_scored_at_once(user_environment: Environment) -> None:
     async def all_of_them() -> list[float]:
-        return await asyncio.gather(*(user_environment.score(payload(answer=str(i % 2)), "1") for i in range(40)))
+        return await asyncio.gather(
+            *(user_environment.score(payload(answer=str(i % 2)), "1") for i in range(40))
+        )
 
     assert asyncio.run(all_of_them()) == [0.0, 1.0] * 20
 
@@ -207,7 +233,10 @@ def test_a_verifier_that_cannot_be_had_is_refused_at_start(environment: str, exp
 
 
 def test_auto_wants_one_verifier_for_training_and_evaluation() -> None:
-    with pytest.raises(ValueError, match=r"data\.environment=auto would score .* with tagged_sum but data\.eval=rows\.jsonl"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.environment=auto would score .* with tagged_sum but data\.eval=rows\.jsonl",
+    ):
         make_environment(config_of(train="tagged_sum", eval="rows.jsonl"))
 
 
@@ -225,9 +254,15 @@ class WordTokenizer:
         self.words += [word for word in words if word not in self.words]
         return [self.words.index(word) for word in words]
 
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool, tokenize: bool) -> str:
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool, tokenize: bool
+    ) -> str:
         assert add_generation_prompt and not tokenize
-        return "<s> " + " ".join(f"{message['role']}: {message['content']}" for message in messages) + " assistant:"
+        return (
+            "<s> "
+            + " ".join(f"{message['role']}: {message['content']}" for message in messages)
+            + " assistant:"
+        )
 
 
 def rendered(config: Config, prompt: PromptPayload, chat_template: str | None) -> str:
@@ -235,7 +270,11 @@ def rendered(config: Config, prompt: PromptPayload, chat_template: str | None) -
     return " ".join(tokenizer.words[i] for i in make_environment(config).render(prompt, tokenizer))
 
 
-CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "2+2?"}]
+CHAT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yes?"},
+    {"role": "user", "content": "2+2?"},
+]
 
 
 @pytest.mark.parametrize(
@@ -244,8 +283,18 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes
         (None, {}, payload(), "<s> 2+2?"),
         (None, {"system_prompt": "Think."}, payload(), "<s> Think. 2+2?"),
         ("a template", {}, payload(), "<s> user: 2+2? assistant:"),
-        ("a template", {"system_prompt": "Think."}, payload(), "<s> system: Think. user: 2+2? assistant:"),
-        ("a template", {}, payload(text="", messages=CHAT), "<s> user: hi assistant: yes? user: 2+2? assistant:"),
+        (
+            "a template",
+            {"system_prompt": "Think."},
+            payload(),
+            "<s> system: Think. user: 2+2? assistant:",
+        ),
+        (
+            "a template",
+            {},
+            payload(text="", messages=CHAT),
+            "<s> user: hi assistant: yes? user: 2+2? assistant:",
+        ),
         ("a template", {"chat_template": "never"}, payload(), "<s> 2+2?"),
         (None, {}, payload(text="", messages=CHAT), "<s> hi yes? 2+2?"),
     ],

@@ -15,7 +15,9 @@ HEAVY = ("torch", "vllm", "ray", "transformers")
 def loaded_by(module: str) -> set[str]:
     """Top-level names in `sys.modules` after `import module` in a fresh interpreter."""
     code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
@@ -40,6 +42,8 @@ def test_loads_no_torch_and_no_engine(module: str) -> None:
     assert not loaded_by(module) & set(HEAVY)
 
 
-@pytest.mark.parametrize("module", ["darts.events", "darts.core", "darts.redundancy", "darts.latency"])
+@pytest.mark.parametrize(
+    "module", ["darts.events", "darts.core", "darts.redundancy", "darts.latency"]
+)
 def test_darts_loads_no_input_or_output(module: str) -> None:
     assert not loaded_by(module) & {*HEAVY, "asyncio", "zmq", "msgspec", "omegaconf", "logging"}

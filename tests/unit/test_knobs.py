@@ -23,23 +23,42 @@ from darts.simulate import simulate
 from learner.batch import make_packs
 from learner.fsdp import whole
 from learner.train import train_step
-from tests.learner_cases import make_config, make_shards, make_trajectories, make_trajectory, save_model, single_rank
+from tests.learner_cases import (
+    make_config,
+    make_shards,
+    make_trajectories,
+    make_trajectory,
+    save_model,
+    single_rank,
+)
 
 TESTS = Path(__file__).parents[1]
 
 
 # A simulation ------------------------------------------------------------------------------------------------------
 
-SMALL = ["run.steps=3", "batch.groups=4", "lengths.prompts=12", "engines.slots=24", "engines.count=2", "lengths.spread=1.0"]
+SMALL = [
+    "run.steps=3",
+    "batch.groups=4",
+    "lengths.prompts=12",
+    "engines.slots=24",
+    "engines.count=2",
+    "lengths.spread=1.0",
+]
 TRUNCATING = ["sampling.max_tokens=60"]
 ROUNDS = ["pipeline.mode=sync", "darts.policy=tail_batching", "redundancy.rule=none"]
-SIMULATION: dict[str, tuple[str, list[str]]] = {  # key -> another value, and the circumstances in which it matters
+SIMULATION: dict[
+    str, tuple[str, list[str]]
+] = {  # key -> another value, and the circumstances in which it matters
     "run.seed": ("1", []),
     "run.steps": ("4", []),
     "pipeline.mode": ("sync", []),
     "batch.groups": ("5", []),
     "staleness.max_lag": ("1", []),
-    "staleness.on_deadline": ("drop", ["staleness.max_lag=1", "engines.speeds=[1.0,0.2]", "sampling.max_tokens=90"]),
+    "staleness.on_deadline": (
+        "drop",
+        ["staleness.max_lag=1", "engines.speeds=[1.0,0.2]", "sampling.max_tokens=90"],
+    ),
     "darts.policy": ("plain", []),
     "darts.group_size": ("6", []),
     "darts.long": ("2", []),
@@ -83,7 +102,11 @@ SIMULATION: dict[str, tuple[str, list[str]]] = {  # key -> another value, and th
     "baseline.oversample": ("2.5", ROUNDS),
     "baseline.extra": ("2", ROUNDS),
 }
-SHOWN_IN_FILES = {"run.name", "run.out", "lengths.recorded"}  # test_simulate.py: the files of a run, and a run drawn from one
+SHOWN_IN_FILES = {
+    "run.name",
+    "run.out",
+    "lengths.recorded",
+}  # test_simulate.py: the files of a run, and a run drawn from one
 
 
 def test_every_key_of_a_simulation_is_turned_below() -> None:
@@ -157,7 +180,9 @@ def trained(model_path: Path, run: Path, **changes: Any) -> torch.Tensor:
             rng = np.random.default_rng(step)
             trajectories.append(make_trajectory(rng, 4, 20, 0.0, [0.0, 1.0], truncated=True))
             train_step(state, make_shards(trajectories, step)[0])
-        return torch.cat([whole(parameter.detach()).flatten() for parameter in state.model.parameters()])
+        return torch.cat(
+            [whole(parameter.detach()).flatten() for parameter in state.model.parameters()]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +190,16 @@ def by_default(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> to
     return trained(model_path, tmp_path_factory.mktemp("default"))
 
 
-def test_training_repeats_itself(model_path: Path, tmp_path: Path, by_default: torch.Tensor) -> None:
+def test_training_repeats_itself(
+    model_path: Path, tmp_path: Path, by_default: torch.Tensor
+) -> None:
     assert torch.equal(trained(model_path, tmp_path), by_default)
 
 
 @pytest.mark.parametrize("path", LEARNER)
-def test_a_key_of_the_learner_changes_the_weights(path: str, model_path: Path, tmp_path: Path, by_default: torch.Tensor) -> None:
+def test_a_key_of_the_learner_changes_the_weights(
+    path: str, model_path: Path, tmp_path: Path, by_default: torch.Tensor
+) -> None:
     changed = trained(model_path, tmp_path, **{path.replace(".", "__"): LEARNER[path]})
     assert not torch.equal(changed, by_default)
 
@@ -244,8 +273,15 @@ def test_every_key_of_a_run_is_turned_here_or_elsewhere() -> None:
 def test_the_test_named_turns_the_key(path: str) -> None:
     file, _, name = ELSEWHERE[path].partition("::")
     source = (TESTS / file).read_text()
-    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    starts = {node.name: min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) for node in functions}
+    functions = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    starts = {
+        node.name: min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        for node in functions
+    }
     ends = {node.name: node.end_lineno for node in functions}
     text = "\n".join(source.splitlines()[starts[name] - 1 : ends[name]]) if name else source
     assert path.partition(".")[2] in text

@@ -20,7 +20,9 @@ def noisy_curve(seed: int, outliers: float = 0.0, samples: int = 2000) -> Latenc
     rng, curve = random.Random(seed), LatencyCurve()
     for _ in range(samples):
         batch = math.exp(rng.uniform(0.0, math.log(200.0)))
-        factor = rng.choice([50.0, 0.02]) if rng.random() < outliers else rng.lognormvariate(0.0, 0.1)
+        factor = (
+            rng.choice([50.0, 0.02]) if rng.random() < outliers else rng.lognormvariate(0.0, 0.1)
+        )
         curve.observe(batch, true_ms(batch) * factor)
     return curve
 
@@ -50,7 +52,9 @@ def test_the_default_is_flat_then_linear():
 def test_measured_points_are_met():
     curve = LatencyCurve.from_points(CPU_POINTS)
     for batch, ms in CPU_POINTS:
-        assert curve.ptl(batch) == pytest.approx(5.9 if batch == 4 else ms, rel=1e-9)  # 6.3 at 4, then 5.9: pooled
+        assert curve.ptl(batch) == pytest.approx(
+            5.9 if batch == 4 else ms, rel=1e-9
+        )  # 6.3 at 4, then 5.9: pooled
 
 
 def test_a_false_point_is_an_error():

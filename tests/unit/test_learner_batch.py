@@ -13,7 +13,9 @@ from learner.batch import empty_pack, first_fit, make_packs
 from tests.learner_cases import make_shards, make_trajectories, num_sampled
 
 
-def trajectory(tokens: list[int], sampled: list[int], versions: list[tuple[int, int]], reward: float = 1.0) -> Trajectory:
+def trajectory(
+    tokens: list[int], sampled: list[int], versions: list[tuple[int, int]], reward: float = 1.0
+) -> Trajectory:
     logprobs = [-0.1 * position * mark for position, mark in enumerate(sampled)]
     return Trajectory(
         rollout_id=7,
@@ -31,7 +33,9 @@ def trajectory(tokens: list[int], sampled: list[int], versions: list[tuple[int, 
 def test_two_trajectories_in_one_row() -> None:
     first = trajectory([10, 11, 12, 13], [0, 0, 1, 1], [(4, 1), (5, 1)])
     second = trajectory([20, 21, 22], [0, 1, 1], [(5, 2)], reward=0.0)
-    (pack,) = make_packs(make_shards([first, second])[0], max_tokens=5, train_truncated=False, current_version=5)
+    (pack,) = make_packs(
+        make_shards([first, second])[0], max_tokens=5, train_truncated=False, current_version=5
+    )
     assert pack.input_ids_T.tolist() == [10, 11, 12, 20, 21]
     assert pack.position_ids_T.tolist() == [0, 1, 2, 0, 1]
     assert pack.lengths == (3, 2)
@@ -60,7 +64,10 @@ def test_every_sampled_token_is_trained_once_within_the_limit(max_tokens: int) -
 
 
 def test_truncated_trajectories_are_left_out_unless_asked_for() -> None:
-    whole, cut = trajectory([1, 2, 3], [0, 1, 1], [(0, 2)]), msgspec.structs.replace(trajectory([4, 5], [0, 1], [(0, 1)]), truncated=True)
+    whole, cut = (
+        trajectory([1, 2, 3], [0, 1, 1], [(0, 2)]),
+        msgspec.structs.replace(trajectory([4, 5], [0, 1], [(0, 1)]), truncated=True),
+    )
     shard = make_shards([whole, cut])[0]
     assert [pack.targets_S.tolist() for pack in make_packs(shard, 64, False, 0)] == [[2, 3]]
     assert [pack.targets_S.tolist() for pack in make_packs(shard, 64, True, 0)] == [[2, 3, 5]]
@@ -74,7 +81,14 @@ def test_first_fit_is_longest_first_and_lets_the_oversized_lie_alone() -> None:
 def test_an_empty_pack_trains_nothing() -> None:
     pack = empty_pack()
     assert len(pack.input_ids_T) == len(pack.position_ids_T) > 0
-    assert len(pack.targets_S) == len(pack.predicts_S) == len(pack.actor_logprobs_S) == len(pack.advantages_S) == len(pack.current_S) == 0
+    assert (
+        len(pack.targets_S)
+        == len(pack.predicts_S)
+        == len(pack.actor_logprobs_S)
+        == len(pack.advantages_S)
+        == len(pack.current_S)
+        == 0
+    )
     assert pack.predicts_S.dtype == torch.int64
 
 
@@ -84,7 +98,10 @@ def test_an_empty_pack_trains_nothing() -> None:
         trajectory([1, 2, 3], [0, 1], [(0, 1)]),
         trajectory([1, 2], [1, 1], [(0, 2)]),
         trajectory([1, 2, 3], [0, 1, 1], [(0, 1)]),
-        msgspec.structs.replace(trajectory([1, 2], [0, 1], [(0, 1)]), actor_logprobs=np.array([0, np.nan], "<f4").tobytes()),
+        msgspec.structs.replace(
+            trajectory([1, 2], [0, 1], [(0, 1)]),
+            actor_logprobs=np.array([0, np.nan], "<f4").tobytes(),
+        ),
     ],
     ids=["lengths differ", "nothing precedes", "versions do not add up", "not finite"],
 )
@@ -95,5 +112,7 @@ def test_a_malformed_trajectory_is_refused_by_name(broken: Trajectory) -> None:
 
 def test_loss_kind_reaches_the_advantages() -> None:
     shard = make_shards(make_trajectories(seed=1))[0]
-    grpo, dr_grpo = (make_packs(shard, 10_000, False, 0, kind)[0].advantages_S for kind in ("grpo", "dr_grpo"))
+    grpo, dr_grpo = (
+        make_packs(shard, 10_000, False, 0, kind)[0].advantages_S for kind in ("grpo", "dr_grpo")
+    )
     assert not torch.equal(grpo, dr_grpo) and torch.equal(grpo.sign(), dr_grpo.sign())

@@ -14,21 +14,35 @@ from learner.loss import clipped_surrogate, token_logprobs
 LOSS = LossConfig(clip_low=0.2, clip_high=0.28, tis_cap=2.0)
 
 
-def surrogate_of(ratio: float, advantage: float, config: LossConfig = LOSS) -> tuple[float, float, bool, bool]:
+def surrogate_of(
+    ratio: float, advantage: float, config: LossConfig = LOSS
+) -> tuple[float, float, bool, bool]:
     """Loss, gradient with respect to the learner's logprob, clipped, capped: of one token."""
     logprob = torch.tensor([-1.0], requires_grad=True)
     actor = torch.tensor([-1.0 - math.log(ratio)])
     surrogate = clipped_surrogate(logprob, actor, torch.tensor([advantage]), config)
     surrogate.loss_S.sum().backward()
     assert logprob.grad is not None
-    return surrogate.loss_S.item(), logprob.grad.item(), bool(surrogate.clipped_S), bool(surrogate.capped_S)
+    return (
+        surrogate.loss_S.item(),
+        logprob.grad.item(),
+        bool(surrogate.clipped_S),
+        bool(surrogate.capped_S),
+    )
 
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "gradient", "clipped", "capped"),
     [
         (1.0, 2.0, -2.0, -2.0, False, False),  # on policy: plain policy gradient
-        (1.2, 2.0, -2.4, -2.4, False, False),  # between 1 + clip_low and 1 + clip_high: clip-higher leaves it alone
+        (
+            1.2,
+            2.0,
+            -2.4,
+            -2.4,
+            False,
+            False,
+        ),  # between 1 + clip_low and 1 + clip_high: clip-higher leaves it alone
         (1.5, 2.0, -2.56, 0.0, True, False),  # above 1 + clip_high: -(1.28)(2), no gradient
         (3.0, 2.0, -2.56, 0.0, True, True),  # the cap lies above the clip and changes nothing
         (0.5, 2.0, -1.0, -1.0, False, False),  # a good token has become rarer: not clipped
@@ -36,11 +50,20 @@ def surrogate_of(ratio: float, advantage: float, config: LossConfig = LOSS) -> t
         (0.9, -2.0, 1.8, 1.8, False, False),
         (0.5, -2.0, 1.6, 0.0, True, False),  # below 1 - clip_low: (0.8)(2), no gradient
         (1.5, -2.0, 3.0, 3.0, False, False),  # a bad token has become likelier: not clipped
-        (5.0, -2.0, 4.0, 4.0, False, True),  # truncated importance weight: 2 instead of 5, and it still learns
+        (
+            5.0,
+            -2.0,
+            4.0,
+            4.0,
+            False,
+            True,
+        ),  # truncated importance weight: 2 instead of 5, and it still learns
         (5.0, 0.0, 0.0, 0.0, False, True),
     ],
 )
-def test_surrogate_by_hand(ratio: float, advantage: float, loss: float, gradient: float, clipped: bool, capped: bool) -> None:
+def test_surrogate_by_hand(
+    ratio: float, advantage: float, loss: float, gradient: float, clipped: bool, capped: bool
+) -> None:
     measured = surrogate_of(ratio, advantage)
     assert measured[0] == pytest.approx(loss, abs=1e-5)
     assert measured[1] == pytest.approx(gradient, abs=1e-5)
@@ -48,12 +71,16 @@ def test_surrogate_by_hand(ratio: float, advantage: float, loss: float, gradient
 
 
 def test_a_cap_below_the_clip_also_bounds_positive_advantages() -> None:
-    assert surrogate_of(1.2, 1.0, LossConfig(tis_cap=1.1))[:2] == pytest.approx((-1.1, -1.1), abs=1e-5)
+    assert surrogate_of(1.2, 1.0, LossConfig(tis_cap=1.1))[:2] == pytest.approx(
+        (-1.1, -1.1), abs=1e-5
+    )
 
 
 def test_an_absurd_ratio_stays_finite() -> None:
     logprob = torch.tensor([0.0, 0.0], requires_grad=True)
-    surrogate = clipped_surrogate(logprob, torch.tensor([-500.0, -500.0]), torch.tensor([1.0, -1.0]), LOSS)
+    surrogate = clipped_surrogate(
+        logprob, torch.tensor([-500.0, -500.0]), torch.tensor([1.0, -1.0]), LOSS
+    )
     surrogate.loss_S.sum().backward()
     assert logprob.grad is not None
     assert logprob.grad.tolist() == pytest.approx([0.0, 2.0])
@@ -96,7 +123,9 @@ def test_chunking_changes_neither_values_nor_gradients(chunk_rows: int) -> None:
     expected_S = expected_SV.gather(1, targets_S[:, None])[:, 0]
     (expected_gradient_SV,) = torch.autograd.grad((expected_S * weights_S).sum(), logits_SV)
     torch.testing.assert_close(logprobs_S, expected_S)
-    torch.testing.assert_close(entropy_S, torch.distributions.Categorical(logits=logits_SV.detach() / 0.7).entropy())
+    torch.testing.assert_close(
+        entropy_S, torch.distributions.Categorical(logits=logits_SV.detach() / 0.7).entropy()
+    )
     torch.testing.assert_close(gradient_SV, expected_gradient_SV)
 
 

@@ -6,12 +6,24 @@ from statistics import fmean, pstdev
 
 import pytest
 
-from darts.lengths import MAX_MEAN_LOG, POOL_PRIOR, LengthStats, estimate, expected_length, length_std, spread, update, update_pool
+from darts.lengths import (
+    MAX_MEAN_LOG,
+    POOL_PRIOR,
+    LengthStats,
+    estimate,
+    expected_length,
+    length_std,
+    spread,
+    update,
+    update_pool,
+)
 
 POOL = LengthStats(weight=256.0, mean_log=6.0, var_log=0.5)
 
 
-def survivor_group(rng: random.Random, mean_log: float, sigma: float, budget: int = 12, M: int = 8) -> tuple[list[int], list[int]]:
+def survivor_group(
+    rng: random.Random, mean_log: float, sigma: float, budget: int = 12, M: int = 8
+) -> tuple[list[int], list[int]]:
     """Once M have finished, one of the others (all alike) runs on and the rest are cut where they are."""
     lengths = sorted(max(1, round(rng.lognormvariate(mean_log, sigma))) for _ in range(budget))
     stragglers = lengths[M:]
@@ -19,13 +31,17 @@ def survivor_group(rng: random.Random, mean_log: float, sigma: float, budget: in
     return lengths[:M] + survivor, [lengths[M - 1]] * (len(stragglers) - len(survivor))
 
 
-def eager_group(rng: random.Random, mean_log: float, sigma: float, budget: int = 16, M: int = 8) -> tuple[list[int], list[int]]:
+def eager_group(
+    rng: random.Random, mean_log: float, sigma: float, budget: int = 16, M: int = 8
+) -> tuple[list[int], list[int]]:
     """Once M have finished, all others are cut."""
     lengths = sorted(max(1, round(rng.lognormvariate(mean_log, sigma))) for _ in range(budget))
     return lengths[:M], [lengths[M - 1]] * (budget - M)
 
 
-def tracked_spread(draw, groups: int, seed: int, mean_log: float = 6.0, sigma: float = 1.0) -> float:
+def tracked_spread(
+    draw, groups: int, seed: int, mean_log: float = 6.0, sigma: float = 1.0
+) -> float:
     rng, stats = random.Random(seed), None
     for _ in range(groups):
         finished, censored = draw(rng, mean_log, sigma)
@@ -41,14 +57,22 @@ def test_tracks_the_spread_of_a_wide_prompt_through_its_cuts(draw):
 
 def test_ignoring_the_cuts_would_lose_half_of_the_spread():
     rng = random.Random(0)
-    naive = fmean(pstdev(math.log(length) for length in eager_group(rng, 6.0, 1.0)[0]) for _ in range(60))
+    naive = fmean(
+        pstdev(math.log(length) for length in eager_group(rng, 6.0, 1.0)[0]) for _ in range(60)
+    )
     assert naive < 0.6
 
 
 def test_taking_the_cut_for_the_length_would_lose_half_of_the_spread():
     rng = random.Random(0)
     groups = [eager_group(rng, 6.0, 1.0) for _ in range(60)]
-    assert fmean(pstdev(math.log(length) for length in finished + censored) for finished, censored in groups) < 0.6
+    assert (
+        fmean(
+            pstdev(math.log(length) for length in finished + censored)
+            for finished, censored in groups
+        )
+        < 0.6
+    )
 
 
 def test_tracks_the_mean_through_its_cuts():
@@ -103,7 +127,16 @@ def test_shrinkage_fades_with_weight():
 
 @pytest.mark.parametrize(
     "finished, censored",
-    [([0], []), ([1], [1]), ([5] * 8, []), ([], [512] * 8), ([], [0]), ([10**7], [1]), ([1], [10**7] * 11), ([1, 10**7], [])],
+    [
+        ([0], []),
+        ([1], [1]),
+        ([5] * 8, []),
+        ([], [512] * 8),
+        ([], [0]),
+        ([10**7], [1]),
+        ([1], [10**7] * 11),
+        ([1, 10**7], []),
+    ],
 )
 def test_odd_groups_give_finite_sane_numbers(finished, censored):
     stats = None
@@ -148,7 +181,9 @@ def test_the_pool_forgets():
 def test_length_std_is_that_of_the_cut_lognormal(sigma, limit):
     rng = random.Random(6)
     drawn = [min(limit, rng.lognormvariate(5.0, sigma)) for _ in range(40_000)]
-    assert length_std(LengthStats(1.0, 5.0, sigma**2), limit) == pytest.approx(pstdev(drawn), rel=0.02)
+    assert length_std(LengthStats(1.0, 5.0, sigma**2), limit) == pytest.approx(
+        pstdev(drawn), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("sigma, limit", [(0.3, 512), (1.0, 512), (1.5, 4096)])

@@ -32,7 +32,9 @@ class ScriptedPool(Pool):
 
 
 @pytest.fixture
-def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ScriptedPool]]:
+def make_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., ScriptedPool]]:
     monkeypatch.setattr(pool, "POLL_S", 0.005)
     monkeypatch.setattr(pool, "STOP_S", 0.3)
     (tmp_path / "config.json").write_text("{}")
@@ -40,7 +42,11 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
     def make(script: str, engines: int = 1, max_restarts: int = 2) -> ScriptedPool:
         config = Config()
-        config.model.path, config.actors.engines, config.actors.max_restarts = str(tmp_path), engines, max_restarts
+        config.model.path, config.actors.engines, config.actors.max_restarts = (
+            str(tmp_path),
+            engines,
+            max_restarts,
+        )
         return ScriptedPool(config, script)
 
     yield make
@@ -68,35 +74,48 @@ def test_engines_that_are_done_end_the_pool(make_pool: Callable[..., ScriptedPoo
 
 
 def test_a_dead_engine_is_restarted(make_pool: Callable[..., ScriptedPool], tmp_path: Path) -> None:
-    scripted = make_pool(f"test -e {tmp_path}/died && exit {DONE}; touch {tmp_path}/died; kill -9 $$")
+    scripted = make_pool(
+        f"test -e {tmp_path}/died && exit {DONE}; touch {tmp_path}/died; kill -9 $$"
+    )
     assert scripted.run() == 0
     assert scripted.num_started == 2
 
 
 def test_an_engine_that_keeps_dying_is_given_up(make_pool: Callable[..., ScriptedPool]) -> None:
     scripted = make_pool(f"echo out of memory > $ERRORS; exit {DIED}", max_restarts=2)
-    with pytest.raises(EngineFailed, match=r"engine pool/0 died 3 times \(actors.max_restarts=2\); last: out of memory"):
+    with pytest.raises(
+        EngineFailed,
+        match=r"engine pool/0 died 3 times \(actors.max_restarts=2\); last: out of memory",
+    ):
         scripted.run()
     assert scripted.num_started == 3
 
 
 @pytest.mark.parametrize("status", [GAVE_UP, RUN_FAILED])
-def test_what_another_attempt_cannot_mend_is_not_tried_again(make_pool: Callable[..., ScriptedPool], status: int) -> None:
+def test_what_another_attempt_cannot_mend_is_not_tried_again(
+    make_pool: Callable[..., ScriptedPool], status: int
+) -> None:
     scripted = make_pool(f"echo no such model > $ERRORS; exit {status}")
     with pytest.raises(EngineFailed, match="no such model"):
         scripted.run()
     assert scripted.num_started == 1
 
 
-def test_the_processes_of_a_dead_engine_die_with_it(make_pool: Callable[..., ScriptedPool], tmp_path: Path) -> None:
+def test_the_processes_of_a_dead_engine_die_with_it(
+    make_pool: Callable[..., ScriptedPool], tmp_path: Path
+) -> None:
     with pytest.raises(EngineFailed):
         make_pool(f"sleep 60 & echo $! > {tmp_path}/child; exit {GAVE_UP}").run()
     assert dies(int((tmp_path / "child").read_text()))
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
-def test_a_signal_stops_all_engines(make_pool: Callable[..., ScriptedPool], tmp_path: Path, stubborn: bool) -> None:
-    scripted = make_pool(f"{'trap : TERM;' if stubborn else ''} echo $$ > {tmp_path}/leader; while true; do sleep 0.05; done")
+def test_a_signal_stops_all_engines(
+    make_pool: Callable[..., ScriptedPool], tmp_path: Path, stubborn: bool
+) -> None:
+    scripted = make_pool(
+        f"{'trap : TERM;' if stubborn else ''} echo $$ > {tmp_path}/leader; while true; do sleep 0.05; done"
+    )
 
     def stop() -> None:
         while not ((tmp_path / "leader").exists() and (tmp_path / "leader").read_text().strip()):
@@ -116,7 +135,9 @@ def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["models/tiny-reasoner", "/nowhere/at/all", "tiny", "./a/b"])
-def test_a_folder_that_is_not_there_is_refused_by_name(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_not_there_is_refused_by_name(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"model.path={path}: no such folder"):
         check_model(path)
@@ -130,7 +151,10 @@ def test_a_hub_name_is_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_each_engine_gets_gpus_of_its_own() -> None:
     config = cli.load(["actors.device=cuda", "actors.engines=2", "actors.tensor_parallel=2"])
     assert [engine_gpus(config, i, "")["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["0,1", "2,3"]
-    assert [engine_gpus(config, i, "4,5,6,7")["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["4,5", "6,7"]
+    assert [engine_gpus(config, i, "4,5,6,7")["CUDA_VISIBLE_DEVICES"] for i in range(2)] == [
+        "4,5",
+        "6,7",
+    ]
     with pytest.raises(ValueError, match="names 3"):
         engine_gpus(config, 0, "0,1,2")
 

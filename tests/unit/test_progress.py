@@ -12,7 +12,14 @@ from buffer.messages import EngineView, Snapshot
 from tools.progress import LiveView, Pace, PlainView, clock, state
 
 ENGINE = EngineView(
-    engine_id="pool/0", engine_type="cpu", slots=64, in_flight=48, policy_version=3, tokens_per_s=4200.0, busy_frac=0.9, curve=[]
+    engine_id="pool/0",
+    engine_type="cpu",
+    slots=64,
+    in_flight=48,
+    policy_version=3,
+    tokens_per_s=4200.0,
+    busy_frac=0.9,
+    curve=[],
 )
 LOADING = msgspec.structs.replace(ENGINE, policy_version=-1)
 EMPTY = Snapshot(
@@ -32,12 +39,17 @@ def test_durations_read_as_clocks() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"engines": [], "policy_version": -1}, "starting: waiting for the learner's first weights and engines to join"),
+        (
+            {"engines": [], "policy_version": -1},
+            "starting: waiting for the learner's first weights and engines to join",
+        ),
         ({"engines": [LOADING]}, "starting: waiting for engines to load the model"),
         ({}, "training"),
     ],
 )
-def test_until_an_engine_can_work_it_says_who_is_missing(changes: dict[str, object], said: str) -> None:
+def test_until_an_engine_can_work_it_says_who_is_missing(
+    changes: dict[str, object], said: str
+) -> None:
     assert state(snapshot(**changes)) == said
 
 
@@ -51,7 +63,9 @@ def test_a_plain_line_comes_every_five_steps(capsys: pytest.CaptureFixture[str])
     view = PlainView(clock_s=lambda: 1.0)
     for step in range(11):
         view.show(snapshot(step=step, steps=20))
-    assert [line.partition(";")[0] for line in capsys.readouterr().out.splitlines()] == [f"step {step}/20 training" for step in (0, 5, 10)]
+    assert [line.partition(";")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"step {step}/20 training" for step in (0, 5, 10)
+    ]
 
 
 def test_the_live_picture_shows_first_and_last_accuracy_and_the_lag_against_its_bound() -> None:

@@ -30,7 +30,9 @@ def write_jsonl(path: Path, rows: list[Any]) -> str:
 
 
 def rows(num_rows: int) -> list[dict[str, Any]]:
-    return [{"prompt": f"what is {i} + 1?", "answer": i + 1, "level": i % 3} for i in range(num_rows)]
+    return [
+        {"prompt": f"what is {i} + 1?", "answer": i + 1, "level": i % 3} for i in range(num_rows)
+    ]
 
 
 def ids(payloads: list[PromptPayload]) -> list[str]:
@@ -63,7 +65,9 @@ def test_a_stream_sought_to_a_position_goes_on_from_there(position: int) -> None
 
 def test_no_tagged_sum_is_both_trained_on_and_held_out_whatever_the_seed() -> None:
     held_out = set(ids(TaggedSumSource(10, seed=0).hold_out(400)))
-    assert len(held_out) == 400 and any(len(problem) == 7 for problem in held_out)  # of the few that recur in every stream
+    assert len(held_out) == 400 and any(
+        len(problem) == 7 for problem in held_out
+    )  # of the few that recur in every stream
     for seed in range(4):
         source = TaggedSumSource(5000, seed)
         trained_on = {source[i].text for i in range(source.size)}
@@ -87,7 +91,9 @@ def test_a_file_holds_out_by_prompt_so_that_duplicates_stay_on_one_side(tmp_path
 
 def test_what_is_held_out_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     forward = make_sources(config_of(write_jsonl(tmp_path / "a.jsonl", rows(100)))).eval_prompts
-    backward = make_sources(config_of(write_jsonl(tmp_path / "b.jsonl", rows(100)[::-1]))).eval_prompts
+    backward = make_sources(
+        config_of(write_jsonl(tmp_path / "b.jsonl", rows(100)[::-1]))
+    ).eval_prompts
     assert forward == backward
 
 
@@ -99,18 +105,30 @@ def test_without_evaluation_nothing_is_held_out(tmp_path: Path) -> None:
 
 
 def test_a_named_evaluation_file_leaves_the_training_file_whole(tmp_path: Path) -> None:
-    train, held_out = write_jsonl(tmp_path / "a.jsonl", rows(30)), write_jsonl(tmp_path / "b.jsonl", rows(5))
+    train, held_out = (
+        write_jsonl(tmp_path / "a.jsonl", rows(30)),
+        write_jsonl(tmp_path / "b.jsonl", rows(5)),
+    )
     sources = make_sources(config_of(train, eval=held_out))
     assert sources.train.source.size == 30 and len(sources.eval_prompts) == 5
 
 
 def test_rows_become_payloads_with_their_other_columns_as_metadata(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hello"}]
-    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "one?", "a": 1, "level": 2}, {"q": messages, "a": "yes"}])
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"q": "one?", "a": 1, "level": 2}, {"q": messages, "a": "yes"}]
+    )
     config = config_of(path, prompt_field="q", answer_field="a")
     config.eval.every = 0
-    text, chat = sorted(make_sources(config).train.draw(2), key=lambda payload: payload.text, reverse=True)
-    assert (text.text, text.messages, text.answer, json.loads(text.metadata)) == ("one?", [], "1", {"level": 2})
+    text, chat = sorted(
+        make_sources(config).train.draw(2), key=lambda payload: payload.text, reverse=True
+    )
+    assert (text.text, text.messages, text.answer, json.loads(text.metadata)) == (
+        "one?",
+        [],
+        "1",
+        {"level": 2},
+    )
     assert (chat.text, chat.messages, chat.answer, chat.metadata) == ("", messages, "yes", "")
 
 
@@ -141,7 +159,9 @@ def test_reasoning_gym_entries_carry_what_their_verifier_needs() -> None:
 
 def test_a_generated_prompt_that_is_held_out_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("reasoning_gym")
-    monkeypatch.setattr(buffer.prompts, "HELD_OUT_SEED", 0)  # the run's own seed, so that both draw the same prompts first
+    monkeypatch.setattr(
+        buffer.prompts, "HELD_OUT_SEED", 0
+    )  # the run's own seed, so that both draw the same prompts first
     sources = make_sources(config_of("reasoning_gym:chain_sum"))
     held_out = {payload.text for payload in sources.eval_prompts}
     trained_on = {payload.text for payload in sources.train.draw(300)}
@@ -152,7 +172,10 @@ def test_a_generated_prompt_that_is_held_out_is_replaced(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        (['{"prompt": "a", "answer": "b"}', '{"question": "a", "answer": "b"}'], ["row 2", "'prompt'", "'question'", "data.prompt_field"]),
+        (
+            ['{"prompt": "a", "answer": "b"}', '{"question": "a", "answer": "b"}'],
+            ["row 2", "'prompt'", "'question'", "data.prompt_field"],
+        ),
         (['{"prompt": "a"}'], ["row 1", "'answer'", "data.answer_field"]),
         (['{"prompt": "a", "answer": "b"}', "", '{"prompt": '], ["row 3", "not valid JSON"]),
         (['["a", "b"]'], ["row 1", "list", "JSON object"]),
@@ -163,7 +186,9 @@ def test_a_generated_prompt_that_is_held_out_is_replaced(monkeypatch: pytest.Mon
         ([], ["no rows"]),
     ],
 )
-def test_a_bad_file_is_refused_in_one_line_that_says_where(tmp_path: Path, lines: list[str], expected: list[str]) -> None:
+def test_a_bad_file_is_refused_in_one_line_that_says_where(
+    tmp_path: Path, lines: list[str], expected: list[str]
+) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError) as error:
@@ -174,7 +199,9 @@ def test_a_bad_file_is_refused_in_one_line_that_says_where(tmp_path: Path, lines
 
 def test_a_bad_row_of_a_parquet_file_is_named(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"prompt": ["a", None], "answer": ["b", "b"]}), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.table({"prompt": ["a", None], "answer": ["b", "b"]}), tmp_path / "a.parquet"
+    )
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: no field 'prompt'"):
         make_sources(config_of(str(tmp_path / "a.parquet")))
 
@@ -193,7 +220,10 @@ def test_a_missing_file_is_named(form: str) -> None:
 
 
 def test_an_unknown_form_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"data\.eval='gsm8k' is no known source; it must be tagged_sum, reasoning_gym"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.eval='gsm8k' is no known source; it must be tagged_sum, reasoning_gym",
+    ):
         make_sources(config_of(eval="gsm8k"))
 
 
@@ -207,11 +237,18 @@ def test_a_dataset_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     with pytest.raises(ValueError) as error:
         make_sources(config_of(f"hf:{tmp_path / 'absent'}"))
-    assert "\n" not in str(error.value) and "data.train=hf:" in str(error.value) and "hub is reachable" in str(error.value)
+    assert (
+        "\n" not in str(error.value)
+        and "data.train=hf:" in str(error.value)
+        and "hub is reachable" in str(error.value)
+    )
 
 
 def test_too_few_rows_to_hold_out_is_refused_with_the_remedies(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"30 distinct prompts, too few to hold out eval\.prompts=20 .* eval\.every=0"):
+    with pytest.raises(
+        ValueError,
+        match=r"30 distinct prompts, too few to hold out eval\.prompts=20 .* eval\.every=0",
+    ):
         make_sources(config_of(write_jsonl(tmp_path / "a.jsonl", rows(30))))
 
 

@@ -25,7 +25,9 @@ from darts.redundancy import (
     rollout_time,
 )
 
-CPU = LatencyCurve.from_points([(1, 5.9), (4, 6.3), (8, 5.9), (16, 7.0), (32, 8.6), (64, 13.7), (128, 22.8)])
+CPU = LatencyCurve.from_points(
+    [(1, 5.9), (4, 6.3), (8, 5.9), (16, 7.0), (32, 8.6), (64, 13.7), (128, 22.8)]
+)
 FLAT = LatencyCurve.from_points([(1, 10.0), (4096, 10.0)])
 
 
@@ -33,9 +35,24 @@ def prompt(sigma: float, mean_log: float = 6.0) -> LengthStats:
     return LengthStats(weight=50.0, mean_log=mean_log, var_log=sigma**2)
 
 
-def marginal(sigma: float, price: float = 0.3, batch: float = 32.0, curve: LatencyCurve = CPU, long_end: LongEnd = "survivor") -> int:
+def marginal(
+    sigma: float,
+    price: float = 0.3,
+    batch: float = 32.0,
+    curve: LatencyCurve = CPU,
+    long_end: LongEnd = "survivor",
+) -> int:
     v = sigma / 0.8
-    return marginal_budget(prompt(sigma), v, curve.elasticity(batch), price, M=8, num_long=1, long_end=long_end, max_budget=16)
+    return marginal_budget(
+        prompt(sigma),
+        v,
+        curve.elasticity(batch),
+        price,
+        M=8,
+        num_long=1,
+        long_end=long_end,
+        max_budget=16,
+    )
 
 
 # Norms and the fixed rule ------------------------------------------------------------------------------------------
@@ -91,14 +108,21 @@ def objective(norms, budgets) -> Fraction:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.fractions(0, 5, max_denominator=20), min_size=1, max_size=4), st.integers(1, 3), st.integers(0, 4), st.data())
+@given(
+    st.lists(st.fractions(0, 5, max_denominator=20), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(0, 4),
+    st.data(),
+)
 def test_split_is_optimal_by_exhaustive_search(norms, lower, room, data):
     upper = lower + room
     total = data.draw(st.integers(len(norms) * lower, len(norms) * upper))
     budgets = paper_split(norms, total, lower, upper)
     assert sum(budgets) == total and all(lower <= m <= upper for m in budgets)
     choices = itertools.product(range(lower, upper + 1), repeat=len(norms))
-    assert objective(norms, budgets) == min(objective(norms, choice) for choice in choices if sum(choice) == total)
+    assert objective(norms, budgets) == min(
+        objective(norms, choice) for choice in choices if sum(choice) == total
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -123,7 +147,14 @@ def test_split_refuses_a_total_out_of_reach(total):
 def brute_force_total(window, curve, M, upper, price) -> int:
     def time_ms(m: int) -> float:
         scores = [NormalDist().inv_cdf((k - 0.375) / (m + 0.25)) for k in range(1, m + 1)]
-        return rollout_time(sorted(math.exp(p.mean_log + math.sqrt(p.var_log) * score) for p in window for score in scores), curve)
+        return rollout_time(
+            sorted(
+                math.exp(p.mean_log + math.sqrt(p.var_log) * score)
+                for p in window
+                for score in scores
+            ),
+            curve,
+        )
 
     def utility(m: int) -> float:
         return 1 - M / m - price * (time_ms(m) / time_ms(M) - 1)
@@ -146,13 +177,17 @@ def test_total_spends_less_at_a_higher_price():
 
 def test_total_spends_more_where_the_window_is_spread_over_engines():
     window = [prompt(0.6)] * 16
-    assert paper_total(window, CPU, 8, 2.0, 1.0, num_engines=16) > paper_total(window, CPU, 8, 2.0, 1.0)
+    assert paper_total(window, CPU, 8, 2.0, 1.0, num_engines=16) > paper_total(
+        window, CPU, 8, 2.0, 1.0
+    )
 
 
 # Net tokens --------------------------------------------------------------------------------------------------------
 
 
-def simulated_tokens(lengths: list[float], M: int, num_long: int, long_end: str, rng: random.Random) -> float:
+def simulated_tokens(
+    lengths: list[float], M: int, num_long: int, long_end: str, rng: random.Random
+) -> float:
     """The cancel rule of one group on one engine, event by event: tokens decoded until every rollout has ended."""
     running, finished, decoded = [(length, i) for i, length in enumerate(lengths)], 0, 0.0
     heapq.heapify(running)
@@ -167,7 +202,10 @@ def simulated_tokens(lengths: list[float], M: int, num_long: int, long_end: str,
     return decoded
 
 
-@pytest.mark.parametrize("long_end, num_long", [("none", 1), ("survivor", 1), ("survivor", 0), ("survivor", 2), ("longest", 1)])
+@pytest.mark.parametrize(
+    "long_end, num_long",
+    [("none", 1), ("survivor", 1), ("survivor", 0), ("survivor", 2), ("longest", 1)],
+)
 @pytest.mark.parametrize("sigma, m", [(0.33, 9), (0.6, 12), (1.0, 16)])
 def test_net_tokens_agrees_with_the_simulated_cancel_rule(long_end, num_long, sigma, m):
     rng = random.Random(0)
@@ -177,16 +215,24 @@ def test_net_tokens_agrees_with_the_simulated_cancel_rule(long_end, num_long, si
         lengths = [rng.lognormvariate(0.0, sigma) for _ in range(m)]
         spent += simulated_tokens(lengths, 8, num_long, long_end, rng)
         plain += 8 * fmean(lengths)  # a plain group of the same draws: less noise in the ratio
-    assert net_tokens(sigma, 8, num_long, long_end, m) == pytest.approx(spent / plain - 1.0, abs=0.025)
+    assert net_tokens(sigma, 8, num_long, long_end, m) == pytest.approx(
+        spent / plain - 1.0, abs=0.025
+    )
 
 
 def test_net_tokens_of_the_plain_group_are_none():
-    assert [net_tokens(1.0, 8, 1, rule, 8) for rule in ("none", "survivor", "longest")] == [0.0, 0.0, 0.0]
+    assert [net_tokens(1.0, 8, 1, rule, 8) for rule in ("none", "survivor", "longest")] == [
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_racing_pays_for_itself_only_where_the_spread_is_wide():
     assert net_tokens(0.6, 8, 1, "none", 12) > 0.1 and net_tokens(1.1, 8, 1, "none", 12) < -0.1
-    assert net_tokens(0.6, 8, 1, "survivor", 16) > 0.3 and net_tokens(1.3, 8, 1, "survivor", 16) < -0.1
+    assert (
+        net_tokens(0.6, 8, 1, "survivor", 16) > 0.3 and net_tokens(1.3, 8, 1, "survivor", 16) < -0.1
+    )
 
 
 # The marginal rule -------------------------------------------------------------------------------------------------
@@ -194,7 +240,9 @@ def test_racing_pays_for_itself_only_where_the_spread_is_wide():
 
 def test_spare_slots_are_free():
     assert FLAT.elasticity(32) == 0.0
-    assert [marginal(sigma, price=100.0, curve=FLAT, long_end="longest") for sigma in (0.1, 0.5, 1.5)] == [16, 16, 16]
+    assert [
+        marginal(sigma, price=100.0, curve=FLAT, long_end="longest") for sigma in (0.1, 0.5, 1.5)
+    ] == [16, 16, 16]
 
 
 def test_without_spread_nothing_is_gained():
@@ -202,21 +250,32 @@ def test_without_spread_nothing_is_gained():
 
 
 def test_a_limit_at_the_group_size_leaves_the_group_plain():
-    assert marginal_budget(prompt(1.5), 2.0, 0.0, 0.3, M=8, num_long=1, long_end="survivor", max_budget=8) == 8
+    assert (
+        marginal_budget(
+            prompt(1.5), 2.0, 0.0, 0.3, M=8, num_long=1, long_end="survivor", max_budget=8
+        )
+        == 8
+    )
 
 
 @pytest.mark.parametrize("long_end", ["none", "survivor", "longest"])
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0.0, 3.0), st.floats(0.0, 3.0), st.floats(0.05, 0.6), st.floats(1, 200))
-def test_a_higher_price_never_buys_more_while_extra_rollouts_cost_tokens(long_end, price, rise, sigma, batch):
-    assert marginal(sigma, price + rise, batch, long_end=long_end) <= marginal(sigma, price, batch, long_end=long_end)
+def test_a_higher_price_never_buys_more_while_extra_rollouts_cost_tokens(
+    long_end, price, rise, sigma, batch
+):
+    assert marginal(sigma, price + rise, batch, long_end=long_end) <= marginal(
+        sigma, price, batch, long_end=long_end
+    )
 
 
 @pytest.mark.parametrize("long_end", ["none", "survivor", "longest"])
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0.05, 1.8), st.floats(0.0, 0.5), st.floats(0.0, 3.0), st.floats(1, 200))
 def test_a_wider_prompt_never_gets_less(long_end, sigma, wider, price, batch):
-    assert marginal(sigma + wider, price, batch, long_end=long_end) >= marginal(sigma, price, batch, long_end=long_end)
+    assert marginal(sigma + wider, price, batch, long_end=long_end) >= marginal(
+        sigma, price, batch, long_end=long_end
+    )
 
 
 @settings(max_examples=40, deadline=None)

@@ -19,18 +19,42 @@ FATE_OF_SEAT = ["selected_short", "selected_short", "selected_long", "cancelled"
 
 def metrics_row(step: int) -> dict:
     lengths = {"mean": 60, "p50": 50, "p90": 90, "p99": 200, "max": 512}
-    row = {"step": step, "time_s": 3.0 * (step + 1), "policy_version": step + 1, "reward/mean": 0.4 + 0.05 * step}
+    row = {
+        "step": step,
+        "time_s": 3.0 * (step + 1),
+        "policy_version": step + 1,
+        "reward/mean": 0.4 + 0.05 * step,
+    }
     row |= {"lag/mean": 1.0, "lag/max": 2.0}
-    row |= {f"length/{kind}_{name}": value - 2 * step for kind in ("generated", "selected") for name, value in lengths.items()}
-    row |= {f"tokens/{kind}": 1000.0 * (step + 1) for kind in ("generated", "trained", "discarded", "cancelled")}
-    row |= {"darts/budget_mean": 10.0, "darts/cancelled_frac": 0.2, "darts/pruned_frac": 0.0, "train/loss": 0.1, "engine/busy_frac": 0.9}
+    row |= {
+        f"length/{kind}_{name}": value - 2 * step
+        for kind in ("generated", "selected")
+        for name, value in lengths.items()
+    }
+    row |= {
+        f"tokens/{kind}": 1000.0 * (step + 1)
+        for kind in ("generated", "trained", "discarded", "cancelled")
+    }
+    row |= {
+        "darts/budget_mean": 10.0,
+        "darts/cancelled_frac": 0.2,
+        "darts/pruned_frac": 0.0,
+        "train/loss": 0.1,
+        "engine/busy_frac": 0.9,
+    }
     row |= {"wait/learner_s": 0.2, "wait/pull_s": 0.21, "wait/learner_frac": 0.1}
     return row | ({"eval/accuracy": 0.5 + step / 20, "eval/step": step} if step in (0, 7) else {})
 
 
 def group_row(group_id: int, end: str = "shipped") -> dict:
     rollouts = [
-        {"rollout_id": 10 * group_id + seat, "engine": "pool/0", "tokens": 20 + 9 * seat, "reward": float(seat % 2), "end": fate}
+        {
+            "rollout_id": 10 * group_id + seat,
+            "engine": "pool/0",
+            "tokens": 20 + 9 * seat,
+            "reward": float(seat % 2),
+            "end": fate,
+        }
         for seat, fate in enumerate(FATE_OF_SEAT)
     ]
     return {"group_id": group_id, "prompt_id": f"prompt-{group_id}", "opened_version": 1, "shipped_version": 3 if end == "shipped" else -1,
@@ -48,7 +72,9 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.report.FIGURES", {})  # drawing takes seconds, and the words do not depend on it
+    monkeypatch.setattr(
+        "tools.report.FIGURES", {}
+    )  # drawing takes seconds, and the words do not depend on it
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +84,26 @@ def finished_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_run(path: Path) -> Path:
     path.mkdir()
-    (path / "config.yaml").write_text(f"run: {{name: little, steps: {STEPS}}}\nstaleness: {{max_lag: 4}}\n")
+    (path / "config.yaml").write_text(
+        f"run: {{name: little, steps: {STEPS}}}\nstaleness: {{max_lag: 4}}\n"
+    )
     write_rows(path / "metrics.jsonl", [metrics_row(step) for step in range(STEPS)])
-    write_rows(path / "groups.jsonl", [group_row(group_id) for group_id in range(STEPS * GROUPS)] + [group_row(99, "deadline")])
-    write_rows(path / "samples.jsonl", [{"step": 0, "prompt": "1<2?", "response": "<script>alert(1)</script>", "tokens": 9, "reward": 1.0}])
+    write_rows(
+        path / "groups.jsonl",
+        [group_row(group_id) for group_id in range(STEPS * GROUPS)] + [group_row(99, "deadline")],
+    )
+    write_rows(
+        path / "samples.jsonl",
+        [
+            {
+                "step": 0,
+                "prompt": "1<2?",
+                "response": "<script>alert(1)</script>",
+                "tokens": 9,
+                "reward": 1.0,
+            }
+        ],
+    )
     return path
 
 
@@ -77,7 +119,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+        self.addresses += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")
+        ]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -126,7 +170,9 @@ def test_an_unfinished_run_says_how_far_it_came(run_dir: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "groups.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize(
+    "missing", ["config.yaml", "metrics.jsonl", "groups.jsonl", "samples.jsonl"]
+)
 def test_a_missing_file_is_named(run_dir: Path, missing: str) -> None:
     (run_dir / missing).unlink()
     assert f"{missing} is missing" in Page(write_report(run_dir)).text
@@ -156,12 +202,23 @@ def test_a_figure_without_data_is_left_out(run_dir: Path, name: str) -> None:
 
 
 def test_a_resumed_run_counts_the_later_record_of_a_step(run_dir: Path) -> None:
-    write_rows(run_dir / "metrics.jsonl", [metrics_row(0), metrics_row(1) | {"reward/mean": 0.1}, metrics_row(1) | {"reward/mean": 0.9}])
+    write_rows(
+        run_dir / "metrics.jsonl",
+        [
+            metrics_row(0),
+            metrics_row(1) | {"reward/mean": 0.1},
+            metrics_row(1) | {"reward/mean": 0.9},
+        ],
+    )
     assert RunDirectory.read(run_dir).series("reward/mean") == ([0.0, 1.0], [0.4, 0.9])
 
 
 def test_values_that_are_no_numbers_are_left_out_of_a_series(run_dir: Path) -> None:
-    rows = [metrics_row(0) | {"train/loss": None}, metrics_row(1) | {"train/loss": float("nan")}, metrics_row(2)]
+    rows = [
+        metrics_row(0) | {"train/loss": None},
+        metrics_row(1) | {"train/loss": float("nan")},
+        metrics_row(2),
+    ]
     write_rows(run_dir / "metrics.jsonl", rows)
     assert RunDirectory.read(run_dir).series("train/loss") == ([2.0], [0.1])
 
@@ -179,4 +236,10 @@ def test_an_empty_folder_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_compact_keeps_three_digits() -> None:
-    assert [compact(value) for value in (0.12345, 12, 1234, 1234567, 2.5e9)] == ["0.123", "12", "1.23k", "1.23M", "2.5G"]
+    assert [compact(value) for value in (0.12345, 12, 1234, 1234567, 2.5e9)] == [
+        "0.123",
+        "12",
+        "1.23k",
+        "1.23M",
+        "2.5G",
+    ]

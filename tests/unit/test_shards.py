@@ -25,7 +25,10 @@ def greedy_largest(costs, num_shards):
 
 def optimal_largest(costs, num_shards):
     return min(
-        max(sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == shard) for shard in range(num_shards))
+        max(
+            sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == shard)
+            for shard in range(num_shards)
+        )
         for owners in product(range(num_shards), repeat=len(costs))
     )
 

@@ -40,11 +40,19 @@ def test_same_seed_same_run_other_seed_another() -> None:
 @pytest.mark.parametrize("policy", ["darts", "plain", "first_finished", "random"])
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_every_step_trains_whole_groups_within_the_bound(policy: str, mode: str) -> None:
-    made = config(f"darts.policy={policy}", f"pipeline.mode={mode}", "redundancy.rule=fixed", "redundancy.upper=1.5")
+    made = config(
+        f"darts.policy={policy}",
+        f"pipeline.mode={mode}",
+        "redundancy.rule=fixed",
+        "redundancy.upper=1.5",
+    )
     summary = simulate(made)
     assert summary["groups"]["shipped"] == 4 * 8
     assert summary["lag_max"] <= (0 if mode == "sync" else made.staleness.max_lag)
-    tokens = {name: summary[f"tokens/{name}"] for name in ("generated", "trained", "discarded", "cancelled")}
+    tokens = {
+        name: summary[f"tokens/{name}"]
+        for name in ("generated", "trained", "discarded", "cancelled")
+    }
     assert tokens["generated"] == tokens["trained"] + tokens["discarded"] + tokens["cancelled"]
 
 
@@ -54,12 +62,16 @@ def test_policies_are_given_the_same_work() -> None:
         prompts = make_prompts(LengthKeys(prompts=4), PatternKeys(), seed=3)
         moments = Shaping(ShapingKeys()).moments(prompts[2])
         responses = Responses(prompts[2], moments, 512, seed=3, visit=1)
-        draws[policy] = {("", 0): [responses.next().length for _ in range(8 if policy == "plain" else 12)]}
+        draws[policy] = {
+            ("", 0): [responses.next().length for _ in range(8 if policy == "plain" else 12)]
+        }
     assert draws["darts"][("", 0)][:8] == draws["plain"][("", 0)]
 
 
 def test_waiting_for_the_longest_generates_everything_and_selects_offline() -> None:
-    summary = simulate(config("darts.long_end=longest", "redundancy.rule=fixed", "pipeline.mode=sync"))
+    summary = simulate(
+        config("darts.long_end=longest", "redundancy.rule=fixed", "pipeline.mode=sync")
+    )
     assert summary["tokens/cancelled"] == 0
     assert (summary["short_wrong_frac"], summary["long_wrong_frac"]) == (0.0, 0.0)
 
@@ -72,26 +84,42 @@ def test_exact_cancels_never_take_a_short_seat_from_whom_the_offline_rule_gives_
 
 
 def test_eager_cancels_pick_by_finish_order_where_rollouts_start_apart() -> None:
-    crowded = ("redundancy.rule=fixed", "redundancy.upper=2.0", "engines.slots=17", "darts.cancel=eager", "staleness.max_lag=16")
+    crowded = (
+        "redundancy.rule=fixed",
+        "redundancy.upper=2.0",
+        "engines.slots=17",
+        "darts.cancel=eager",
+        "staleness.max_lag=16",
+    )
     assert simulate(config(*crowded))["short_wrong_frac"] > 0.0
 
 
 def test_without_streaming_nobody_in_flight_is_known_to_be_past_selection() -> None:
-    silent = Simulation(config("learner.streaming=false", "redundancy.rule=fixed", "pipeline.mode=sync"))
+    silent = Simulation(
+        config("learner.streaming=false", "redundancy.rule=fixed", "pipeline.mode=sync")
+    )
     silent.run()
     assert silent.num_events["RolloutProgressed"] == 0
     assert silent.tally.tokens["cancelled"] == 0
 
 
 def test_the_ledger_counts_every_prompt(tmp_path: Path) -> None:
-    slow = ["engines.count=2", "engines.speeds=[1.0,0.2]", "sampling.max_tokens=90", "staleness.max_lag=1", "staleness.on_deadline=drop"]
+    slow = [
+        "engines.count=2",
+        "engines.speeds=[1.0,0.2]",
+        "sampling.max_tokens=90",
+        "staleness.max_lag=1",
+        "staleness.on_deadline=drop",
+    ]
     made = config(f"run.out={tmp_path / 'run'}", *slow)
     summary = simulate(made, Files(tmp_path / "run", cli.to_yaml(made)))
     ledger = RunDirectory.read(tmp_path / "run").ledger()
     assert set(ledger) <= {f"p{index:05d}" for index in range(32)}
     for fate in ("shipped", "filled", "dropped"):
         assert sum(counts[fate] for counts in ledger.values()) == summary["groups"][fate] > 0
-    assert all(counts["opened"] == counts["shipped"] + counts["dropped"] for counts in ledger.values())
+    assert all(
+        counts["opened"] == counts["shipped"] + counts["dropped"] for counts in ledger.values()
+    )
 
 
 def test_files_are_those_of_a_run(tmp_path: Path) -> None:
@@ -107,10 +135,18 @@ def test_files_are_those_of_a_run(tmp_path: Path) -> None:
 
 
 def test_recorded_lengths_come_back(tmp_path: Path) -> None:
-    made = config(f"run.out={tmp_path / 'run'}", "run.steps=16", "lengths.prompts=16", "lengths.spread_between=0", "darts.policy=plain")
+    made = config(
+        f"run.out={tmp_path / 'run'}",
+        "run.steps=16",
+        "lengths.prompts=16",
+        "lengths.spread_between=0",
+        "darts.policy=plain",
+    )
     simulate(made, Files(tmp_path / "run", ""))
     truth = make_prompts(made.lengths, made.pattern, made.run.seed)
-    fitted = make_prompts(LengthKeys(recorded=str(tmp_path / "run" / "groups.jsonl")), PatternKeys(), 0)
+    fitted = make_prompts(
+        LengthKeys(recorded=str(tmp_path / "run" / "groups.jsonl")), PatternKeys(), 0
+    )
     true_by_id = {prompt.prompt_id: prompt for prompt in truth}
     assert len(fitted) == 16
     error = [abs(prompt.mean_log - true_by_id[prompt.prompt_id].mean_log) for prompt in fitted]
@@ -140,7 +176,9 @@ def test_tail_batching_answers_deferred_prompts_in_a_long_round() -> None:
     modes = []
     simulation = Simulation(
         config("darts.policy=tail_batching", "pipeline.mode=sync", "run.steps=8"),
-        observer=lambda _, decisions: modes.extend(d.mode for d in decisions if isinstance(d, ev.OpenGroup)),
+        observer=lambda _, decisions: modes.extend(
+            d.mode for d in decisions if isinstance(d, ev.OpenGroup)
+        ),
     )
     summary = simulation.run()
     assert modes.count("long_round") >= 8
@@ -152,7 +190,9 @@ def test_partial_rollouts_continue_where_they_stood() -> None:
     launches: list[ev.Launch] = []
     simulation = Simulation(
         config("darts.policy=partial_rollout", "pipeline.mode=sync", "run.steps=8"),
-        observer=lambda _, decisions: launches.extend(d for d in decisions if isinstance(d, ev.Launch)),
+        observer=lambda _, decisions: launches.extend(
+            d for d in decisions if isinstance(d, ev.Launch)
+        ),
     )
     summary = simulation.run()
     assert any(launch.continues is not None for launch in launches)
@@ -164,7 +204,9 @@ def test_partial_rollouts_continue_where_they_stood() -> None:
 
 
 def engine_with(*lengths: int, kv_tokens: int = 10_000, slots: int = 8) -> SimEngine:
-    engine = SimEngine("e", "t", slots, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], kv_tokens, chunk_tokens=4)
+    engine = SimEngine(
+        "e", "t", slots, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], kv_tokens, chunk_tokens=4
+    )
     for rollout_id, length in enumerate(lengths):
         engine.admit(SimRollout(rollout_id, 0, engine, length, 1.0, 0, prompt_tokens=10))
     return engine
@@ -301,7 +343,9 @@ def test_absurd_latencies_are_ignored_by_the_core() -> None:
     assert simulation.scheduler.engines.curves["x1"].ptl(16) == before
 
 
-@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "configs/simulate").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "preset", sorted(path.stem for path in (ROOT / "configs/simulate").glob("*.yaml"))
+)
 def test_presets_load(preset: str) -> None:
     loaded = cli.load(["--config", str(ROOT / f"configs/simulate/{preset}.yaml")], SimulateConfig)
     check(loaded)

@@ -20,7 +20,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def given_chunk(rollout_id, tokens):
-    return Chunk(rollout_id=rollout_id, sampled=False, version=0, tokens=np.array(tokens, "<i4").tobytes(), logprobs=b"")
+    return Chunk(
+        rollout_id=rollout_id,
+        sampled=False,
+        version=0,
+        tokens=np.array(tokens, "<i4").tobytes(),
+        logprobs=b"",
+    )
 
 
 def sampled_chunk(rollout_id, tokens, version=0, logprobs=None):
@@ -54,10 +60,23 @@ def test_a_trajectory_is_its_chunks_in_order(store):
     trajectory = finish(store, 1)
     assert np.frombuffer(trajectory.tokens, "<i4").tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
     assert list(trajectory.sampled) == [0, 0, 1, 1, 1, 0, 1, 1]
-    assert np.frombuffer(trajectory.actor_logprobs, "<f4").tolist() == [0, 0, -0.25, -1, 0, 0, -2, -4]
+    assert np.frombuffer(trajectory.actor_logprobs, "<f4").tolist() == [
+        0,
+        0,
+        -0.25,
+        -1,
+        0,
+        0,
+        -2,
+        -4,
+    ]
     assert trajectory.versions == [(3, 4), (4, 1)]
     assert (trajectory.rollout_id, trajectory.group_id) == (1, 9)
-    assert (trajectory.reward, trajectory.truncated, trajectory.group_rewards) == (1.0, False, [1.0, 0.0])
+    assert (trajectory.reward, trajectory.truncated, trajectory.group_rewards) == (
+        1.0,
+        False,
+        [1.0, 0.0],
+    )
     assert store.num_sampled(1) == 5
     assert np.frombuffer(store.prefix(1), "<i4").tolist() == [7, 8, 9, 11, 12]
 
@@ -128,10 +147,22 @@ def test_the_lost_rollout_and_its_heir_share_nothing(store):
 @pytest.mark.parametrize(
     ("chunk", "complaint"),
     [
-        (Chunk(rollout_id=1, sampled=True, version=0, tokens=b"\0" * 6, logprobs=b"\0" * 6), "multiple of 4"),
-        (Chunk(rollout_id=1, sampled=True, version=0, tokens=b"\0" * 8, logprobs=b"\0" * 4), "one float32 per sampled token"),
-        (Chunk(rollout_id=1, sampled=True, version=0, tokens=b"\0" * 8, logprobs=b""), "one float32 per sampled token"),
-        (Chunk(rollout_id=1, sampled=False, version=0, tokens=b"\0" * 8, logprobs=b"\0" * 8), "expected none"),
+        (
+            Chunk(rollout_id=1, sampled=True, version=0, tokens=b"\0" * 6, logprobs=b"\0" * 6),
+            "multiple of 4",
+        ),
+        (
+            Chunk(rollout_id=1, sampled=True, version=0, tokens=b"\0" * 8, logprobs=b"\0" * 4),
+            "one float32 per sampled token",
+        ),
+        (
+            Chunk(rollout_id=1, sampled=True, version=0, tokens=b"\0" * 8, logprobs=b""),
+            "one float32 per sampled token",
+        ),
+        (
+            Chunk(rollout_id=1, sampled=False, version=0, tokens=b"\0" * 8, logprobs=b"\0" * 8),
+            "expected none",
+        ),
         (sampled_chunk(1, [5], version=-1), "version is -1"),
         (sampled_chunk(1, [5, 6], logprobs=[-1.0, float("nan")]), "not finite"),
         (sampled_chunk(1, [5], logprobs=[float("-inf")]), "not finite"),
@@ -162,7 +193,12 @@ def test_what_is_not_held_is_named(store):
 
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["open", "continue", "given", "sampled", "discard"]), st.integers(0, 5), st.integers(0, 4)), max_size=80
+    st.tuples(
+        st.sampled_from(["open", "continue", "given", "sampled", "discard"]),
+        st.integers(0, 5),
+        st.integers(0, 4),
+    ),
+    max_size=80,
 )
 
 
@@ -179,9 +215,13 @@ def test_bytes_held_is_exact_whatever_happens(operations):
             store.discard(target)
             ids.remove(target)
         elif target is not None:
-            chunk = given_chunk(target, [1]) if what == "given" else sampled_chunk(target, [2] * size)
+            chunk = (
+                given_chunk(target, [1]) if what == "given" else sampled_chunk(target, [2] * size)
+            )
             store.append(chunk)
-        held = sum(len(finish(store, id).tokens) + len(finish(store, id).actor_logprobs) for id in ids)
+        held = sum(
+            len(finish(store, id).tokens) + len(finish(store, id).actor_logprobs) for id in ids
+        )
         assert store.bytes_held == held
         assert store.full == (held >= 1)
         assert len(store) == len(ids)
@@ -190,16 +230,27 @@ def test_bytes_held_is_exact_whatever_happens(operations):
     assert store.bytes_held == 0
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2), st.integers(1, 3)), min_size=1, max_size=30))
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.integers(0, 2), st.integers(1, 3)), min_size=1, max_size=30
+    )
+)
 def test_a_trajectory_is_consistent_with_itself(chunks):
     store = TrajectoryStore(max_bytes=1)
     store.open(1, 0, None)
     for sampled, version, size in chunks:
-        store.append(sampled_chunk(1, range(size), version) if sampled else given_chunk(1, range(size)))
+        store.append(
+            sampled_chunk(1, range(size), version) if sampled else given_chunk(1, range(size))
+        )
     trajectory = finish(store, 1)
     expected = [version for sampled, version, size in chunks if sampled for _ in range(size)]
-    assert [version for version, num_tokens in trajectory.versions for _ in range(num_tokens)] == expected
-    assert all(left[0] != right[0] for left, right in zip(trajectory.versions, trajectory.versions[1:], strict=False))
+    assert [
+        version for version, num_tokens in trajectory.versions for _ in range(num_tokens)
+    ] == expected
+    assert all(
+        left[0] != right[0]
+        for left, right in zip(trajectory.versions, trajectory.versions[1:], strict=False)
+    )
     assert sum(trajectory.sampled) == len(expected) == store.num_sampled(1)
     assert len(trajectory.sampled) * 4 == len(trajectory.tokens) == len(trajectory.actor_logprobs)
 
@@ -217,7 +268,11 @@ def test_lengths_are_remembered_across_restarts(tmp_path):
         journal.remember_lengths([("a", stats(3.0))])
         journal.remember_lengths([])
     with Journal(tmp_path / "run" / "journal.sqlite") as journal:
-        assert journal.lengths(["a", "b", "", "never seen"]) == {"": stats(0.0), "a": stats(3.0), "b": stats(2.0)}
+        assert journal.lengths(["a", "b", "", "never seen"]) == {
+            "": stats(0.0),
+            "a": stats(3.0),
+            "b": stats(2.0),
+        }
         assert journal.lengths([]) == {}
 
 
@@ -245,7 +300,12 @@ def test_a_kill_loses_nothing_that_was_committed(tmp_path):
         "    journal.remember_lengths([(f'a{number}', LengthStats(1.0, number, 1.0)), (f'b{number}', LengthStats(1.0, number, 1.0))])\n"
         "    print(number, flush=True)\n    number += 1\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if int(line) == 200:
@@ -255,8 +315,13 @@ def test_a_kill_loses_nothing_that_was_committed(tmp_path):
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL
     with Journal(path) as journal:
-        found = journal.lengths([f"{half}{number}" for number in range(committed + 2) for half in "ab"])
-    assert all(found[f"a{number}"].mean_log == found[f"b{number}"].mean_log == number for number in range(committed + 1))
+        found = journal.lengths(
+            [f"{half}{number}" for number in range(committed + 2) for half in "ab"]
+        )
+    assert all(
+        found[f"a{number}"].mean_log == found[f"b{number}"].mean_log == number
+        for number in range(committed + 1)
+    )
     assert (f"a{committed + 1}" in found) == (f"b{committed + 1}" in found)
 
 

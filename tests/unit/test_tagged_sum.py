@@ -6,7 +6,17 @@ from random import Random
 
 import pytest
 
-from buffer.tagged_sum import CLEAN, FULL, MAX_TRACE_TOKENS, SINGLE_PASS, TOKEN, draw_problem, draw_trace, score, solve
+from buffer.tagged_sum import (
+    CLEAN,
+    FULL,
+    MAX_TRACE_TOKENS,
+    SINGLE_PASS,
+    TOKEN,
+    draw_problem,
+    draw_trace,
+    score,
+    solve,
+)
 
 
 @pytest.mark.parametrize(
@@ -81,4 +91,6 @@ def test_mistakes_persist_but_never_touch_the_first_item() -> None:
 
 
 def test_the_same_random_draws_the_same_traces() -> None:
-    assert [draw_trace(Random(4), "A1B2C3=") for _ in range(3)] == [draw_trace(Random(4), "A1B2C3=") for _ in range(3)]
+    assert [draw_trace(Random(4), "A1B2C3=") for _ in range(3)] == [
+        draw_trace(Random(4), "A1B2C3=") for _ in range(3)
+    ]

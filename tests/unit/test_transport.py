@@ -6,14 +6,40 @@ import msgpack
 import msgspec
 import pytest
 
-from buffer.messages import Chunk, Finished, Heartbeat, Inbound, Launch, LaunchedRollout, Outbound, Progress, PromptPayload
-from buffer.transport import CLIENT_FILES, SERVER_FILES, Router, TransportError, check_address, decoder, encode, next_port
+from buffer.messages import (
+    Chunk,
+    Finished,
+    Heartbeat,
+    Inbound,
+    Launch,
+    LaunchedRollout,
+    Outbound,
+    Progress,
+    PromptPayload,
+)
+from buffer.transport import (
+    CLIENT_FILES,
+    SERVER_FILES,
+    Router,
+    TransportError,
+    check_address,
+    decoder,
+    encode,
+    next_port,
+)
 from tools.keys import make_keys
 
 
 @pytest.mark.parametrize(
     "address",
-    ["tcp://127.0.0.1:5577", "tcp://127.9.9.9:1", "tcp://localhost:*", "tcp://[::1]:5577", "ipc:///tmp/x", "inproc://x"],
+    [
+        "tcp://127.0.0.1:5577",
+        "tcp://127.9.9.9:1",
+        "tcp://localhost:*",
+        "tcp://[::1]:5577",
+        "ipc:///tmp/x",
+        "inproc://x",
+    ],
 )
 def test_a_local_address_needs_no_keys(address):
     check_address(address, "")
@@ -21,7 +47,14 @@ def test_a_local_address_needs_no_keys(address):
 
 @pytest.mark.parametrize(
     "address",
-    ["tcp://0.0.0.0:5577", "tcp://*:5577", "tcp://10.0.0.5:5577", "tcp://node-7.cluster:5577", "tcp://eth0:*", "tcp://[2001:db8::1]:5577"],
+    [
+        "tcp://0.0.0.0:5577",
+        "tcp://*:5577",
+        "tcp://10.0.0.5:5577",
+        "tcp://node-7.cluster:5577",
+        "tcp://eth0:*",
+        "tcp://[2001:db8::1]:5577",
+    ],
 )
 def test_beyond_this_machine_keys_are_required(address):
     with pytest.raises(ValueError, match=r"python -m tools\.keys FOLDER.*buffer\.keys"):
@@ -54,18 +87,44 @@ def test_an_address_without_a_next_port_is_refused(address):
 
 
 def test_frames_are_plain_msgpack():
-    message = Progress(chunks=[Chunk(rollout_id=7, sampled=True, version=3, tokens=b"\1\0\0\0", logprobs=b"\0\0\0\xbf")])
+    message = Progress(
+        chunks=[
+            Chunk(rollout_id=7, sampled=True, version=3, tokens=b"\1\0\0\0", logprobs=b"\0\0\0\xbf")
+        ]
+    )
     assert msgpack.unpackb(encode(message)) == {
         "type": "Progress",
-        "chunks": [{"rollout_id": 7, "sampled": True, "version": 3, "tokens": b"\1\0\0\0", "logprobs": b"\0\0\0\xbf"}],
+        "chunks": [
+            {
+                "rollout_id": 7,
+                "sampled": True,
+                "version": 3,
+                "tokens": b"\1\0\0\0",
+                "logprobs": b"\0\0\0\xbf",
+            }
+        ],
     }
-    by_reference = msgpack.packb({"type": "Finished", "rollout_id": 7, "truncated": False, "reward": 1.0, "text": "#22"})
-    assert decoder(Inbound).decode(by_reference) == Finished(rollout_id=7, truncated=False, reward=1.0, text="#22")
+    by_reference = msgpack.packb(
+        {"type": "Finished", "rollout_id": 7, "truncated": False, "reward": 1.0, "text": "#22"}
+    )
+    assert decoder(Inbound).decode(by_reference) == Finished(
+        rollout_id=7, truncated=False, reward=1.0, text="#22"
+    )
 
 
 def test_both_directions_survive_the_wire():
-    prompt = PromptPayload(prompt_id="p", text="1+1=", messages=[{"role": "user", "content": "é"}], answer="2", metadata="{}")
-    launch = Launch(group_id=1, prompt=prompt, rollouts=[LaunchedRollout(rollout_id=2, seed=2**63 - 1, prefix=b"\1\0\0\0")])
+    prompt = PromptPayload(
+        prompt_id="p",
+        text="1+1=",
+        messages=[{"role": "user", "content": "é"}],
+        answer="2",
+        metadata="{}",
+    )
+    launch = Launch(
+        group_id=1,
+        prompt=prompt,
+        rollouts=[LaunchedRollout(rollout_id=2, seed=2**63 - 1, prefix=b"\1\0\0\0")],
+    )
     assert decoder(Outbound).decode(encode(launch)) == launch
     assert decoder(Outbound).decode(encode(Heartbeat())) == Heartbeat()
     assert decoder(Inbound).decode(encode(Heartbeat())) == Heartbeat()
@@ -74,7 +133,14 @@ def test_both_directions_survive_the_wire():
 @pytest.mark.parametrize(
     "frame",
     [
-        {"type": "Finished", "rollout_id": 7, "truncated": False, "reward": 1.0, "text": "", "extra": 1},
+        {
+            "type": "Finished",
+            "rollout_id": 7,
+            "truncated": False,
+            "reward": 1.0,
+            "text": "",
+            "extra": 1,
+        },
         {"type": "Finished", "rollout_id": "7", "truncated": False, "reward": 1.0, "text": ""},
         {"type": "Finished", "rollout_id": 7},
         {"type": "Welcome", "policy": None},
@@ -82,7 +148,15 @@ def test_both_directions_survive_the_wire():
         {},
         [1, 2],
     ],
-    ids=["unknown field", "wrong type", "field missing", "of the other direction", "unknown tag", "no tag", "no map"],
+    ids=[
+        "unknown field",
+        "wrong type",
+        "field missing",
+        "of the other direction",
+        "unknown tag",
+        "no tag",
+        "no map",
+    ],
 )
 def test_what_does_not_fit_the_schema_is_refused(frame):
     with pytest.raises(msgspec.ValidationError):

@@ -40,7 +40,9 @@ PROMPT = PromptPayload(prompt_id="p1", text="ab", messages=[], answer="", metada
 
 class FakeTokenizer:
     def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
-        return " ".join(str(token) for token in tokens if not (skip_special_tokens and token == EOS))
+        return " ".join(
+            str(token) for token in tokens if not (skip_special_tokens and token == EOS)
+        )
 
 
 class FakeEngine:
@@ -54,7 +56,9 @@ class FakeEngine:
         self.swapped: list[tuple[int, bytes]] = []
         self.aborted: list[str] = []
 
-    def launch(self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int) -> Generation:
+    def launch(
+        self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
+    ) -> Generation:
         self.launched[request_id] = (prompt_ids, max_tokens, seed)
         self.generations[request_id] = Generation(request_id)
         return self.generations[request_id]
@@ -140,7 +144,10 @@ class Scene:
         return b"weights of %d" % policy.version
 
     def launch(self, *rollout_ids: int, prefix: tuple[int, ...] = ()) -> None:
-        rollouts = [LaunchedRollout(rollout_id=i, seed=100 + i, prefix=array("i", prefix).tobytes()) for i in rollout_ids]
+        rollouts = [
+            LaunchedRollout(rollout_id=i, seed=100 + i, prefix=array("i", prefix).tobytes())
+            for i in rollout_ids
+        ]
         self.link.incoming.put(Launch(group_id=1, prompt=PROMPT, rollouts=rollouts))
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -152,22 +159,40 @@ class Scene:
         await self.until(lambda: all(str(i) in self.engine.generations for i in rollout_ids))
 
     def answers(self) -> list[Any]:
-        return [message for message in self.link.sent if isinstance(message, (Finished, Failed, Stopped))]
+        return [
+            message
+            for message in self.link.sent
+            if isinstance(message, (Finished, Failed, Stopped))
+        ]
 
     async def answered(self, count: int) -> list[Any]:
         await self.until(lambda: len(self.answers()) >= count)
         return self.answers()
 
     def chunks(self, rollout_id: int) -> list[Chunk]:
-        sent = [chunk for message in self.link.sent if isinstance(message, Progress) for chunk in message.chunks]
+        sent = [
+            chunk
+            for message in self.link.sent
+            if isinstance(message, Progress)
+            for chunk in message.chunks
+        ]
         return [chunk for chunk in sent if chunk.rollout_id == rollout_id]
 
     def sampled(self, rollout_id: int) -> list[tuple[int, list[int]]]:
         """(version, tokens) of its sampled chunks."""
-        return [(chunk.version, array("i", chunk.tokens).tolist()) for chunk in self.chunks(rollout_id) if chunk.sampled]
+        return [
+            (chunk.version, array("i", chunk.tokens).tolist())
+            for chunk in self.chunks(rollout_id)
+            if chunk.sampled
+        ]
 
 
-def play(script: Callable[[Scene], Awaitable[None]], error: str = "", policy: SnapshotRef | None = None, flush_s: float = 0.001) -> Scene:
+def play(
+    script: Callable[[Scene], Awaitable[None]],
+    error: str = "",
+    policy: SnapshotRef | None = None,
+    flush_s: float = 0.001,
+) -> Scene:
     """Runs a worker beside `script`, then ends the run. Raises what the worker raised."""
 
     async def run() -> Scene:
@@ -175,7 +200,11 @@ def play(script: Callable[[Scene], Awaitable[None]], error: str = "", policy: Sn
         config.actors.flush_s, config.actors.stream_interval = flush_s, 2
         config.model.max_context, config.sampling.max_tokens = 40, 20
         scene = Scene(config, FakeEngine(), FakeLink(), FakeEnvironment())
-        worker = asyncio.create_task(Worker(config, scene.engine, scene.link, scene.environment, scene.fetch).run(Welcome(policy=policy)))
+        worker = asyncio.create_task(
+            Worker(config, scene.engine, scene.link, scene.environment, scene.fetch).run(
+                Welcome(policy=policy)
+            )
+        )
         scripted = asyncio.ensure_future(script(scene))
         await asyncio.wait({worker, scripted}, return_when=asyncio.FIRST_COMPLETED)
         if scripted.done():
@@ -207,11 +236,17 @@ def test_a_rollout_is_launched_streamed_scored_and_finished() -> None:
     scene = play(script)
     assert scene.engine.launched["7"] == ([1, 2], 20, 107)
     given = scene.chunks(7)[0]
-    assert (given.sampled, array("i", given.tokens).tolist(), given.logprobs) == (False, [1, 2], b"")
+    assert (given.sampled, array("i", given.tokens).tolist(), given.logprobs) == (
+        False,
+        [1, 2],
+        b"",
+    )
     assert scene.sampled(7) == [(-1, [3, 4, 5, EOS])]
     assert array("f", scene.chunks(7)[1].logprobs).tolist() == [-0.5] * 4
     assert scene.answers() == [Finished(rollout_id=7, truncated=False, reward=1.0, text="3 4 5")]
-    assert scene.link.sent.index(scene.answers()[0]) > max(i for i, m in enumerate(scene.link.sent) if isinstance(m, Progress))
+    assert scene.link.sent.index(scene.answers()[0]) > max(
+        i for i, m in enumerate(scene.link.sent) if isinstance(m, Progress)
+    )
 
 
 def test_special_tokens_are_kept_where_the_environment_needs_them() -> None:
@@ -284,7 +319,9 @@ def test_a_failed_verifier_fails_the_rollout_and_is_no_reward() -> None:
         scene.engine.sample(1, 3, EOS, end="stop")
         await scene.answered(1)
 
-    assert play(script).answers() == [Failed(rollout_id=1, error="verifier x raised on prompt p1", fatal=False)]
+    assert play(script).answers() == [
+        Failed(rollout_id=1, error="verifier x raised on prompt p1", fatal=False)
+    ]
 
 
 def test_a_refused_request_fails_its_rollout_alone() -> None:
@@ -413,7 +450,9 @@ def test_a_cancel_of_what_was_answered_is_not_answered_again() -> None:
 
 def test_the_policy_of_the_welcome_is_loaded_and_reported() -> None:
     async def script(scene: Scene) -> None:
-        await scene.until(lambda: any(isinstance(message, PolicyLoaded) for message in scene.link.sent))
+        await scene.until(
+            lambda: any(isinstance(message, PolicyLoaded) for message in scene.link.sent)
+        )
 
     scene = play(script, policy=snapshot(3))
     (loaded,) = [message for message in scene.link.sent if isinstance(message, PolicyLoaded)]
