@@ -6,7 +6,7 @@ bare by a benchmark. The CUDA branch differs in the options of `engine_args` alo
 Every token carries the policy version that sampled it, exactly, even where a swap falls between two tokens of one request: EngineCore
 labels each step with the version it ran under, and `_Router` reads the label. vLLM's own output processor would hold tokens back for
 `stream_interval` steps and merge them across a swap, and costs several times the Python per token; `_Router` takes its place inside
-`AsyncLLM`. That, `actors.scheduler`, and pausing without vLLM's courtesy sleep of 20 ms are all we use of its internals: check all three
+`AsyncLLM`. That, `actors.logprob_packing`, and pausing without vLLM's courtesy sleep of 20 ms are all we use of its internals: check all three
 when vLLM is upgraded.
 """
 
@@ -64,7 +64,7 @@ def engine_args(config: Config) -> AsyncEngineArgs:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         special: dict[str, Any] = {
             "enforce_eager": True, "kv_cache_memory_bytes": int(config.actors.kv_cache_gib * 2**30), "block_size": 32,
-            "scheduler_cls": "actors.scheduler.CompactScheduler",
+            "scheduler_cls": "actors.logprob_packing.CompactScheduler",
         }  # fmt: skip
         if config.actors.tensor_parallel == 1:
             # By itself vLLM puts a CPU model into a process of its own, and both then spin while they wait for one another: on two cores
@@ -301,7 +301,7 @@ class _Router:
         for output in outputs:
             if (
                 output.new_logprobs is not None
-            ):  # its own, or, from `actors.scheduler`, those of the outputs after it as well
+            ):  # its own, or, from `actors.logprob_packing`, those of the outputs after it as well
                 logprobs = iter(output.new_logprobs.logprobs[:, 0].tolist())
             of_output = list(islice(logprobs, len(output.new_token_ids)))
             generation = self._running.get(output.request_id)

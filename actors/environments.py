@@ -27,8 +27,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, cast
 
-from buffer import tagged_sum
-from buffer.messages import PromptPayload
+from buffer.data import tagged_sum
+from buffer.wire.messages import PromptPayload
 from configs.schema import Config
 
 NAMES = "auto, exact, numeric, math_verify, reasoning_gym, or module:function"

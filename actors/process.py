@@ -21,10 +21,10 @@ from actors.environments import Environment, make_environment
 from actors.generation import EngineDied
 from actors.weights import SwapFailed, in_thread
 from actors.worker import PolicyUnavailable, Worker, one_line
-from buffer.client import ActorLink
-from buffer.messages import ActorHello, Shutdown, SnapshotRef, Welcome
-from buffer.snapshots import fetch
-from buffer.transport import TransportError
+from buffer.wire.client import ActorLink
+from buffer.wire.messages import ActorHello, Shutdown, SnapshotRef, Welcome
+from buffer.wire.snapshots import fetch
+from buffer.wire.transport import TransportError
 from configs import cli
 from configs.schema import Config
 

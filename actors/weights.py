@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from buffer.messages import PolicyLoaded, SnapshotRef
+from buffer.wire.messages import PolicyLoaded, SnapshotRef
 
-Fetch = Callable[[SnapshotRef], bytes]  # blocks; raises what buffer.snapshots.fetch raises
+Fetch = Callable[[SnapshotRef], bytes]  # blocks; raises what buffer.wire.snapshots.fetch raises
 T = TypeVar("T")
 
 

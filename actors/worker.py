@@ -22,9 +22,9 @@ from typing import Any, Protocol
 from actors import weights
 from actors.environments import Environment, EnvironmentFailure
 from actors.generation import EngineDied, Generation, Measurement
-from buffer import messages as msg
-from buffer.snapshots import SnapshotGoneError
-from buffer.transport import TransportError
+from buffer.wire import messages as msg
+from buffer.wire.snapshots import SnapshotGoneError
+from buffer.wire.transport import TransportError
 from configs.schema import Config
 
 LEAST_ROOM = (
@@ -58,7 +58,7 @@ class Sampler(Protocol):
 
 
 class Link(Protocol):
-    """What a worker needs of `buffer.client.ActorLink`."""
+    """What a worker needs of `buffer.wire.client.ActorLink`."""
 
     def send(self, message: msg.ActorMessage) -> None: ...
     def receive(self, timeout_s: float) -> Any: ...

@@ -3,7 +3,7 @@
 import signal
 
 from buffer.service import Service
-from buffer.transport import TransportError
+from buffer.wire.transport import TransportError
 from configs.cli import main
 from configs.schema import Config
 

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from buffer import messages as msg
 from buffer.peers import Peer
-from buffer.run import Run, RunFailed
+from buffer.run_state import Run, RunFailed
 from buffer.shards import balance
+from buffer.wire import messages as msg
 from darts import events as ev
 
 SAMPLED_GROUPS = 2  # per step, written to samples.jsonl

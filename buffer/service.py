@@ -9,7 +9,7 @@
     unblocked by   the clock: heartbeats, statistics, peers that fell silent
 
 Decides nothing: what to launch, cancel, ship or drop is `darts.core.Core`'s. One thread, so no message is handled while
-another is. `buffer.run` holds what a run is, `actor_side` and `learner_side` translate for the two kinds of peers.
+another is. `buffer.run_state` holds what a run is, `actor_side` and `learner_side` translate for the two kinds of peers.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import sys
 import time
 from typing import Any
 
-from buffer import messages as msg
-from buffer.actor_side import ActorSide
+from buffer.engine_side import ActorSide
 from buffer.learner_side import LearnerSide
 from buffer.peers import Peer
-from buffer.run import Run, RunFailed
-from buffer.statistics import snapshot
+from buffer.records.live_state import snapshot
+from buffer.run_state import Run, RunFailed
+from buffer.wire import messages as msg
 from configs.schema import Config
 from darts import events as ev
 

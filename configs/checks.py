@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 
-from configs.schema import Config
-from darts.redundancy import fixed_budget
+from configs.schema import Config, largest_budget
 
 BYTES_PER_TOKEN = (
     12  # int32 token, float32 log-probability, and what the journal and the ledger keep beside them
@@ -35,7 +34,7 @@ def _upper(config: Config) -> None:
     if (
         config.redundancy.rule != "none"
         and upper > 1
-        and fixed_budget(group_size, upper) == group_size
+        and largest_budget(group_size, upper) == group_size
     ):
         raise ValueError(
             f"redundancy.upper={upper:g}: with darts.group_size={group_size} must be 1 or >= {(group_size + 0.5) / group_size:g}; "
@@ -102,7 +101,7 @@ def _bytes_held(config: Config) -> None:
         if config.redundancy.rule == "none" or config.darts.policy == "plain"
         else config.redundancy.upper
     )
-    rollouts = config.batch.groups * fixed_budget(config.darts.group_size, upper)
+    rollouts = config.batch.groups * largest_budget(config.darts.group_size, upper)
     needed = rollouts * config.model.max_context * BYTES_PER_TOKEN
     if config.buffer.max_bytes < needed:
         raise ValueError(

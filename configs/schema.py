@@ -166,6 +166,11 @@ class RedundancyConfig:
     )
 
 
+def largest_budget(group_size: int, upper: float) -> int:
+    """Rollouts of a prompt with the full budget: `upper` times `group_size`, to the nearest."""
+    return int(upper * group_size + 0.5)
+
+
 @dataclass
 class SamplingConfig:
     temperature: float = key(1.0, "Sampling temperature.", gt=0)

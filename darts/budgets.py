@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from configs.schema import largest_budget
 from darts import redundancy
 from darts.events import LongEnd
 from darts.latency import LatencyCurve
@@ -41,7 +42,7 @@ class Budgeter:
 
     @property
     def most(self) -> int:
-        return redundancy.fixed_budget(self.group_size, self.upper)
+        return largest_budget(self.group_size, self.upper)
 
     @property
     def by_window(self) -> bool:

@@ -26,9 +26,9 @@ from darts import events as ev
 from darts import lengths
 from darts.admission import PromptQueue
 from darts.budgets import Budget, Budgeter
+from darts.engines import Engine, Engines
 from darts.groups import Group, GroupState, Planned, Rollout, RolloutState
 from darts.handover import Handover
-from darts.placement import Engine, Engines
 from darts.selection import select_dual_end, select_random
 
 NOTHING: list[ev.Decision] = []

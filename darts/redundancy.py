@@ -17,6 +17,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from configs.schema import largest_budget
 from darts.events import LongEnd
 from darts.latency import LatencyCurve
 from darts.lengths import LengthStats, spread
@@ -25,11 +26,6 @@ MAX_TABLE_SPREAD, TABLE_STEPS = (
     2.0,
     40,
 )  # wider lognormals are cut by the length limit before they are lognormal
-
-
-def fixed_budget(M: int, upper: float) -> int:
-    """The same for every prompt: upper * M, to the nearest."""
-    return int(upper * M + 0.5)
 
 
 def normalised_spread(stats: LengthStats, pool: LengthStats) -> float:
@@ -92,7 +88,7 @@ def paper_total(
         raise ValueError(
             f"a window of {len(window)} prompts on {num_engines} engines: both must be at least 1, or nothing can be timed"
         )
-    budgets = range(M, max(M, fixed_budget(M, upper)) + 1)
+    budgets = range(M, max(M, largest_budget(M, upper)) + 1)
     num_longest = len(window) * budgets[-1]
     ptl = np.array([curve.ptl(batch / num_engines) for batch in range(1, num_longest + 1)])
     times = [_window_time(window, m, ptl) for m in budgets]

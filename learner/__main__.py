@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from buffer.transport import TransportError
+from buffer.wire.transport import TransportError
 from configs import cli
 from configs.schema import Config
 from darts.events import ProtocolError

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from buffer.messages import Shard, Trajectory
+from buffer.wire.messages import Shard, Trajectory
 from darts.events import ProtocolError
 from learner.advantage import group_advantage
 

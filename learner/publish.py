@@ -1,6 +1,6 @@
 """Immutable, versioned weight snapshots: gathered from all ranks, serialised by rank 0, offered to the actors.
 
-Owns what a snapshot contains. How it travels is `buffer.snapshots`' business. Never changes a weight. Driven by `learner.train`.
+Owns what a snapshot contains. How it travels is `buffer.wire.snapshots`' business. Never changes a weight. Driven by `learner.train`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedModel
 
-from buffer.messages import SnapshotRef
-from buffer.snapshots import SnapshotServer, write_snapshot
+from buffer.wire.messages import SnapshotRef
+from buffer.wire.snapshots import SnapshotServer, write_snapshot
 from configs.schema import Config
 from learner import fsdp
 

@@ -28,9 +28,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from buffer.client import LearnerLink
-from buffer.messages import LearnerFailed, LearnerHello, Published, Pull, Shard, Shutdown, Trained
-from buffer.transport import TransportError
+from buffer.wire.client import LearnerLink
+from buffer.wire.messages import (
+    LearnerFailed,
+    LearnerHello,
+    Published,
+    Pull,
+    Shard,
+    Shutdown,
+    Trained,
+)
+from buffer.wire.transport import TransportError
 from configs.schema import Config
 from darts.events import ProtocolError
 from learner import RunStopped, checkpoint, fsdp

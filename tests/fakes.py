@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from buffer import messages as msg
-from buffer.client import ActorLink, LearnerLink
+from buffer.wire import messages as msg
+from buffer.wire.client import ActorLink, LearnerLink
 from darts import events as ev
 from darts.core import Core, CoreConfig
 

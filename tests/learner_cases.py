@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from buffer.messages import (
+from buffer.wire.messages import (
     Heartbeat,
     LearnerFailed,
     LearnerHello,
@@ -28,7 +28,7 @@ from buffer.messages import (
     Trained,
     Trajectory,
 )
-from buffer.transport import Router
+from buffer.wire.transport import Router
 from configs.schema import Config
 from learner import fsdp
 from learner.train import LearnerState, build_state

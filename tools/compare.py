@@ -25,10 +25,10 @@ from statistics import fmean
 
 from configs import cli
 from configs.schema import key
-from darts.sim_schema import SimulateConfig, check
-from darts.simulate import simulate
-from tools.compare_page import COLUMNS, html, markdown, plot_curves, plot_table
-from tools.run_directory import EVALUATIONS, Row, RunDirectory
+from darts.simulate.schema import SimulateConfig, check
+from darts.simulate.world import simulate
+from tools.reporting.compare_page import COLUMNS, html, markdown, plot_curves, plot_table
+from tools.reporting.run_directory import EVALUATIONS, Row, RunDirectory
 
 Variants = dict[str, list[str]]
 

@@ -19,11 +19,11 @@ import numpy as np
 
 from actors import weights
 from actors.environments import Environment, make_environment
-from buffer.messages import PromptPayload
-from buffer.prompts import make_sources
+from buffer.data.sources import make_sources
+from buffer.wire.messages import PromptPayload
 from configs.schema import Config
 from tools.export import load_checkpoint, run_config, steps_saved
-from tools.run_directory import EVALUATIONS, Row
+from tools.reporting.run_directory import EVALUATIONS, Row
 
 
 def evaluate(run: Path, samples: int | None = None) -> list[Row]:

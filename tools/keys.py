@@ -1,6 +1,6 @@
 """`python -m tools.keys FOLDER`: make the CURVE keys that a run beyond one machine needs.
 
-Owns the creation of the four key files, nothing else; `buffer.transport` reads them.
+Owns the creation of the four key files, nothing else; `buffer.wire.transport` reads them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import zmq.auth
 
-from buffer.transport import CLIENT_FILES, SERVER_FILES
+from buffer.wire.transport import CLIENT_FILES, SERVER_FILES
 
 NEXT_STEPS = """\
 Keys are in {folder}. They encrypt everything that a run sends, and let in only who holds them.

@@ -22,14 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from buffer.client import MonitorLink
-from buffer.transport import TransportError, next_port
+from buffer.wire.client import MonitorLink
+from buffer.wire.transport import TransportError, next_port
 from configs import cli
 from configs.schema import Config
-from tools.processes import Command, LocalHost, Process, guarded
-from tools.progress import View, make_view
-from tools.run_plan import commands_of, prepare, share_gpus, visible_gpus
-from tools.summary import print_summary, resume_hint
+from tools.launching.processes import Command, LocalHost, Process, guarded
+from tools.launching.progress import View, make_view
+from tools.launching.run_plan import commands_of, prepare, share_gpus, visible_gpus
+from tools.launching.summary import print_summary, resume_hint
 
 POLL_S = 0.1
 MEASURE_S = 1.0
@@ -44,7 +44,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Host(Protocol):
-    """Where processes are started: `LocalHost`, or `tools.ray_cluster.RayCluster`."""
+    """Where processes are started: `LocalHost`, or `tools.launching.ray_cluster.RayCluster`."""
 
     def start(self, command: Command) -> Process: ...
 
@@ -212,7 +212,7 @@ def run_all(config: Config) -> int:
     commands = commands_of(config)
     host: AbstractContextManager[Host]
     if config.launch.launcher == "ray":
-        from tools.ray_cluster import RayCluster  # here: it takes seconds to import
+        from tools.launching.ray_cluster import RayCluster  # here: it takes seconds to import
 
         host = RayCluster(config, commands)
     else:

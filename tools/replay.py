@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from buffer.event_log import DECISION_TYPES, read_sessions
+from buffer.records.event_log import DECISION_TYPES, read_sessions
 from darts import events as ev
 from darts.core import Core, CoreConfig
 

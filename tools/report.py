@@ -2,7 +2,7 @@
 
     python -m tools.report runs/<name>      writes runs/<name>/report.html
 
-Owns the page; the figures are `tools.report_plots`'s. Never uses the network, never changes another file of the run.
+Owns the page; the figures are `tools.reporting.plots`'s. Never uses the network, never changes another file of the run.
 Driven by hand and by `tools.launch` at the end of a run.
 """
 
@@ -18,8 +18,8 @@ from statistics import fmean
 
 from omegaconf import OmegaConf
 
-from tools.report_plots import FIGURES, compact, evaluations
-from tools.run_directory import FILES, Row, RunDirectory, is_number
+from tools.reporting.plots import FIGURES, compact, evaluations
+from tools.reporting.run_directory import FILES, Row, RunDirectory, is_number
 
 SECTIONS = {
     "outcome": ("Did it learn?", "Accuracy is judged by sampling at the training temperature. An evaluation is drawn at the policy that "

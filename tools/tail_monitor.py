@@ -5,7 +5,7 @@
     python tools/tail_monitor.py --json                one JSON object per snapshot
     python tools/tail_monitor.py --replay runs/<name>  play a finished run
 
-Owns the keyboard and the screen; what is drawn is `tools.monitor_frame`'s. It only listens to what the buffer publishes anyway, on a
+Owns the keyboard and the screen; what is drawn is `tools.monitor.frame`'s. It only listens to what the buffer publishes anyway, on a
 socket that drops for slow listeners, so it cannot slow the run. Driven by a person.
 """
 
@@ -33,13 +33,13 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from buffer.client import MonitorLink
-from buffer.messages import Snapshot
-from buffer.transport import TransportError, next_port
+from buffer.wire.client import MonitorLink
+from buffer.wire.messages import Snapshot
+from buffer.wire.transport import TransportError, next_port
 from configs.schema import BufferConfig
-from tools.monitor_frame import SILENCE_S, frame, pressed
-from tools.monitor_replay import Replay
-from tools.monitor_views import View
+from tools.monitor.frame import SILENCE_S, frame, pressed
+from tools.monitor.playback import Replay
+from tools.monitor.views import View
 
 FIRST_NEWS_S = 10.0
 POLL_S = 0.05

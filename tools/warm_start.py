@@ -29,7 +29,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from buffer.tagged_sum import (
+from buffer.data.tagged_sum import (
     CLEAN,
     EOS,
     FULL,

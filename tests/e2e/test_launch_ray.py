@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from buffer.transport import TransportError
+from buffer.wire.transport import TransportError
 from configs import cli
-from tools.ray_cluster import RayCluster
+from tools.launching.ray_cluster import RayCluster
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,8 +20,8 @@ DRIVER = """
 import sys
 from configs import cli
 from tools import launch
-from tools.processes import Command, guarded
-from tools.ray_cluster import RayCluster
+from tools.launching.processes import Command, guarded
+from tools.launching.ray_cluster import RayCluster
 overrides = [f"run.dir={sys.argv[1]}", f"buffer.address=tcp://127.0.0.1:{sys.argv[2]}", "launch.progress=plain"]
 config = cli.load([*overrides, "launch.launcher=ray"])
 note = "import os, sys, time; open(os.path.join(%r, str(os.getpid())), 'w').close(); " % sys.argv[1]

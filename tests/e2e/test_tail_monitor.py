@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from buffer.messages import GroupView, PromptView, RolloutView, Snapshot
-from buffer.transport import Publisher, next_port
+from buffer.wire.messages import GroupView, PromptView, RolloutView, Snapshot
+from buffer.wire.transport import Publisher, next_port
 
 pytestmark = pytest.mark.slow
 

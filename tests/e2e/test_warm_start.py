@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from buffer.tagged_sum import FULL, SINGLE_PASS, TOKEN, draw_problem, draw_trace  # noqa: E402
-from tools.warm_start import (
+from buffer.data.tagged_sum import FULL, SINGLE_PASS, TOKEN, draw_problem, draw_trace  # noqa: E402
+from tools.warm_start import (  # noqa: E402
     PHASES,
     Phase,
     build_model,
@@ -19,7 +19,7 @@ from tools.warm_start import (
     draw_packs,
     torch,
     warm_start,
-)  # noqa: E402
+)
 
 SHORT = (
     Phase(SINGLE_PASS, steps=3, tokens=128, lr=3e-3, short_frac=1 / 3),

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import msgspec
 
-from buffer.event_log import DECISION_TYPES, EVENT_TYPES
+from buffer.records.event_log import DECISION_TYPES, EVENT_TYPES
 from configs import cli
 from darts import events as ev
 from darts.core import Core
-from darts.sim_schema import SimulateConfig, core_config
-from darts.simulate import Simulation
+from darts.simulate.schema import SimulateConfig, core_config
+from darts.simulate.world import Simulation
 
 GOLDEN = Path(__file__).with_name("decisions.jsonl.gz")
 OVERRIDES = ["run.steps=6", "batch.groups=4", "lengths.prompts=12", "engines.count=2", "engines.slots=24", "engines.speeds=[1.0,0.5]",

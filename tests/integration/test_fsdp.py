@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from buffer.messages import LearnerHello, Published, Pull, Shard, Trained
+from buffer.wire.messages import LearnerHello, Published, Pull, Shard, Trained
 from tests.learner_cases import FakeBuffer, make_shards, make_trajectories, save_model
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tools.summary import resume_hint
+from tools.launching.summary import resume_hint
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
@@ -29,8 +29,9 @@ PARENT = "subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=
 DRIVER = """
 import json, sys
 from configs import cli
-from tools import launch, processes
-from tools.processes import Command, LocalHost, guarded
+from tools import launch
+from tools.launching import processes
+from tools.launching.processes import Command, LocalHost, guarded
 stop_s, config, commands = float(sys.argv[1]), cli.load(json.loads(sys.argv[2])), json.loads(sys.argv[3])
 launch.STOP_S, launch.FAREWELL_S, launch.SETTLE_S, launch.LEAVE_S, processes.ADOPTED_GRACE_S = stop_s, 1.0, 0.5, 2.0, 1.0
 table = [(role, Command(name, ("-c", code))) for role, name, code in commands]

@@ -11,9 +11,9 @@ import msgpack
 import pytest
 import zmq
 
-import buffer.transport
-from buffer.client import ActorLink, LearnerLink, MonitorLink
-from buffer.messages import (
+import buffer.wire.transport
+from buffer.wire.client import ActorLink, LearnerLink, MonitorLink
+from buffer.wire.messages import (
     ActorHello,
     Cancel,
     FetchSnapshot,
@@ -32,8 +32,14 @@ from buffer.messages import (
     Trajectory,
     Welcome,
 )
-from buffer.snapshots import CHUNK_BYTES, SnapshotGoneError, SnapshotServer, fetch, write_snapshot
-from buffer.transport import Publisher, Router, TransportError, encode, next_port
+from buffer.wire.snapshots import (
+    CHUNK_BYTES,
+    SnapshotGoneError,
+    SnapshotServer,
+    fetch,
+    write_snapshot,
+)
+from buffer.wire.transport import Publisher, Router, TransportError, encode, next_port
 from tools.keys import make_keys
 
 LOOPBACK = "tcp://127.0.0.1:*"
@@ -176,7 +182,7 @@ def test_a_stalled_peer_holds_up_no_other(router):
 
 
 def test_a_peer_too_far_behind_is_lost_until_it_says_hello_again(router, monkeypatch):
-    monkeypatch.setattr(buffer.transport, "MAX_BACKLOG", 100)
+    monkeypatch.setattr(buffer.wire.transport, "MAX_BACKLOG", 100)
     with raw_dealer(router.address, receive_queue=10) as dealer:
         dealer.send(encode(HELLO))
         [(peer, _)] = receive_all(router, 1)
@@ -204,7 +210,7 @@ def test_a_peer_that_left_is_gone(router):
 
 
 def test_garbage_is_counted_and_harms_nobody(router, monkeypatch):
-    monkeypatch.setattr(buffer.transport, "MAX_FRAME_BYTES", 1000)
+    monkeypatch.setattr(buffer.wire.transport, "MAX_FRAME_BYTES", 1000)
     good = encode(Stopped(rollout_id=1))
     garbage = [
         [b""],
@@ -324,10 +330,10 @@ def test_any_thread_may_send(router):
 @pytest.mark.parametrize("link_queue", [1, 1000], ids=["kept by the link", "kept by zmq"])
 def test_closing_a_link_delivers_what_was_sent(monkeypatch, link_queue):
     monkeypatch.setattr(
-        buffer.transport, "QUEUE_MESSAGES", 1
+        buffer.wire.transport, "QUEUE_MESSAGES", 1
     )  # a buffer that takes nothing in while it does not read
     with Router(LOOPBACK, Inbound) as router:
-        monkeypatch.setattr(buffer.transport, "QUEUE_MESSAGES", link_queue)
+        monkeypatch.setattr(buffer.wire.transport, "QUEUE_MESSAGES", link_queue)
         link = ActorLink(router.address, "pool/0")
         with Serving(router):
             link.connect(HELLO, SOON_S)
@@ -674,7 +680,7 @@ def test_damaged_bytes_are_refused(transport, tmp_path):
 
 
 def test_a_late_answer_is_asked_for_again(monkeypatch):
-    monkeypatch.setattr("buffer.snapshots.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr("buffer.wire.snapshots.ASK_AGAIN_S", 0.1)
     data = hashlib.shake_128(b"weights").digest(3 * CHUNK_BYTES)
     with SnapshotServer(LOOPBACK) as server:
         answer, forgotten = server._answer, set()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from buffer.transport import TransportError
+from buffer.wire.transport import TransportError
 from configs import cli
 from configs.schema import Config
-from tools.processes import CONFIG, Command
-from tools.run_plan import commands_of, free_name, prepare, share_gpus
+from tools.launching.processes import CONFIG, Command
+from tools.launching.run_plan import commands_of, free_name, prepare, share_gpus
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from buffer import messages as msg
-from buffer.client import ActorLink, LearnerLink
-from buffer.event_log import read_sessions
+from buffer.records.event_log import read_sessions
 from buffer.service import Service
-from buffer.transport import TransportError
+from buffer.wire import messages as msg
+from buffer.wire.client import ActorLink, LearnerLink
+from buffer.wire.transport import TransportError
 from configs import cli
 from configs.schema import Config
 from darts import events as ev

@@ -1,0 +1,71 @@
+"""The live picture that monitors draw: a `Snapshot` of a running run. Reads, never changes."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from buffer.records.metrics import HISTOGRAM_EDGES
+from buffer.wire import messages as msg
+from darts.engines import Engine
+from darts.groups import Group
+
+if TYPE_CHECKING:
+    from buffer.run_state import Run
+
+SHOWN_GROUPS = 32
+
+
+def snapshot(run: Run) -> msg.Snapshot:
+    core, config = run.core, run.config
+    return msg.Snapshot(
+        time_s=run.now(),
+        run_name=config.run.name,
+        phase=run.phase,
+        step=run.step,
+        steps=config.run.steps,
+        policy_version=core.policy_version,
+        max_lag=core.config.max_lag,
+        waiting=core.waiting_for(),
+        groups_open=core.num_outstanding - core.num_ready,
+        groups_ready=core.num_ready,
+        bytes_held=run.store.bytes_held,
+        histogram_edges=HISTOGRAM_EDGES,
+        histogram=run.metrics.histogram(),
+        lags=list(run.metrics.recent_lags),
+        metrics={k: float(v) for k, v in run.last_row.items()},
+        groups=[
+            _group(g) for g in islice((g for g in core.groups.values() if g.running), SHOWN_GROUPS)
+        ],
+        engines=[_engine(e, run) for e in core.engines.by_id.values()],
+        prompts=list(run.metrics.latest.prompts),
+    )
+
+
+def _group(group: Group) -> msg.GroupView:
+    cut = group.cut()
+    return msg.GroupView(
+        group_id=group.group_id,
+        prompt_id=group.prompt.prompt_id,
+        mode=group.mode,
+        budget=group.budget,
+        cut=0 if cut == float("inf") else int(cut),
+        rollouts=[
+            msg.RolloutView(rollout_id=r.rollout_id, tokens=r.tokens, state=r.state.value)
+            for r in group.rollouts.values()
+        ],
+    )
+
+
+def _engine(engine: Engine, run: Run) -> msg.EngineView:
+    report = run.metrics.latest.reports.get(engine.engine_id)
+    return msg.EngineView(
+        engine_id=engine.engine_id,
+        engine_type=engine.engine_type,
+        slots=engine.slots,
+        in_flight=len(engine.in_flight),
+        policy_version=engine.version,
+        tokens_per_s=report.tokens_per_s if report else 0.0,
+        busy_frac=report.busy_frac if report else 0.0,
+        curve=run.core.engines.curves[engine.engine_type].points(),
+    )

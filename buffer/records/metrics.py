@@ -1,0 +1,212 @@
+"""From closed groups and peers' reports to one row of `metrics.jsonl` per learner step.
+
+Owns the sums; never decides anything. Driven by the service: `shipped`, `dropped`, `evaluated` and the `note_*` methods as
+things happen, `row` once per step. Lengths and tokens count sampled tokens. *Generated* is every rollout of a step's groups,
+a cancelled one at the length where it was cut; *selected* is what was trained on. `tokens/*` are cumulative over the run.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from buffer.wire.messages import EngineReport, PolicyLoaded, PromptView
+from darts.events import GroupRecord, RolloutRecord
+
+HISTOGRAM_EDGES = [
+    0,
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    2048,
+    4096,
+    8192,
+    16384,
+    32768,
+]
+FATES = ("selected_short", "selected_long", "discarded", "truncated", "cancelled")
+SHOWN_PROMPTS = 256  # closed last, of which monitors draw the lengths
+WINDOW = 2048  # rollouts and lags that the live histograms look back on
+
+
+class Latest:
+    """What peers reported last, and the prompts that closed last."""
+
+    def __init__(self) -> None:
+        self.reports: dict[str, EngineReport] = {}
+        self.prompts: deque[PromptView] = deque(maxlen=SHOWN_PROMPTS)
+
+    def closed(self, record: GroupRecord, spread: float) -> None:
+        scored = [r for r in record.rollouts if r.reward is not None]
+        right = [r.tokens for r in scored if (r.reward or 0.0) > 0.5]
+        self.prompts.append(
+            PromptView(
+                prompt_id=record.prompt_id,
+                spread=spread,
+                budget=record.budget,
+                pass_rate=len(right) / max(1, len(scored)),
+                lengths_right=right,
+                lengths_wrong=[r.tokens for r in scored if (r.reward or 0.0) <= 0.5],
+            )
+        )
+
+
+class Metrics:
+    """Running sums of one run. `restore` continues the cumulative ones from the last row of an earlier life."""
+
+    def __init__(self) -> None:
+        self.tokens: Counter[str] = Counter()
+        self.latest = Latest()
+        self.recent: deque[tuple[str, int]] = deque(maxlen=WINDOW)
+        self.recent_lags: deque[int] = deque(maxlen=WINDOW)
+        self._dropped: Counter[str] = Counter()
+        self._freed_s: list[float] = []
+        self._swaps: list[PolicyLoaded] = []
+        self._reports: dict[str, list[EngineReport]] = {}
+        self._evaluation: dict[str, float] = {}
+
+    def restore(self, row: dict[str, float]) -> None:
+        self.tokens.update(
+            {k.removeprefix("tokens/"): int(v) for k, v in row.items() if k.startswith("tokens/")}
+        )
+
+    # As things happen ---------------------------------------------------------------------------------------------
+
+    def closed(self, record: GroupRecord) -> None:
+        """A training group reached its end, trained or dropped: its tokens have met their fate."""
+        for rollout in record.rollouts:
+            self.tokens["generated"] += rollout.tokens
+            self.tokens[_fate_of_tokens(rollout)] += rollout.tokens
+            if rollout.end in FATES:
+                self.recent.append((rollout.end, rollout.tokens))
+        if record.end != "shipped":
+            self._dropped[record.end] += 1
+
+    def evaluated(self, records: Sequence[GroupRecord], step: int) -> dict[str, float]:
+        """Held-out groups of one evaluation, all of them: every rollout counts, at temperature and length limit of training."""
+        ended = [r for record in records for r in record.rollouts if r.reward is not None]
+        lengths = np.array([r.tokens for r in ended])
+        self._evaluation = {
+            "eval/step": step,
+            "eval/accuracy": float(np.mean([r.reward for r in ended if r.reward is not None])),
+            "eval/responses": len(ended),
+            "eval/length_mean": float(lengths.mean()),
+            **{f"eval/length_p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)},
+        }
+        return self._evaluation
+
+    def note_freed(self, seconds: float) -> None:
+        """From a cancel's decision to the confirmation that its slot is free."""
+        self._freed_s.append(seconds)
+
+    def note_swap(self, message: PolicyLoaded) -> None:
+        self._swaps.append(message)
+
+    def note_report(self, engine_id: str, report: EngineReport) -> None:
+        self._reports.setdefault(engine_id, []).append(report)
+
+    # One row ------------------------------------------------------------------------------------------------------
+
+    def row(self, records: Sequence[GroupRecord]) -> dict[str, float]:
+        """What is known of the step that trained `records`, and of the time since the last row; starts the next."""
+        rollouts = [r for record in records for r in record.rollouts]
+        selected = [
+            (record, r)
+            for record in records
+            for r in record.rollouts
+            if r.end.startswith("selected")
+        ]
+        launched = [r for r in rollouts if r.tokens > 0]
+        lags = [record.shipped_version - r.oldest_version for record, r in selected]
+        self.recent_lags.extend(lags)
+        rewards = [r.reward for _, r in selected if r.reward is not None]
+        row = {
+            "reward/mean": float(np.mean(rewards)),
+            "reward/std": float(np.std(rewards)),
+            **_lengths("generated", [r.tokens for r in launched]),
+            **_lengths("selected", [r.tokens for _, r in selected]),
+            **{
+                f"tokens/{name}": self.tokens[name]
+                for name in ("generated", "trained", "discarded", "cancelled")
+            },
+            "darts/budget_mean": float(np.mean([record.budget for record in records])),
+            "darts/cancelled_frac": _frac(r.end == "cancelled" for r in rollouts),
+            "darts/pruned_frac": _frac(record.mode == "none" for record in records),
+            "darts/dropped_groups": sum(self._dropped.values()),
+            "lag/mean": float(np.mean(lags)),
+            "lag/max": max(lags),
+            **self.take_evaluation(),
+            "memory/buffer_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        row |= self._engines() | self._cancels()
+        self._dropped.clear()
+        return row
+
+    def take_evaluation(self) -> dict[str, float]:
+        """What was evaluated since the last row; each evaluation stands in one row."""
+        taken, self._evaluation = self._evaluation, {}
+        return taken
+
+    def _engines(self) -> dict[str, float]:
+        row: dict[str, float] = {}
+        if self._reports:
+            reports = [report for of_engine in self._reports.values() for report in of_engine]
+            row["engine/busy_frac"] = float(np.mean([r.busy_frac for r in reports]))
+            row["engine/tokens_per_s"] = sum(
+                float(np.mean([r.tokens_per_s for r in of])) for of in self._reports.values()
+            )
+        if self._swaps:
+            row["publish/swap_pause_s"] = float(np.mean([s.pause_s for s in self._swaps]))
+            row["publish/fetch_s"] = float(np.mean([s.fetch_s for s in self._swaps]))
+        self._reports.clear()
+        self._swaps.clear()
+        return row
+
+    def _cancels(self) -> dict[str, float]:
+        if not self._freed_s:
+            return {}
+        freed_ms = np.array(self._freed_s) * 1e3
+        self._freed_s.clear()
+        return {f"cancel/freed_p{q}_ms": float(np.percentile(freed_ms, q)) for q in (50, 99)}
+
+    def histogram(self) -> dict[str, list[int]]:
+        """Recent rollouts by fate and length bin (`HISTOGRAM_EDGES`; the last bin is open)."""
+        counts = {fate: [0] * len(HISTOGRAM_EDGES) for fate in FATES}
+        for end, tokens in self.recent:
+            counts[end][int(np.searchsorted(HISTOGRAM_EDGES, tokens, side="right")) - 1] += 1
+        return counts
+
+
+def _fate_of_tokens(rollout: RolloutRecord) -> str:
+    if rollout.end.startswith("selected"):
+        return "trained"
+    return "cancelled" if rollout.end == "cancelled" else "discarded"
+
+
+def _lengths(name: str, tokens: list[int]) -> dict[str, float]:
+    array = np.array(tokens or [0])
+    quantiles = {f"length/{name}_p{q}": float(np.percentile(array, q)) for q in (50, 90, 99)}
+    return {
+        f"length/{name}_mean": float(array.mean()),
+        **quantiles,
+        f"length/{name}_max": int(array.max()),
+    }
+
+
+def _frac(flags: Iterable[bool]) -> float:
+    values = list(flags)
+    return sum(values) / len(values) if values else 0.0

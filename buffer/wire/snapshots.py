@@ -1,0 +1,240 @@
+"""Weight snapshots on their way from the learner to the actors: a small server, a folder, and `fetch` for both.
+
+Owns the bytes of the newest two snapshots and their digests. Knows nothing of tensors. The learner publishes; actors fetch,
+so that a slow link slows nobody else and a late joiner simply takes the newest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket as sockets
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, Union
+
+import msgspec
+import zmq
+
+from buffer.wire.messages import FetchSnapshot, SnapshotChunk, SnapshotGone, SnapshotRef
+from buffer.wire.transport import (
+    MAX_FRAME_BYTES,
+    Router,
+    TransportError,
+    check_address,
+    decoder,
+    encode,
+    open_socket,
+    secure_client,
+)
+
+CHUNK_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 4 << 20  # served at most per request, whatever is asked for
+CHUNKS_IN_FLIGHT = 4
+ASK_AGAIN_S = 3.0
+NUM_KEPT = 2
+
+_Answer = Union[SnapshotChunk, SnapshotGone]
+
+
+class SnapshotGoneError(Exception):
+    """The snapshot asked for is no longer kept. `newest` is the version that is (-1: unknown); take that one instead."""
+
+    def __init__(self, version: int, newest: int, where: str) -> None:
+        super().__init__(
+            f"snapshot {version} is no longer kept at {where}; newest there: {newest if newest >= 0 else 'unknown'}"
+        )
+        self.version, self.newest = version, newest
+
+
+class SnapshotServer:
+    """Serves the newest two published snapshots from memory, on a thread of its own."""
+
+    def __init__(self, address: str, keys: str = "") -> None:
+        self._router = Router(address, FetchSnapshot, keys)
+        self.address = _reachable(self._router.address)
+        self._kept: dict[int, bytes] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="snapshot server", daemon=True)
+        self._thread.start()
+
+    def publish(self, version: int, data: bytes) -> SnapshotRef:
+        """Keep `data` as `version`, forgetting all but the one before it."""
+        self._kept = {
+            **dict(list(self._kept.items())[-(NUM_KEPT - 1) :]),
+            version: data,
+        }  # replaced whole: the thread reads it
+        return _reference(version, data, address=self.address)
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._closing.set()
+        self._thread.join()
+        self._router.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _serve(self) -> None:
+        while not self._closing.is_set():
+            for peer, request in self._router.receive(0.1):
+                assert isinstance(request, FetchSnapshot)
+                self._router.send(peer, self._answer(request))
+
+    def _answer(self, request: FetchSnapshot) -> SnapshotChunk | SnapshotGone:
+        kept = self._kept
+        data = kept.get(request.version)
+        if data is None:
+            return SnapshotGone(version=request.version, newest=next(reversed(kept), -1))
+        start = max(0, request.offset)
+        end = start + max(0, min(request.num_bytes, MAX_CHUNK_BYTES))
+        return SnapshotChunk(version=request.version, offset=request.offset, data=data[start:end])
+
+
+def write_snapshot(folder: str | Path, version: int, data: bytes) -> SnapshotRef:
+    """Write `data` as `version` into `folder` so that it is there whole or not at all; keep it and the one before it."""
+    folder = Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"policy_{version:08d}.safetensors"
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    _sync_folder(folder)
+    _prune(folder, version)
+    return _reference(version, data, path=str(path))
+
+
+def fetch(ref: SnapshotRef, keys: str = "", timeout_s: float = 60) -> bytes:
+    """The snapshot's bytes, checked against size and digest.
+
+    Raises SnapshotGoneError (a newer one has replaced it), TransportError (nothing came for `timeout_s`), ValueError (the
+    bytes are not those that were published).
+    """
+    if ref.path:
+        try:
+            data = Path(ref.path).read_bytes()
+        except FileNotFoundError as error:
+            raise SnapshotGoneError(ref.version, -1, ref.path) from error
+    else:
+        data = _pull(ref, keys, timeout_s)
+    digest = hashlib.sha256(data).hexdigest()
+    if len(data) != ref.num_bytes or digest != ref.digest:
+        raise ValueError(
+            f"snapshot {ref.version} from {ref.path or ref.address} is damaged: sha256 {digest} over {len(data)} bytes, "
+            f"published as {ref.digest} over {ref.num_bytes}; it was not loaded, fetch it again"
+        )
+    return data
+
+
+def _pull(ref: SnapshotRef, keys: str, timeout_s: float) -> bytes:
+    """Ask for chunks, a few at a time, until all are there; ask again for those whose answer is late."""
+    check_address(ref.address, keys)
+    context: zmq.Context[Any] = zmq.Context()
+    try:
+        socket = open_socket(context, zmq.DEALER, ref.address, MAX_FRAME_BYTES)
+        secure_client(socket, keys)
+        socket.connect(ref.address)
+        return _pull_chunks(socket, ref, timeout_s)
+    finally:
+        context.destroy(linger=0)
+
+
+def _pull_chunks(socket: zmq.Socket[bytes], ref: SnapshotRef, timeout_s: float) -> bytes:
+    missing = dict.fromkeys(
+        range(0, ref.num_bytes, CHUNK_BYTES), 0.0
+    )  # offset -> when to ask (again); in order
+    chunks: dict[int, bytes] = {}
+    last_heard = time.monotonic()
+    while missing:
+        now = time.monotonic()
+        for offset in list(missing)[:CHUNKS_IN_FLIGHT]:
+            if now >= missing[offset]:
+                missing[offset] = now + ASK_AGAIN_S
+                size = min(CHUNK_BYTES, ref.num_bytes - offset)
+                socket.send(
+                    encode(FetchSnapshot(version=ref.version, offset=offset, num_bytes=size))
+                )
+        if not socket.poll(int(min(ASK_AGAIN_S, timeout_s) * 1000)):
+            if time.monotonic() - last_heard >= timeout_s:
+                raise TransportError(
+                    f"no answer from the snapshot server at {ref.address} for {timeout_s:g} s ({len(chunks)} of "
+                    f"{len(chunks) + len(missing)} chunks of snapshot {ref.version} are here): see whether the learner still runs, "
+                    "whether this machine can reach weights.address, and whether both use the same buffer.keys"
+                )
+            continue
+        try:
+            answer = decoder(_Answer).decode(socket.recv())
+        except msgspec.MsgspecError as error:
+            raise TransportError(
+                f"what answers at {ref.address} is no snapshot server of this version ({error})"
+            ) from error
+        last_heard = time.monotonic()
+        if isinstance(answer, SnapshotGone):
+            raise SnapshotGoneError(ref.version, answer.newest, ref.address)
+        if answer.version == ref.version and missing.pop(answer.offset, None) is not None:
+            chunks[answer.offset] = answer.data
+    return b"".join(chunks[offset] for offset in sorted(chunks))
+
+
+def _reference(version: int, data: bytes, address: str = "", path: str = "") -> SnapshotRef:
+    return SnapshotRef(
+        version=version,
+        digest=hashlib.sha256(data).hexdigest(),
+        num_bytes=len(data),
+        address=address,
+        path=path,
+    )
+
+
+def _reachable(address: str) -> str:
+    """The endpoint as other machines reach it: a wildcard host becomes this machine's outward address."""
+    host, _, port = address.rpartition(":")
+    if host != "tcp://0.0.0.0":
+        return address
+    with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(
+                ("192.0.2.1", 9)
+            )  # sends nothing: only asks which interface leads outward
+        except OSError:
+            return f"tcp://{sockets.gethostname()}:{port}"
+        return f"tcp://{probe.getsockname()[0]}:{port}"
+
+
+def _prune(folder: Path, version: int) -> None:
+    """Keep `version` and the newest older one. Newer ones belong to a run that was resumed from before them."""
+    found = {
+        int(match[1]): path
+        for path in folder.iterdir()
+        if (match := re.fullmatch(r"policy_(\d{8,})\.safetensors", path.name))
+    }
+    keep = [
+        version,
+        *sorted((other for other in found if other < version), reverse=True)[: NUM_KEPT - 1],
+    ]
+    for other, path in found.items():
+        if other not in keep:
+            path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,268 @@
+"""Two published synchronous schedulers that the core does not express, for comparison in the simulator only.
+
+Both speak the core's events and decisions, so the same world drives them. Neither knows budgets, length statistics or
+cancels by proof. A step is a round: it starts when the learner asks and every engine has the newest policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from darts import events as ev
+from darts.simulate.schema import SimulateConfig
+
+
+@dataclass(slots=True, eq=False)
+class RoundGroup:
+    """A prompt's responses in one round. `waiting` holds rollout ids to continue, or None for fresh ones."""
+
+    group_id: int
+    prompt: ev.Prompt
+    opened_version: int
+    budget: int
+    mode: str
+    waiting: deque[int | None]
+    running: dict[int, tuple[str, int]] = field(
+        default_factory=dict
+    )  # rollout -> engine, oldest version
+    ended: list[ev.RolloutRecord] = field(default_factory=list)
+
+    def record(self, end: ev.GroupEnd, version: int, group_size: int) -> ev.GroupRecord:
+        """The first `group_size` that finished are selected."""
+        rows: list[ev.RolloutRecord] = []
+        for row in self.ended:
+            seat = (
+                row.reward is not None
+                and end == "shipped"
+                and sum(r.end == "selected_short" for r in rows) < group_size
+            )
+            rows.append(row if row.reward is None or not seat else _ending(row, "selected_short"))
+        shipped = version if end == "shipped" else -1
+        return ev.GroupRecord(
+            self.group_id,
+            self.prompt.prompt_id,
+            self.opened_version,
+            shipped,
+            self.budget,
+            self.mode,
+            end,
+            tuple(rows),
+        )
+
+
+class Rounds:
+    """What both share: engines with free slots, launches in order, a round's ready groups."""
+
+    def __init__(self, config: SimulateConfig) -> None:
+        self.groups_per_step = config.batch.groups
+        self.group_size = config.darts.group_size
+        self.started = math.ceil(config.batch.groups * config.baseline.oversample)
+        self.with_extra = math.ceil(config.darts.group_size * config.baseline.extra)
+        self.policy_version = -1
+        self._pending: deque[ev.Prompt] = deque()
+        self._free: dict[str, int] = {}
+        self._versions: dict[str, int] = {}
+        self._open: dict[int, RoundGroup] = {}
+        self._launching: deque[RoundGroup] = deque()
+        self._holders: dict[int, RoundGroup] = {}  # rollouts that hold a slot
+        self._engine_of: dict[int, str] = {}
+        self._tokens: dict[int, int] = {}
+        self._paused: dict[int, int] = {}  # interrupted: its oldest version
+        self._ready: deque[RoundGroup] = deque()
+        self._step: int | None = None
+        self._round_open = False
+        self._next_group = self._next_rollout = 0
+        self._out: list[ev.Decision] = []
+
+    @property
+    def num_pending(self) -> int:
+        return len(self._pending)
+
+    def waiting_for(self) -> str:
+        """Who waits for whom, as `Core.waiting_for`."""
+        return f"step {self._step}, round open: {self._round_open}, groups open {len(self._open)}, ready {len(self._ready)}"
+
+    def handle(self, event: ev.Event) -> Sequence[ev.Decision]:
+        match event:
+            case ev.PromptsDrawn():
+                self._pending.extend(event.prompts)
+            case ev.ActorJoined():
+                self._free[event.engine_id], self._versions[event.engine_id] = (
+                    event.slots,
+                    event.policy_version,
+                )
+            case ev.PolicyLoaded():
+                self._versions[event.engine_id] = event.version
+            case ev.PolicyPublished():
+                self.policy_version = event.version
+            case ev.ShardsRequested():
+                self._step = event.step
+            case ev.RolloutFinished():
+                self._finished(event)
+            case ev.RolloutStopped():
+                self._stopped(event)
+            case ev.RolloutProgressed():
+                self._tokens[event.rollout_id] = event.num_tokens
+                return []
+            case _:
+                return []  # latencies and acknowledgements change nothing in a round
+        self._start_round()
+        self._launch()
+        self._ship()
+        decisions, self._out = self._out, []
+        return decisions
+
+    def _start_round(self) -> None:
+        current = all(version == self.policy_version for version in self._versions.values())
+        if (
+            self._step is None
+            or self._round_open
+            or not current
+            or len(self._pending) < self.started
+        ):
+            return
+        self._round_open = True
+        self.begin()
+
+    def begin(self) -> None:
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """A full batch is ready: what becomes of the groups still open."""
+        raise NotImplementedError
+
+    def open(self, prompt: ev.Prompt, budget: int, mode: str) -> None:
+        group = RoundGroup(
+            self._next_group, prompt, self.policy_version, budget, mode, deque([None] * budget)
+        )
+        self._next_group += 1
+        self._open[group.group_id] = group
+        engine_id = max(self._free, key=lambda engine: self._free[engine])
+        self._out.append(
+            ev.OpenGroup(group.group_id, prompt.prompt_id, "train", engine_id, budget, mode)
+        )
+        self._launching.append(group)
+
+    def _launch(self) -> None:
+        while self._launching:
+            group = self._launching[0]
+            if not group.waiting:
+                self._launching.popleft()
+                continue
+            engine_id = max(self._free, key=lambda engine: self._free[engine])
+            if self._free[engine_id] < 1:
+                return
+            before = group.waiting.popleft()
+            oldest = self._paused.pop(before) if before is not None else self.policy_version
+            rollout_id, self._next_rollout = self._next_rollout, self._next_rollout + 1
+            self._free[engine_id] -= 1
+            group.running[rollout_id] = (engine_id, oldest)
+            self._holders[rollout_id], self._engine_of[rollout_id] = group, engine_id
+            self._out.append(ev.Launch(rollout_id, group.group_id, engine_id, before))
+
+    def _finished(self, event: ev.RolloutFinished) -> None:
+        group = self._release(event.rollout_id)
+        if event.rollout_id not in group.running:
+            return
+        engine_id, oldest = group.running.pop(event.rollout_id)
+        group.ended.append(
+            ev.RolloutRecord(
+                event.rollout_id, engine_id, event.num_tokens, event.reward, "discarded", oldest
+            )
+        )
+        if sum(row.reward is not None for row in group.ended) == self.group_size:
+            self.cancel(group)
+            del self._open[group.group_id]
+            self._ready.append(group)
+
+    def _stopped(self, event: ev.RolloutStopped) -> None:
+        group = self._release(event.rollout_id)
+        if event.rollout_id in group.running:  # interrupted, to go on later
+            _, self._paused[event.rollout_id] = group.running.pop(event.rollout_id)
+            group.waiting.append(event.rollout_id)
+            if self._round_open and group not in self._launching:
+                self._launching.append(group)
+
+    def _release(self, rollout_id: int) -> RoundGroup:
+        self._tokens.pop(rollout_id, None)
+        self._free[self._engine_of.pop(rollout_id)] += 1
+        return self._holders.pop(rollout_id)
+
+    def cancel(self, group: RoundGroup) -> None:
+        """For good."""
+        for rollout_id, (engine_id, oldest) in group.running.items():
+            tokens = self._tokens.get(rollout_id, 0)
+            group.ended.append(
+                ev.RolloutRecord(rollout_id, engine_id, tokens, None, "cancelled", oldest)
+            )
+            self._out.append(ev.Cancel(rollout_id, engine_id, "group_full"))
+        group.running.clear()
+        group.waiting.clear()
+
+    def _ship(self) -> None:
+        if self._step is None or not self._round_open or len(self._ready) < self.groups_per_step:
+            return
+        for _ in range(self.groups_per_step):
+            group = self._ready.popleft()
+            self._out.append(
+                ev.Ship(self._step, group.record("shipped", self.policy_version, self.group_size))
+            )
+        self._step, self._round_open = None, False
+        self.end()
+
+
+class TailBatching(Rounds):
+    """Short rounds start more prompts, and more responses each, than they need, and keep what completes first; prompts left over
+    are answered anew in a long round, all together, which waits for every response. Source: RollPacker (arXiv 2509.21009).
+    """
+
+    def __init__(self, config: SimulateConfig) -> None:
+        super().__init__(config)
+        self._deferred: deque[ev.Prompt] = deque()
+
+    def begin(self) -> None:
+        if len(self._deferred) >= self.groups_per_step:
+            for _ in range(self.groups_per_step):
+                self.open(self._deferred.popleft(), self.group_size, "long_round")
+            return
+        for _ in range(self.started):
+            self.open(self._pending.popleft(), self.with_extra, "short_round")
+
+    def end(self) -> None:
+        for group in [*self._open.values(), *self._ready]:
+            self.cancel(group)
+            self._deferred.append(group.prompt)
+            self._out.append(
+                ev.Drop(
+                    group.record("deadline", self.policy_version, self.group_size), requeued=True
+                )
+            )
+        self._open.clear()
+        self._ready.clear()
+        self._launching.clear()
+
+
+class PartialRollout(Rounds):
+    """A round starts more prompts than it needs; once enough are complete the others are interrupted, and continue from where
+    they stood, under the next policy, in the next round. Source: partial rollouts as in Kimi k1.5 (arXiv 2501.12599) and APRIL.
+    """
+
+    def begin(self) -> None:
+        self._launching.extend(self._open.values())
+        for _ in range(max(0, self.started - len(self._open) - len(self._ready))):
+            self.open(self._pending.popleft(), self.group_size, "partial")
+
+    def end(self) -> None:
+        self._launching.clear()
+        for group in self._open.values():
+            for rollout_id, (engine_id, _) in group.running.items():
+                self._out.append(ev.Cancel(rollout_id, engine_id, "deadline"))
+
+
+def _ending(row: ev.RolloutRecord, end: ev.RolloutEnd) -> ev.RolloutRecord:
+    return ev.RolloutRecord(
+        row.rollout_id, row.engine_id, row.tokens, row.reward, end, row.oldest_version
+    )

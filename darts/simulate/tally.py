@@ -1,0 +1,165 @@
+"""What a simulated run leaves behind: rows of metrics, the selection ledger, and how selections compare with the offline rule.
+
+Writes the files of a real run's directory with the same keys, so that reports, monitors and comparisons read both.
+Pure sums but for `Files`. Driven by `darts.simulate`. Lengths and tokens count sampled tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from darts.events import GroupRecord
+from darts.selection import Candidate, select_dual_end
+from darts.simulate.lengths import Draw
+
+Row = dict[str, Any]
+
+
+class Tally:
+    """Running sums over closed groups. Tokens of a group are counted once, when it closes."""
+
+    def __init__(self, group_size: int, num_long: int, max_tokens: int) -> None:
+        self._group_size, self._num_long, self._max_tokens = group_size, num_long, max_tokens
+        self.tokens: Counter[str] = Counter(generated=0, trained=0, discarded=0, cancelled=0)
+        self.groups: Counter[str] = Counter(opened=0, shipped=0, filled=0, dropped=0)
+        self.lags: Counter[int] = Counter()
+        self.selected_lengths: list[int] = []
+        self.num_compared = self.num_short_wrong = self.num_long_wrong = 0
+
+    def closed(self, record: GroupRecord) -> None:
+        for rollout in record.rollouts:
+            selected = rollout.end.startswith("selected")
+            fate = (
+                "trained"
+                if selected
+                else "cancelled"
+                if rollout.end == "cancelled"
+                else "discarded"
+            )
+            self.tokens["generated"] += rollout.tokens
+            self.tokens[fate] += rollout.tokens
+            if selected:
+                self.lags[record.shipped_version - rollout.oldest_version] += 1
+                self.selected_lengths.append(rollout.tokens)
+        self.groups["shipped" if record.end == "shipped" else "dropped"] += 1
+        self.groups["filled"] += any(
+            r.end == "selected_long" and r.tokens >= self._max_tokens for r in record.rollouts
+        )
+
+    def compare_offline(self, record: GroupRecord, draws: Sequence[Draw]) -> None:
+        """Against the rule that would have seen every response to its end: seats as lengths, so that ties are no difference."""
+        ids = [Candidate(draw.length, index) for index, draw in enumerate(draws)]
+        finished = [c for c in ids if c.tokens < self._max_tokens]
+        truncated = [c for c in ids if c.tokens >= self._max_tokens]
+        num_long = 0 if record.mode == "none" else self._num_long
+        ideal = select_dual_end(
+            finished, truncated, self._group_size, num_long, fill_truncated=True
+        )
+        if ideal is None or ideal.filled:
+            return
+        self.num_compared += 1
+        self.num_short_wrong += sorted(draws[i].length for i in ideal.short) != _seats(
+            record, "selected_short"
+        )
+        self.num_long_wrong += sorted(draws[i].length for i in ideal.long) != _seats(
+            record, "selected_long"
+        )
+
+    def summary(self, rows: Sequence[Row]) -> Row:
+        """The comparison table's row, given the run's metrics. `step_s` leaves out the first step, which starts from empty engines;
+        all else is of the whole run: lengths and lags of every trajectory trained on.
+        """
+        selected, compared = np.array(self.selected_lengths), max(1, self.num_compared)
+        total_s = rows[-1]["time_s"]
+        return {
+            "step_s": (total_s - rows[0]["time_s"]) / max(1, len(rows) - 1),
+            **{f"tokens/{name}": count for name, count in self.tokens.items()},
+            "busy_frac": sum(row["engine/busy_frac"] * row["step_s"] for row in rows) / total_s,
+            "wait_frac": sum(row["wait/learner_s"] for row in rows) / total_s,
+            "lag_mean": sum(lag * count for lag, count in self.lags.items()) / self.lags.total(),
+            "lag_max": max(self.lags),
+            "length_mean": float(selected.mean()),
+            "length_p50": float(np.percentile(selected, 50)),
+            "length_p99": float(np.percentile(selected, 99)),
+            "reward": float(np.mean([row["reward/mean"] for row in rows])),
+            "budget": float(np.mean([row["darts/budget_mean"] for row in rows])),
+            "pruned_frac": float(np.mean([row["darts/pruned_frac"] for row in rows])),
+            "short_wrong_frac": self.num_short_wrong / compared,
+            "long_wrong_frac": self.num_long_wrong / compared,
+            "groups": dict(self.groups),
+            "virtual_s": total_s,
+            "preemptions": rows[-1]["engine/preemptions"],
+        }
+
+    def row(self, records: Sequence[GroupRecord]) -> Row:
+        """The step that trained `records`, in the words of `metrics.jsonl`."""
+        rollouts = [r for record in records for r in record.rollouts]
+        selected = [
+            (record, r)
+            for record in records
+            for r in record.rollouts
+            if r.end.startswith("selected")
+        ]
+        lags = [record.shipped_version - r.oldest_version for record, r in selected]
+        rewards = [r.reward for _, r in selected if r.reward is not None]
+        return {
+            "reward/mean": float(np.mean(rewards)),
+            "reward/std": float(np.std(rewards)),
+            **_lengths("generated", [r.tokens for r in rollouts if r.tokens > 0]),
+            **_lengths("selected", [r.tokens for _, r in selected]),
+            **{f"tokens/{name}": count for name, count in self.tokens.items()},
+            "darts/budget_mean": float(np.mean([record.budget for record in records])),
+            "darts/cancelled_frac": float(np.mean([r.end == "cancelled" for r in rollouts])),
+            "darts/pruned_frac": float(np.mean([record.mode == "none" for record in records])),
+            "lag/mean": float(np.mean(lags)),
+            "lag/max": max(lags),
+        }
+
+
+class Files:
+    """A run's directory, written as the simulation goes. Refuses one that holds a run already."""
+
+    def __init__(self, folder: Path, config_yaml: str) -> None:
+        if (folder / "config.yaml").exists():
+            raise ValueError(
+                f"run.out={folder}: holds a run already; choose another folder, or remove it"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config_yaml)
+        self._metrics = (folder / "metrics.jsonl").open("w")
+        self._groups = (folder / "groups.jsonl").open("w")
+
+    def metrics(self, row: Row) -> None:
+        self._metrics.write(json.dumps(row) + "\n")
+
+    def group(self, record: GroupRecord) -> None:
+        row = asdict(record)
+        for rollout in row["rollouts"]:
+            rollout["engine"] = rollout.pop("engine_id")
+            del rollout["oldest_version"]
+        self._groups.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._groups.close()
+
+
+def _seats(record: GroupRecord, end: str) -> list[int]:
+    return sorted(r.tokens for r in record.rollouts if r.end == end)
+
+
+def _lengths(name: str, tokens: list[int]) -> Row:
+    array = np.array(tokens or [0])
+    quantiles = {f"length/{name}_p{q}": float(np.percentile(array, q)) for q in (50, 90, 99)}
+    return {
+        f"length/{name}_mean": float(array.mean()),
+        **quantiles,
+        f"length/{name}_max": int(array.max()),
+    }

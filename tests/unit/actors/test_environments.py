@@ -1,0 +1,305 @@
+"""Environments: rewards, rendering, and verifiers that raise, hang, die or answer nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.environments import Environment, EnvironmentFailure, final_answer, make_environment
+from buffer.wire.messages import PromptPayload
+from configs.schema import Config
+
+USER_VERIFIERS = """
+import os, time
+
+CALLS = []
+
+def verify(prompt, response, answer, metadata):
+    CALLS.append(response)
+    print("a verifier may print")
+    if response == "raise":
+        raise KeyError("no such unit")
+    if response == "hang":
+        time.sleep(600)
+    if response == "die":
+        os._exit(3)
+    if response == "slow":
+        time.sleep(0.5)
+    if response == "pid":
+        return os.getpid()
+    nonsense = {"nan": float("nan"), "text": "1.0", "none": None, "inf": float("inf")}
+    return nonsense.get(response, metadata.get("bonus", 0) + (response == answer))
+
+NOT_A_FUNCTION = 3
+"""
+
+
+def payload(
+    text: str = "2+2?", answer: str = "4", metadata: str = "", **other: Any
+) -> PromptPayload:
+    return PromptPayload(
+        **{
+            "prompt_id": "p1",
+            "text": text,
+            "messages": [],
+            "answer": answer,
+            "metadata": metadata,
+            **other,
+        }
+    )
+
+
+def config_of(environment: str = "auto", train: str = "rows.jsonl", **data: Any) -> Config:
+    config = Config()
+    config.data.environment, config.data.train = environment, train
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    return config
+
+
+def score(environment: Environment, prompt: PromptPayload, response: str) -> float:
+    return asyncio.run(environment.score(prompt, response))
+
+
+@pytest.fixture(scope="module")
+def user_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """Verifies with a module of the working directory, and gives up after a second."""
+    folder, before = tmp_path_factory.mktemp("user"), Path.cwd()
+    (folder / "my_verifiers.py").write_text(USER_VERIFIERS)
+    os.chdir(folder)
+    environment = make_environment(config_of("my_verifiers:verify", verifier_timeout_s=1.0))
+    yield environment
+    environment.close()
+    os.chdir(before)
+
+
+# Rewards
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (" Paris ", "Paris"),
+        ("I think <answer>3</answer>, no: <answer> 4 </answer>.", "4"),
+        (r"so \boxed{1} and \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        ("12 + 30 = 42\n#### 42", "42"),
+    ],
+)
+def test_the_final_answer_of_a_text(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("verifier", "answer", "response", "reward"),
+    [
+        ("exact", "Paris", "<answer>Paris</answer>", 1.0),
+        ("exact", "Paris", "<answer>paris</answer>", 0.0),
+        ("numeric", "1200", "It is 7, or 1,200.", 1.0),
+        ("numeric", "long story #### 72", "72.0", 1.0),
+        ("numeric", "-0.5", "x = -.5", 1.0),
+        ("numeric", "4", "4 or 5", 0.0),
+        ("numeric", "4", "four", 0.0),
+        ("auto", "4", "that makes 4.0", 1.0),
+        ("auto", "4 km", "4", 0.0),
+    ],
+)
+def test_inline_verifiers(verifier: str, answer: str, response: str, reward: float) -> None:
+    assert score(make_environment(config_of(verifier)), payload(answer=answer), response) == reward
+
+
+def test_a_numeric_reference_that_holds_no_number_is_a_failure_not_a_zero() -> None:
+    with pytest.raises(
+        EnvironmentFailure, match=r"numeric on prompt p1: .*'Paris' holds no number"
+    ):
+        score(make_environment(config_of("numeric")), payload(answer="Paris"), "4")
+
+
+def test_tagged_sum_scores_its_own_prompts_and_must_see_the_end_token() -> None:
+    environment = make_environment(config_of(train="tagged_sum"))
+    assert environment.keep_special_tokens and not make_environment(config_of()).keep_special_tokens
+    assert [
+        score(environment, payload("A1B2C3="), response)
+        for response in ("#06<eos>", "#06", "#07<eos>")
+    ] == [1.0, 0.0, 0.0]
+
+
+def test_reasoning_gym_scores_an_entry_of_its_own() -> None:
+    pytest.importorskip("reasoning_gym")
+    entry = {
+        "question": "3 + 4 - 7 =",
+        "answer": "0",
+        "metadata": {"source_dataset": "chain_sum", "source_index": 25},
+    }
+    prompt = payload("3 + 4 - 7 =", "0", json.dumps(entry))
+    environment = make_environment(config_of(train="reasoning_gym:chain_sum"))
+    assert score(environment, prompt, "<answer>0</answer>") == 1.0
+    assert score(environment, prompt, "<answer>no idea</answer>") < 0.5
+    environment.close()
+
+
+def test_math_verify_knows_equal_expressions() -> None:
+    pytest.importorskip("math_verify")
+    environment = make_environment(config_of("math_verify"))
+    assert score(environment, payload(answer=r"\frac{1}{2}"), r"so it is $\boxed{0.5}$") == 1.0
+    assert score(environment, payload(answer=r"\frac{1}{2}"), r"so it is $\boxed{2}$") == 0.0
+    environment.close()
+
+
+def test_a_users_verifier_gets_the_answer_and_the_metadata(user_environment: Environment) -> None:
+    prompt = payload(metadata=json.dumps({"bonus": 2}))
+    assert score(user_environment, prompt, "4") == 3.0
+    assert score(user_environment, prompt, "5") == 2.0
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("raise", "KeyError: 'no such unit'"),
+        ("nan", "returned nan, which is not a finite number"),
+        ("inf", "returned inf"),
+        ("text", "returned '1.0'"),
+        ("none", "returned None"),
+        ("die", "exit status 3"),
+        ("hang", "took longer than 1 s and was stopped; raise data.verifier_timeout_s"),
+    ],
+)
+def test_a_failing_verifier_is_a_failure_and_the_next_response_is_scored(
+    user_environment: Environment, response: str, expected: str
+) -> None:
+    with pytest.raises(EnvironmentFailure) as failure:
+        score(user_environment, payload(), response)
+    message = str(failure.value)
+    assert (
+        message.startswith("verifier my_verifiers:verify on prompt p1: ")
+        and expected in message
+        and "\n" not in message
+    )
+    assert score(user_environment, payload(), "4") == 1.0
+
+
+def test_a_hung_verifier_is_killed(user_environment: Environment) -> None:
+    pid = int(score(user_environment, payload(), "pid"))
+    with pytest.raises(EnvironmentFailure):
+        score(user_environment, payload(), "hang")  # runs in the same worker, the one last used
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_the_event_loop_goes_on_while_a_verifier_works(user_environment: Environment) -> None:
+    async def count_while_scoring() -> int:
+        scoring = asyncio.create_task(user_environment.score(payload(answer="slow"), "slow"))
+        turns = 0
+        while not scoring.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        assert scoring.result() == 1.0
+        return turns
+
+    assert asyncio.run(count_while_scoring()) > 5
+
+
+def test_many_responses_are_scored_at_once(user_environment: Environment) -> None:
+    async def all_of_them() -> list[float]:
+        return await asyncio.gather(
+            *(user_environment.score(payload(answer=str(i % 2)), "1") for i in range(40))
+        )
+
+    assert asyncio.run(all_of_them()) == [0.0, 1.0] * 20
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ("no_such_module:verify", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("json:verify", "AttributeError"),
+        ("string:digits", "digits is a str, not a function"),
+        ("fuzzy", "it must be auto, exact, numeric"),
+    ],
+)
+def test_a_verifier_that_cannot_be_had_is_refused_at_start(environment: str, expected: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make_environment(config_of(environment))
+    message = str(error.value)
+    assert message.startswith("data.environment=") and expected in message and "\n" not in message
+
+
+def test_auto_wants_one_verifier_for_training_and_evaluation() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"data\.environment=auto would score .* with tagged_sum but data\.eval=rows\.jsonl",
+    ):
+        make_environment(config_of(train="tagged_sum", eval="rows.jsonl"))
+
+
+# Rendering
+
+
+class WordTokenizer:
+    """Stands in for a `transformers` tokenizer: one id per word, a beginning token unless told otherwise."""
+
+    def __init__(self, chat_template: str | None) -> None:
+        self.chat_template, self.words = chat_template, ["<s>"]
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        words = ["<s>"] * add_special_tokens + text.split()
+        self.words += [word for word in words if word not in self.words]
+        return [self.words.index(word) for word in words]
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool, tokenize: bool
+    ) -> str:
+        assert add_generation_prompt and not tokenize
+        return (
+            "<s> "
+            + " ".join(f"{message['role']}: {message['content']}" for message in messages)
+            + " assistant:"
+        )
+
+
+def rendered(config: Config, prompt: PromptPayload, chat_template: str | None) -> str:
+    tokenizer = WordTokenizer(chat_template)
+    return " ".join(tokenizer.words[i] for i in make_environment(config).render(prompt, tokenizer))
+
+
+CHAT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yes?"},
+    {"role": "user", "content": "2+2?"},
+]
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "data", "prompt", "expected"),
+    [
+        (None, {}, payload(), "<s> 2+2?"),
+        (None, {"system_prompt": "Think."}, payload(), "<s> Think. 2+2?"),
+        ("a template", {}, payload(), "<s> user: 2+2? assistant:"),
+        (
+            "a template",
+            {"system_prompt": "Think."},
+            payload(),
+            "<s> system: Think. user: 2+2? assistant:",
+        ),
+        (
+            "a template",
+            {},
+            payload(text="", messages=CHAT),
+            "<s> user: hi assistant: yes? user: 2+2? assistant:",
+        ),
+        ("a template", {"chat_template": "never"}, payload(), "<s> 2+2?"),
+        (None, {}, payload(text="", messages=CHAT), "<s> hi yes? 2+2?"),
+    ],
+)
+def test_prompts_are_rendered_by_the_template_or_as_plain_text(
+    chat_template: str | None, data: dict[str, str], prompt: PromptPayload, expected: str
+) -> None:
+    assert rendered(config_of(**data), prompt, chat_template) == expected

@@ -1,0 +1,571 @@
+"""`actors.worker.Worker` with a fake engine, link and environment; and the ledgers of `actors.generation`."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from array import array
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from actors.environments import EnvironmentFailure
+from actors.generation import EngineDied, Generation, Measurement, Meter
+from actors.worker import PolicyUnavailable, Worker, next_flush_s
+from buffer.wire.messages import (
+    Cancel,
+    Chunk,
+    Failed,
+    Finished,
+    Launch,
+    LaunchedRollout,
+    PolicyLoaded,
+    PolicyPublished,
+    Progress,
+    PromptPayload,
+    Shutdown,
+    SnapshotRef,
+    Stopped,
+    Welcome,
+)
+from buffer.wire.snapshots import SnapshotGoneError
+from buffer.wire.transport import TransportError
+from configs.schema import Config
+
+EOS = 9
+PROMPT = PromptPayload(prompt_id="p1", text="ab", messages=[], answer="", metadata="")
+
+
+class FakeTokenizer:
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(
+            str(token) for token in tokens if not (skip_special_tokens and token == EOS)
+        )
+
+
+class FakeEngine:
+    """Samples what the test says, when it says so."""
+
+    def __init__(self) -> None:
+        self.tokenizer, self.eos_ids, self.version = FakeTokenizer(), frozenset([EOS]), -1
+        self.died = asyncio.Event()
+        self.launched: dict[str, tuple[list[int], int, int]] = {}
+        self.generations: dict[str, Generation] = {}
+        self.swapped: list[tuple[int, bytes]] = []
+        self.aborted: list[str] = []
+
+    def launch(
+        self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
+    ) -> Generation:
+        self.launched[request_id] = (prompt_ids, max_tokens, seed)
+        self.generations[request_id] = Generation(request_id)
+        return self.generations[request_id]
+
+    def sample(self, request_id: int, *tokens: int, end: str | Exception | None = None) -> None:
+        generation = self.generations[str(request_id)]
+        generation.extend(self.version, tokens, [-0.5] * len(tokens))
+        if end is not None:
+            generation.end(end)
+
+    async def abort(self, request_ids: list[str]) -> None:
+        await asyncio.sleep(0.01)  # what a real engine takes to confirm: others may end meanwhile
+        self.aborted += request_ids
+        for request_id in request_ids:
+            self.generations[request_id].end("abort")
+
+    async def swap(self, path: str, version: int) -> float:
+        with open(path, "rb") as file:
+            self.swapped.append((version, file.read()))
+        self.version = version
+        return 0.25
+
+    def measure(self) -> Measurement:
+        return Measurement(1.0, 2.0, 3.0, 0.5)
+
+
+class FakeEnvironment:
+    keep_special_tokens = False
+
+    def __init__(self) -> None:
+        self.prompt_ids = [1, 2]
+        self.scored: list[str] = []
+        self.reward: float | Exception = 1.0
+        self.release = asyncio.Event()
+        self.release.set()
+
+    def render(self, prompt: PromptPayload, tokenizer: Any) -> list[int]:
+        return self.prompt_ids
+
+    async def score(self, prompt: PromptPayload, response_text: str) -> float:
+        self.scored.append(response_text)
+        await self.release.wait()
+        if isinstance(self.reward, Exception):
+            raise self.reward
+        return self.reward
+
+    def close(self) -> None: ...
+
+
+class FakeLink:
+    """What the test says comes in; what the worker sends is kept."""
+
+    def __init__(self) -> None:
+        self.incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.sent: list[Any] = []
+
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    def receive(self, timeout_s: float) -> Any:
+        try:
+            message = self.incoming.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+
+@dataclass
+class Scene:
+    config: Config
+    engine: FakeEngine
+    link: FakeLink
+    environment: FakeEnvironment
+    fetched: list[int] = field(default_factory=list)
+    fetch_error: Exception | None = None
+
+    def fetch(self, policy: SnapshotRef) -> bytes:
+        self.fetched.append(policy.version)
+        if self.fetch_error is not None:
+            raise self.fetch_error
+        return b"weights of %d" % policy.version
+
+    def launch(self, *rollout_ids: int, prefix: tuple[int, ...] = ()) -> None:
+        rollouts = [
+            LaunchedRollout(rollout_id=i, seed=100 + i, prefix=array("i", prefix).tobytes())
+            for i in rollout_ids
+        ]
+        self.link.incoming.put(Launch(group_id=1, prompt=PROMPT, rollouts=rollouts))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not condition():
+                await asyncio.sleep(0.001)
+
+    async def running(self, *rollout_ids: int) -> None:
+        await self.until(lambda: all(str(i) in self.engine.generations for i in rollout_ids))
+
+    def answers(self) -> list[Any]:
+        return [
+            message
+            for message in self.link.sent
+            if isinstance(message, (Finished, Failed, Stopped))
+        ]
+
+    async def answered(self, count: int) -> list[Any]:
+        await self.until(lambda: len(self.answers()) >= count)
+        return self.answers()
+
+    def chunks(self, rollout_id: int) -> list[Chunk]:
+        sent = [
+            chunk
+            for message in self.link.sent
+            if isinstance(message, Progress)
+            for chunk in message.chunks
+        ]
+        return [chunk for chunk in sent if chunk.rollout_id == rollout_id]
+
+    def sampled(self, rollout_id: int) -> list[tuple[int, list[int]]]:
+        """(version, tokens) of its sampled chunks."""
+        return [
+            (chunk.version, array("i", chunk.tokens).tolist())
+            for chunk in self.chunks(rollout_id)
+            if chunk.sampled
+        ]
+
+
+def play(
+    script: Callable[[Scene], Awaitable[None]],
+    error: str = "",
+    policy: SnapshotRef | None = None,
+    flush_s: float = 0.001,
+) -> Scene:
+    """Runs a worker beside `script`, then ends the run. Raises what the worker raised."""
+
+    async def run() -> Scene:
+        config = Config()
+        config.actors.flush_s, config.actors.stream_interval = flush_s, 2
+        config.model.max_context, config.sampling.max_tokens = 40, 20
+        scene = Scene(config, FakeEngine(), FakeLink(), FakeEnvironment())
+        worker = asyncio.create_task(
+            Worker(config, scene.engine, scene.link, scene.environment, scene.fetch).run(
+                Welcome(policy=policy)
+            )
+        )
+        scripted = asyncio.ensure_future(script(scene))
+        await asyncio.wait({worker, scripted}, return_when=asyncio.FIRST_COMPLETED)
+        if scripted.done():
+            scripted.result()
+            scene.link.incoming.put(Shutdown(error=error))
+        else:
+            scripted.cancel()
+            scene.link.incoming.put(Shutdown(error=""))  # lets the reading thread end
+        assert (await worker).error == error
+        return scene
+
+    return asyncio.run(run())
+
+
+def snapshot(version: int) -> SnapshotRef:
+    return SnapshotRef(version=version, digest="", num_bytes=0, address="tcp://x", path="")
+
+
+# A rollout's life ----------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_is_launched_streamed_scored_and_finished() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(7)
+        await scene.running(7)
+        scene.engine.sample(7, 3, 4, 5, EOS, end="stop")
+        await scene.answered(1)
+
+    scene = play(script)
+    assert scene.engine.launched["7"] == ([1, 2], 20, 107)
+    given = scene.chunks(7)[0]
+    assert (given.sampled, array("i", given.tokens).tolist(), given.logprobs) == (
+        False,
+        [1, 2],
+        b"",
+    )
+    assert scene.sampled(7) == [(-1, [3, 4, 5, EOS])]
+    assert array("f", scene.chunks(7)[1].logprobs).tolist() == [-0.5] * 4
+    assert scene.answers() == [Finished(rollout_id=7, truncated=False, reward=1.0, text="3 4 5")]
+    assert scene.link.sent.index(scene.answers()[0]) > max(
+        i for i, m in enumerate(scene.link.sent) if isinstance(m, Progress)
+    )
+
+
+def test_special_tokens_are_kept_where_the_environment_needs_them() -> None:
+    async def script(scene: Scene) -> None:
+        scene.environment.keep_special_tokens = True
+        scene.launch(1)
+        await scene.running(1)
+        scene.engine.sample(1, 3, EOS, end="stop")
+        await scene.answered(1)
+
+    assert play(script).environment.scored == [f"3 {EOS}"]
+
+
+def test_a_rollout_that_reaches_the_length_limit_is_truncated() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        scene.engine.sample(1, 3, end="length")
+        await scene.answered(1)
+
+    (answer,) = play(script).answers()
+    assert answer.truncated
+
+
+def test_progress_waits_for_stream_interval_tokens_and_leaves_out_what_was_sent() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        scene.engine.sample(1, 3)
+        await asyncio.sleep(0.02)
+        assert scene.sampled(1) == []
+        scene.engine.sample(1, 4)
+        await scene.until(lambda: scene.sampled(1) == [(-1, [3, 4])])
+        scene.engine.sample(1, 5, end="stop")
+        await scene.answered(1)
+
+    assert play(script).sampled(1) == [(-1, [3, 4]), (-1, [5])]
+
+
+def test_reports_leave_as_often_as_flush_s_says() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        for _ in range(20):
+            scene.engine.sample(1, 3, 4)
+            await asyncio.sleep(0.01)
+
+    assert 2 <= len(play(script, flush_s=0.05).sampled(1)) <= 7
+    assert len(play(script).sampled(1)) >= 15
+
+
+def test_tokens_carry_the_version_that_sampled_them() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        scene.engine.version = 4
+        scene.engine.sample(1, 3)
+        scene.engine.version = 5
+        scene.engine.sample(1, 6, EOS, end="stop")
+        await scene.answered(1)
+
+    assert play(script).sampled(1) == [(4, [3]), (5, [6, EOS])]
+
+
+def test_a_failed_verifier_fails_the_rollout_and_is_no_reward() -> None:
+    async def script(scene: Scene) -> None:
+        scene.environment.reward = EnvironmentFailure("verifier x raised on prompt p1")
+        scene.launch(1)
+        await scene.running(1)
+        scene.engine.sample(1, 3, EOS, end="stop")
+        await scene.answered(1)
+
+    assert play(script).answers() == [
+        Failed(rollout_id=1, error="verifier x raised on prompt p1", fatal=False)
+    ]
+
+
+def test_a_refused_request_fails_its_rollout_alone() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1, 2)
+        await scene.running(1, 2)
+        scene.engine.sample(1, end=ValueError("no such token"))
+        await scene.answered(1)
+        scene.engine.sample(2, EOS, end="stop")
+        await scene.answered(2)
+
+    failed, finished = play(script).answers()
+    assert (failed.rollout_id, failed.fatal) == (1, False)
+    assert (type(finished), finished.rollout_id) == (Finished, 2)
+
+
+def test_a_prompt_too_long_for_the_context_stops_the_run() -> None:
+    async def script(scene: Scene) -> None:
+        scene.environment.prompt_ids = [1] * 25
+        scene.launch(1)
+        await scene.answered(1)
+
+    scene = play(script)
+    (failed,) = scene.answers()
+    assert failed.fatal
+    assert all(part in failed.error for part in ("p1", "25", "model.max_context=40"))
+    assert scene.engine.launched == {}
+
+
+def test_a_long_prompt_shortens_the_response() -> None:
+    async def script(scene: Scene) -> None:
+        scene.environment.prompt_ids = [1] * 24
+        scene.launch(1)
+        await scene.running(1)
+
+    assert play(script).engine.launched["1"][1] == 16
+
+
+# Continuing what another engine began --------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_continued_and_scored_but_not_sent_again() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1, prefix=(3, 4))
+        await scene.running(1)
+        scene.engine.sample(1, 5, EOS, end="stop")
+        await scene.answered(1)
+
+    scene = play(script)
+    assert scene.engine.launched["1"] == ([1, 2, 3, 4], 18, 101)
+    assert scene.sampled(1) == [(-1, [5, EOS])]
+    assert scene.environment.scored == ["3 4 5"]
+
+
+@pytest.mark.parametrize(("prefix", "truncated"), [((3, EOS), False), ((3,) * 20, True)])
+def test_a_prefix_that_had_ended_is_only_scored(prefix: tuple[int, ...], truncated: bool) -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1, prefix=prefix)
+        await scene.answered(1)
+
+    scene = play(script)
+    assert scene.engine.launched == {}
+    (answer,) = scene.answers()
+    assert (type(answer), answer.truncated) == (Finished, truncated)
+
+
+# Cancels: exactly one answer, always ---------------------------------------------------------------------------------
+
+
+def test_a_cancelled_rollout_is_stopped_after_its_last_tokens() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        scene.engine.sample(1, 3)
+        scene.link.incoming.put(Cancel(rollout_ids=[1]))
+        await scene.answered(1)
+
+    scene = play(script)
+    (answer,) = scene.answers()
+    assert isinstance(answer, Stopped)
+    assert scene.sampled(1) == [(-1, [3])]
+
+
+def test_a_cancel_while_it_is_scored_is_answered_by_finished() -> None:
+    async def script(scene: Scene) -> None:
+        scene.environment.release.clear()
+        scene.launch(1)
+        await scene.running(1)
+        scene.engine.sample(1, EOS, end="stop")
+        await scene.until(lambda: bool(scene.environment.scored))
+        scene.link.incoming.put(Cancel(rollout_ids=[1]))
+        await asyncio.sleep(0.02)
+        scene.environment.release.set()
+        await scene.answered(1)
+
+    assert [type(answer) for answer in play(script).answers()] == [Finished]
+
+
+def test_a_rollout_that_ends_while_it_is_aborted_is_answered_once() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        scene.link.incoming.put(Cancel(rollout_ids=[1]))
+        await asyncio.sleep(0.005)
+        scene.engine.sample(1, EOS, end="stop")
+        await scene.answered(1)
+        await asyncio.sleep(0.02)
+
+    assert len(play(script).answers()) == 1
+
+
+def test_a_cancel_of_what_was_answered_is_not_answered_again() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        scene.engine.sample(1, EOS, end="stop")
+        await scene.answered(1)
+        scene.link.incoming.put(Cancel(rollout_ids=[1]))
+        await asyncio.sleep(0.02)
+
+    assert len(play(script).answers()) == 1
+
+
+# Policies ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_of_the_welcome_is_loaded_and_reported() -> None:
+    async def script(scene: Scene) -> None:
+        await scene.until(
+            lambda: any(isinstance(message, PolicyLoaded) for message in scene.link.sent)
+        )
+
+    scene = play(script, policy=snapshot(3))
+    (loaded,) = [message for message in scene.link.sent if isinstance(message, PolicyLoaded)]
+    assert (loaded.version, loaded.pause_s) == (3, 0.25)
+    assert scene.engine.swapped == [(3, b"weights of 3")]
+
+
+def test_a_policy_that_is_gone_is_left_for_the_next_one() -> None:
+    async def script(scene: Scene) -> None:
+        scene.fetch_error = SnapshotGoneError(1, 2, "tcp://x")
+        scene.link.incoming.put(PolicyPublished(policy=snapshot(1)))
+        await scene.until(lambda: scene.fetched == [1])
+        scene.fetch_error = None
+        scene.link.incoming.put(PolicyPublished(policy=snapshot(2)))
+        await scene.until(lambda: bool(scene.engine.swapped))
+
+    assert play(script).engine.swapped == [(2, b"weights of 2")]
+
+
+def test_a_first_policy_that_cannot_be_had_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.worker.FETCH_RETRY_S", 0.001)
+
+    async def script(scene: Scene) -> None:
+        scene.fetch_error = TransportError("no answer from tcp://x")
+        await asyncio.sleep(10)
+
+    with pytest.raises(PolicyUnavailable, match="no answer from tcp://x"):
+        play(script, policy=snapshot(0))
+
+
+def test_a_later_policy_that_cannot_be_had_leaves_the_engine_at_work() -> None:
+    async def script(scene: Scene) -> None:
+        scene.engine.version, scene.fetch_error = 4, TransportError("no answer")
+        scene.link.incoming.put(PolicyPublished(policy=snapshot(5)))
+        await scene.until(lambda: scene.fetched == [5])
+        scene.launch(1)
+        await scene.running(1)
+
+    assert play(script).engine.swapped == []
+
+
+# Ends ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_reason_of_a_shutdown_is_returned() -> None:
+    async def script(scene: Scene) -> None: ...
+
+    play(script, error="the learner failed")  # asserts on what run() returned
+
+
+def test_a_dead_engine_ends_the_worker() -> None:
+    async def script(scene: Scene) -> None:
+        scene.engine.died.set()
+        await asyncio.sleep(10)
+
+    with pytest.raises(EngineDied):
+        play(script)
+
+
+def test_a_lost_buffer_ends_the_worker_and_empties_the_engine() -> None:
+    scenes = []
+
+    async def script(scene: Scene) -> None:
+        scenes.append(scene)
+        scene.launch(1)
+        await scene.running(1)
+        scene.link.incoming.put(TransportError("the buffer is gone"))
+        await asyncio.sleep(10)
+
+    with pytest.raises(TransportError, match="the buffer is gone"):
+        play(script)
+    assert scenes[0].engine.aborted == ["1"]
+
+
+# Ledgers -------------------------------------------------------------------------------------------------------------
+
+
+def test_flushes_slow_down_when_late_or_large_and_recover() -> None:
+    assert next_flush_s(0.05, 0.05, late_s=0.0, num_bytes=100) == 0.05
+    assert next_flush_s(0.05, 0.05, late_s=0.04, num_bytes=100) == pytest.approx(0.075)
+    assert next_flush_s(0.05, 0.05, late_s=0.0, num_bytes=1 << 20) == pytest.approx(0.075)
+    assert next_flush_s(0.5, 0.05, late_s=9.0, num_bytes=100) == 0.5
+    assert next_flush_s(0.075, 0.05, late_s=0.0, num_bytes=100) == pytest.approx(0.06)
+
+
+def test_the_meter_reports_latency_where_requests_go_on() -> None:
+    meter = Meter(slots=4, time_s=0.0)
+    meter.occupy(2, 0.0)
+    for time_s in (1.0, 1.010, 1.020):
+        meter.step(time_s, num_tokens=2, num_ended=0)
+    meter.step(1.050, num_tokens=2, num_ended=2)
+    meter.occupy(0, 1.050)
+    measured = meter.report(2.0)
+    assert measured.ms_per_token == pytest.approx(50 / 3)
+    assert measured.batch == pytest.approx(2)
+    assert measured.tokens_per_s == pytest.approx(4)
+    assert measured.busy_frac == pytest.approx(2 * 1.05 / (2 * 4))
+
+
+def test_the_meter_leaves_out_swaps_and_idle_time() -> None:
+    meter = Meter(slots=4, time_s=0.0)
+    meter.step(0.0, num_tokens=1, num_ended=0)
+    meter.step(0.01, num_tokens=1, num_ended=0)
+    meter.interrupt()
+    meter.step(5.0, num_tokens=1, num_ended=1)
+    meter.step(9.0, num_tokens=1, num_ended=0)  # idle before: nobody waited for this token
+    assert meter.report(10.0).ms_per_token == pytest.approx(10)
+    assert meter.report(11.0) == Measurement(0.0, 0.0, 0.0, 0.0)
+
+
+def test_the_meter_weights_the_batch_by_time() -> None:
+    meter = Meter(slots=8, time_s=0.0)
+    meter.step(0.0, num_tokens=4, num_ended=0)
+    meter.step(0.3, num_tokens=4, num_ended=3)
+    meter.step(0.4, num_tokens=1, num_ended=0)
+    assert meter.report(1.0).batch == pytest.approx((4 * 0.3 + 1 * 0.1) / 0.4)

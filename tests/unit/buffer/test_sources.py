@@ -1,0 +1,266 @@
+"""Prompt streams: seeded, resumable, disjoint from what is held out; and errors that say where and how to mend."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import buffer.data.sources
+from buffer.data.sources import TaggedSumSource, make_sources
+from buffer.wire.messages import PromptPayload
+from configs.schema import Config
+
+
+def config_of(train: str = "tagged_sum", **data: Any) -> Config:
+    config = Config()
+    config.data.train, config.data.size, config.eval.prompts = train, 300, 20
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    return config
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows(num_rows: int) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"what is {i} + 1?", "answer": i + 1, "level": i % 3} for i in range(num_rows)
+    ]
+
+
+def ids(payloads: list[PromptPayload]) -> list[str]:
+    return [payload.prompt_id for payload in payloads]
+
+
+def test_an_epoch_draws_every_prompt_once_and_the_next_one_in_another_order() -> None:
+    stream = make_sources(config_of()).train
+    first, second = ids(stream.draw(300)), ids(stream.draw(300))
+    assert len(set(first)) == 300
+    assert sorted(first) == sorted(second) and first != second
+
+
+def test_a_seed_draws_the_same_stream_and_another_seed_another_one() -> None:
+    config = config_of()
+    first, again = make_sources(config).train.draw(50), make_sources(config).train.draw(50)
+    config.run.seed = 1
+    assert first == again != make_sources(config).train.draw(50)
+
+
+@pytest.mark.parametrize("position", [0, 7, 299, 300, 650])
+def test_a_stream_sought_to_a_position_goes_on_from_there(position: int) -> None:
+    whole = make_sources(config_of()).train
+    whole.draw(position)
+    resumed = make_sources(config_of()).train
+    resumed.seek(whole.position)
+    assert resumed.draw(10) == whole.draw(10)
+    assert resumed.position == position + 10
+
+
+def test_no_tagged_sum_is_both_trained_on_and_held_out_whatever_the_seed() -> None:
+    held_out = set(ids(TaggedSumSource(10, seed=0).hold_out(400)))
+    assert len(held_out) == 400 and any(
+        len(problem) == 7 for problem in held_out
+    )  # of the few that recur in every stream
+    for seed in range(4):
+        source = TaggedSumSource(5000, seed)
+        trained_on = {source[i].text for i in range(source.size)}
+        assert len(trained_on) == 5000 and not trained_on & held_out
+
+
+def test_runs_of_different_seeds_are_judged_by_the_same_prompts() -> None:
+    config = config_of()
+    first = make_sources(config).eval_prompts
+    config.run.seed = 5
+    assert len(first) == 20 and first == make_sources(config).eval_prompts
+
+
+def test_a_file_holds_out_by_prompt_so_that_duplicates_stay_on_one_side(tmp_path: Path) -> None:
+    sources = make_sources(config_of(write_jsonl(tmp_path / "a.jsonl", rows(100) + rows(100))))
+    held_out = {payload.text for payload in sources.eval_prompts}
+    trained_on = [payload.text for payload in sources.train.draw(160)]
+    assert len(held_out) == 20 and len(trained_on) == 160 and len(set(trained_on)) == 80
+    assert not held_out & set(trained_on)
+
+
+def test_what_is_held_out_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
+    forward = make_sources(config_of(write_jsonl(tmp_path / "a.jsonl", rows(100)))).eval_prompts
+    backward = make_sources(
+        config_of(write_jsonl(tmp_path / "b.jsonl", rows(100)[::-1]))
+    ).eval_prompts
+    assert forward == backward
+
+
+def test_without_evaluation_nothing_is_held_out(tmp_path: Path) -> None:
+    config = config_of(write_jsonl(tmp_path / "a.jsonl", rows(3)))
+    config.eval.every = 0
+    sources = make_sources(config)
+    assert sources.eval_prompts == [] and len(set(ids(sources.train.draw(3)))) == 3
+
+
+def test_a_named_evaluation_file_leaves_the_training_file_whole(tmp_path: Path) -> None:
+    train, held_out = (
+        write_jsonl(tmp_path / "a.jsonl", rows(30)),
+        write_jsonl(tmp_path / "b.jsonl", rows(5)),
+    )
+    sources = make_sources(config_of(train, eval=held_out))
+    assert sources.train.source.size == 30 and len(sources.eval_prompts) == 5
+
+
+def test_rows_become_payloads_with_their_other_columns_as_metadata(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"q": "one?", "a": 1, "level": 2}, {"q": messages, "a": "yes"}]
+    )
+    config = config_of(path, prompt_field="q", answer_field="a")
+    config.eval.every = 0
+    text, chat = sorted(
+        make_sources(config).train.draw(2), key=lambda payload: payload.text, reverse=True
+    )
+    assert (text.text, text.messages, text.answer, json.loads(text.metadata)) == (
+        "one?",
+        [],
+        "1",
+        {"level": 2},
+    )
+    assert (chat.text, chat.messages, chat.answer, chat.metadata) == ("", messages, "yes", "")
+
+
+def test_parquet_rows_read_as_jsonl_rows_do(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows(100)), tmp_path / "a.parquet")
+    from_parquet = make_sources(config_of(str(tmp_path / "a.parquet")))
+    from_jsonl = make_sources(config_of(write_jsonl(tmp_path / "a.jsonl", rows(100))))
+    assert from_parquet.train.draw(200) == from_jsonl.train.draw(200)
+    assert from_parquet.eval_prompts == from_jsonl.eval_prompts
+
+
+def test_a_local_dataset_is_read_through_datasets(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", rows(100))
+    assert make_sources(config_of(f"hf:{tmp_path / 'set'}:train")).train.source.size == 80
+
+
+def test_reasoning_gym_entries_carry_what_their_verifier_needs() -> None:
+    pytest.importorskip("reasoning_gym")
+    sources = make_sources(config_of("reasoning_gym:chain_sum"))
+    payload = sources.train.draw(1)[0]
+    entry = json.loads(payload.metadata)
+    assert (payload.text, payload.answer) == (entry["question"], entry["answer"])
+    assert entry["metadata"]["source_dataset"] == "chain_sum"
+
+
+def test_a_generated_prompt_that_is_held_out_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr(
+        buffer.data.sources, "HELD_OUT_SEED", 0
+    )  # the run's own seed, so that both draw the same prompts first
+    sources = make_sources(config_of("reasoning_gym:chain_sum"))
+    held_out = {payload.text for payload in sources.eval_prompts}
+    trained_on = {payload.text for payload in sources.train.draw(300)}
+    assert len(held_out) == 20 and len(trained_on) > 250
+    assert not held_out & trained_on
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            ['{"prompt": "a", "answer": "b"}', '{"question": "a", "answer": "b"}'],
+            ["row 2", "'prompt'", "'question'", "data.prompt_field"],
+        ),
+        (['{"prompt": "a"}'], ["row 1", "'answer'", "data.answer_field"]),
+        (['{"prompt": "a", "answer": "b"}', "", '{"prompt": '], ["row 3", "not valid JSON"]),
+        (['["a", "b"]'], ["row 1", "list", "JSON object"]),
+        (['{"prompt": " ", "answer": "b"}'], ["row 1", "'prompt'", "empty"]),
+        (['{"prompt": 3, "answer": "b"}'], ["row 1", "'prompt'", "chat messages"]),
+        (['{"prompt": [{"role": "user"}], "answer": "b"}'], ["row 1", "'prompt'", "'content'"]),
+        (['{"prompt": "a", "answer": ["b"]}'], ["row 1", "'answer'", "list"]),
+        ([], ["no rows"]),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line_that_says_where(
+    tmp_path: Path, lines: list[str], expected: list[str]
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError) as error:
+        make_sources(config_of(str(path)))
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in [str(path), *expected]), message
+
+
+def test_a_bad_row_of_a_parquet_file_is_named(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(
+        pyarrow.table({"prompt": ["a", None], "answer": ["b", "b"]}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: no field 'prompt'"):
+        make_sources(config_of(str(tmp_path / "a.parquet")))
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "a.parquet").write_text("not parquet")
+    with pytest.raises(ValueError, match="not a readable parquet file"):
+        make_sources(config_of(str(tmp_path / "a.parquet")))
+
+
+@pytest.mark.parametrize("form", ["nowhere.jsonl", "nowhere.parquet"])
+def test_a_missing_file_is_named(form: str) -> None:
+    with pytest.raises(ValueError, match=rf"data\.train={form}: there is no such file"):
+        make_sources(config_of(form))
+
+
+def test_an_unknown_form_names_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"data\.eval='gsm8k' is no known source; it must be tagged_sum, reasoning_gym",
+    ):
+        make_sources(config_of(eval="gsm8k"))
+
+
+def test_an_unknown_reasoning_gym_task_names_near_ones() -> None:
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ValueError, match=r"no task 'chainsum'; near ones: chain_sum"):
+        make_sources(config_of("reasoning_gym:chainsum"))
+
+
+def test_a_dataset_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(ValueError) as error:
+        make_sources(config_of(f"hf:{tmp_path / 'absent'}"))
+    assert (
+        "\n" not in str(error.value)
+        and "data.train=hf:" in str(error.value)
+        and "hub is reachable" in str(error.value)
+    )
+
+
+def test_too_few_rows_to_hold_out_is_refused_with_the_remedies(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"30 distinct prompts, too few to hold out eval\.prompts=20 .* eval\.every=0",
+    ):
+        make_sources(config_of(write_jsonl(tmp_path / "a.jsonl", rows(30))))
+
+
+def test_more_tagged_sums_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.size=597861 must be at most"):
+        make_sources(config_of(size=597_861))
+
+
+def test_importing_prompts_loads_no_model_library_and_no_data_library() -> None:
+    heavy = ["torch", "transformers", "vllm", "datasets", "pyarrow", "reasoning_gym"]
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys, buffer.data.sources; print([name for name in {heavy} if name in sys.modules])"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,96 @@
+"""The embedded task: what counts as right, and what its traces look like."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from buffer.data.tagged_sum import (
+    CLEAN,
+    FULL,
+    MAX_TRACE_TOKENS,
+    SINGLE_PASS,
+    TOKEN,
+    draw_problem,
+    draw_trace,
+    score,
+    solve,
+)
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("A6=06,B6=12,C2=14,D8=22.#22<eos>", 1.0),
+        ("#22<eos>", 1.0),
+        ("#21#22<eos>", 1.0),  # what follows the last # counts
+        ("#22#21<eos>", 0.0),
+        ("#21<eos>", 0.0),
+        ("#22", 0.0),  # did not end
+        ("#22<eos><eos>", 0.0),
+        ("#22.<eos>", 0.0),
+        ("#022<eos>", 0.0),
+        ("22<eos>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_score_wants_the_sum_after_the_last_hash_and_an_end(response: str, reward: float) -> None:
+    assert score("A6B6C2D8=", response) == reward
+
+
+def test_a_sum_below_ten_has_two_digits() -> None:
+    assert solve("A1B1C1=") == "03"
+    assert score("A1B1C1=", "#03<eos>") == 1.0
+    assert score("A1B1C1=", "#3<eos>") == 0.0
+
+
+def test_what_is_no_problem_is_refused() -> None:
+    with pytest.raises(ValueError, match="A6B6C2D8="):
+        solve("2+2=")
+
+
+def test_problems_are_tagged_in_order_with_three_to_six_digits() -> None:
+    random = Random(0)
+    problems = [draw_problem(random) for _ in range(400)]
+    assert {problem[0:-1:2] for problem in problems} == {"ABC", "ABCD", "ABCDE", "ABCDEF"}
+    assert {char for problem in problems for char in problem[1::2]} == set("123456789")
+    assert {len(draw_problem(random, max_digits=3)) for _ in range(20)} == {7}
+
+
+def test_a_single_clean_pass_is_the_running_total() -> None:
+    assert draw_trace(Random(0), "A6B6C2D8=", SINGLE_PASS) == "A6=06,B6=12,C2=14,D8=22.#22<eos>"
+    assert len(TOKEN.findall("A6=06,B6=12,C2=14,D8=22.#22<eos>")) == 28
+
+
+def test_clean_traces_are_all_right_and_some_take_several_passes() -> None:
+    random = Random(1)
+    traces = [draw_trace(random, "A6B6C2D8=", CLEAN) for _ in range(300)]
+    assert all(score("A6B6C2D8=", trace) == 1.0 for trace in traces)
+    assert any("again" in trace for trace in traces) and any("hmm" in trace for trace in traces)
+    assert not any("no." in trace for trace in traces)
+
+
+def test_full_traces_hold_both_patterns_within_the_length_limit() -> None:
+    random = Random(2)
+    long_and_right = long_and_wrong = short_and_wrong = 0
+    for _ in range(2000):
+        trace = draw_trace(random, "A6B6C2D8=", FULL)
+        length, right = len(TOKEN.findall(trace)), score("A6B6C2D8=", trace) == 1.0
+        assert length <= MAX_TRACE_TOKENS
+        long_and_right += length > 28 and right and "no." in trace
+        long_and_wrong += length > 56 and not right
+        short_and_wrong += length == 28 and not right
+    assert min(long_and_right, long_and_wrong, short_and_wrong) > 20
+
+
+def test_mistakes_persist_but_never_touch_the_first_item() -> None:
+    random = Random(3)
+    for _ in range(300):
+        assert draw_trace(random, "A6B6C2D8=", FULL).startswith("A6=06,")
+
+
+def test_the_same_random_draws_the_same_traces() -> None:
+    assert [draw_trace(Random(4), "A1B2C3=") for _ in range(3)] == [
+        draw_trace(Random(4), "A1B2C3=") for _ in range(3)
+    ]

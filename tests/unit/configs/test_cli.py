@@ -1,0 +1,418 @@
+"""`configs`: what a command line gives, what it refuses and in which words, and that no key is dead."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from configs.cli import help_text, keys, load, main, to_yaml
+from configs.schema import Config, key
+
+ROOT = Path(__file__).parents[3]
+PRODUCT = ("actors", "buffer", "configs", "darts", "learner", "tools")
+PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def refusal(*argv: str, schema: type | None = None) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(argv, schema)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# What a command line gives -----------------------------------------------------------------------------------------
+
+
+def test_no_arguments_give_the_defaults() -> None:
+    assert load([]) == Config()
+
+
+def test_overrides_take_the_type_of_their_key() -> None:
+    config = load(
+        ["optimizer.lr=1e-4", "run.steps=7", "run.resume=true", "optimizer.betas=[0.8,0.9]"]
+    )
+    assert (config.optimizer.lr, config.run.steps, config.run.resume, config.optimizer.betas) == (
+        1e-4,
+        7,
+        True,
+        [0.8, 0.9],
+    )
+
+
+@pytest.mark.parametrize("text", ["007", "", "yes", "a: b", "tcp://127.0.0.1:*", "[x"])
+def test_a_string_key_takes_its_text_as_typed(text: str) -> None:
+    assert load([f"run.name={text}"]).run.name == text
+
+
+def test_quotes_around_a_string_are_dropped() -> None:
+    assert load(["run.name='a b'"]).run.name == "a b"
+
+
+def test_interpolation_sees_the_final_values() -> None:
+    assert load(["run.name=seed-${run.seed}", "run.seed=3"]).run.name == "seed-3"
+
+
+def test_later_wins_and_overrides_win_over_files(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("run: {steps: 1, seed: 1, name: a}\n")
+    second.write_text("run: {steps: 2, seed: 2}\n")
+    run = load(["run.seed=9", "--config", str(first), "--config", str(second)]).run
+    assert (run.steps, run.seed, run.name) == (2, 9, "a")
+
+
+def test_an_empty_file_and_an_empty_section_change_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "section.yaml").write_text("run:\n#  steps: 3\n")
+    assert (
+        load(["--config", str(tmp_path / "empty.yaml"), "--config", str(tmp_path / "section.yaml")])
+        == Config()
+    )
+
+
+def test_written_configuration_reads_back_the_same(tmp_path: Path) -> None:
+    config = load(
+        ["optimizer.lr=3e-5", "run.name=007", "launch.pools=['actors.name=b actors.slots=8']"]
+    )
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_is_valid_by_name_and_by_path(preset: Path) -> None:
+    assert load(["--config", preset.stem]) == load(["--config", str(preset)])
+
+
+# What it refuses ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("optimizer.lrr=1", "optimizer.lr"),
+        ("actor.slots=8", "actors.slots"),
+        ("max_lag=2", "staleness.max_lag"),
+        ("sampling.max_token=9", "sampling.max_tokens"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(override: str, nearest: str) -> None:
+    assert f"did you mean {nearest}?" in refusal(override)
+
+
+def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("run:\n  stepz: 3\n")
+    message = refusal("--config", str(tmp_path / "bad.yaml"))
+    assert "run.stepz" in message and "bad.yaml" in message and "run.steps" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.steps=many", "expected int"),
+        ("run.steps=1.5", "expected int"),
+        ("run.steps=", "expected int"),
+        ("optimizer.lr=fast", "expected float"),
+        ("run.resume=maybe", "expected bool"),
+        ("optimizer.betas=0.9", "expected list[float]"),
+    ],
+)
+def test_a_wrong_type_names_key_value_and_type(override: str, expected: str) -> None:
+    message = refusal(override)
+    assert (
+        override.partition("=")[0] in message
+        and override.partition("=")[2] in message
+        and expected in message
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("optimizer.lr=0", "must be > 0"),
+        ("optimizer.lr=nan", "must be > 0"),
+        ("redundancy.upper=9", "must be >= 1 and <= 8"),
+        ("sampling.top_p=1.1", "must be > 0 and <= 1"),
+        ("optimizer.betas=[0.9,1.0]", "must be >= 0 and < 1"),
+        ("darts.policy=dart", "must be one of darts, plain, first_finished, random"),
+    ],
+)
+def test_a_value_out_of_range_names_what_is_allowed(override: str, allowed: str) -> None:
+    message = refusal(override)
+    assert override.partition("=")[0] in message and allowed in message
+
+
+def test_a_broken_rule_states_its_consequence() -> None:
+    @dataclass
+    class Schema:
+        depth: int = key(1, "How deep.", ge=1, consequence="nothing is dug")
+
+    assert (
+        refusal("depth=0", schema=Schema)
+        == "depth=0 (command line): must be >= 1; otherwise nothing is dug"
+    )
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["run.steps"],
+        ["run=3"],
+        ["--steps", "3"],
+        ["--run.steps=3"],
+        ["--config"],
+        ["--config", "no-such-preset"],
+        ["batch.groups=[1"],
+        ["run.name=${run.nam}"],
+    ],
+)
+def test_what_is_no_override_is_refused(argv: list[str]) -> None:
+    assert refusal(*argv)
+
+
+@pytest.mark.parametrize(
+    "content", ["run: [1\n", "- a\n- b\n", "run: 3\n", "run: {steps: 1, steps: 2}\n"]
+)
+def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "bad.yaml").write_text(content)
+    assert "bad.yaml" in refusal("--config", str(tmp_path / "bad.yaml"))
+
+
+# Keys that do not fit together -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["darts.long=8"], ["darts.long=8", "darts.group_size=8"]),
+        (["redundancy.upper=1.05"], ["redundancy.upper=1.05", ">= 1.0625"]),
+        (["sampling.max_tokens=1024"], ["sampling.max_tokens=1024", "model.max_context=1024"]),
+        (["optimizer.betas=[0.9]"], ["optimizer.betas", "two"]),
+        (
+            ["batch.groups=1", "darts.group_size=2", "learner.ranks=3", "redundancy.upper=2"],
+            ["learner.ranks=3", "2"],
+        ),
+        (["model.attention=flash_attention_2"], ["model.attention", "model.dtype"]),
+        (
+            ["model.attention=flash_attention_2", "model.dtype=bfloat16", "learner.device=cpu"],
+            ["model.attention", "learner.device"],
+        ),
+        (["buffer.address=localhost:5577"], ["buffer.address=localhost:5577", "tcp://"]),
+        (["buffer.address=tcp://127.0.0.1:65535"], ["buffer.address", "65534"]),
+        (["weights.address=tcp://127.0.0.1"], ["weights.address", "tcp://HOST:*"]),
+        (["buffer.max_bytes=1000000"], ["buffer.max_bytes=1000000", "admission stalls"]),
+    ],
+)
+def test_keys_that_do_not_fit_together_are_refused(overrides: list[str], named: list[str]) -> None:
+    message = refusal(*overrides)
+    assert all(name in message for name in named), message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["darts.long=7"],
+        ["darts.long=8", "darts.long_end=none"],
+        ["redundancy.upper=1"],
+        ["redundancy.upper=1.0625"],
+        ["redundancy.upper=1.05", "redundancy.rule=none"],
+        ["sampling.max_tokens=1023"],
+        ["model.attention=flash_attention_2", "model.dtype=bfloat16"],
+        ["buffer.max_bytes=3145728"],  # 16 groups x 16 rollouts x 1024 tokens x 12 bytes
+        ["weights.address=tcp://0.0.0.0:6000", "buffer.address=tcp://[::1]:6001"],
+        ["pipeline.mode=sync"],
+    ],
+)
+def test_the_edges_of_what_fits_are_accepted(overrides: list[str]) -> None:
+    load(overrides)
+
+
+# Processes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inner:
+    depth: int = key(1, "How deep.", ge=1)
+
+
+@dataclass
+class Other:
+    """A schema that is not a run's."""
+
+    inner: Inner = field(default_factory=Inner)
+    name: str = key("x", "What it is called.")
+
+
+def test_any_dataclass_is_a_schema() -> None:
+    assert load(["inner.depth=3", "name=7"], Other) == Other(inner=Inner(depth=3), name="7")
+
+
+def exit_status(run, *argv: str, **options) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main("A process.", run, Other, list(argv), **options)
+    return caught.value.code or 0
+
+
+def test_main_runs_with_the_configuration_and_exits_with_its_status() -> None:
+    seen = []
+    assert exit_status(lambda config: seen.append(config.inner.depth), "inner.depth=4") == 0
+    assert exit_status(lambda config: 3) == 3
+    assert seen == [4]
+
+
+def test_main_ends_a_users_mistake_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(lambda config: 0, "inner.depht=4") == 2
+    captured = capsys.readouterr()
+    assert (
+        captured.out == ""
+        and captured.err
+        == "error: inner.depht (command line): unknown key; did you mean inner.depth? --help lists every key\n"
+    )
+
+
+class PeerError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device", "runs/x"), PeerError("no answer\nfrom the buffer")],
+)
+def test_main_ends_the_machines_and_the_peers_errors_in_one_line(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: Other) -> None:
+        raise error
+
+    assert exit_status(run, errors=(PeerError,)) == 1
+    written = capsys.readouterr().err
+    assert written.startswith("error: ") and written.count("\n") == 1 and written.endswith("\n")
+
+
+def test_main_shows_a_bug_whole() -> None:
+    def bug(config: Other) -> None:
+        raise KeyError("x")
+
+    def librarys_value_error(config: Other) -> None:
+        ast.literal_eval("f()")
+
+    with pytest.raises(KeyError):
+        main("A process.", bug, Other, [])
+    with pytest.raises(ValueError):
+        main("A process.", librarys_value_error, Other, [])
+
+
+def test_main_leaves_quietly_on_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: Other) -> None:
+        raise KeyboardInterrupt
+
+    assert exit_status(run) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_print_config_shows_what_would_run_and_runs_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(config: Other) -> None:
+        raise AssertionError("ran")
+
+    assert exit_status(run, "--print-config", "inner.depth=5") == 0
+    assert capsys.readouterr().out == "inner:\n  depth: 5\nname: x\n"
+
+
+def test_help_lists_every_key_with_its_type_and_default() -> None:
+    text = help_text("The buffer.", Config)
+    assert [one.path for one in keys(Config) if f"  {one.path}  " not in text] == []
+    assert "optimizer.lr  float = 1e-06  (> 0)" in text and max(map(len, text.splitlines())) <= 140
+
+
+def test_every_key_has_a_meaning_and_a_valid_default() -> None:
+    assert [one.path for one in keys(Config) if not one.doc or one.violated(one.default)] == []
+
+
+# No dead keys ------------------------------------------------------------------------------------------------------
+
+
+def sources() -> Iterator[ast.Module]:
+    for package in PRODUCT:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if path.parts[-2:] not in (("configs", "schema.py"), ("configs", "checks.py")):
+                yield ast.parse(path.read_text(), str(path))
+
+
+def last_name(node: ast.expr | None) -> str:
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+SECTION_OF_CLASS = {type(section).__name__: name for name, section in vars(Config()).items()}
+
+
+def read_keys(tree: ast.Module) -> set[str]:
+    """`section.key` for every attribute read of a section: `config.section.key`, or of a name assigned from or annotated as one."""
+    sections = set(SECTION_OF_CLASS.values())
+    aliases = {
+        section: {section} for section in sections
+    }  # section -> names that stand for it in this module
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            targets = [(target, node.value) for target in node.targets]
+            if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+                targets = list(zip(node.targets[0].elts, node.value.elts, strict=False))
+            for target, value in targets:
+                if last_name(value) in sections:
+                    aliases[last_name(value)].add(last_name(target))
+        elif isinstance(node, (ast.arg, ast.AnnAssign)):
+            name = node.arg if isinstance(node, ast.arg) else last_name(node.target)
+            annotation = last_name(node.annotation) if node.annotation else ""
+            if annotation in SECTION_OF_CLASS:
+                aliases[SECTION_OF_CLASS[annotation]].add(name)
+    reads = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    ]
+    return {
+        f"{section}.{node.attr}"
+        for node in reads
+        for section in sections
+        if last_name(node.value) in aliases[section]
+    }
+
+
+def test_every_key_is_read_by_the_product() -> None:
+    read = set().union(*(read_keys(tree) for tree in sources()))
+    assert [one.path for one in keys(Config) if one.path not in read] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "read"),
+    [
+        ("config.sampling.top_p", {"sampling.top_p"}),
+        ("s = config.sampling\ns.top_p", {"sampling.top_p"}),
+        ("def f(s: SamplingConfig): return s.top_p", {"sampling.top_p"}),
+        ("config.sampling.top_p = 1.0", set()),
+        ("other.top_p", set()),
+    ],
+)
+def test_a_reader_of_a_key_is_recognised(code: str, read: set[str]) -> None:
+    assert read_keys(ast.parse(code)) == read
+
+
+def test_the_command_line_works_as_a_process() -> None:
+    code = (
+        "from configs.cli import main; main('A process.', lambda config: print(config.run.steps))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run.steps=12"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "12\n", "")

@@ -1,0 +1,352 @@
+"""The simulator: determinism, conservation, its engine's physics, its baselines, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from configs import cli
+from darts import events as ev
+from darts.core import Core
+from darts.lengths import POOL_PRIOR
+from darts.simulate.engines import SimEngine, SimRollout, ptl_table
+from darts.simulate.lengths import Responses, Shaping, SimPrompt, make_prompts
+from darts.simulate.schema import LengthKeys, PatternKeys, ShapingKeys, SimulateConfig, check
+from darts.simulate.tally import Files
+from darts.simulate.world import Simulation, simulate
+from tools.monitor.playback import snapshots
+from tools.reporting.run_directory import RunDirectory
+
+ROOT = Path(__file__).parents[3]
+SMALL = ["run.steps=4", "batch.groups=8", "lengths.prompts=32", "engines.slots=32"]
+
+
+def config(*overrides: str) -> SimulateConfig:
+    return cli.load([*SMALL, *overrides], SimulateConfig)
+
+
+# One run -----------------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_run_other_seed_another() -> None:
+    first, second, other = simulate(config()), simulate(config()), simulate(config("run.seed=1"))
+    assert first == second
+    assert first["virtual_s"] != other["virtual_s"]
+
+
+@pytest.mark.parametrize("policy", ["darts", "plain", "first_finished", "random"])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_every_step_trains_whole_groups_within_the_bound(policy: str, mode: str) -> None:
+    made = config(
+        f"darts.policy={policy}",
+        f"pipeline.mode={mode}",
+        "redundancy.rule=fixed",
+        "redundancy.upper=1.5",
+    )
+    summary = simulate(made)
+    assert summary["groups"]["shipped"] == 4 * 8
+    assert summary["lag_max"] <= (0 if mode == "sync" else made.staleness.max_lag)
+    tokens = {
+        name: summary[f"tokens/{name}"]
+        for name in ("generated", "trained", "discarded", "cancelled")
+    }
+    assert tokens["generated"] == tokens["trained"] + tokens["discarded"] + tokens["cancelled"]
+
+
+def test_policies_are_given_the_same_work() -> None:
+    draws: dict[str, dict[tuple[str, int], list[int]]] = {}
+    for policy in ("plain", "darts"):
+        prompts = make_prompts(LengthKeys(prompts=4), PatternKeys(), seed=3)
+        moments = Shaping(ShapingKeys()).moments(prompts[2])
+        responses = Responses(prompts[2], moments, 512, seed=3, visit=1)
+        draws[policy] = {
+            ("", 0): [responses.next().length for _ in range(8 if policy == "plain" else 12)]
+        }
+    assert draws["darts"][("", 0)][:8] == draws["plain"][("", 0)]
+
+
+def test_waiting_for_the_longest_generates_everything_and_selects_offline() -> None:
+    summary = simulate(
+        config("darts.long_end=longest", "redundancy.rule=fixed", "pipeline.mode=sync")
+    )
+    assert summary["tokens/cancelled"] == 0
+    assert (summary["short_wrong_frac"], summary["long_wrong_frac"]) == (0.0, 0.0)
+
+
+def test_exact_cancels_never_take_a_short_seat_from_whom_the_offline_rule_gives_it() -> None:
+    overrides = ("redundancy.rule=fixed", "staleness.max_lag=16", "learner.ms_per_token=0.05")
+    one_engine = simulate(config(*overrides))
+    assert one_engine["tokens/cancelled"] > 0
+    assert one_engine["short_wrong_frac"] == 0.0
+
+
+def test_eager_cancels_pick_by_finish_order_where_rollouts_start_apart() -> None:
+    crowded = (
+        "redundancy.rule=fixed",
+        "redundancy.upper=2.0",
+        "engines.slots=17",
+        "darts.cancel=eager",
+        "staleness.max_lag=16",
+    )
+    assert simulate(config(*crowded))["short_wrong_frac"] > 0.0
+
+
+def test_without_streaming_nobody_in_flight_is_known_to_be_past_selection() -> None:
+    silent = Simulation(
+        config("learner.streaming=false", "redundancy.rule=fixed", "pipeline.mode=sync")
+    )
+    silent.run()
+    assert silent.num_events["RolloutProgressed"] == 0
+    assert silent.tally.tokens["cancelled"] == 0
+
+
+def test_the_ledger_counts_every_prompt(tmp_path: Path) -> None:
+    slow = [
+        "engines.count=2",
+        "engines.speeds=[1.0,0.2]",
+        "sampling.max_tokens=90",
+        "staleness.max_lag=1",
+        "staleness.on_deadline=drop",
+    ]
+    made = config(f"run.out={tmp_path / 'run'}", *slow)
+    summary = simulate(made, Files(tmp_path / "run", cli.to_yaml(made)))
+    ledger = RunDirectory.read(tmp_path / "run").ledger()
+    assert set(ledger) <= {f"p{index:05d}" for index in range(32)}
+    for fate in ("shipped", "filled", "dropped"):
+        assert sum(counts[fate] for counts in ledger.values()) == summary["groups"][fate] > 0
+    assert all(
+        counts["opened"] == counts["shipped"] + counts["dropped"] for counts in ledger.values()
+    )
+
+
+def test_files_are_those_of_a_run(tmp_path: Path) -> None:
+    made = config(f"run.out={tmp_path / 'run'}")
+    files = Files(tmp_path / "run", cli.to_yaml(made))
+    simulate(made, files)
+    run = RunDirectory.read(tmp_path / "run")
+    assert [row["step"] for row in run.metrics] == [0, 1, 2, 3]
+    assert len(run.trained_groups()) == 32
+    assert len(snapshots(run)) == 4
+    with pytest.raises(ValueError, match="holds a run already"):
+        Files(tmp_path / "run", "")
+
+
+def test_recorded_lengths_come_back(tmp_path: Path) -> None:
+    made = config(
+        f"run.out={tmp_path / 'run'}",
+        "run.steps=16",
+        "lengths.prompts=16",
+        "lengths.spread_between=0",
+        "darts.policy=plain",
+    )
+    simulate(made, Files(tmp_path / "run", ""))
+    truth = make_prompts(made.lengths, made.pattern, made.run.seed)
+    fitted = make_prompts(
+        LengthKeys(recorded=str(tmp_path / "run" / "groups.jsonl")), PatternKeys(), 0
+    )
+    true_by_id = {prompt.prompt_id: prompt for prompt in truth}
+    assert len(fitted) == 16
+    error = [abs(prompt.mean_log - true_by_id[prompt.prompt_id].mean_log) for prompt in fitted]
+    assert sum(error) / len(error) < 0.2
+    assert abs(sum(prompt.spread for prompt in fitted) / 16 - 0.8) < 0.1
+
+
+def test_a_world_in_which_nothing_can_happen_any_more_is_an_error() -> None:
+    simulation = Simulation(config())
+    simulation.scheduler.handle(ev.AdmissionPaused(0.0, True))
+    with pytest.raises(RuntimeError, match="stands still"):
+        simulation.run()
+
+
+# Baselines ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["tail_batching", "partial_rollout"])
+def test_round_schedulers_train_whole_batches(policy: str) -> None:
+    simulation = Simulation(config(f"darts.policy={policy}", "pipeline.mode=sync", "run.steps=8"))
+    summary = simulation.run()
+    assert summary["groups"]["shipped"] == 8 * 8
+    assert all(len(row) > 0 and row["tokens/trained"] > 0 for row in simulation.rows)
+
+
+def test_tail_batching_answers_deferred_prompts_in_a_long_round() -> None:
+    modes = []
+    simulation = Simulation(
+        config("darts.policy=tail_batching", "pipeline.mode=sync", "run.steps=8"),
+        observer=lambda _, decisions: modes.extend(
+            d.mode for d in decisions if isinstance(d, ev.OpenGroup)
+        ),
+    )
+    summary = simulation.run()
+    assert modes.count("long_round") >= 8
+    assert summary["groups"]["dropped"] >= modes.count("long_round")
+    assert summary["lag_max"] == 0
+
+
+def test_partial_rollouts_continue_where_they_stood() -> None:
+    launches: list[ev.Launch] = []
+    simulation = Simulation(
+        config("darts.policy=partial_rollout", "pipeline.mode=sync", "run.steps=8"),
+        observer=lambda _, decisions: launches.extend(
+            d for d in decisions if isinstance(d, ev.Launch)
+        ),
+    )
+    summary = simulation.run()
+    assert any(launch.continues is not None for launch in launches)
+    assert summary["lag_max"] >= 1
+    assert summary["tokens/cancelled"] == 0
+
+
+# The engine --------------------------------------------------------------------------------------------------------
+
+
+def engine_with(*lengths: int, kv_tokens: int = 10_000, slots: int = 8) -> SimEngine:
+    engine = SimEngine(
+        "e", "t", slots, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], kv_tokens, chunk_tokens=4
+    )
+    for rollout_id, length in enumerate(lengths):
+        engine.admit(SimRollout(rollout_id, 0, engine, length, 1.0, 0, prompt_tokens=10))
+    return engine
+
+
+def run_dry(engine: SimEngine) -> dict[int, float]:
+    """When each rollout finishes."""
+    finished: dict[int, float] = {}
+    while (due_s := engine.plan()) < math.inf:
+        engine.arrive(due_s)
+        finished |= {rollout.rollout_id: due_s for rollout in engine.finished()}
+        engine.report_due()
+        engine.relieve_cache()
+    return finished
+
+
+def test_time_per_token_follows_the_batch() -> None:
+    # Two decode 5 tokens at 2 s each, then one is left for 5 more at 1 s.
+    assert run_dry(engine_with(5, 10)) == pytest.approx({0: 10.0, 1: 15.0})
+
+
+def test_a_pause_delays_what_is_in_flight_and_loses_nothing() -> None:
+    engine = engine_with(5, 10)
+    engine.pause(7.0)
+    assert run_dry(engine) == pytest.approx({0: 17.0, 1: 22.0})
+
+
+def test_a_full_cache_preempts_the_youngest_who_finishes_later_with_its_tokens_kept() -> None:
+    roomy, tight = run_dry(engine_with(30, 30)), engine_with(30, 30, kv_tokens=50)
+    finished = run_dry(tight)
+    assert tight.num_preemptions > 0
+    assert finished.keys() == roomy.keys()
+    assert finished[0] < roomy[0]
+    assert finished[1] > finished[0]
+    # Token for token it decodes no more than in a roomy cache: 15 shared, 15 alone, 15 alone.
+    assert finished[1] == pytest.approx(15 * 2.0 + 15 + 15)
+
+
+def test_a_rollout_without_room_in_the_cache_waits() -> None:
+    engine = engine_with(20, 20, kv_tokens=21)
+    assert len(engine.decoding) == 1
+    assert run_dry(engine).keys() == {0, 1}
+    assert engine.num_preemptions == 0
+
+
+def test_latencies_are_read_off_the_curve() -> None:
+    table = ptl_table([1, 16], [10.0, 40.0], 2.0, 16)
+    assert table[1] == pytest.approx(5e-3)
+    assert table[16] == pytest.approx(20e-3)
+    assert table[4] == pytest.approx(10e-3)  # a power law between the two
+
+
+# Shaping -----------------------------------------------------------------------------------------------------------
+
+VERBOSE, DEEP = SimPrompt("v", 5.0, 0.8, 0.0, -1.0), SimPrompt("d", 5.0, 0.8, 0.0, 1.0)
+
+
+def test_shaping_is_off_unless_asked_for() -> None:
+    shaping = Shaping(ShapingKeys())
+    shaping.learn([(VERBOSE, [10, 20, 300], [10, 20])])
+    assert shaping.moments(VERBOSE) == (5.0, 0.8)
+
+
+def test_shaping_moves_toward_what_is_trained_on_and_spares_necessary_depth() -> None:
+    shaping = Shaping(ShapingKeys(rate=0.5))
+    shaping.learn([(VERBOSE, [10, 20, 300], [10, 20]), (DEEP, [10, 20, 300], [10, 20])])
+    mean_log, spread = shaping.moments(VERBOSE)
+    assert mean_log < 5.0 and spread < 0.8
+    assert shaping.moments(DEEP) == (5.0, 0.8)
+
+
+def test_shaping_is_still_where_all_is_trained_on() -> None:
+    shaping = Shaping(ShapingKeys(rate=0.5))
+    shaping.learn([(VERBOSE, [10, 20, 300], [10, 20, 300])])
+    assert shaping.moments(VERBOSE) == pytest.approx((5.0, 0.8))
+
+
+def test_shaping_stops_at_its_floor() -> None:
+    shaping = Shaping(ShapingKeys(rate=1.0, floor=0.5))
+    for _ in range(50):
+        shaping.learn([(VERBOSE, [10, 20, 3000], [10, 11])])
+    assert shaping.moments(VERBOSE) == pytest.approx((5.0 + math.log(0.5), 0.4))
+
+
+def test_length_tells_right_from_wrong_by_pattern() -> None:
+    for prompt, shorter_is_right in ((VERBOSE, True), (DEEP, False)):
+        responses = Responses(prompt, (5.0, 0.8), 100_000, seed=0, visit=0)
+        draws = [responses.next() for _ in range(400)]
+        right = [draw.length for draw in draws if draw.reward]
+        wrong = [draw.length for draw in draws if not draw.reward]
+        assert (sum(right) / len(right) < sum(wrong) / len(wrong)) is shorter_is_right
+
+
+# Refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["darts.long=8"], "darts.long=8"),
+        (["engines.batches=[1,8]", "engines.ms_per_token=[5]"], "engines.batches"),
+        (["engines.batches=[8,1]", "engines.ms_per_token=[5,6]"], "engines.batches"),
+        (["engines.batches=[1]", "engines.ms_per_token=[.nan]"], "engines.ms_per_token"),
+        (["engines.batches=[1]", "engines.ms_per_token=[1e9]"], "latency point"),
+        (["engines.batches=[]", "engines.ms_per_token=[]"], "engines.batches"),
+        (["engines.kv_tokens=100"], "engines.kv_tokens=100"),
+        (["engines.speeds=[]"], "engines.speeds"),
+        (["redundancy.rule=fixed", "redundancy.upper=8", "engines.slots=16"], "redundancy.upper=8"),
+        (["darts.policy=tail_batching"], "darts.policy=tail_batching"),
+        (["darts.policy=random", "redundancy.rule=none"], "darts.policy=random"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused(overrides: list[str], field: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check(config(*overrides))
+    assert field in str(caught.value)
+
+
+def test_an_unreadable_ledger_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "groups.jsonl"
+    path.write_text('{"prompt_id": "a"')
+    with pytest.raises(ValueError, match="lengths.recorded"):
+        make_prompts(LengthKeys(recorded=str(path)), PatternKeys(), 0)
+
+
+def test_absurd_latencies_are_ignored_by_the_core() -> None:
+    simulation = Simulation(config())
+    assert isinstance(simulation.scheduler, Core)
+    simulation.run()
+    before = simulation.scheduler.engines.curves["x1"].ptl(16)
+    for value in (math.nan, math.inf, -1.0, 0.0, 1e12):
+        simulation.scheduler.handle(ev.LatencyReported(simulation.now, "sim/0", 16.0, value))
+    assert simulation.scheduler.num_ignored_reports == 5
+    assert simulation.scheduler.engines.curves["x1"].ptl(16) == before
+
+
+@pytest.mark.parametrize(
+    "preset", sorted(path.stem for path in (ROOT / "configs/simulate").glob("*.yaml"))
+)
+def test_presets_load(preset: str) -> None:
+    loaded = cli.load(["--config", str(ROOT / f"configs/simulate/{preset}.yaml")], SimulateConfig)
+    check(loaded)
+    assert dataclasses.is_dataclass(loaded) and POOL_PRIOR.weight > 0

@@ -1,0 +1,332 @@
+"""A training step on one rank: what the gradient must not depend on, and that state survives on disk and on the wire."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
+
+from buffer.wire.transport import TransportError
+from learner import checkpoint, publish
+from learner.batch import make_packs
+from learner.fsdp import load_model, whole
+from learner.metrics import TokenSums
+from learner.train import LearnerState, learning_rate, micro_batch_loss, run_rank, save, train_step
+from tests.learner_cases import make_config, make_shards, make_trajectories, save_model, single_rank
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def weights(state: LearnerState) -> dict[str, torch.Tensor]:
+    return {
+        name: whole(parameter.detach()).clone()
+        for name, parameter in state.model.named_parameters()
+    }
+
+
+def gradients(state: LearnerState, max_tokens: int) -> dict[str, torch.Tensor]:
+    shard = make_shards(make_trajectories(seed=0))[0]
+    state.model.zero_grad()
+    for pack in make_packs(shard, max_tokens, False, 0):
+        micro_batch_loss(state, pack, shard.step_sampled_tokens, TokenSums()).backward()
+    return {
+        name: whole(parameter.grad)
+        for name, parameter in state.model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("max_tokens", [64, 4096])
+def test_the_gradient_does_not_depend_on_the_packing(
+    model_path: Path, tmp_path: Path, max_tokens: int, attention: str
+) -> None:
+    with single_rank(
+        make_config(model_path, tmp_path / "run", model__attention=attention)
+    ) as state:
+        separate = gradients(state, max_tokens=1)
+        packed = gradients(state, max_tokens)
+        assert separate.keys() == packed.keys() == dict(state.model.named_parameters()).keys()
+        for name, gradient in packed.items():
+            torch.testing.assert_close(gradient, separate[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_model_with_a_sliding_window_keeps_it(tmp_path: Path) -> None:
+    sizes = {
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = MistralConfig(**sizes, num_key_value_heads=1, sliding_window=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", attn_implementation="eager"
+        )(input_ids=tokens).logits
+        with single_rank(make_config(tmp_path / "model", tmp_path / "run")) as state:
+            torch.testing.assert_close(
+                state.model(input_ids=tokens, use_cache=False).logits, expected
+            )
+
+
+def test_the_gradient_is_that_of_the_written_out_loss(model_path: Path, tmp_path: Path) -> None:
+    """A plain model, one trajectory at a time, PPO's own min and clamp: as the papers have it."""
+    trajectories = make_trajectories(seed=0)
+    config = make_config(model_path, tmp_path / "run", loss__tis_cap=1e9, sampling__temperature=0.7)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    shard = make_shards(trajectories)[0]
+    for pack in make_packs(shard, 1, False, 0):
+        logits_TV = model(input_ids=pack.input_ids_T[None]).logits[0] / 0.7
+        logprobs_S = torch.log_softmax(logits_TV, -1)[pack.predicts_S, pack.targets_S]
+        ratio_S = (logprobs_S - pack.actor_logprobs_S).exp()
+        clipped_S = ratio_S.clamp(0.8, 1.28)
+        (
+            -torch.min(ratio_S * pack.advantages_S, clipped_S * pack.advantages_S).sum()
+            / shard.step_sampled_tokens
+        ).backward()
+    with single_rank(config) as state:
+        measured = gradients(state, max_tokens=256)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(measured[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(
+    model_path: Path, tmp_path: Path
+) -> None:
+    with single_rank(make_config(model_path, tmp_path / "run")) as state:
+        plain = gradients(state, 128)
+    with single_rank(
+        make_config(model_path, tmp_path / "run", learner__activation_checkpointing=True)
+    ) as state:
+        recomputed = gradients(state, 128)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient)
+
+
+def test_only_tokens_of_the_current_weights_are_compared(model_path: Path, tmp_path: Path) -> None:
+    shard = make_shards(make_trajectories(seed=0, version=3))[0]
+    with single_rank(make_config(model_path, tmp_path / "run")) as state:
+        state.policy_version, state.published = 3, True
+        metrics = train_step(state, shard)
+        assert metrics["train/logprob_diff"] == pytest.approx(metrics["train/logprob_diff_all"])
+        assert "train/logprob_diff" not in train_step(
+            state, shard
+        )  # updated, not yet published: version 3 is no longer what it holds
+
+
+def test_a_step_without_trainable_tokens_has_finite_metrics(
+    model_path: Path, tmp_path: Path
+) -> None:
+    cut = [
+        msgspec.structs.replace(trajectory, truncated=True)
+        for trajectory in make_trajectories(seed=0)
+    ]
+    with single_rank(make_config(model_path, tmp_path / "run")) as state:
+        before = weights(state)
+        metrics = train_step(state, make_shards(cut)[0])
+        assert metrics["train/loss"] == metrics["train/grad_norm"] == 0.0
+        assert all(torch.equal(weights(state)[name], tensor) for name, tensor in before.items())
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
+    model_path: Path, tmp_path: Path
+) -> None:
+    trajectory = make_trajectories(seed=0)[0]
+    broken = msgspec.structs.replace(trajectory, reward=float("inf"))
+    with single_rank(make_config(model_path, tmp_path / "run")) as state:
+        before = weights(state)
+        with pytest.raises(FloatingPointError, match="step 0"):
+            train_step(state, make_shards([broken])[0])
+        assert all(torch.equal(weights(state)[name], tensor) for name, tensor in before.items())
+
+
+def test_warmup_is_linear(tmp_path: Path) -> None:
+    config = make_config(tmp_path, tmp_path / "run", optimizer__lr=1.0, optimizer__warmup_steps=4)
+    assert [learning_rate(config, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
+    model_path: Path, tmp_path: Path
+) -> None:
+    config = make_config(model_path, tmp_path / "run", optimizer__weight_decay=0.1)
+    shards = [make_shards(make_trajectories(seed=step), step)[0] for step in range(5)]
+    with single_rank(config) as state:
+        for shard in shards[:2]:
+            train_step(state, shard)
+        checkpoint.save(
+            tmp_path / "checkpoints",
+            state.model,
+            state.optimizer,
+            {"step": 2, "policy_version": 1},
+            keep=1,
+        )
+        losses = [train_step(state, shard)["train/loss"] for shard in shards[2:]]
+        final = weights(state)
+    with single_rank(config) as state:
+        assert checkpoint.load_latest(tmp_path / "checkpoints", state.model, state.optimizer) == {
+            "step": 2,
+            "policy_version": 1,
+        }
+        state.step = 2
+        assert [train_step(state, shard)["train/loss"] for shard in shards[2:]] == losses
+        assert all(torch.equal(weights(state)[name], tensor) for name, tensor in final.items())
+
+
+def test_the_newest_checkpoints_are_kept_and_latest_names_a_complete_one(
+    model_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ".step_000001.partial").mkdir()  # left by a learner that was killed while saving
+    with single_rank(make_config(model_path, tmp_path / "run")) as state:
+        train_step(state, make_shards(make_trajectories(seed=0))[0])
+        for step in (1, 2, 3):
+            checkpoint.save(
+                tmp_path,
+                state.model,
+                state.optimizer,
+                {"step": step, "policy_version": step},
+                keep=2,
+            )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "step_000002",
+        "step_000003",
+    ]
+    assert (tmp_path / "latest").read_text().strip() == "step_000003"
+    assert json.loads((tmp_path / "step_000003" / "meta.json").read_text()) == {
+        "step": 3,
+        "policy_version": 3,
+    }
+
+
+def test_a_rank_keeps_as_many_checkpoints_as_asked(model_path: Path, tmp_path: Path) -> None:
+    with single_rank(
+        make_config(model_path, tmp_path / "run", learner__keep_checkpoints=1)
+    ) as state:
+        for step in range(3):
+            train_step(state, make_shards(make_trajectories(seed=step), step)[0])
+            save(state)
+            save(state)  # of a step that is saved already: nothing to do
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "latest",
+        "step_000003",
+    ]
+
+
+def test_without_a_checkpoint_there_is_nothing_to_load(model_path: Path, tmp_path: Path) -> None:
+    with single_rank(make_config(model_path, tmp_path / "run")) as state:
+        assert checkpoint.load_latest(tmp_path, state.model, state.optimizer) is None
+
+
+def test_a_checkpoint_s_weights_load_without_ranks(model_path: Path, tmp_path: Path) -> None:
+    config = make_config(model_path, tmp_path / "run")
+    with single_rank(config) as state:
+        train_step(state, make_shards(make_trajectories(seed=0))[0])
+        checkpoint.save(
+            tmp_path, state.model, state.optimizer, {"step": 1, "policy_version": 1}, keep=1
+        )
+        trained = weights(state)
+    model = load_model(config.model)
+    checkpoint.load_weights(tmp_path / "step_000001", model)
+    assert all(
+        torch.equal(parameter, trained[name]) for name, parameter in model.named_parameters()
+    )
+    other = load_model(
+        make_config(
+            save_model(tmp_path / "other", family="llama", tied=False), tmp_path / "run"
+        ).model
+    )
+    with pytest.raises(ValueError, match="step_000001"):
+        checkpoint.load_weights(tmp_path / "step_000001", other)
+
+
+def test_a_checkpoint_of_another_model_is_refused(model_path: Path, tmp_path: Path) -> None:
+    with single_rank(make_config(model_path, tmp_path / "run")) as state:
+        train_step(state, make_shards(make_trajectories(seed=0))[0])
+        checkpoint.save(
+            tmp_path / "checkpoints",
+            state.model,
+            state.optimizer,
+            {"step": 1, "policy_version": 1},
+            keep=1,
+        )
+    other = save_model(tmp_path / "other", family="llama", tied=False)
+    with (
+        single_rank(make_config(other, tmp_path / "run")) as state,
+        pytest.raises(ValueError, match="step_000001"),
+    ):
+        checkpoint.load_latest(tmp_path / "checkpoints", state.model, state.optimizer)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_a_snapshot_reloads_to_identical_logits(tmp_path: Path, family: str, tied: bool) -> None:
+    path = save_model(tmp_path / "model", family, tied)
+    config = make_config(path, tmp_path / "run", weights__transport="file")
+    tokens = torch.arange(12)[None]
+    with single_rank(config) as state:
+        train_step(state, make_shards(make_trajectories(seed=0))[0])
+        with publish.Publisher(config, rank=0) as publisher:
+            snapshot = publisher.publish(state.model, version=5)
+        with torch.no_grad():
+            expected = state.model(input_ids=tokens, use_cache=False, lengths=(12,)).logits
+    assert snapshot is not None and snapshot.version == 5
+    reloaded = safetensors.torch.load(Path(snapshot.path).read_bytes())
+    assert torch.equal(reloaded["lm_head.weight"], reloaded["model.embed_tokens.weight"]) == tied
+    fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()
+    fresh.load_state_dict(reloaded, strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fresh(input_ids=tokens, use_cache=False).logits, expected, rtol=0, atol=1e-6
+        )
+
+
+def test_file_snapshots_lie_where_they_are_told_to(model_path: Path, tmp_path: Path) -> None:
+    config = make_config(
+        model_path,
+        tmp_path / "run",
+        weights__transport="file",
+        weights__dir=str(tmp_path / "shared"),
+    )
+    with single_rank(config) as state, publish.Publisher(config, rank=0) as publisher:
+        snapshot = publisher.publish(state.model, version=0)
+    assert snapshot is not None and Path(snapshot.path).parent == tmp_path / "shared"
+
+
+def test_an_absent_buffer_is_waited_for_as_long_as_asked(
+    model_path: Path, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+    started = time.monotonic()
+    with pytest.raises(TransportError, match=address):
+        run_rank(
+            make_config(
+                model_path, tmp_path / "run", buffer__address=address, buffer__connect_timeout_s=0.5
+            )
+        )
+    assert 0.5 <= time.monotonic() - started < 20  # the default is a minute
+
+
+def test_a_snapshot_has_the_engines_dtype(model_path: Path, tmp_path: Path) -> None:
+    config = make_config(
+        model_path, tmp_path / "run", weights__transport="file", model__dtype="bfloat16"
+    )
+    with single_rank(config) as state, publish.Publisher(config, rank=0) as publisher:
+        snapshot = publisher.publish(state.model, version=0)
+    assert snapshot is not None
+    assert {
+        tensor.dtype for tensor in safetensors.torch.load(Path(snapshot.path).read_bytes()).values()
+    } == {torch.bfloat16}

@@ -1,0 +1,155 @@
+"""The comparison's table: what it averages, and when it refuses to speak of a speedup."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import cli
+from darts.simulate.schema import SimulateConfig, check
+from tools.compare import SETS, CompareConfig, add_time_to_reach, run, summarise, table
+from tools.reporting.compare_page import plot_curves
+from tools.reporting.run_directory import RunDirectory
+
+
+def result(step_s: float, **more: float) -> dict[str, Any]:
+    return {
+        "step_s": step_s,
+        "tokens/trained": 10,
+        "tokens/discarded": 0,
+        "tokens/cancelled": 0,
+        **more,
+    }
+
+
+def test_equal_accuracy_makes_a_speedup_and_unequal_accuracy_none() -> None:
+    rows = table(
+        {
+            "sync plain": [result(3.0, accuracy=0.80)],
+            "good": [result(2.0, accuracy=0.79)],
+            "bad": [result(1.0, accuracy=0.70)],
+            "simulated": [result(1.5)],
+        },
+        margin=0.02,
+    )
+    assert [row["verdict"] for row in rows] == [
+        "reference",
+        "1.50x speedup",
+        "no speedup claimed: accuracy -0.100",
+        "2.00x in time; accuracy not modelled",
+    ]
+
+
+def test_seeds_are_compared_pairwise() -> None:
+    rows = table({"a": [result(2.0), result(8.0)], "b": [result(1.0), result(8.0)]}, margin=0.0)
+    assert rows[1]["step_s"] == 4.5
+    assert (rows[1]["time_ratio"], rows[1]["time_ratio_range"]) == (1.5, [1.0, 2.0])
+
+
+def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
+    metrics = [
+        {"step": 0, "time_s": 10.0, "wait/learner_s": 9.0, "lag/mean": 0, "lag/max": 0},
+        {"step": 1, "time_s": 12.0, "wait/learner_s": 1.0, "lag/mean": 1, "lag/max": 2},
+        {"step": 2, "time_s": 14.0, "wait/learner_s": 0.0, "lag/mean": 2, "lag/max": 2,
+         "tokens/generated": 60, "tokens/trained": 30, "tokens/discarded": 20, "tokens/cancelled": 10},
+    ]  # fmt: skip
+    judged = [
+        {"step": 2, "accuracy": 0.6, "length_mean": 9.0, "length_p99": 30.0},
+        {"step": 3, "accuracy": 0.7, "length_mean": 8.0, "length_p99": 20.0},
+    ]
+    rollouts = [
+        {"tokens": 10, "end": "selected_short"},
+        {"tokens": 20, "end": "selected_long"},
+        {"tokens": 99, "end": "cancelled"},
+    ]
+    group = {
+        "prompt_id": "p",
+        "opened_version": 0,
+        "shipped_version": 0,
+        "budget": 3,
+        "end": "shipped",
+        "rollouts": rollouts,
+    }
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
+    (tmp_path / "groups.jsonl").write_text(json.dumps(group) + "\n")
+    summary = summarise(RunDirectory.read(tmp_path))
+    assert (summary["step_s"], summary["trained_s"]) == (2.0, 4.0)
+    assert summary["wait_frac"] == 0.25
+    assert (summary["lag_mean"], summary["lag_max"]) == (1.0, 2)
+    assert (summary["length_mean"], summary["tokens/cancelled"], summary["accuracy"]) == (
+        15.0,
+        10,
+        0.7,
+    )
+    assert (summary["judged_length_mean"], summary["judged_length_p99"]) == (8.0, 20.0)
+    assert summary["curve"] == [
+        [2.0, 0.6],
+        [4.0, 0.7],
+    ]  # after two steps, and after three; from the end of the first
+
+
+def test_time_to_reach_is_to_the_accuracy_that_the_same_seed_s_reference_has_at_its_end() -> None:
+    rows: list[dict[str, Any]] = [
+        {"accuracy": 0.90, "curve": [[5.0, 0.50], [9.0, 0.90]]},
+        {"accuracy": 0.80, "curve": [[5.0, 0.79], [9.0, 0.80]]},
+        {"accuracy": 0.89, "curve": [[2.0, 0.60], [4.0, 0.89]]},
+        {"accuracy": 0.85, "curve": [[2.0, 0.81], [4.0, 0.85]]},
+    ]
+    add_time_to_reach([0, 1, 0, 1], rows, margin=0.02)
+    assert [(row.get("reach_s"), row["near_s"]) for row in rows] == [
+        (9.0, 9.0),
+        (9.0, 5.0),
+        (None, 4.0),
+        (2.0, 2.0),
+    ]
+
+
+def test_curves_are_drawn_for_every_seed(tmp_path: Path) -> None:
+    of_a, of_b = (
+        [{"curve": [[1.0, 0.5], [2.0, 0.7]]}, {"curve": [[1.0, 0.6]]}],
+        [{"curve": [[0.5, 0.6]]}],
+    )
+    plot_curves({"a": of_a, "b": of_b}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_simulated_variants_end_in_one_table(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        "run: {steps: 3}\nbatch: {groups: 4}\nlengths: {prompts: 16}\nengines: {slots: 16}\n"
+    )
+    run(
+        CompareConfig(
+            set="rules",
+            base=str(base),
+            only=["async plain", "exact, survivor"],
+            seeds=[0, 1],
+            out=str(tmp_path / "out"),
+        )
+    )
+    written = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["variant"] for row in written["rows"]] == ["async plain", "exact, survivor"]
+    assert written["rows"][0]["time_ratio"] == 1.0
+    assert written["rows"][1]["tokens/cancelled"] > 0
+    assert (tmp_path / "out" / "table.png").stat().st_size > 1000
+    assert "not modelled" in (tmp_path / "out" / "table.html").read_text()
+
+
+@pytest.mark.parametrize("chosen", sorted(set(SETS) - {"live"}))
+def test_every_simulated_variant_can_be_simulated(chosen: str) -> None:
+    for values in SETS[chosen].values():
+        check(cli.load(["--config", "configs/simulate/qwen14b.yaml", *values], SimulateConfig))
+
+
+def test_every_live_variant_is_a_valid_run() -> None:
+    for values in SETS["live"].values():
+        cli.load(["--config", "demo", *values])
+
+
+def test_an_unknown_variant_is_named() -> None:
+    with pytest.raises(ValueError, match="only='fast'"):
+        run(CompareConfig(only=["fast"]))

@@ -1,0 +1,245 @@
+"""The report of a run: complete, unfinished, damaged and empty directories."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tools.report import main, write_report
+from tools.reporting.plots import FIGURES, compact, evaluations
+from tools.reporting.run_directory import RunDirectory
+
+STEPS, GROUPS = 8, 3
+FATE_OF_SEAT = ["selected_short", "selected_short", "selected_long", "cancelled", "truncated"]
+
+
+def metrics_row(step: int) -> dict:
+    lengths = {"mean": 60, "p50": 50, "p90": 90, "p99": 200, "max": 512}
+    row = {
+        "step": step,
+        "time_s": 3.0 * (step + 1),
+        "policy_version": step + 1,
+        "reward/mean": 0.4 + 0.05 * step,
+    }
+    row |= {"lag/mean": 1.0, "lag/max": 2.0}
+    row |= {
+        f"length/{kind}_{name}": value - 2 * step
+        for kind in ("generated", "selected")
+        for name, value in lengths.items()
+    }
+    row |= {
+        f"tokens/{kind}": 1000.0 * (step + 1)
+        for kind in ("generated", "trained", "discarded", "cancelled")
+    }
+    row |= {
+        "darts/budget_mean": 10.0,
+        "darts/cancelled_frac": 0.2,
+        "darts/pruned_frac": 0.0,
+        "train/loss": 0.1,
+        "engine/busy_frac": 0.9,
+    }
+    row |= {"wait/learner_s": 0.2, "wait/pull_s": 0.21, "wait/learner_frac": 0.1}
+    return row | ({"eval/accuracy": 0.5 + step / 20, "eval/step": step} if step in (0, 7) else {})
+
+
+def group_row(group_id: int, end: str = "shipped") -> dict:
+    rollouts = [
+        {
+            "rollout_id": 10 * group_id + seat,
+            "engine": "pool/0",
+            "tokens": 20 + 9 * seat,
+            "reward": float(seat % 2),
+            "end": fate,
+        }
+        for seat, fate in enumerate(FATE_OF_SEAT)
+    ]
+    return {"group_id": group_id, "prompt_id": f"prompt-{group_id}", "opened_version": 1, "shipped_version": 3 if end == "shipped" else -1,
+            "budget": 5, "mode": "survivor", "end": end, "rollouts": rollouts}  # fmt: skip
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "little")
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "tools.report.FIGURES", {}
+    )  # drawing takes seconds, and the words do not depend on it
+
+
+@pytest.fixture(scope="module")
+def finished_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(make_run(tmp_path_factory.mktemp("runs") / "little"))
+
+
+def make_run(path: Path) -> Path:
+    path.mkdir()
+    (path / "config.yaml").write_text(
+        f"run: {{name: little, steps: {STEPS}}}\nstaleness: {{max_lag: 4}}\n"
+    )
+    write_rows(path / "metrics.jsonl", [metrics_row(step) for step in range(STEPS)])
+    write_rows(
+        path / "groups.jsonl",
+        [group_row(group_id) for group_id in range(STEPS * GROUPS)] + [group_row(99, "deadline")],
+    )
+    write_rows(
+        path / "samples.jsonl",
+        [
+            {
+                "step": 0,
+                "prompt": "1<2?",
+                "response": "<script>alert(1)</script>",
+                "tokens": 9,
+                "reward": 1.0,
+            }
+        ],
+    )
+    return path
+
+
+class Page(HTMLParser):
+    """The tags, the outside addresses and the text of a page."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_finished_run_gets_every_figure_and_lacks_nothing(finished_page: Path) -> None:
+    assert RunDirectory.read(finished_page.parent).problems == []
+    page = Page(finished_page)
+    assert page.tags.count("svg") == len(FIGURES)
+    assert "What this report lacks" not in page.text
+
+
+def test_the_page_needs_no_network(finished_page: Path) -> None:
+    assert all(address.startswith("#") for address in Page(finished_page).addresses)
+    assert not re.search(r"@import|url\((?!#)", finished_page.read_text())
+
+
+def test_samples_cannot_inject_markup(finished_page: Path) -> None:
+    page = Page(finished_page)
+    assert "script" not in page.tags
+    assert "<script>alert(1)</script>" in page.text
+
+
+def test_the_headline_compares_the_first_evaluation_with_the_last(finished_page: Path) -> None:
+    assert "50.0 %85.0 %+35.0 points" in Page(finished_page).text
+
+
+def test_a_half_written_last_line_is_skipped_and_counted(run_dir: Path) -> None:
+    file = run_dir / "groups.jsonl"
+    file.write_bytes(file.read_bytes()[:-40])
+    run = RunDirectory.read(run_dir)
+    assert len(run.groups) == STEPS * GROUPS
+    assert [f"line {STEPS * GROUPS + 1} " in problem for problem in run.problems] == [True]
+
+
+def test_a_line_cut_within_a_character_is_skipped(run_dir: Path) -> None:
+    with (run_dir / "samples.jsonl").open("ab") as stream:
+        stream.write('{"text": "→'.encode()[:-1])
+    assert len(RunDirectory.read(run_dir).samples) == 1
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_an_unfinished_run_says_how_far_it_came(run_dir: Path) -> None:
+    write_rows(run_dir / "metrics.jsonl", [metrics_row(step) for step in range(3)])
+    assert f"3 of {STEPS} steps" in Page(write_report(run_dir)).text
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    "missing", ["config.yaml", "metrics.jsonl", "groups.jsonl", "samples.jsonl"]
+)
+def test_a_missing_file_is_named(run_dir: Path, missing: str) -> None:
+    (run_dir / missing).unlink()
+    assert f"{missing} is missing" in Page(write_report(run_dir)).text
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("alone", ["config.yaml", "metrics.jsonl", "groups.jsonl", "samples.jsonl"])
+def test_any_single_file_is_enough_for_a_page(run_dir: Path, alone: str) -> None:
+    for file in run_dir.iterdir():
+        if file.name != alone:
+            file.unlink()
+    assert "What this report lacks" in Page(write_report(run_dir)).text
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_one_step_alone_is_drawn(run_dir: Path, name: str) -> None:
+    write_rows(run_dir / "metrics.jsonl", [metrics_row(0)])
+    write_rows(run_dir / "groups.jsonl", [group_row(0)])
+    assert FIGURES[name](RunDirectory.read(run_dir)).startswith("<svg")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_without_data_is_left_out(run_dir: Path, name: str) -> None:
+    write_rows(run_dir / "metrics.jsonl", [{"step": 0}])
+    write_rows(run_dir / "groups.jsonl", [group_row(0, "deadline")])
+    assert FIGURES[name](RunDirectory.read(run_dir)) == ""
+
+
+def test_a_resumed_run_counts_the_later_record_of_a_step(run_dir: Path) -> None:
+    write_rows(
+        run_dir / "metrics.jsonl",
+        [
+            metrics_row(0),
+            metrics_row(1) | {"reward/mean": 0.1},
+            metrics_row(1) | {"reward/mean": 0.9},
+        ],
+    )
+    assert RunDirectory.read(run_dir).series("reward/mean") == ([0.0, 1.0], [0.4, 0.9])
+
+
+def test_values_that_are_no_numbers_are_left_out_of_a_series(run_dir: Path) -> None:
+    rows = [
+        metrics_row(0) | {"train/loss": None},
+        metrics_row(1) | {"train/loss": float("nan")},
+        metrics_row(2),
+    ]
+    write_rows(run_dir / "metrics.jsonl", rows)
+    assert RunDirectory.read(run_dir).series("train/loss") == ([2.0], [0.1])
+
+
+def test_evaluations_belong_to_the_step_that_was_evaluated(run_dir: Path) -> None:
+    write_rows(run_dir / "metrics.jsonl", [metrics_row(3) | {"eval/accuracy": 0.7, "eval/step": 1}])
+    assert evaluations(RunDirectory.read(run_dir)) == [(1, 3, 0.7)]
+
+
+def test_an_empty_folder_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(tmp_path)])
+    assert str(tmp_path) in str(exit_info.value) and "\n" not in str(exit_info.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_compact_keeps_three_digits() -> None:
+    assert [compact(value) for value in (0.12345, 12, 1234, 1234567, 2.5e9)] == [
+        "0.123",
+        "12",
+        "1.23k",
+        "1.23M",
+        "2.5G",
+    ]

@@ -1,0 +1,240 @@
+"""How a run looks while it goes: one live picture on a terminal, plain lines elsewhere, or nothing.
+
+Owns the words and the drawing. Reads snapshots that the buffer publishes; decides nothing. Driven by `tools.launch`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from buffer.wire.messages import Snapshot
+
+PLAIN_STEPS, PLAIN_S = (
+    5,
+    10.0,
+)  # a plain line after so many steps, or so many seconds if a step was taken
+PLAIN_IDLE_S = 30.0  # while no step is taken
+ETA_STEPS = 3  # steps to have seen before guessing when it ends
+
+
+class View(Protocol):
+    def show(self, snapshot: Snapshot) -> None: ...
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def make_view(kind: str) -> View:
+    """`kind`: `launch.progress`."""
+    if kind == "none":
+        return SilentView()
+    return LiveView() if kind == "live" or (kind == "auto" and sys.stdout.isatty()) else PlainView()
+
+
+def clock(seconds: float) -> str:
+    """95 -> '1:35', 3700 -> '1:01:40'."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@dataclass
+class Pace:
+    """When the run will end, from the steps taken since this launch."""
+
+    first: tuple[float, int] | None = (
+        None  # (time_s, step) once the first step was taken: those before it wait for engines
+    )
+
+    def eta(self, snapshot: Snapshot) -> str:
+        """ "" until enough was seen. The last evaluation is not in it."""
+        if self.first is None and state(snapshot) == "training":
+            self.first = (snapshot.time_s, snapshot.step)
+        if (
+            self.first is None
+            or snapshot.step - self.first[1] < ETA_STEPS
+            or snapshot.step >= snapshot.steps
+        ):
+            return ""
+        time_s, step = self.first
+        left_s = (
+            (snapshot.steps - snapshot.step) * (snapshot.time_s - time_s) / (snapshot.step - step)
+        )
+        return f"{clock(left_s)} left"
+
+
+def state(snapshot: Snapshot) -> str:
+    """What goes on now, in words."""
+    if any(engine.policy_version >= 0 for engine in snapshot.engines) or snapshot.phase == "done":
+        return snapshot.phase
+    missing = ["the learner's first weights"] if snapshot.policy_version < 0 else []
+    missing += ["engines to load the model"] if snapshot.engines else ["engines to join"]
+    return f"starting: waiting for {' and '.join(missing)}"
+
+
+def told(snapshot: Snapshot, evaluations: dict[int, float]) -> tuple[list[str], list[str], str]:
+    """Facts about the outcome, facts about the flow, and who waits for whom; nothing before there is anything to tell."""
+    if state(snapshot).startswith("starting"):
+        return [], [], ""
+    return outcome_facts(snapshot.metrics, evaluations), flow_facts(snapshot), snapshot.waiting
+
+
+def outcome_facts(metrics: dict[str, float], evaluations: dict[int, float]) -> list[str]:
+    """How good, how long. `evaluations`: accuracy by step."""
+    facts = []
+    if evaluations:
+        first, last = min(evaluations), max(evaluations)
+        since = f" (from {100 * evaluations[first]:.1f} %)" if last > first else ""
+        facts.append(f"accuracy {100 * evaluations[last]:.1f} %{since}")
+    if "reward/mean" in metrics:
+        facts.append(f"reward {metrics['reward/mean']:.2f}")
+    if "length/selected_mean" in metrics:
+        facts.append(
+            f"length {metrics['length/selected_mean']:.0f} mean, {metrics['length/selected_p99']:.0f} p99"
+        )
+    return facts
+
+
+def flow_facts(snapshot: Snapshot) -> list[str]:
+    """How fast, how stale, how busy."""
+    metrics, facts = snapshot.metrics, []
+    if "darts/cancelled_frac" in metrics:
+        facts.append(f"{100 * metrics['darts/cancelled_frac']:.0f} % cancelled")
+    if snapshot.lags:
+        facts.append(f"lag {max(snapshot.lags)} of at most {snapshot.max_lag}")
+    if snapshot.engines:
+        facts.append(f"{sum(engine.tokens_per_s for engine in snapshot.engines):,.0f} tokens/s")
+        busy = f"{100 * fmean(engine.busy_frac for engine in snapshot.engines):.0f} % busy"
+        facts.append(
+            f"engine {busy}"
+            if len(snapshot.engines) == 1
+            else f"{len(snapshot.engines)} engines {busy}"
+        )
+    return facts
+
+
+class SilentView:
+    """What must be said, and no more."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _Following:
+    """What both views remember of a run."""
+
+    def __init__(self) -> None:
+        self.pace = Pace()
+        self.evaluations: dict[int, float] = {}
+
+    def follow(self, snapshot: Snapshot) -> None:
+        if "eval/accuracy" in snapshot.metrics:
+            self.evaluations[int(snapshot.metrics["eval/step"])] = snapshot.metrics["eval/accuracy"]
+
+
+class PlainView(SilentView):
+    """A line every few steps, for logs."""
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._following, self._clock_s = _Following(), clock_s
+        self._step, self._state, self._said_s = 0, "", 0.0
+
+    def show(self, snapshot: Snapshot) -> None:
+        self._following.follow(snapshot)
+        eta = self._following.pace.eta(snapshot)
+        now, current = self._clock_s(), state(snapshot)
+        steps, idle_s = snapshot.step - self._step, now - self._said_s
+        due = (
+            steps >= PLAIN_STEPS
+            or (steps and idle_s >= PLAIN_S)
+            or current != self._state
+            or idle_s >= PLAIN_IDLE_S
+        )
+        if not due or current == "done":
+            return
+        self._step, self._state, self._said_s = snapshot.step, current, now
+        outcome, flow, waiting = told(snapshot, self._following.evaluations)
+        self.say(
+            "; ".join(
+                filter(
+                    None,
+                    [
+                        f"step {snapshot.step}/{snapshot.steps} {current}",
+                        *outcome,
+                        *flow,
+                        eta,
+                        waiting,
+                    ],
+                )
+            )
+        )
+
+
+class LiveView:
+    """One picture that redraws itself at the bottom of the terminal; lines scroll above it."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._following, self._started_s = _Following(), time.monotonic()
+        self._console = console or Console(highlight=False)
+        self._live = Live(
+            Text("starting"),
+            console=self._console,
+            refresh_per_second=4,
+            transient=True,
+            redirect_stdout=False,
+        )
+        self._live.start()
+
+    def show(self, snapshot: Snapshot) -> None:
+        self._following.follow(snapshot)
+        self._live.update(self.picture(snapshot))
+
+    def picture(self, snapshot: Snapshot) -> RenderableType:
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        times = " ".join(
+            filter(
+                None,
+                [clock(time.monotonic() - self._started_s), self._following.pace.eta(snapshot)],
+            )
+        )
+        bar.add_row(
+            Text(snapshot.run_name, "bold"),
+            ProgressBar(total=snapshot.steps, completed=snapshot.step),
+            Text(f"step {snapshot.step}/{snapshot.steps}  {times}"),
+        )
+        outcome, flow, waiting = told(snapshot, self._following.evaluations)
+        lines = [
+            Text("   ".join(facts), no_wrap=True, overflow="ellipsis")
+            for facts in (outcome, flow)
+            if facts
+        ]
+        last = "; ".join(filter(None, [state(snapshot), waiting]))
+        return Group(bar, *lines, Text(last, "dim", no_wrap=True, overflow="ellipsis"))
+
+    def say(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True)
+
+    def close(self) -> None:
+        self._live.stop()

@@ -1,0 +1,225 @@
+"""The processes of one run on a Ray cluster: one Ray actor for each, which runs the very command that the local launcher would run.
+
+Owns where each process is placed and how it is reached. `tools.launch` drives it exactly as it drives `LocalHost`. Every node needs this
+repository and its environment at the same path, and run.dir on storage that all see. Imported only for launch.launcher=ray.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from buffer.wire.transport import TransportError
+from configs import cli
+from configs.schema import Config
+from tools.launching.processes import ROOT, Command, LocalHost
+
+LOOPBACK = re.compile(r"tcp://(127\.|localhost:|\[::1\])")
+START_S = 120.0  # for Ray to find the resources and start a worker
+CALL_S = 10.0
+LISTENER_TIMEOUT_S = 5.0
+FEW_CPUS = (
+    0.01  # the processes share a node's CPUs as the local launcher's do; GPUs alone are counted
+)
+
+
+class Runner:
+    """In a Ray actor: one command on its node."""
+
+    def __init__(self, command: Command, config_yaml: str) -> None:
+        os.environ.pop(
+            "OMP_NUM_THREADS", None
+        )  # Ray's own guess, 1, would bind the learner to one core
+        self._host = LocalHost(config_yaml)
+        self._process = self._host.start(command)
+
+    def where(self) -> str:
+        return f"{self._process.where} on {ray.util.get_node_ip_address()}"
+
+    def poll(self) -> tuple[int | None, list[str], dict[str, int]]:
+        """Status, new lines, peaks. The status is read first: what is read after it is complete once there is one."""
+        status = self._process.status()
+        return status, self._process.lines(), self._process.peaks()
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._host.close()
+
+
+class RayProcess:
+    """A command in its Ray actor, seen from the launcher."""
+
+    def __init__(self, name: str, runner: Any) -> None:
+        self.name, self._runner = name, runner
+        self.where = ray.get(runner.where.remote(), timeout=START_S)
+        self._status: int | None = None
+        self._lines: list[str] = []
+        self._peaks: dict[str, int] = {}
+
+    def status(self) -> int | None:
+        if self._status is None:
+            self._ask(self._poll)
+        return self._status
+
+    def lines(self) -> list[str]:
+        lines, self._lines = self._lines, []
+        return lines
+
+    def peaks(self) -> dict[str, int]:
+        return self._peaks
+
+    def terminate(self) -> None:
+        self._ask(lambda: ray.get(self._runner.terminate.remote(), timeout=CALL_S))
+
+    def kill(self) -> None:
+        self._ask(lambda: ray.get(self._runner.kill.remote(), timeout=CALL_S))
+        ray.kill(self._runner)
+        self._status = -signal.SIGKILL if self._status is None else self._status
+
+    def _poll(self) -> None:
+        self._status, lines, self._peaks = ray.get(self._runner.poll.remote(), timeout=CALL_S)
+        self._lines += lines
+
+    def _ask(self, call: Callable[[], object]) -> None:
+        """A Ray actor that died took its process with it, which the kernel sees to."""
+        try:
+            call()
+        except (RayActorError, GetTimeoutError) as error:
+            if self._status is None:
+                what = "died" if isinstance(error, RayActorError) else "does not answer"
+                self._lines.append(f"error: its Ray actor {what}: {_one_line(error)}")
+                self._status = -signal.SIGKILL
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself asks for minutes at an address where nobody is, and says nothing. `auto` and the like are left to it."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=LISTENER_TIMEOUT_S).close()
+    except OSError as error:
+        raise TransportError(
+            f"launch.ray_address={address}: no Ray cluster answers there ({_one_line(error)}); see `ray status`"
+        ) from error
+
+
+class RayCluster:
+    """Starts processes through Ray: on launch.ray_address, or on a cluster of this machine alone that ends with the run."""
+
+    def __init__(self, config: Config, commands: Sequence[tuple[str, Command]]) -> None:
+        self._config, self._commands = config, commands
+
+    def __enter__(self) -> Self:
+        address = self._config.launch.ray_address
+        environment = {
+            "env_vars": {
+                "PYTHONPATH": os.pathsep.join(
+                    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+                )
+            }
+        }
+        local = {} if address else {"include_dashboard": False}
+        _require_listener(address)
+        try:
+            ray.init(
+                address or "local",
+                log_to_driver=False,
+                logging_level="error",
+                runtime_env=environment,
+                **local,
+            )
+        except Exception as error:  # Ray raises bare ones here
+            ray.shutdown()
+            what = (
+                f"the Ray cluster launch.ray_address={address} could not be joined"
+                if address
+                else "Ray did not start on this machine"
+            )
+            raise TransportError(f"{what}: {_one_line(error)}") from error
+        try:
+            self._check_gpus()
+            self._places = {role: self._node_of(role) for role in ("buffer", "learner", "actors")}
+        except BaseException:
+            ray.shutdown()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        ray.shutdown()
+
+    def start(self, command: Command) -> RayProcess:
+        role = next(role for role, known in self._commands if known == command)
+        node = self._places[role]
+        options: dict[str, Any] = {
+            "num_cpus": FEW_CPUS,
+            "num_gpus": command.num_gpus,
+            "max_restarts": 0,
+        }
+        if node:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
+                node_id=node, soft=False
+            )
+        runner = ray.remote(Runner).options(**options).remote(command, cli.to_yaml(self._config))
+        try:
+            return RayProcess(command.name, runner)
+        except (RayActorError, GetTimeoutError) as error:
+            raise TransportError(
+                f"Ray did not start {command.name} within {START_S:g} s (it wants {command.num_gpus} GPUs on one node"
+                f"{', the one of its address' if node else ''}; `ray status` shows what is free): {_one_line(error)}"
+            ) from None
+
+    def _check_gpus(self) -> None:
+        needed = {
+            command.name: command.num_gpus for _, command in self._commands if command.num_gpus
+        }
+        there = int(ray.cluster_resources().get("GPU", 0))
+        if sum(needed.values()) > there:
+            wanted = ", ".join(f"{name} {count}" for name, count in needed.items())
+            raise ValueError(
+                f"launch.launcher=ray: the run needs {sum(needed.values())} GPUs ({wanted}), the cluster has {there}; otherwise it would "
+                "wait for them for ever (lower actors.engines or learner.ranks, or add nodes)"
+            )
+
+    def _node_of(self, role: str) -> str:
+        """The node that a role must run on, so that the address it binds is its own; "" where any will do."""
+        config = self._config
+        if LOOPBACK.match(config.buffer.address):
+            return (
+                ray.get_runtime_context().get_node_id()
+            )  # nobody elsewhere could reach the buffer
+        binds = {
+            "buffer": config.buffer.address,
+            "learner": config.weights.address if config.weights.transport == "zmq" else "",
+        }
+        address = binds.get(role, "")
+        if not address:
+            return ""
+        if LOOPBACK.match(address):
+            raise ValueError(
+                f"weights.address={address}: actors on other nodes cannot reach it; name the learner's node, tcp://HOST:*"
+            )
+        host = re.sub(r"^tcp://\[?|\]?:[^:]*$", "", address)
+        nodes = {
+            node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]
+        }
+        if host not in nodes:
+            raise ValueError(
+                f"{role} at {address}: no node of the Ray cluster has this address; it has {', '.join(sorted(nodes))}"
+            )
+        return nodes[host]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,138 @@
+"""What a run needs before it starts: checks that take no time, and the command of each of its processes.
+
+Owns the translation of a configuration into commands. Starts nothing, and leaves nothing behind. Driven by `tools.launch`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from actors.device import engine_device
+from actors.pool import check_model
+from buffer.wire.transport import Publisher, TransportError, next_port
+from configs import cli
+from configs.schema import Config
+from tools.launching.processes import CONFIG, Command
+
+BUILDERS = {
+    "tiny": "tools.warm_start",
+    "smollm2": "tools.smollm2",
+}  # by what a missing model's folder is called
+
+
+def prepare(config: Config) -> Config:
+    """The configuration to run, after checks that take no time. Raises `ValueError` or `TransportError`, in one line."""
+    try:
+        check_model(config.model.path)
+    except ValueError as error:
+        tool = next((tool for word, tool in BUILDERS.items() if word in config.model.path), None)
+        raise ValueError(
+            f"{error} (`python -m {tool} {config.model.path}` makes this one)"
+            if tool
+            else str(error)
+        ) from None
+    if config.launch.launcher == "local":
+        for address in (config.buffer.address, next_port(config.buffer.address)):
+            try:
+                Publisher(address, config.buffer.keys).close()
+            except TransportError as error:
+                raise TransportError(f"buffer.address={config.buffer.address}: {error}") from None
+    name = free_name(config)
+    if name != config.run.name:
+        print(
+            f"{Path(config.run.dir) / config.run.name} holds a run already, so this one is {name} (run.resume=true continues that one)"
+        )
+    return replace(config, run=replace(config.run, name=name))
+
+
+def free_name(config: Config) -> str:
+    """`run.name`, or the first of run.name-2, run.name-3, ... whose directory holds no run."""
+    name, number = config.run.name, 1
+    while not config.run.resume and (Path(config.run.dir) / name / "config.yaml").exists():
+        number += 1
+        name = f"{config.run.name}-{number}"
+    return name
+
+
+def commands_of(config: Config) -> list[tuple[str, Command]]:
+    """(role, command) of every process, in the order of their start. `ValueError` where an entry of launch.pools cannot work."""
+    pools, names = [(config, ())], [config.actors.name]
+    for entry in config.launch.pools:
+        pool, overrides = with_overrides(config, entry)
+        if pool.actors.name in names:
+            raise ValueError(
+                f"launch.pools={entry!r}: a pool named {pool.actors.name} is there already; add actors.name=ANOTHER"
+            )
+        names.append(pool.actors.name)
+        pools.append((pool, overrides))
+    commands = [("buffer", Command("buffer", ("-m", "buffer", "--config", CONFIG)))]
+    for pool, overrides in pools:
+        gpus = (
+            pool.actors.engines * pool.actors.tensor_parallel
+            if engine_device(pool) == "cuda"
+            else 0
+        )
+        label = "actors" if len(pools) == 1 else f"actors {pool.actors.name}"
+        commands.append(
+            ("actors", Command(label, ("-m", "actors", "--config", CONFIG, *overrides), gpus))
+        )
+    device = engine_device(config) if config.learner.device == "auto" else config.learner.device
+    learner = Command(
+        "learner",
+        ("-m", "learner", "--config", CONFIG),
+        config.learner.ranks if device == "cuda" else 0,
+    )
+    return [*commands, ("learner", learner)]
+
+
+def with_overrides(config: Config, entry: str) -> tuple[Config, tuple[str, ...]]:
+    """A pool's own configuration, and its overrides one by one."""
+    overrides = tuple(shlex.split(entry))
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(cli.to_yaml(config))
+        file.flush()
+        try:
+            return cli.load(["--config", file.name, *overrides]), overrides
+        except ValueError as error:
+            raise ValueError(f"launch.pools={entry!r}: {error}") from None
+
+
+def share_gpus(
+    commands: list[tuple[str, Command]], gpus: Sequence[str]
+) -> list[tuple[str, Command]]:
+    """Gives each process GPUs of its own where there are enough for all; else everyone sees them all."""
+    left, shared = list(gpus), []
+    if sum(command.num_gpus for _, command in commands) > len(left):
+        return commands
+    for role, command in commands:
+        own, left = left[: command.num_gpus], left[command.num_gpus :]
+        shared.append(
+            (
+                role,
+                replace(command, environment={"CUDA_VISIBLE_DEVICES": ",".join(own)})
+                if own
+                else command,
+            )
+        )
+    return shared
+
+
+def visible_gpus() -> list[str]:
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in chosen.split(",") if gpu]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    return asked.stdout.split() if asked.returncode == 0 else []

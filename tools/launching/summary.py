@@ -1,0 +1,62 @@
+"""What a run came to: the lines that `tools.launch` ends with. Reads the run's directory; writes nothing but the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from tools.launching.progress import clock
+from tools.reporting.run_directory import RunDirectory, is_number
+
+HELD_OUT = {  # metric -> name, factor, unit
+    "eval/accuracy": ("held-out accuracy", 100.0, " %"),
+    "eval/length_mean": ("held-out length, mean", 1.0, ""),
+    "eval/length_p99": ("held-out length, p99", 1.0, ""),
+}
+
+
+def print_summary(run_dir: Path, peaks: Mapping[str, int], wall_s: float) -> None:
+    """Before and after, what it took, and the report, whose path is the last line. `peaks`: bytes by process."""
+    from tools.report import write_report  # here: it draws, and takes a second to import
+
+    run = RunDirectory.read(run_dir)
+    print(
+        f"run {run.name} ended well: {len(run.metrics)} steps in {clock(wall_s)}, from start to end"
+    )
+    for name, value in facts(run, peaks):
+        print(f"  {name:<22} {value}")
+    print(f"Report: {write_report(run_dir)}")
+
+
+def facts(run: RunDirectory, peaks: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """(name, value), as far as they were recorded."""
+    for key, (name, factor, unit) in HELD_OUT.items():
+        values = [factor * value for value in run.series(key)[1]]
+        if values:
+            yield (
+                name,
+                " -> ".join(f"{value:.1f}" for value in values[:: max(1, len(values) - 1)]) + unit,
+            )
+    last = run.metrics[-1] if run.metrics else {}
+    tokens = {
+        fate: last[key]
+        for fate in ("generated", "trained", "cancelled", "discarded")
+        if is_number(last.get(key := f"tokens/{fate}"))
+    }
+    if tokens:
+        yield "tokens", ", ".join(f"{count:,.0f} {fate}" for fate, count in tokens.items())
+    if peaks:
+        yield (
+            "peak memory",
+            ", ".join(f"{name} {peak / 2**20:,.0f} MiB" for name, peak in peaks.items()),
+        )
+
+
+def resume_hint(run_dir: Path) -> str:
+    """How to go on with a run that ended early, as a sentence."""
+    if not (run_dir / "config.yaml").is_file():
+        return "It had not begun: the same command starts it again."
+    latest = run_dir / "checkpoints" / "latest"
+    step = latest.read_text().strip().removeprefix("step_").lstrip("0") if latest.is_file() else ""
+    where = f"from step {step}" if step else "from the start, as there is no checkpoint yet"
+    return f"To go on {where}: python -m tools.launch --config {run_dir / 'config.yaml'} run.resume=true"

@@ -1,0 +1,202 @@
+"""The monitor's screen: header, panels laid out for the terminal's size, footer; and what a key does to the view.
+
+Pure: `frame` gives exactly as many lines and cells as it is asked for. Driven by `tools.tail_monitor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from time import localtime, strftime
+
+from rich.text import Text
+
+from buffer.wire.messages import Snapshot
+from tools.monitor.charts import fitted, printable
+from tools.monitor.views import (
+    DIM,
+    TITLE,
+    Order,
+    View,
+    as_many_as_fit,
+    engines_panel,
+    groups_panel,
+    lag_panel,
+    lengths_panel,
+    ordered,
+    prompt_panel,
+    prompt_title,
+    prompts_panel,
+    style,
+)
+
+Panel = Callable[[Snapshot, View, int, int], list[Text]]
+Layout = list[list[tuple[Panel, float]]]
+
+ORDERS: tuple[Order, ...] = ("spread", "budget", "pass_rate")
+SILENCE_S = 3.0  # the buffer publishes several times a second
+HEADER_METRICS = {
+    "accuracy": ("eval/accuracy", "{:.3f}"), "reward": ("reward/mean", "{:.3f}"), "length": ("length/selected_mean", "{:.0f}"),
+    "p99": ("length/selected_p99", "{:.0f}"), "cancelled": ("darts/cancelled_frac", "{:.0%}"), "budget": ("darts/budget_mean", "{:.1f}"),
+    "learner waits": ("wait/learner_frac", "{:.0%}"), "busy": ("engine/busy_frac", "{:.0%}"), "tokens/s": ("engine/tokens_per_s", "{:.0f}"),
+}  # fmt: skip
+WIDE = 132  # columns from which three panels fit side by side
+
+HELP = """
+up, down (k, j)     choose a prompt: its lengths and its pattern are shown
+left, right (h, l)  choose the group in flight whose rollouts are drawn in full
+s                   order the prompts by spread, budget or pass rate
+space, + and -      a replay: hold, faster, slower
+?                   this page, and back
+q                   quit
+
+Pattern I   right responses are no longer than wrong ones: useless verbosity.
+Pattern II  right responses are longer: depth that is needed.
+Spread      standard deviation of log length.
+Cut │       the K-th shortest so far: what is longer is out of the short ones.
+"""
+
+
+def frame(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+    """The whole screen: exactly `height` lines of exactly `width` cells."""
+    head = header(snapshot, view, width)
+    body = height - len(head) - 1
+    if view.help:
+        lines = [Text(line) for line in HELP.splitlines()[1:]]
+    elif body < 9 or width < 40:
+        lines = titled(lengths_panel, snapshot, view, width, max(body, 0))
+    elif width >= WIDE:
+        lines = _columns(snapshot, view, width, body, WIDE_LAYOUT)
+    else:
+        lines = _columns(snapshot, view, width, body, NARROW_LAYOUT)
+    lines = [*head, *lines, *[Text()] * max(0, body - len(lines))][: height - 1]
+    keys = "q quit   ? help   ↑↓ prompt   ←→ group   s order" + (
+        "   space +- speed" if view.source.startswith("replay") else ""
+    )
+    return [fitted(line, width) for line in [*lines, Text(keys, style(view, DIM))]][:height]
+
+
+def pressed(view: View, key: str, snapshot: Snapshot) -> View:
+    """The view after a key: "up", "down", "left", "right", or a character. Unknown keys change nothing."""
+    if key in ("up", "k", "down", "j"):
+        ids = [prompt.prompt_id for prompt in ordered(snapshot.prompts, view.order)]
+        return replace(
+            view, prompt_id=_neighbour(ids, view.prompt_id, -1 if key in ("up", "k") else 1, "")
+        )
+    if key in ("left", "h", "right", "l"):
+        group_ids = [group.group_id for group in snapshot.groups]
+        return replace(
+            view,
+            group_id=_neighbour(group_ids, view.group_id, -1 if key in ("left", "h") else 1, -1),
+        )
+    if key == "s":
+        return replace(view, order=ORDERS[(ORDERS.index(view.order) + 1) % len(ORDERS)])
+    return replace(view, help=not view.help) if key == "?" else view
+
+
+def header(snapshot: Snapshot, view: View, width: int) -> list[Text]:
+    """Run and progress; the newest metrics; who waits for whom, or for how long nothing has been heard."""
+    name = Text(f" {printable(snapshot.run_name)}", style(view, "bold reverse"))
+    name.truncate(max(width // 3, 4), overflow="ellipsis")
+    name.append(" ")
+    facts = [Text(view.source, style(view, "#eeb02e"))] if view.source else []
+    facts += [
+        Text(printable(snapshot.phase), style(view, TITLE)),
+        Text(f"step {snapshot.step}/{snapshot.steps}"),
+    ]
+    facts += [Text(f"version {snapshot.policy_version}"), Text(f"lag ≤ {snapshot.max_lag}")]
+    facts += [
+        Text(f"groups {snapshot.groups_open} open, {snapshot.groups_ready} ready"),
+        Text(f"{snapshot.bytes_held / 1e6:.1f} MB held"),
+    ]
+    facts += [Text(_clock(snapshot.time_s), style(view, DIM))]
+    metrics = [
+        Text.assemble((f"{name} ", style(view, DIM)), form.format(snapshot.metrics[key]))
+        for name, (key, form) in HEADER_METRICS.items()
+        if key in snapshot.metrics
+    ]
+    if snapshot.phase == "done":
+        third = Text(" the run is done", style(view, "#2fbf9b"))
+    elif view.silent_s >= SILENCE_S:
+        third = Text(
+            f" no news for {view.silent_s:.0f} s: this is the last that was heard",
+            style(view, "bold #f0604d"),
+        )
+    else:
+        third = Text(
+            f" {printable(snapshot.waiting) or 'nobody waits'}",
+            style(view, "#eeb02e" if snapshot.waiting else DIM),
+        )
+    return [
+        fitted(line, width)
+        for line in (
+            as_many_as_fit([name, *facts], width),
+            as_many_as_fit([Text(" ") + metrics[0], *metrics[1:]] if metrics else [Text()], width),
+            third,
+        )
+    ]
+
+
+TITLES: dict[Panel, Callable[[Snapshot, View], str]] = {
+    lengths_panel: lambda snapshot, view: "Lengths by fate",
+    groups_panel: lambda snapshot, view: "Groups in flight",
+    prompts_panel: lambda snapshot, view: f"Prompts by {view.order.replace('_', ' ')}",
+    prompt_panel: prompt_title,
+    lag_panel: lambda snapshot, view: f"Lag when trained on, bound {snapshot.max_lag}",
+    engines_panel: lambda snapshot, view: "Engines",
+}
+# Columns from left to right; in each (panel, share of the height), from top to bottom.
+NARROW_LAYOUT: Layout = [
+    [(lengths_panel, 8), (prompts_panel, 7), (lag_panel, 5)],
+    [(groups_panel, 10), (prompt_panel, 6), (engines_panel, 4)],
+]
+WIDE_LAYOUT: Layout = [
+    [(lengths_panel, 18), (prompts_panel, 28)],
+    [(groups_panel, 46)],
+    [(prompt_panel, 18), (lag_panel, 12), (engines_panel, 16)],
+]
+
+
+def titled(panel: Panel, snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+    """A panel below its title; exactly `height` lines."""
+    title = TITLES[panel](snapshot, view)
+    rule = Text.assemble(
+        (title + " ", style(view, TITLE)), ("─" * max(0, width - len(title) - 1), style(view, DIM))
+    )
+    lines = panel(snapshot, view, width, height - 1)[: max(height - 1, 0)]
+    return [fitted(line, width) for line in [rule, *lines, *[Text()] * (height - 1 - len(lines))]][
+        :height
+    ]
+
+
+def _columns(snapshot: Snapshot, view: View, width: int, height: int, layout: Layout) -> list[Text]:
+    gap = 2
+    inner = width - gap * (len(layout) - 1)
+    widths = [
+        inner * (place + 1) // len(layout) - inner * place // len(layout)
+        for place in range(len(layout))
+    ]
+    blocks: list[list[Text]] = []
+    for column, column_width in zip(layout, widths, strict=True):
+        total, used, block = sum(share for _, share in column), 0.0, []
+        for panel, share in column:
+            used += share
+            rows = round(height * used / total) - len(block)
+            block += titled(panel, snapshot, view, column_width, rows)
+        blocks.append(block)
+    return [Text(" " * gap).join(row) for row in zip(*blocks, strict=True)]
+
+
+def _neighbour(ids: list, current: object, step: int, none: object):
+    if not ids:
+        return none
+    place = ids.index(current) if current in ids else 0
+    return ids[max(0, min(len(ids) - 1, place + step))]
+
+
+def _clock(seconds: float) -> str:
+    return (
+        strftime("%H:%M:%S", localtime(seconds))
+        if seconds > 1e8
+        else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+    )

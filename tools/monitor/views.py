@@ -1,0 +1,345 @@
+"""What the monitor shows of a snapshot, one function per panel: (Snapshot, View, width, height) -> at most that many lines.
+
+Pure: reads no clock, socket or keyboard. Laid out by `tools.monitor.frame`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from rich.text import Text
+
+from buffer.wire.messages import GroupView, PromptView, Snapshot
+from tools.monitor.charts import (
+    Bar,
+    Ink,
+    bars_per_line,
+    counts_in_log_bins,
+    fitted,
+    growing_bars,
+    nice_ceiling,
+    printable,
+    race_track,
+    sparkline,
+    stacked_columns,
+)
+from tools.reporting.fates import FATES
+
+Order = Literal["spread", "budget", "pass_rate"]
+
+
+RIGHT, WRONG = Ink("#2fbf9b", "+"), Ink("#f0604d", "-")
+RUNNING, ENDED = Ink("#4cc3f7", ">"), Ink("#a7e3c4", "=")
+STATE_INKS = {name: Ink(fate.on_screen, fate.letter) for name, fate in FATES.items()} | {
+    "running": RUNNING
+}
+DIM, TITLE = "bright_black", "bold"
+
+
+@dataclass(frozen=True)
+class View:
+    """What the person at the keyboard chose, and how the terminal is."""
+
+    color: bool = True
+    prompt_id: str = ""  # "": the first of the table
+    group_id: int = -1  # -1: the first in flight
+    order: Order = "spread"
+    help: bool = False
+    silent_s: float = 0.0  # since the last snapshot
+    source: str = ""  # "replay x4", say
+
+
+def ordered(prompts: list[PromptView], order: Order) -> list[PromptView]:
+    """Largest spread or budget first; lowest pass rate first. Ties by id, so that rows do not jump."""
+    sign = 1 if order == "pass_rate" else -1
+    latest = {
+        prompt.prompt_id: prompt for prompt in prompts
+    }  # a prompt drawn again replaces itself
+    return sorted(
+        latest.values(), key=lambda prompt: (sign * getattr(prompt, order), prompt.prompt_id)
+    )
+
+
+def pattern(prompt: PromptView) -> str:
+    """I: E[length | right] <= E[length | wrong]; II: the opposite; "": nothing to compare.
+
+    Source: DARTS (arXiv 2605.30859), ineffective verbosity and necessary depth.
+    """
+    if not prompt.lengths_right or not prompt.lengths_wrong:
+        return ""
+    return "I" if fmean(prompt.lengths_right) <= fmean(prompt.lengths_wrong) else "II"
+
+
+def lengths_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+    """Ends of recent rollouts by length, stacked by fate, with a legend that counts them."""
+    names = [name for name in FATES if name in snapshot.histogram]
+    filled = [
+        place
+        for place, counts in enumerate(
+            zip(*(snapshot.histogram[name] for name in names), strict=True)
+        )
+        if any(counts)
+    ]
+    if not filled:
+        return [Text("no group has closed yet", style(view, DIM))]
+    shown = slice(filled[0], filled[-1] + 1)
+    layers, inks = (
+        [snapshot.histogram[name][shown] for name in names],
+        [_ink(name) for name in names],
+    )
+    present = [
+        (FATES[name], ink, sum(layer))
+        for name, layer, ink in zip(names, layers, inks, strict=True)
+        if any(layer)
+    ]
+    texts = [[f"{fate.label} {count}" for fate, _, count in present]]
+    texts += [[f"{fate.label.removeprefix('selected, ')} {count}" for fate, _, count in present]]
+    texts += [
+        [f"{fate.short} {count}" for fate, _, count in present],
+        [fate.short for fate, _, _ in present],
+    ]
+    legends = [
+        _legend([(text, ink) for text, (_, ink, _) in zip(words, present, strict=True)], view)
+        for words in texts
+    ]
+    legend = next((legend for legend in legends if legend.cell_len <= width), legends[-1])
+    return [
+        legend,
+        *stacked_columns(layers, inks, width, height - 2, view.color),
+        _axis(snapshot.histogram_edges[shown], len(layers[0]), width, view),
+    ]
+
+
+def groups_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+    """Groups in flight: the chosen one and those after it as growing bars while there is room, the others as one track each."""
+    if not snapshot.groups:
+        return [Text("nothing in flight", style(view, DIM))]
+    ids = [group.group_id for group in snapshot.groups]
+    start = ids.index(view.group_id) if view.group_id in ids else 0
+    groups = snapshot.groups[start:] + snapshot.groups[:start]
+    bar_lines = [-(-len(group.rollouts) // bars_per_line(view.color)) for group in groups]
+    rows, drawn_in_full = min(len(groups), height), 0
+    least_tracks = min(len(groups) - 1, 1)
+    while (
+        drawn_in_full < len(groups)
+        and drawn_in_full + 1 + least_tracks + sum(bar_lines[: drawn_in_full + 1]) <= height
+    ):
+        drawn_in_full += 1
+    lines: list[Text] = []
+    for place, group in enumerate(groups[:rows]):
+        lines.append(_group_line(group, width, view, track=place >= drawn_in_full))
+        lines += _bars(group, width, view) if place < drawn_in_full else []
+    return lines[:height]
+
+
+def prompts_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+    """Recently closed prompts; the chosen row stays in sight."""
+    spark = min(width - 44, 24) if width >= 54 else 0
+    name = max(6, min(width - 28 - (2 + spark if spark else 0), 24))
+    heading = f"{'prompt':<{name}}{'spread':>7}{'budget':>7}{'pass':>6}{'pattern':>8}" + (
+        "  lengths" if spark else ""
+    )
+    lines = [Text(heading[:width], style(view, DIM))]
+    prompts = ordered(snapshot.prompts, view.order)
+    if not prompts:
+        return [*lines, Text("no prompt has closed yet", style(view, DIM))]
+    chosen = _chosen(prompts, view)
+    visible = max(height - 1, 1)
+    top = max(0, min(prompts.index(chosen) - visible // 2, len(prompts) - visible))
+    for prompt in prompts[top : top + visible]:
+        mark = "" if view.color or prompt is not chosen else ">"
+        label = fitted(Text(mark + printable(prompt.prompt_id)), name).plain
+        row = f"{label}{prompt.spread:>7.2f}{prompt.budget:>7}{prompt.pass_rate:>6.0%}{pattern(prompt) or '–':>8}"
+        lengths = prompt.lengths_right + prompt.lengths_wrong
+        if spark and lengths:
+            row += "  " + sparkline(
+                counts_in_log_bins(lengths, min(lengths), max(lengths), spark), spark
+            )
+        lines.append(fitted(Text(row), width))
+        if prompt is chosen:
+            lines[-1].stylize(style(view, "reverse"))
+    return lines
+
+
+def prompt_title(snapshot: Snapshot, view: View) -> str:
+    """The chosen prompt and its pattern."""
+    if not snapshot.prompts:
+        return "Prompt"
+    prompt = _chosen(ordered(snapshot.prompts, view.order), view)
+    kinds = {"I": "pattern I, verbosity", "II": "pattern II, depth", "": "no pattern"}
+    return f"Prompt {fitted(Text(printable(prompt.prompt_id)), min(len(prompt.prompt_id), 14)).plain}: {kinds[pattern(prompt)]}"
+
+
+def prompt_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+    """The chosen prompt's lengths, by right and wrong."""
+    if not snapshot.prompts:
+        return [Text("no prompt has closed yet", style(view, DIM))]
+    prompt = _chosen(ordered(snapshot.prompts, view.order), view)
+    lengths = prompt.lengths_right + prompt.lengths_wrong
+    if not lengths:
+        return [Text("nothing finished", style(view, DIM))]
+    parts = (("right", prompt.lengths_right, RIGHT), ("wrong", prompt.lengths_wrong, WRONG))
+    legend = _legend(
+        [
+            (f"{len(values)} {name}, mean {fmean(values):.0f}", ink)
+            for name, values, ink in parts
+            if values
+        ],
+        view,
+    )
+    bins = max(4, min(24, width // 3))
+    low, high = max(min(lengths), 1), max(*lengths, min(lengths) + 1, 2)
+    layers = [counts_in_log_bins(values, low, high, bins) for _, values, _ in parts]
+    edges = [round(low * (high / low) ** (place / bins)) for place in range(bins + 1)]
+    return [
+        legend,
+        *stacked_columns(layers, [RIGHT, WRONG], width, max(height - 2, 1), view.color),
+        _axis(edges, bins, width, view),
+    ]
+
+
+def lag_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+    """Lags of recently shipped trajectories; beyond the bound, which must stay empty, in red."""
+    if not snapshot.lags:
+        return [Text("nothing shipped yet", style(view, DIM))]
+    last = max(snapshot.max_lag, *snapshot.lags)
+    counts = [snapshot.lags.count(lag) for lag in range(last + 1)]
+    within = [count if lag <= snapshot.max_lag else 0 for lag, count in enumerate(counts)]
+    beyond = [count if lag > snapshot.max_lag else 0 for lag, count in enumerate(counts)]
+    chart = stacked_columns(
+        [within, beyond],
+        [Ink("#6f8cff", "#"), Ink("#f0604d", "!")],
+        width,
+        max(height - 1, 1),
+        view.color,
+    )
+    return [*chart, _axis(list(range(last + 2)), last + 1, width, view, every=True)]
+
+
+def engines_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+    """Each engine: slots in use, speed, version, and its latency per token against the batch."""
+    if not snapshot.engines:
+        return [
+            Text(
+                "none: "
+                + (
+                    "a ledger keeps no engine states"
+                    if view.source.startswith("replay")
+                    else "no actor has joined"
+                ),
+                style(view, DIM),
+            )
+        ]
+    name = min(max(len(engine.engine_id) for engine in snapshot.engines), 16, max(width - 32, 4))
+    gauge = max(0, min(width - name - 52, 24))
+    lines = []
+    for engine in snapshot.engines[: height if len(snapshot.engines) <= height else height - 1]:
+        line = fitted(Text(printable(engine.engine_id)), name)
+        line.append(f" {f'{engine.in_flight}/{engine.slots}':>7} ")
+        if gauge:
+            full = round(gauge * min(engine.in_flight / max(engine.slots, 1), 1))
+            line.append("━" * full, style(view, RUNNING.color)).append(
+                "─" * (gauge - full) + " ", style(view, DIM)
+            )
+        line.append(f"{engine.tokens_per_s:>6.0f}/s v{engine.policy_version:<3} ")
+        latencies = [latency for _, latency in sorted(engine.curve)]
+        spark = max(0, min(12, width - line.cell_len - (22 if gauge else 1)))
+        line.append(
+            sparkline(latencies, min(spark, len(latencies))) if latencies else "",
+            style(view, "#eeb02e"),
+        )
+        if latencies and gauge:
+            line.append(f" {min(latencies):.1f}–{max(latencies):.1f} ms/token", style(view, DIM))
+        lines.append(line)
+    hidden = len(snapshot.engines) - len(lines)
+    return lines + ([Text(f"and {hidden} more", style(view, DIM))] if hidden else [])
+
+
+def _group_line(group: GroupView, width: int, view: View, track: bool) -> Text:
+    states = [rollout.state for rollout in group.rollouts]
+    running, cancelled = states.count("running"), states.count("cancelled")
+    line = fitted(
+        Text(printable(group.prompt_id), "bold" if not track and view.color else ""),
+        min(16, max(width // 4, 4)),
+    )
+    line.append(
+        f" {len(states) - running - cancelled:>2}/{group.budget:<2}" + (" " if track else "")
+    )
+    if track:
+        line.append_text(
+            race_track(
+                _rollout_bars(group),
+                _scale(group),
+                group.cut,
+                max(width - line.cell_len, 4),
+                view.color,
+            )
+        )
+        return line
+    facts = [line]
+    if group.cut:
+        facts.append(Text(f"cut {group.cut}", style(view, "bright_white")))
+    if cancelled:
+        facts.append(Text(f"{cancelled} cancelled", style(view, FATES["cancelled"].on_screen)))
+    facts.append(Text(f"{running} running", style(view, RUNNING.color)))
+    scale = f"{_scale(group)} ▏"  # the length that a full bar stands for
+    line = fitted(as_many_as_fit(facts, width - len(scale)), width - len(scale))
+    return line.append(scale, style(view, DIM))
+
+
+def _bars(group: GroupView, width: int, view: View) -> list[Text]:
+    return growing_bars(_rollout_bars(group), _scale(group), group.cut, width - 1, view.color)
+
+
+def _rollout_bars(group: GroupView) -> list[Bar]:
+    return [Bar(rollout.tokens, _ink(rollout.state)) for rollout in group.rollouts]
+
+
+def _scale(group: GroupView) -> int:
+    return nice_ceiling(max([group.cut, *(rollout.tokens for rollout in group.rollouts)]))
+
+
+def _axis(edges: list[int], bins: int, width: int, view: View, every: bool = False) -> Text:
+    """Lower edges below their columns: as many as fit. Mirrors how `stacked_columns` merges and spaces its bins."""
+    merged = -(-bins // max(width, 1)) or 1
+    pitch = max(width // max(-(-bins // merged), 1), 1)
+    cells = [" "] * width
+    free_from = 0
+    for place in range(len(edges)):
+        at, label = place // merged * pitch, str(edges[place])
+        repeated = place > 0 and edges[place] == edges[place - 1]
+        if place >= bins or repeated or at < free_from or at + len(label) > width:
+            continue
+        cells[at : at + len(label)] = label
+        free_from = at + len(label) + (1 if every else 3)
+    return Text("".join(cells), style(view, DIM))
+
+
+def _legend(parts: list[tuple[str, Ink]], view: View) -> Text:
+    """Words in the colour of what they name, or after its letter."""
+    return Text("  ").join(
+        [
+            Text(text if view.color else f"{ink.letter} {text}", style(view, ink.color))
+            for text, ink in parts
+        ]
+    )
+
+
+def as_many_as_fit(parts: list[Text], width: int) -> Text:
+    while len(parts) > 1 and sum(part.cell_len + 2 for part in parts) - 2 > width:
+        parts = parts[:-1]
+    return Text("  ").join(parts)
+
+
+def _chosen(prompts: list[PromptView], view: View) -> PromptView:
+    return next((prompt for prompt in prompts if prompt.prompt_id == view.prompt_id), prompts[0])
+
+
+def _ink(state: str) -> Ink:
+    return STATE_INKS.get(state, ENDED)
+
+
+def style(view: View, style: str) -> str:
+    return style if view.color else ""

@@ -1,0 +1,138 @@
+"""The table of a comparison as Markdown, HTML and figures. Measures nothing; driven by `tools.compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from tools.reporting.run_directory import Row
+
+COLUMNS = {
+    "step_s": "s per step",
+    "tokens/generated": "generated",
+    "tokens/trained": "trained",
+    "tokens/discarded": "discarded",
+    "tokens/cancelled": "cancelled",
+    "busy_frac": "engines busy",
+    "wait_frac": "learner waits",
+    "lag_mean": "lag mean",
+    "lag_max": "lag max",
+    "generated_mean": "generated length mean",
+    "length_mean": "length mean",
+    "length_p50": "p50",
+    "length_p99": "p99",
+    "judged_length_mean": "held-out length mean",
+    "judged_length_p99": "held-out p99",
+    "reward": "reward",
+    "budget": "budget",
+    "pruned_frac": "pruned",
+    "short_wrong_frac": "short seats off",
+    "long_wrong_frac": "long seat off",
+    "accuracy": "accuracy",
+    "trained_s": "s in all",
+    "reach_s": "s to the first's accuracy",
+    "near_s": "s to within margin of it",
+}
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        str(row["variant"]),
+        *(_shown(name, row.get(name)) for name in COLUMNS),
+        str(row["verdict"]),
+    ]
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None or value != value:
+        return "-"
+    if name.startswith("tokens/"):
+        return f"{value / 1e6:.2f}M"
+    if name.endswith(("_frac", "accuracy", "reward")):
+        return f"{value:.3f}"
+    return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    lines = [["variant", *COLUMNS.values(), "verdict"], *map(_cells, rows)]
+    used = [i for i in range(len(lines[0])) if any(line[i] != "-" for line in lines[1:])]
+    text = ["| " + " | ".join(line[i] for i in used) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "---|" * len(used), *text[1:]])
+
+
+PAGE_STYLE = """
+body { font:14px system-ui; margin:2em } table { border-collapse:collapse; font-variant-numeric:tabular-nums }
+td, th { padding:4px 10px; border-bottom:1px solid #ddd; text-align:right } td:first-child, th:first-child { text-align:left }
+"""
+
+
+def html(rows: Sequence[Row], title: str, lead: str) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in ["variant", *COLUMNS.values(), "verdict"])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>{PAGE_STYLE}</style>'
+        f"<h1>{escape(title)}</h1><p>{escape(lead)}</p>"
+        f'<table><tr>{head}</tr>{body}</table><p><img src="table.png" alt="The same as bars"></p></html>\n'
+    )
+
+
+def plot_table(rows: Sequence[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [str(row["variant"]) for row in rows]
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(12, 0.45 * len(rows) + 1.6), sharey=True, layout="constrained"
+    )
+    below = [row["time_ratio"] - row["time_ratio_range"][0] for row in rows]
+    above = [row["time_ratio_range"][1] - row["time_ratio"] for row in rows]
+    left.barh(names, [row["time_ratio"] for row in rows], xerr=[below, above], color="#3d5bd9")
+    left.axvline(1.0, color="#1d2733", linewidth=0.8)
+    left.set_xlabel(f"learner steps per second, over {names[0]} (range over seeds)")
+    start = [0.0] * len(rows)
+    for fate, colour in (
+        ("trained", "#12876f"),
+        ("discarded", "#e3a11f"),
+        ("cancelled", "#9aa3ad"),
+    ):
+        values = [row[f"tokens/{fate}"] / 1e6 for row in rows]
+        right.barh(names, values, left=start, color=colour, label=fate)
+        start = [a + b for a, b in zip(start, values, strict=True)]
+    right.set_xlabel("tokens generated, millions")
+    right.legend()
+    left.invert_yaxis()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_curves(by_variant: dict[str, list[Row]], path: Path) -> None:
+    """Held-out accuracy over time: a line for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for index, (name, results) in enumerate(by_variant.items()):
+        for number, result in enumerate(results):
+            times, accuracies = zip(*result["curve"], strict=True)
+            axes.plot(
+                times,
+                accuracies,
+                color=f"C{index}",
+                linewidth=1.4,
+                marker=".",
+                label=name if number == 0 else None,
+            )
+    axes.set_xlabel("seconds of training, after the first step")
+    axes.set_ylabel("held-out accuracy, temperature of training")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
