@@ -13,7 +13,7 @@ def run(config: Config) -> int:
 
 if __name__ == "__main__":
     cli.main(
-        "An actor pool: starts actors.engines vLLM engines on this node, which generate for the buffer at buffer.address.",
+        "An actor pool: starts actors.num_engines vLLM engines on this node, which generate for the buffer at buffer.address.",
         run,
         errors=(EngineFailed,),
     )

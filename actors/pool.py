@@ -65,7 +65,7 @@ class EngineProcess:
 
 
 class Pool:
-    """`actors.engines` engines, until the run ends."""
+    """`actors.num_engines` engines, until the run ends."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -82,7 +82,7 @@ class Pool:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
         try:
-            self._engines = [self._start(index) for index in range(self._config.actors.engines)]
+            self._engines = [self._start(index) for index in range(self._config.actors.num_engines)]
             while self._engines and not self._stopping:
                 time.sleep(POLL_S)
                 for engine in [engine for engine in self._engines if engine.ended()]:
@@ -164,11 +164,11 @@ def engine_gpus(config: Config, index: int, visible: str) -> dict[str, str]:
     """
     if engine_device(config) != "cuda":
         return {}
-    size, engines = config.actors.tensor_parallel, config.actors.engines
+    size, engines = config.actors.tensor_parallel, config.actors.num_engines
     gpus = visible.split(",") if visible else [str(gpu) for gpu in range(engines * size)]
     if len(gpus) < engines * size:
         raise ValueError(
-            f"actors.engines={engines} x actors.tensor_parallel={size} need {engines * size} GPUs, but CUDA_VISIBLE_DEVICES={visible} "
+            f"actors.num_engines={engines} x actors.tensor_parallel={size} need {engines * size} GPUs, but CUDA_VISIBLE_DEVICES={visible} "
             f"names {len(gpus)}: start fewer engines here"
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index * size : (index + 1) * size])}

@@ -190,7 +190,7 @@ class Service:
             prompts = tuple(ev.Prompt(prompt_id) for prompt_id in run.eval_payloads)
             run.apply(
                 ev.EvaluationRequested(
-                    run.now(), prompts, self.config.eval.samples, run.core.policy_version
+                    run.now(), prompts, self.config.eval.samples_per_prompt, run.core.policy_version
                 )
             )
 

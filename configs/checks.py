@@ -22,9 +22,9 @@ def check(config: Config) -> None:
 
 def _group(config: Config) -> None:
     darts = config.darts
-    if darts.long_end != "none" and darts.long >= darts.group_size:
+    if darts.long_end != "none" and darts.num_long >= darts.group_size:
         raise ValueError(
-            f"darts.long={darts.long}: must be < darts.group_size={darts.group_size}; otherwise no seat is left for the shortest responses "
+            f"darts.num_long={darts.num_long}: must be < darts.group_size={darts.group_size}; otherwise no seat is left for the shortest responses "
             "(darts.long_end=none takes the shortest alone)"
         )
 
@@ -60,10 +60,10 @@ def _betas(config: Config) -> None:
 
 
 def _ranks(config: Config) -> None:
-    ranks, trajectories = config.learner.ranks, config.batch.groups * config.darts.group_size
+    ranks, trajectories = config.learner.num_ranks, config.batch.groups * config.darts.group_size
     if ranks > trajectories:
         raise ValueError(
-            f"learner.ranks={ranks}: must be <= batch.groups x darts.group_size = {trajectories}; otherwise a rank has nothing to train on"
+            f"learner.num_ranks={ranks}: must be <= batch.groups x darts.group_size = {trajectories}; otherwise a rank has nothing to train on"
         )
 
 

@@ -24,6 +24,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.schema import RENAMED
+
 PRESETS = Path(__file__).parent
 OWN_PACKAGES = {"__main__", "actors", "buffer", "configs", "darts", "learner", "tools"}
 BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
@@ -36,7 +38,7 @@ BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One configuration key: `path` is dotted, `rules` are its bounds, choices and consequence."""
+    """One configuration key: `path` is dotted, `rules` are its bounds and choices."""
 
     path: str
     type: Any
@@ -44,10 +46,17 @@ class Key:
     doc: str
     rules: Mapping[str, Any]
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that are allowed, () if any value is."""
+        if typing.get_origin(self.type) is typing.Literal:
+            return typing.get_args(self.type)
+        return tuple(self.rules.get("choices", ()))
+
     def allowed(self) -> str:
-        """The rules in words, "" where there are none."""
-        if "choices" in self.rules:
-            return "one of " + ", ".join(str(choice) for choice in self.rules["choices"])
+        """The rules in words, "" if there are none."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
         return " and ".join(
             f"{sign} {self.rules[name]:g}"
             for name, (sign, _) in BOUNDS.items()
@@ -59,7 +68,7 @@ class Key:
             return False
         if isinstance(value, list):
             return any(self.violated(item) for item in value)
-        if "choices" in self.rules and value not in self.rules["choices"]:
+        if self.choices and value not in self.choices:
             return True
         return any(
             not holds(value, self.rules[name])
@@ -105,11 +114,8 @@ def load(argv: Sequence[str], schema: type | None = None) -> Any:
     for path, key in known.items():
         value = _get(result, path)
         if key.violated(value):
-            consequence = (
-                f"; otherwise {key.rules['consequence']}" if "consequence" in key.rules else ""
-            )
             raise ValueError(
-                f"{_shown(path, value)} ({origin.get(path, 'default')}): must be {key.allowed()}{consequence}"
+                f"{_shown(path, value)} ({origin.get(path, 'default')}): must be {key.allowed()}"
             )
     if schema is _run_schema():
         from configs.checks import check
@@ -282,6 +288,8 @@ def _assign(
     config: DictConfig, known: Mapping[str, Key], path: str, value: Any, where: str
 ) -> None:
     if path not in known:
+        if (new := RENAMED.get(path)) in known:
+            raise ValueError(f"{path} ({where}): is now called {new}; use that name")
         inside = [key for key in known if key.startswith(path + ".")]
         if inside:
             raise ValueError(
@@ -293,9 +301,9 @@ def _assign(
     try:
         OmegaConf.update(config, path, value)
     except OmegaConfBaseException:
-        raise ValueError(
-            f"{_shown(path, value)} ({where}): expected {_type_name(known[path].type)}"
-        ) from None
+        key = known[path]
+        expected = f"must be {key.allowed()}" if key.choices else f"expected {_type_name(key.type)}"
+        raise ValueError(f"{_shown(path, value)} ({where}): {expected}") from None
 
 
 def _plain(config: Any) -> Any:
@@ -338,6 +346,8 @@ def _shown(path: str, value: Any) -> str:
 
 
 def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "str"
     if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
         return kind.__name__
     return str(kind).replace("typing.", "")

@@ -1,32 +1,79 @@
 """Every key of a run: its type, default, meaning and allowed values. One schema serves every process.
 
-Each process reads its own sections; all of them are given the same file, so one `config.yaml` describes the whole run.
-`configs.cli.load` turns files and `key=value` overrides into a checked `Config`.
+Each process reads its own sections, and all of them are given the same file, so one `config.yaml`
+describes the whole run. `configs.cli.load` turns files and `key=value` overrides into a checked
+`Config`. The `Shared...` sections hold the keys that a simulation (`darts.simulate`) has too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal, TypeVar, cast
+
+T = TypeVar("T")
+Device = Literal["auto", "cpu", "cuda"]
+LongEnd = Literal["none", "survivor", "longest"]
+
+RENAMED = {  # the old name is refused with the new one in the message
+    "actors.engines": "actors.num_engines",
+    "batch.tokens": "batch.max_tokens",
+    "darts.long": "darts.num_long",
+    "data.size": "data.num_prompts",
+    "engines.count": "engines.num_engines",
+    "eval.prompts": "eval.num_prompts",
+    "eval.samples": "eval.samples_per_prompt",
+    "learner.gpus": "learner.num_gpus",
+    "learner.ranks": "learner.num_ranks",
+    "lengths.prompts": "lengths.num_prompts",
+    "weights.every": "weights.publish_every",
+}
 
 
-def key(default: Any, doc: str, **rules: Any) -> Any:
-    """A configuration key. Rules: `ge`, `gt`, `le`, `lt` (bounds), `choices`, `consequence` (said when a rule is broken)."""
-    metadata = {"doc": doc, **rules}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+def key(
+    default: T,
+    doc: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: Sequence[str] = (),
+) -> T:
+    """A configuration key, with the metadata that `configs.cli` reads.
+
+    The bounds hold for every item of a list. `choices` is for a set of words that only the running
+    program knows; a fixed set is a `Literal` type.
+    """
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    metadata = {"doc": doc, **{name: bound for name, bound in bounds.items() if bound is not None}}
+    if choices:
+        metadata["choices"] = choices
+    if isinstance(default, list):
+        items = list(default)
+        return cast(T, field(default_factory=lambda: list(items), metadata=metadata))
+    return cast(T, field(default=default, metadata=metadata))
 
 
 @dataclass
-class RunConfig:
-    name: str = key("run", "Name of the run; its directory is <dir>/<name>.")
-    dir: str = key("runs", "Folder that holds the runs.")
-    seed: int = key(0, "Seeds the prompt stream, the core's ties and the sampling.", ge=0)
-    steps: int = key(100, "Learner steps to take.", ge=1)
+class SharedRun:
+    name: str = key("run", "Name of the run, shown in reports. It also names the run's directory.")
+    seed: int = key(
+        0,
+        "Seeds the order of prompts, the sampling and the ties between responses. Change it to "
+        "repeat an experiment independently.",
+        ge=0,
+    )
+    steps: int = key(100, "Number of learner steps after which the run ends.", ge=1)
+
+
+@dataclass
+class RunConfig(SharedRun):
+    dir: str = key("runs", "Folder that holds the runs. This run writes to <run.dir>/<run.name>.")
     resume: bool = key(
         False,
-        "Continue from the newest complete checkpoint instead of refusing to touch an existing run.",
+        "Continue the run of this name from its newest complete checkpoint. By default an existing "
+        "run is never touched.",
     )
 
 
@@ -34,71 +81,98 @@ class RunConfig:
 class ModelConfig:
     path: str = key(
         "models/tiny-reasoner",
-        "Folder (or hub name) of a Hugging Face causal language model and its tokenizer.",
+        "Folder, or name on the hub, of a Hugging Face causal language model with its tokenizer.",
     )
-    dtype: str = key(
+    dtype: Literal["float32", "bfloat16", "float16"] = key(
         "float32",
-        "Compute type of engines and learner.",
-        choices=["float32", "bfloat16", "float16"],
+        "Number type in which engines and learner compute. Use bfloat16 on GPUs; the learner keeps "
+        "float32 master weights in any case.",
     )
-    attention: str = key(
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = key(
         "sdpa",
-        "The learner's attention.",
-        choices=["sdpa", "eager", "flex_attention", "flash_attention_2"],
+        "Attention implementation of the learner. Engines choose their own.",
     )
-    max_context: int = key(1024, "Prompt plus response, in tokens, that an engine accepts.", ge=16)
+    max_context: int = key(
+        1024,
+        "Longest prompt plus response, in tokens. It must exceed sampling.max_tokens by the length "
+        "of the longest prompt.",
+        ge=16,
+    )
 
 
 @dataclass
 class DataConfig:
     train: str = key(
         "tagged_sum",
-        "Where prompts come from: tagged_sum | reasoning_gym:<task> | file.jsonl | file.parquet | hf:<dataset>[:<split>].",
+        "Source of the training prompts: tagged_sum, reasoning_gym:TASK, FILE.jsonl, FILE.parquet "
+        "or hf:DATASET[:SPLIT].",
     )
     eval: str = key(
-        "", "Held-out prompts, same forms; empty: held out of `data.train` by hash of the prompt."
+        "",
+        "Source of the held-out prompts, in the same forms. Empty: eval.num_prompts of data.train "
+        "are held out, chosen by a hash of the prompt.",
     )
     environment: str = key(
         "auto",
-        "What scores a response: auto (the source's own verifier) | exact | numeric | math_verify | reasoning_gym | module:function.",
+        "Verifier that scores a response: auto (the one that belongs to the source), exact, "
+        "numeric, math_verify, reasoning_gym, or MODULE:FUNCTION for your own.",
     )
     prompt_field: str = key(
         "prompt",
-        "Column of the prompt (a string, or a list of chat messages) in files and datasets.",
+        "Column of a file or dataset that holds the prompt: a string or a list of chat messages.",
     )
-    answer_field: str = key("answer", "Column of the reference answer in files and datasets.")
+    answer_field: str = key(
+        "answer", "Column of a file or dataset that holds the reference answer."
+    )
     system_prompt: str = key(
-        "", "System message put before each prompt where the tokenizer has a chat template."
+        "", "System message placed before every prompt. It requires a chat template."
     )
-    chat_template: str = key(
-        "auto", "Apply the tokenizer's chat template.", choices=["auto", "never"]
+    chat_template: Literal["auto", "never"] = key(
+        "auto",
+        "Whether prompts are formatted with the tokenizer's chat template: auto (if it has one) or "
+        "never.",
     )
-    size: int = key(
-        10000, "How many distinct prompts a generated source (tagged_sum, reasoning_gym) has.", ge=1
+    num_prompts: int = key(
+        10000,
+        "Number of distinct prompts of a generated source (tagged_sum, reasoning_gym). Files and "
+        "datasets are always used whole.",
+        ge=1,
     )
-    verifier_timeout_s: float = key(10.0, "A verifier that takes longer has failed.", gt=0)
-    on_error: str = key(
+    verifier_timeout_s: float = key(
+        10.0,
+        "Time limit of one verification, in seconds. A verifier that exceeds it has failed; raise "
+        "it for verifiers that run programs.",
+        gt=0,
+    )
+    on_error: Literal["stop", "skip"] = key(
         "stop",
-        "When a rollout has failed darts.max_attempts times (a verifier that raises, say): stop the run, or skip the prompt and count it.",
-        choices=["stop", "skip"],
+        "What happens once a rollout has failed darts.max_attempts times, for instance because its "
+        "verifier raises: stop the run, or skip the prompt and count it.",
     )
 
 
 @dataclass
 class PipelineConfig:
-    mode: str = key(
+    mode: Literal["async", "sync"] = key(
         "async",
-        "async: engines never wait; sync: generate a step's groups, train on them, repeat (a lag of 0, whatever staleness.max_lag says).",
-        choices=["async", "sync"],
+        "async: engines generate without a pause. sync: generate the groups of one step, train on "
+        "them, repeat; the lag is then 0, regardless of staleness.max_lag.",
     )
 
 
 @dataclass
-class BatchConfig:
-    groups: int = key(16, "Groups (prompts) that one learner step trains on.", ge=1)
-    tokens: int = key(
+class SharedBatch:
+    groups: int = key(
+        16, "Number of groups (one prompt each) that one learner step trains on.", ge=1
+    )
+
+
+@dataclass
+class BatchConfig(SharedBatch):
+    max_tokens: int = key(
         4096,
-        "Tokens in one packed micro-batch of one rank; gradients accumulate over as many as a step needs.",
+        "Largest packed micro-batch of one rank, in tokens. It changes memory and speed but not "
+        "the gradient: raise it until the memory is used.",
         ge=16,
     )
 
@@ -107,61 +181,74 @@ class BatchConfig:
 class StalenessConfig:
     max_lag: int = key(
         4,
-        "Most policy versions between a trajectory's oldest token and the learner that is handed it.",
+        "Largest lag of a trajectory, in policy versions: from the version of its oldest token to "
+        "that of the learner which trains on it. Raise it if the learner waits for long responses.",
         ge=0,
     )
-    on_deadline: str = key(
+    on_deadline: Literal["wait", "drop"] = key(
         "wait",
-        "A group about to exceed max_lag with too few responses: the learner waits for it, or it is dropped and its prompt put back.",
-        choices=["wait", "drop"],
+        "What happens to a group that is about to exceed staleness.max_lag with too few responses: "
+        "the learner waits for it, or it is dropped and its prompt returns to the queue.",
     )
 
 
 @dataclass
-class DartsConfig:
-    policy: str = key(
+class SharedDarts:
+    policy: Literal["darts", "plain", "first_finished", "random"] = key(
         "darts",
-        "darts; plain (as many rollouts as are trained on); first_finished (whoever ends first); "
-        "random (a control: any M of those that ended).",
-        choices=["darts", "plain", "first_finished", "random"],
+        "Which responses are trained on: darts (by length), plain (no surplus, so all of them), "
+        "first_finished (in order of finishing), or random (a control).",
     )
-    group_size: int = key(8, "M: trajectories of a group that are trained on.", ge=2)
-    long: int = key(
-        1, "L: how many of them are the longest; the other M - L are the shortest.", ge=0
+    group_size: int = key(8, "M: number of trajectories per group that are trained on.", ge=2)
+    num_long: int = key(
+        1,
+        "L: how many of the M trajectories are chosen among the longest; the other M - L are the "
+        "shortest.",
+        ge=0,
     )
-    long_end: str = key(
+    long_end: LongEnd = key(
         "survivor",
-        "Who takes the long seat: none (M shortest), survivor (of the stragglers one may finish), "
-        "longest (wait for all; the paper's rule).",
-        choices=["none", "survivor", "longest"],
+        "How the L long trajectories are found: none (take the M shortest), survivor (let L of the "
+        "longest running rollouts finish and cancel the rest) or longest (wait for every rollout, "
+        "as published).",
     )
-    cancel: str = key(
+    cancel: Literal["exact", "eager"] = key(
         "exact",
-        "Cancel what provably cannot be selected (exact), or all once M have finished (eager).",
-        choices=["exact", "eager"],
+        "Which rollouts are cancelled: exact (only those that provably cannot be selected) or "
+        "eager (all that remain once M have finished).",
     )
     fill_truncated: bool = key(
         True,
-        "Fill a group that has too few valid responses with truncated ones, so that hard prompts do not starve.",
+        "Complete a group that has too few valid responses with truncated ones, so that hard "
+        "prompts are trained on too. If false, such a group is dropped.",
     )
+    max_reopens: int = key(
+        3, "How many times the prompt of a dropped group returns to the queue.", ge=0
+    )
+
+
+@dataclass
+class DartsConfig(SharedDarts):
     max_attempts: int = key(
-        3, "How often one rollout may be launched before it counts as failed.", ge=1
+        3, "How many times one rollout is launched before it counts as failed.", ge=1
     )
-    max_reopens: int = key(3, "How often a dropped group's prompt returns to the queue.", ge=0)
 
 
 @dataclass
 class RedundancyConfig:
-    rule: str = key(
+    rule: Literal["none", "fixed", "paper", "marginal"] = key(
         "marginal",
-        "How many rollouts a prompt gets: none (M), fixed (upper x M), paper (a window's total by utility, split by spread), "
-        "marginal (one by one).",
-        choices=["none", "fixed", "paper", "marginal"],
+        "How many rollouts a prompt gets: none (M), fixed (redundancy.upper times M), paper (a "
+        "total for one step's prompts, split by their spread, as published) or marginal (per "
+        "prompt, as long as one more rollout is worth its price).",
     )
-    upper: float = key(2.0, "M'/M at most this.", ge=1, le=8)
+    upper: float = key(
+        2.0, "Largest budget of a prompt, as a multiple of darts.group_size.", ge=1, le=8
+    )
     price: float = key(
         0.3,
-        "lambda: what a relative increase in generation time costs against the gain in spread.",
+        "Weight of the relative increase in generation time against the gain from a larger budget "
+        "(lambda), for the rules paper and marginal. Raise it if engines are the bottleneck.",
         ge=0,
     )
 
@@ -172,36 +259,56 @@ def largest_budget(group_size: int, upper: float) -> int:
 
 
 @dataclass
-class SamplingConfig:
-    temperature: float = key(1.0, "Sampling temperature.", gt=0)
-    top_p: float = key(1.0, "Nucleus; 1 samples from the whole distribution.", gt=0, le=1)
-    max_tokens: int = key(512, "Longest response; what reaches it is truncated.", ge=1)
+class SharedSampling:
+    max_tokens: int = key(
+        512, "Longest response, in tokens. A response that reaches it is truncated.", ge=1
+    )
+
+
+@dataclass
+class SamplingConfig(SharedSampling):
+    temperature: float = key(1.0, "Sampling temperature, in training and in evaluation.", gt=0)
+    top_p: float = key(1.0, "Nucleus sampling threshold (top-p); 1 disables it.", gt=0, le=1)
 
 
 @dataclass
 class ActorsConfig:
     name: str = key(
         "pool",
-        "Name of this actor pool; its engines are <name>/0, <name>/1, ... and must be unique in a run.",
+        "Name of this pool of engines, unique in the run. Its engines are <name>/0, <name>/1, ...",
     )
-    engines: int = key(1, "Engines in this pool.", ge=1)
-    slots: int = key(64, "Rollouts in flight per engine.", ge=1)
-    tensor_parallel: int = key(1, "Devices per engine.", ge=1)
-    device: str = key(
-        "auto",
-        "Where engines run; auto takes CUDA where there is one.",
-        choices=["auto", "cpu", "cuda"],
+    num_engines: int = key(1, "Number of engines in this pool.", ge=1)
+    slots: int = key(
+        64,
+        "Largest number of rollouts in flight per engine. Raise it up to the batch size at which "
+        "the latency per token starts to grow.",
+        ge=1,
     )
-    gpu_memory_frac: float = key(0.9, "Share of a GPU's memory that an engine takes.", gt=0, le=1)
-    kv_cache_gib: float = key(1.0, "Key-value cache of a CPU engine.", gt=0)
-    stream_interval: int = key(8, "Tokens that an engine decodes before it reports them.", ge=1)
+    tensor_parallel: int = key(
+        1, "Number of GPUs per engine. Raise it if the model does not fit on one.", ge=1
+    )
+    device: Device = key("auto", "Device of the engines; auto uses CUDA if there is a GPU.")
+    gpu_memory_frac: float = key(
+        0.9,
+        "Share of a GPU's memory that an engine takes. Lower it if the engine shares the GPU.",
+        gt=0,
+        le=1,
+    )
+    kv_cache_gib: float = key(1.0, "Size of a CPU engine's key-value cache, in GiB.", gt=0)
+    stream_interval: int = key(
+        8,
+        "Number of tokens that a rollout decodes between two progress reports. Smaller values "
+        "cancel earlier and send more messages.",
+        ge=1,
+    )
     flush_s: float = key(
         0.05,
-        "Reports of one engine are sent together, this often; grows by itself when the buffer is busy.",
+        "Shortest time between two batches of progress reports of one engine, in seconds. It grows "
+        "by itself while the buffer is busy.",
         gt=0,
     )
     max_restarts: int = key(
-        5, "How often the pool restarts a dead engine before it gives up.", ge=0
+        5, "How many times the pool restarts an engine that died before it gives up.", ge=0
     )
 
 
@@ -209,106 +316,154 @@ class ActorsConfig:
 class BufferConfig:
     address: str = key(
         "tcp://127.0.0.1:5577",
-        "Where the buffer listens; statistics are published on the next port.",
+        "Address on which the buffer listens. Statistics are published on the next port.",
     )
     keys: str = key(
-        "", "Folder with CURVE keys (python -m tools.keys FOLDER); required beyond loopback."
+        "",
+        "Folder of the CURVE keys, made by `python -m tools.keys FOLDER`. They are required as "
+        "soon as an address is not on the loopback interface.",
     )
     max_bytes: int = key(
-        2_000_000_000, "Trajectory payloads held at most; admission pauses above.", ge=1_000_000
+        2_000_000_000,
+        "Memory for trajectories, in bytes. While it is full, no new group is opened.",
+        ge=1_000_000,
     )
     connect_timeout_s: float = key(
-        60.0, "How long a process waits for the buffer to answer at start.", gt=0
+        60.0,
+        "How long a process waits for the buffer's first answer, in seconds. Raise it if the buffer "
+        "starts later than the others.",
+        gt=0,
     )
-    peer_timeout_s: float = key(15.0, "A peer not heard of for this long is lost.", gt=1)
+    peer_timeout_s: float = key(
+        15.0,
+        "Silence after which an engine, a rank or the buffer counts as lost, in seconds. Raise it on "
+        "machines that stall.",
+        gt=1,
+    )
     rejoin_timeout_s: float = key(
-        300.0, "With no learner, or no actor, for this long the run stops with an error.", gt=1
+        300.0,
+        "How long the run continues without a learner or without any engine before it fails, in "
+        "seconds. Raise it if a restart takes longer.",
+        gt=1,
     )
 
 
 @dataclass
-class WeightsConfig:
-    transport: str = key(
+class SharedWeights:
+    publish_every: int = key(
+        1, "Number of learner steps between two published policy versions.", ge=1
+    )
+
+
+@dataclass
+class WeightsConfig(SharedWeights):
+    transport: Literal["zmq", "file"] = key(
         "zmq",
-        "How actors fetch snapshots: zmq (from the learner) or file (a folder that all see).",
-        choices=["zmq", "file"],
+        "How engines fetch the weights: zmq (from the learner) or file (from a folder that every "
+        "machine shares).",
     )
-    every: int = key(1, "Learner steps per published version.", ge=1)
     address: str = key(
-        "tcp://127.0.0.1:*", "Where the learner serves snapshots (zmq); * takes a free port."
+        "tcp://127.0.0.1:*",
+        "Address on which the learner serves weights (zmq); port * takes a free one. Set the "
+        "learner's own address if engines run on other machines.",
     )
-    dir: str = key("", "Folder of the snapshots (file); empty: <run>/weights.")
+    dir: str = key("", "Folder of the weights (file). Empty: the folder weights of the run.")
 
 
 @dataclass
 class LossConfig:
-    kind: str = key(
+    kind: Literal["grpo", "dr_grpo"] = key(
         "grpo",
-        "Group-relative advantages: grpo divides by the group's standard deviation, dr_grpo does not. Clipped surrogate, mean over tokens.",
-        choices=["grpo", "dr_grpo"],
+        "How advantages are computed from a group's rewards: grpo divides by their standard "
+        "deviation, dr_grpo does not. Both use the clipped surrogate, averaged over tokens.",
     )
-    clip_low: float = key(0.2, "Ratios below 1 - clip_low are clipped.", gt=0, lt=1)
-    clip_high: float = key(0.28, "Ratios above 1 + clip_high are clipped (clip-higher).", gt=0)
+    clip_low: float = key(
+        0.2,
+        "Policy ratios below 1 - clip_low are clipped (lower bound of the surrogate).",
+        gt=0,
+        lt=1,
+    )
+    clip_high: float = key(
+        0.28,
+        "Policy ratios above 1 + clip_high are clipped. A value above loss.clip_low (clip-higher) "
+        "keeps exploration alive.",
+        gt=0,
+    )
     tis_cap: float = key(
         2.0,
-        "Cap of the truncated importance weight that corrects for stale or mismatched actors.",
+        "Cap of the truncated importance weight that corrects for the difference between the "
+        "policy that sampled a token and the learner's.",
         gt=0,
     )
     train_truncated: bool = key(
         False,
-        "Let truncated responses contribute to the loss (they always count in the group's advantages).",
+        "Let the tokens of truncated responses contribute to the loss. Their rewards count in the "
+        "group's advantages in any case.",
     )
 
 
 @dataclass
 class OptimizerConfig:
-    lr: float = key(1e-6, "AdamW's learning rate.", gt=0)
-    betas: list[float] = key([0.9, 0.95], "AdamW's betas.", ge=0, lt=1)
-    weight_decay: float = key(0.0, "AdamW's weight decay.", ge=0)
-    warmup_steps: int = key(0, "Steps over which the learning rate rises linearly.", ge=0)
-    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", gt=0)
+    lr: float = key(1e-6, "Learning rate of AdamW.", gt=0)
+    betas: list[float] = key([0.9, 0.95], "The two betas of AdamW.", ge=0, lt=1)
+    weight_decay: float = key(0.0, "Weight decay of AdamW.", ge=0)
+    warmup_steps: int = key(
+        0, "Number of steps over which the learning rate rises linearly from 0.", ge=0
+    )
+    max_grad_norm: float = key(
+        1.0, "Largest norm of the gradient; larger ones are scaled down.", gt=0
+    )
 
 
 @dataclass
 class LearnerConfig:
-    ranks: int = key(1, "Data-parallel (FSDP) ranks on this node.", ge=1)
-    device: str = key(
-        "auto",
-        "Where ranks run; auto takes CUDA where there is one.",
-        choices=["auto", "cpu", "cuda"],
+    num_ranks: int = key(
+        1, "Number of data-parallel (FSDP) processes on this node, one per GPU.", ge=1
     )
+    device: Device = key("auto", "Device of the ranks; auto uses CUDA if there is a GPU.")
     activation_checkpointing: bool = key(
-        False, "Recompute activations in the backward pass to save memory."
+        False,
+        "Recompute activations in the backward pass. It saves memory and costs about a third more "
+        "time.",
     )
     checkpoint_every: int = key(
-        20, "Steps between checkpoints; the last step always makes one.", ge=1
+        20, "Number of steps between two checkpoints. The last step always writes one.", ge=1
     )
-    keep_checkpoints: int = key(2, "Checkpoints kept.", ge=1)
+    keep_checkpoints: int = key(2, "Number of newest checkpoints that are kept.", ge=1)
 
 
 @dataclass
 class EvalConfig:
     every: int = key(
         20,
-        "Steps between evaluations; 0: never. The first is before training, the last after it.",
+        "Number of steps between two evaluations; there is one before the first step and one after "
+        "the last, too. 0 disables evaluation.",
         ge=0,
     )
-    prompts: int = key(128, "Held-out prompts.", ge=1)
-    samples: int = key(1, "Responses per held-out prompt, at the training temperature.", ge=1)
+    num_prompts: int = key(
+        128, "Number of held-out prompts. Raise it if the accuracy fluctuates.", ge=1
+    )
+    samples_per_prompt: int = key(
+        1, "Number of responses per held-out prompt, sampled as in training.", ge=1
+    )
 
 
 @dataclass
 class LaunchConfig:
-    launcher: str = key(
-        "local", "Where tools.launch starts the processes.", choices=["local", "ray"]
+    launcher: Literal["local", "ray"] = key(
+        "local",
+        "Where tools.launch starts the processes: on this machine, or on a Ray cluster.",
     )
-    ray_address: str = key("", "Ray cluster to use; empty: a local one.")
+    ray_address: str = key("", "Address of the Ray cluster. Empty: start a local one.")
     pools: list[str] = key(
         [],
-        "More actor pools for tools.launch: each a string of overrides, such as 'actors.name=b actors.slots=32'.",
+        "Further actor pools that tools.launch starts, each a string of overrides such as "
+        "'actors.name=b actors.slots=32'.",
     )
-    progress: str = key(
-        "auto", "The live view of tools.launch.", choices=["auto", "live", "plain", "none"]
+    progress: Literal["auto", "live", "plain", "none"] = key(
+        "auto",
+        "Progress view of tools.launch: live (redraws in place), plain (lines), none, or auto (live "
+        "on a terminal, else plain).",
     )
 
 

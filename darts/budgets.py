@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from configs.schema import largest_budget
+from configs.schema import LongEnd, largest_budget
 from darts import redundancy
-from darts.events import LongEnd
 from darts.latency import LatencyCurve
 from darts.lengths import LengthStats, length_std
 

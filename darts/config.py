@@ -1,32 +1,90 @@
-"""What of a run's configuration the core decides by."""
+"""The part of a configuration that the core decides by, and how a run or a simulation gives it.
+
+Owns the translation from configuration keys to `CoreConfig`. Never reads files or command lines.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from configs.schema import Config
-from darts.core import CoreConfig
+from configs import schema
 
 
-def core_config(config: Config) -> CoreConfig:
-    """`pipeline.mode=sync` is lag 0 with a learner that waits for its whole window: nothing is released early or dropped."""
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    """Everything the core's decisions depend on besides its events. Fields: `configs/schema.py`."""
+
+    groups_per_step: int
+    steps_per_version: int = 1
+    max_lag: int = 4
+    on_deadline: Literal["wait", "drop"] = "wait"
+    # False in sync mode, where the learner waits for the whole window by design.
+    release_at_deadline: bool = True
+    policy: Literal["darts", "plain", "first_finished", "random"] = "darts"
+    group_size: int = 8
+    num_long: int = 1
+    long_end: schema.LongEnd = "survivor"
+    cancel: Literal["exact", "eager"] = "exact"
+    fill_truncated: bool = True
+    max_attempts: int = 3
+    max_reopens: int = 3
+    redundancy: Literal["none", "fixed", "paper", "marginal"] = "marginal"
+    upper: float = 2.0
+    price: float = 0.3
+    max_tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_long < self.group_size:
+            raise ValueError(
+                f"darts.num_long={self.num_long}: must be >= 0 and < darts.group_size="
+                f"{self.group_size}; otherwise no seat is left for the shortest responses"
+            )
+
+
+class CoreKeys(Protocol):
+    """The sections that the core decides by. A run's configuration and a simulation's have them."""
+
+    @property
+    def run(self) -> schema.SharedRun: ...
+    @property
+    def pipeline(self) -> schema.PipelineConfig: ...
+    @property
+    def batch(self) -> schema.SharedBatch: ...
+    @property
+    def staleness(self) -> schema.StalenessConfig: ...
+    @property
+    def darts(self) -> schema.SharedDarts: ...
+    @property
+    def redundancy(self) -> schema.RedundancyConfig: ...
+    @property
+    def sampling(self) -> schema.SharedSampling: ...
+    @property
+    def weights(self) -> schema.SharedWeights: ...
+
+
+def core_config(config: CoreKeys) -> CoreConfig:
+    """The core's configuration, for a run as for a simulation (whose rollouts never fail).
+
+    `pipeline.mode=sync` is lag 0 with a learner that waits for its whole window: nothing is
+    released early or dropped.
+    """
     sync = config.pipeline.mode == "sync"
-    darts: Any = config.darts  # strings are among the choices: `configs.cli` has seen to it
-    redundancy: Any = config.redundancy
-    staleness: Any = config.staleness
+    darts, redundancy = config.darts, config.redundancy
     return CoreConfig(
         groups_per_step=config.batch.groups,
-        steps_per_version=config.weights.every,
+        steps_per_version=config.weights.publish_every,
         max_lag=0 if sync else config.staleness.max_lag,
-        on_deadline="wait" if sync else staleness.on_deadline,
+        on_deadline="wait" if sync else config.staleness.on_deadline,
         release_at_deadline=not sync,
         policy=darts.policy,
         group_size=darts.group_size,
-        num_long=0 if darts.long_end == "none" else darts.long,
+        num_long=0 if darts.long_end == "none" else darts.num_long,
         long_end=darts.long_end,
         cancel=darts.cancel,
         fill_truncated=darts.fill_truncated,
-        max_attempts=darts.max_attempts,
+        max_attempts=darts.max_attempts if isinstance(darts, schema.DartsConfig) else 1,
         max_reopens=darts.max_reopens,
         redundancy=redundancy.rule,
         upper=redundancy.upper,

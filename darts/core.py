@@ -19,51 +19,20 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from configs.schema import LongEnd
 from darts import events as ev
 from darts import lengths
 from darts.admission import PromptQueue
 from darts.budgets import Budget, Budgeter
+from darts.config import CoreConfig
 from darts.engines import Engine, Engines
 from darts.groups import Group, GroupState, Planned, Rollout, RolloutState
 from darts.handover import Handover
 from darts.selection import select_dual_end, select_random
 
 NOTHING: list[ev.Decision] = []
-
-
-@dataclass(frozen=True, slots=True)
-class CoreConfig:
-    """Everything the core's decisions depend on besides its events. Field meanings: `configs/schema.py`."""
-
-    groups_per_step: int
-    steps_per_version: int = 1
-    max_lag: int = 4
-    on_deadline: Literal["wait", "drop"] = "wait"
-    release_at_deadline: bool = (
-        True  # False in sync mode, where the learner waits for the whole window by design
-    )
-    policy: Literal["darts", "plain", "first_finished", "random"] = "darts"
-    group_size: int = 8
-    num_long: int = 1
-    long_end: ev.LongEnd = "survivor"
-    cancel: Literal["exact", "eager"] = "exact"
-    fill_truncated: bool = True
-    max_attempts: int = 3
-    max_reopens: int = 3
-    redundancy: Literal["none", "fixed", "paper", "marginal"] = "marginal"
-    upper: float = 2.0
-    price: float = 0.3
-    max_tokens: int = 512
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.num_long < self.group_size:
-            raise ValueError(
-                f"darts.long={self.num_long} with darts.group_size={self.group_size}: K + L = M needs 0 <= L < M, or no short seat is left"
-            )
 
 
 class Core:
@@ -436,7 +405,7 @@ class Core:
         budget: int,
         size: int,
         num_long: int,
-        mode: ev.LongEnd,
+        mode: LongEnd,
     ) -> None:
         group = Group(
             self._next_group, prompt, purpose, engine.engine_id, engine.version, self.policy_version, budget, size, num_long, mode,

@@ -13,7 +13,6 @@ from typing import Literal, Union
 from darts.lengths import LengthStats
 
 Purpose = Literal["train", "eval"]
-LongEnd = Literal["none", "survivor", "longest"]
 RolloutEnd = Literal[
     "selected_short", "selected_long", "discarded", "truncated", "cancelled", "lost"
 ]

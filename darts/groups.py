@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
 
+from configs.schema import LongEnd
 from darts.events import (
     GroupEnd,
     GroupRecord,
-    LongEnd,
     Prompt,
     ProtocolError,
     Purpose,

@@ -17,8 +17,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from configs.schema import largest_budget
-from darts.events import LongEnd
+from configs.schema import LongEnd, largest_budget
 from darts.latency import LatencyCurve
 from darts.lengths import LengthStats, spread
 

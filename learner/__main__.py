@@ -45,7 +45,7 @@ def run(config: Config) -> int:
             int(os.environ.get("LOCAL_RANK", "0")),
         )
     signal.signal(signal.SIGTERM, _terminated)
-    if config.learner.ranks == 1:
+    if config.learner.num_ranks == 1:
         return _train(config, 0, 1, 0)
     return supervise(config)
 
@@ -57,16 +57,16 @@ def _train(config: Config, rank: int, num_ranks: int, local_rank: int) -> int:
 
 
 def supervise(config: Config) -> int:
-    """Start `learner.ranks` processes and wait for all; the first to fail ends the others. Raises `RankDied`, which names it."""
+    """Start `learner.num_ranks` processes and wait for all; the first to fail ends the others. Raises `RankDied`, which names it."""
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="learner-") as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(cli.to_yaml(config))
         command = [sys.executable, "-m", "learner", "--config", str(file)]
         try:
-            for rank in range(config.learner.ranks):
+            for rank in range(config.learner.num_ranks):
                 environment = os.environ | _rank_environment(
-                    rank, config.learner.ranks, Path(folder) / "rendezvous"
+                    rank, config.learner.num_ranks, Path(folder) / "rendezvous"
                 )
                 processes.append(subprocess.Popen(command, env=environment))
             _watch(processes)

@@ -35,7 +35,7 @@ def pick_device(config: Config, local_rank: int) -> torch.device:
     if torch.cuda.device_count() <= local_rank:
         raise ValueError(
             f"learner.device={wanted}: rank {local_rank} of this node needs a GPU of its own, and {torch.cuda.device_count()} are visible; "
-            "lower learner.ranks, or take learner.device=cpu"
+            "lower learner.num_ranks, or take learner.device=cpu"
         )
     return torch.device("cuda", local_rank)
 

@@ -100,7 +100,7 @@ def _train(state: LearnerState, link: LearnerLink, publisher: Publisher) -> None
         shard, pull_s = _pull(state, link)
         metrics = train_step(state, shard) | {"wait/pull_s": pull_s}
         last = state.step == config.run.steps
-        if last or state.step % config.weights.every == 0:
+        if last or state.step % config.weights.publish_every == 0:
             metrics |= _publish(state, publisher, link)
         if last:  # before its acknowledgement, which may end the run
             save(state)
@@ -140,7 +140,7 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
     config = state.config
     truncated = config.loss.train_truncated
     current = state.policy_version if state.published else UNPUBLISHED
-    packs = make_packs(shard, config.batch.tokens, truncated, current, config.loss.kind)
+    packs = make_packs(shard, config.batch.max_tokens, truncated, current, config.loss.kind)
     # Ranks short of a micro-batch take part in the collectives of the others with an empty one.
     packs += [empty_pack()] * (int(fsdp.all_max(len(packs), state.device)) - len(packs))
     num_trained = max(1, shard.step_sampled_tokens if truncated else shard.step_trained_tokens)

@@ -16,7 +16,8 @@ import numpy as np
 from buffer.wire import messages as msg
 from buffer.wire.client import ActorLink, LearnerLink
 from darts import events as ev
-from darts.core import Core, CoreConfig
+from darts.config import CoreConfig
+from darts.core import Core
 
 
 @dataclass

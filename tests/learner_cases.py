@@ -65,7 +65,7 @@ def make_config(model: Path, run: Path, **changes: Any) -> Config:
     """Defaults for a tiny run; `changes` are `section__key=value`."""
     config = Config()
     config.model.path, config.run.dir, config.run.name = str(model), str(run.parent), run.name
-    config.batch.tokens, config.optimizer.lr, config.learner.device = 64, 1e-3, "cpu"
+    config.batch.max_tokens, config.optimizer.lr, config.learner.device = 64, 1e-3, "cpu"
     for name, value in changes.items():
         section, key = name.split("__")
         assert hasattr(getattr(config, section), key), name

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from darts import events as ev
-from darts.core import Core, CoreConfig
+from darts.config import CoreConfig
+from darts.core import Core
 
 ENGINES, SLOTS, GROUP_SIZE, MAX_TOKENS = 64, 256, 8, 100_000
 

@@ -41,8 +41,8 @@ ADAPTIVE = [
     "redundancy.price=0.6",
 ]  # a mean budget of about 12, as FIXED has
 SPLIT_32 = [
-    "engines.count=12",
-    "learner.gpus=20",
+    "engines.num_engines=12",
+    "learner.num_gpus=20",
 ]  # the same 32 devices, in two parts about as busy under async plain
 # The demo in smaller steps: the 32 responses of a plain one decode where this engine's latency is flat, as on a GPU that is not full.
 FLAT = ["batch.groups=4", "run.steps=128", "optimizer.lr=1e-4"]
@@ -61,13 +61,13 @@ SETS: dict[str, Variants] = {
     "sensitivity": {  # K:L
         "sync plain": [*SYNC, *PLAIN],
         "7:1": [*SYNC, *FIXED],
-        "6:2": [*SYNC, *FIXED, "darts.long=2"],
-        "4:4": [*SYNC, *FIXED, "darts.long=4"],
+        "6:2": [*SYNC, *FIXED, "darts.num_long=2"],
+        "4:4": [*SYNC, *FIXED, "darts.num_long=4"],
     },
     "async": {  # 32 devices each: sync uses all for both, async splits them
         "sync plain": [*SYNC, *PLAIN],
-        "sync tail batching": [*SYNC, "darts.policy=tail_batching"],
-        "sync partial rollout": [*SYNC, "darts.policy=partial_rollout"],
+        "sync tail batching": [*SYNC, "baseline.scheduler=tail_batching"],
+        "sync partial rollout": [*SYNC, "baseline.scheduler=partial_rollout"],
         "sync darts": [*SYNC, *FIXED],
         "async plain": [*ASYNC, *PLAIN, *SPLIT_32],
         "async first finished": [*ASYNC, *FIXED, "darts.policy=first_finished", *SPLIT_32],
@@ -115,7 +115,7 @@ class CompareConfig:
     )
     judge_every: int = key(5, "Live: learner steps between the checkpoints that are judged.", ge=1)
     judge_samples: int = key(
-        4, "Live: responses per held-out prompt (eval.prompts of them) and checkpoint.", ge=1
+        4, "Live: responses per held-out prompt (eval.num_prompts of them) and checkpoint.", ge=1
     )
     margin: float = key(
         0.02, "Accuracies further apart than this make a difference in time no speedup.", ge=0
@@ -231,7 +231,7 @@ def _judged_later(config: CompareConfig) -> list[str]:
         f"learner.checkpoint_every={config.judge_every}",
         "learner.keep_checkpoints=1000000",
         "eval.every=1000000",
-        "eval.samples=1",
+        "eval.samples_per_prompt=1",
     ]
 
 

@@ -27,7 +27,7 @@ from tools.reporting.run_directory import EVALUATIONS, Row
 
 
 def evaluate(run: Path, samples: int | None = None) -> list[Row]:
-    """Judges all checkpoints on the run's own held-out prompts (None: `eval.samples` responses of each) and writes `evaluations.jsonl`.
+    """Judges all checkpoints on the run's own held-out prompts (None: `eval.samples_per_prompt` responses of each) and writes `evaluations.jsonl`.
 
     Raises `ValueError` where there is nothing to judge, or nothing to judge it by.
     """
@@ -41,7 +41,12 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
             f"{run}/checkpoints holds none: learner.checkpoint_every and learner.keep_checkpoints say what a run keeps"
         )
     config = replace(
-        config, eval=replace(config.eval, every=1, samples=samples or config.eval.samples)
+        config,
+        eval=replace(
+            config.eval,
+            every=1,
+            samples_per_prompt=samples or config.eval.samples_per_prompt,
+        ),
     )
     rows = []
     unfinished = run / f"{EVALUATIONS}.partial"
@@ -82,7 +87,7 @@ def _judge(config: Config, run: Path, steps: list[int]) -> Iterator[Row]:
 async def _answer(
     config: Config, engine: Any, environment: Environment, prompts: list[PromptPayload], step: int
 ) -> Row:
-    """Has every prompt answered `eval.samples` times, with the same seeds at every step."""
+    """Has every prompt answered `eval.samples_per_prompt` times, with the same seeds at every step."""
 
     async def answer(number: int, prompt: PromptPayload) -> tuple[float, int]:
         ids = environment.render(prompt, engine.tokenizer)
@@ -96,7 +101,7 @@ async def _answer(
         )
         return await environment.score(prompt, text), len(generation.tokens)
 
-    samples = [prompt for prompt in prompts for _ in range(config.eval.samples)]
+    samples = [prompt for prompt in prompts for _ in range(config.eval.samples_per_prompt)]
     answers = await asyncio.gather(
         *(answer(number, prompt) for number, prompt in enumerate(samples))
     )
@@ -116,7 +121,9 @@ def main() -> int:
     )
     parser.add_argument("run", type=Path, help="a run's directory, such as runs/demo")
     parser.add_argument(
-        "--samples", type=int, help="responses per prompt; without it, the run's eval.samples"
+        "--samples",
+        type=int,
+        help="responses per prompt; without it, the run's eval.samples_per_prompt",
     )
     given = parser.parse_args()
     try:

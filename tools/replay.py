@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from buffer.records.event_log import DECISION_TYPES, read_sessions
 from darts import events as ev
-from darts.core import Core, CoreConfig
+from darts.config import CoreConfig
+from darts.core import Core
 
 
 class Difference(NamedTuple):

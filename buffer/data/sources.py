@@ -26,7 +26,7 @@ from buffer.wire.messages import PromptPayload
 from configs.schema import Config, DataConfig
 
 FORMS = "tagged_sum, reasoning_gym:<task>, a .jsonl or .parquet file, or hf:<dataset>[:<split>]"
-HELD_OUT_FRAC = 0.05  # of a table or of all tagged sums; more where eval.prompts needs more
+HELD_OUT_FRAC = 0.05  # of a table or of all tagged sums; more where eval.num_prompts needs more
 HELD_OUT_SEED = (
     1_000_000_007  # generators draw held-out prompts from it, so that runs of any seed share them
 )
@@ -89,7 +89,7 @@ class Sources:
 def make_sources(config: Config) -> Sources:
     """Opens data.train and data.eval. ValueError, in one line, where the data is missing, empty, malformed or too small."""
     train = _open_source("data.train", config.data.train, config)
-    num_eval = config.eval.prompts if config.eval.every else 0
+    num_eval = config.eval.num_prompts if config.eval.every else 0
     if num_eval == 0:
         eval_prompts = []
     elif config.data.eval in ("", config.data.train):
@@ -101,10 +101,10 @@ def make_sources(config: Config) -> Sources:
 
 def _open_source(key: str, form: str, config: Config) -> Source:
     if form == "tagged_sum":
-        return TaggedSumSource(config.data.size, config.run.seed)
+        return TaggedSumSource(config.data.num_prompts, config.run.seed)
     if form.startswith("reasoning_gym:"):
         return ReasoningGymSource(
-            key, form.removeprefix("reasoning_gym:"), config.data.size, config.run.seed
+            key, form.removeprefix("reasoning_gym:"), config.data.num_prompts, config.run.seed
         )
     if form.startswith("hf:"):
         return TableSource(f"{key}={form}", _read_dataset(key, form), config.data)
@@ -129,7 +129,7 @@ class TaggedSumSource:
         most = tagged_sum.MAX_PROBLEMS // 2  # beyond that, most draws would be repetitions
         if size > most:
             raise ValueError(
-                f"data.size={size} must be at most {most} for tagged_sum, which has no more distinct prompts to draw from"
+                f"data.num_prompts={size} must be at most {most} for tagged_sum, which has no more distinct prompts to draw from"
             )
         self.size = size
         self._problems = self._draw(Random(seed), size, held_out=False)
@@ -140,7 +140,9 @@ class TaggedSumSource:
     def hold_out(self, num_prompts: int) -> list[PromptPayload]:
         most = int(tagged_sum.MAX_PROBLEMS * HELD_OUT_FRAC) // 2
         if num_prompts > most:
-            raise ValueError(f"eval.prompts={num_prompts} must be at most {most} for tagged_sum")
+            raise ValueError(
+                f"eval.num_prompts={num_prompts} must be at most {most} for tagged_sum"
+            )
         return [
             self._payload(problem)
             for problem in self._draw(Random(HELD_OUT_SEED), num_prompts, held_out=True)
@@ -198,14 +200,14 @@ class ReasoningGymSource:
             if entry["question"] not in self._held_out:
                 return self._payload(entry)
         raise ValueError(
-            f"reasoning_gym:{self.task}: those held out leave too few distinct prompts; lower eval.prompts or name data.eval"
+            f"reasoning_gym:{self.task}: those held out leave too few distinct prompts; lower eval.num_prompts or name data.eval"
         )
 
     def hold_out(self, num_prompts: int) -> list[PromptPayload]:
         held_out = self.sample(num_prompts)
         if len(held_out) < num_prompts:
             raise ValueError(
-                f"eval.prompts={num_prompts} must be at most {len(held_out)}, the distinct prompts that reasoning_gym:{self.task} gave"
+                f"eval.num_prompts={num_prompts} must be at most {len(held_out)}, the distinct prompts that reasoning_gym:{self.task} gave"
             )
         self._held_out = {payload.text for payload in held_out}
         return held_out
@@ -264,8 +266,8 @@ class TableSource:
         num_held_out = max(num_prompts, round(HELD_OUT_FRAC * len(by_hash)))
         if 2 * num_held_out > len(by_hash):
             raise ValueError(
-                f"{self.name} has {len(by_hash)} distinct prompts, too few to hold out eval.prompts={num_prompts} "
-                "and train on at least as many; lower eval.prompts, name data.eval, or set eval.every=0"
+                f"{self.name} has {len(by_hash)} distinct prompts, too few to hold out eval.num_prompts={num_prompts} "
+                "and train on at least as many; lower eval.num_prompts, name data.eval, or set eval.every=0"
             )
         held_out = set(list(by_hash)[:num_held_out])
         self._payloads = [

@@ -15,7 +15,7 @@ import msgpack
 import msgspec
 
 from darts import events as ev
-from darts.core import CoreConfig
+from darts.config import CoreConfig
 
 EVENT_TYPES: dict[str, type] = {t.__name__: t for t in get_args(ev.Event)}
 DECISION_TYPES: dict[str, type] = {t.__name__: t for t in get_args(ev.Decision)}

@@ -53,7 +53,7 @@ def make_prompts(keys: LengthKeys, pattern: PatternKeys, seed: int) -> list[SimP
     rng = random.Random(f"prompts {seed}")
     base_odds = math.log(pattern.pass_rate / (1.0 - pattern.pass_rate))
     prompts = []
-    for index in range(keys.prompts):
+    for index in range(keys.num_prompts):
         mean_log = math.log(keys.median) + keys.between * rng.gauss(0, 1)
         spread = keys.spread * math.exp(keys.spread_between * rng.gauss(0, 1))
         slope = -pattern.strength if rng.random() < pattern.verbosity else pattern.strength

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from darts import events as ev
+from darts.config import core_config
 from darts.core import Core
 from darts.simulate.baselines import PartialRollout, Rounds, TailBatching
 from darts.simulate.engines import SimEngine, SimRollout, ptl_table
 from darts.simulate.lengths import PromptStream, Responses, Shaping, make_prompts
-from darts.simulate.schema import SCHEDULERS, SimulateConfig, check, core_config
+from darts.simulate.schema import SimulateConfig, check
 from darts.simulate.tally import Files, Row, Tally
 
 Observer = Callable[[ev.Event, list[ev.Decision]], None]
@@ -35,12 +36,12 @@ class OpenedGroup:
 
 
 def make_scheduler(config: SimulateConfig) -> Core | Rounds:
-    match config.darts.policy:
+    match config.baseline.scheduler:
         case "tail_batching":
             return TailBatching(config)
         case "partial_rollout":
             return PartialRollout(config)
-        case _:
+        case "core":
             return Core(core_config(config))
 
 
@@ -53,7 +54,9 @@ class Simulation:
         check(config)
         self.config = config
         self.scheduler = make_scheduler(config)
-        self.tally = Tally(config.darts.group_size, config.darts.long, config.sampling.max_tokens)
+        self.tally = Tally(
+            config.darts.group_size, config.darts.num_long, config.sampling.max_tokens
+        )
         self.shaping = Shaping(config.shaping)
         self.rows: list[Row] = []
         self.num_events: Counter[str] = Counter()
@@ -73,10 +76,8 @@ class Simulation:
         self._requested_s = 0.0
         self._waited_s = 0.0
         self._at_last_row = (0.0, 0.0)  # time, occupied slot seconds
-        oversampled = config.batch.groups * (
-            config.baseline.oversample if config.darts.policy in SCHEDULERS else 1
-        )
-        self._keep_pending = math.ceil(oversampled)
+        started = 1 if config.baseline.scheduler == "core" else config.baseline.oversample
+        self._keep_pending = math.ceil(config.batch.groups * started)
 
     def _make_engines(self) -> dict[str, SimEngine]:
         keys = self.config.engines
@@ -85,7 +86,7 @@ class Simulation:
             for speed in set(keys.speeds)
         }
         engines = {}
-        for index in range(keys.count):
+        for index in range(keys.num_engines):
             speed, name = keys.speeds[index % len(keys.speeds)], f"sim/{index}"
             engines[name] = SimEngine(
                 name, f"x{speed:g}", keys.slots, tables[speed], keys.kv_tokens, keys.chunk_tokens
@@ -282,7 +283,7 @@ class Simulation:
         if len(self._shipped) < self.config.batch.groups:
             return
         self._waited_s = self.now - self._requested_s
-        keys, per_ms = self.config.learner, 1e-3 / self.config.learner.gpus
+        keys, per_ms = self.config.learner, 1e-3 / self.config.learner.num_gpus
         trained = [
             r.tokens
             for record in self._shipped
@@ -319,7 +320,7 @@ class Simulation:
         self.shaping.learn(lessons)
         self._record_step(records)
         self._step += 1
-        if self._step % self.config.weights.every == 0:
+        if self._step % self.config.weights.publish_every == 0:
             self._at(self.now + self.config.weights.publish_s, self._publish)
         else:
             self._request()
@@ -343,7 +344,7 @@ class Simulation:
         before_s, occupied_before = self._at_last_row
         occupied = sum(engine.occupied_slot_s for engine in self._engines.values())
         took_s = self.now - before_s
-        slots = self.config.engines.count * self.config.engines.slots
+        slots = self.config.engines.num_engines * self.config.engines.slots
         row = {
             "step": self._step,
             "time_s": self.now,

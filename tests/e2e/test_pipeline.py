@@ -86,8 +86,8 @@ def trained(
             free_port(),
             "run.steps=16",
             "eval.every=16",
-            "eval.prompts=128",
-            "eval.samples=2",
+            "eval.num_prompts=128",
+            "eval.samples_per_prompt=2",
         )
     )
     return folder, code, output
@@ -185,7 +185,12 @@ def test_killed_engine_is_restarted_and_the_run_ends_well(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     process = launch(
-        tmp_path, free_port(), "run.steps=8", "eval.every=0", "actors.engines=2", "actors.slots=32"
+        tmp_path,
+        free_port(),
+        "run.steps=8",
+        "eval.every=0",
+        "actors.num_engines=2",
+        "actors.slots=32",
     )
     wait_for_steps(tmp_path, 1, process)
     first, _ = descendants(process, "actors.process")
@@ -208,7 +213,7 @@ def test_killed_learner_resumes_from_its_checkpoint(
         "run.steps=6",
         "eval.every=0",
         "learner.checkpoint_every=2",
-        "learner.ranks=2",
+        "learner.num_ranks=2",
         "weights.transport=file",
     ]
     process = launch(tmp_path, free_port(), *overrides)

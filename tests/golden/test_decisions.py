@@ -16,12 +16,13 @@ import msgspec
 from buffer.records.event_log import DECISION_TYPES, EVENT_TYPES
 from configs import cli
 from darts import events as ev
+from darts.config import core_config
 from darts.core import Core
-from darts.simulate.schema import SimulateConfig, core_config
+from darts.simulate.schema import SimulateConfig
 from darts.simulate.world import Simulation
 
 GOLDEN = Path(__file__).with_name("decisions.jsonl.gz")
-OVERRIDES = ["run.steps=6", "batch.groups=4", "lengths.prompts=12", "engines.count=2", "engines.slots=24", "engines.speeds=[1.0,0.5]",
+OVERRIDES = ["run.steps=6", "batch.groups=4", "lengths.num_prompts=12", "engines.num_engines=2", "engines.slots=24", "engines.speeds=[1.0,0.5]",
              "learner.ms_per_token=0.1", "staleness.max_lag=2", "sampling.max_tokens=300", "engines.chunk_tokens=16"]  # fmt: skip
 Step = tuple[ev.Event, list[ev.Decision]]
 

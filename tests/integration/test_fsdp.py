@@ -45,7 +45,7 @@ def started(
     """`python -m learner`; whatever is left of it at the end is killed."""
     keys = [
         f"model.path={model}", f"run.dir={run.parent}", f"run.name={run.name}", f"run.steps={NUM_STEPS}", f"buffer.address={address}",
-        "learner.device=cpu", "batch.tokens=64", "optimizer.lr=1e-3", "weights.transport=file", *overrides,
+        "learner.device=cpu", "batch.max_tokens=64", "optimizer.lr=1e-3", "weights.transport=file", *overrides,
     ]  # fmt: skip
     with subprocess.Popen(
         [sys.executable, "-m", "learner", *keys], cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -79,7 +79,7 @@ def train(
             model,
             run,
             address,
-            f"learner.ranks={len(parts or [0])}",
+            f"learner.num_ranks={len(parts or [0])}",
             f"run.steps={last}",
             *overrides,
         ) as learner:
@@ -204,7 +204,7 @@ def test_who_is_killed_takes_all_along(
     learners: Start, model_path: Path, tmp_path: Path, address: str, victim: str
 ) -> None:
     with FakeBuffer(address, {}, last_step=0) as buffer:  # never answers a pull
-        learner = learners(model_path, tmp_path / "run", address, "learner.ranks=2")
+        learner = learners(model_path, tmp_path / "run", address, "learner.num_ranks=2")
         assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
         pids = {hello.rank: hello.pid for hello in buffer.of(LearnerHello)}
         os.kill(pids[1] if victim == "rank" else learner.pid, signal.SIGKILL)
@@ -219,7 +219,7 @@ def test_sigterm_ends_all_ranks(
     learners: Start, model_path: Path, tmp_path: Path, address: str
 ) -> None:
     with FakeBuffer(address, {}, last_step=0) as buffer:
-        learner = learners(model_path, tmp_path / "run", address, "learner.ranks=2")
+        learner = learners(model_path, tmp_path / "run", address, "learner.num_ranks=2")
         assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
         learner.terminate()
         learner.communicate(timeout=30)

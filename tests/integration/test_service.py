@@ -31,7 +31,7 @@ def make_config(folder: Path, port: int, *overrides: str) -> Config:
         [
             f"run.dir={folder}", "run.name=r", f"run.steps={STEPS}", f"buffer.address=tcp://127.0.0.1:{port}", f"batch.groups={GROUPS}",
             f"darts.group_size={SIZE}", "redundancy.rule=fixed", "redundancy.upper=1.5", "sampling.max_tokens=64", "eval.every=2",
-            "eval.prompts=5", "staleness.max_lag=2", "buffer.peer_timeout_s=3", "data.size=500", *overrides,
+            "eval.num_prompts=5", "staleness.max_lag=2", "buffer.peer_timeout_s=3", "data.num_prompts=500", *overrides,
         ]
     )  # fmt: skip
 
@@ -212,7 +212,7 @@ def test_resumed_run_draws_what_was_unfinished_and_repeats_nothing(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     port = free_port()
-    running = Running(make_config(tmp_path, port, "data.size=60"))
+    running = Running(make_config(tmp_path, port, "data.num_prompts=60"))
     engine, learner = (
         FakeEngine(running.service.run.router.address, "e"),
         FakeLearner(running.service.run.router.address, 3),
@@ -230,7 +230,7 @@ def test_resumed_run_draws_what_was_unfinished_and_repeats_nothing(
     (checkpoint / "meta.json").write_text('{"step": 2, "policy_version": 2}')
     (checkpoint.parent / "latest").write_text("step_000002\n")
 
-    running = Running(make_config(tmp_path, port, "data.size=60", "run.resume=true"))
+    running = Running(make_config(tmp_path, port, "data.num_prompts=60", "run.resume=true"))
     assert running.service.run.step == 2
     engine, learner = (
         FakeEngine(running.service.run.router.address, "e"),

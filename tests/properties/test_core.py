@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from darts import events as ev
-from darts.core import Core, CoreConfig
+from darts.config import CoreConfig
+from darts.core import Core
 from darts.selection import Candidate, select_dual_end
 from tests.fakes import World
 

@@ -242,7 +242,7 @@ async def _pipeline(
             config,
             run=replace(config.run, dir=folder, steps=NEVER),
             buffer=replace(config.buffer, address=_free_address()),
-            weights=replace(config.weights, every=1 if swaps else NEVER),
+            weights=replace(config.weights, publish_every=1 if swaps else NEVER),
         )
         stop = threading.Event()
         with (
@@ -317,8 +317,8 @@ def _acknowledge(
                     if stop.is_set() or isinstance(message, msg.Shutdown):
                         return
                 shards.append(message)
-                if (step + 1) % config.weights.every == 0:
-                    version = (step + 1) // config.weights.every
+                if (step + 1) % config.weights.publish_every == 0:
+                    version = (step + 1) // config.weights.publish_every
                     link.send(msg.Published(policy=server.publish(version, snapshot), seconds=0.0))
                 link.send(msg.Trained(step=step, metrics={}))
 

@@ -59,7 +59,7 @@ def run(options: BenchConfig) -> None:
         "none",
     )  # nothing is cancelled, so both sides decode alike
     config.eval.every = 0
-    config.learner.ranks = 1
+    config.learner.num_ranks = 1
     check(config)
     bench = options.bench
     windows, shards = asyncio.run(
@@ -154,7 +154,7 @@ def _measure_step(
     def pack() -> list[Pack]:
         return make_packs(
             shard,
-            state.config.batch.tokens,
+            state.config.batch.max_tokens,
             state.config.loss.train_truncated,
             UNPUBLISHED,
             state.config.loss.kind,

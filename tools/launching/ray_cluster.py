@@ -189,7 +189,7 @@ class RayCluster:
             wanted = ", ".join(f"{name} {count}" for name, count in needed.items())
             raise ValueError(
                 f"launch.launcher=ray: the run needs {sum(needed.values())} GPUs ({wanted}), the cluster has {there}; otherwise it would "
-                "wait for them for ever (lower actors.engines or learner.ranks, or add nodes)"
+                "wait for them for ever (lower actors.num_engines or learner.num_ranks, or add nodes)"
             )
 
     def _node_of(self, role: str) -> str:

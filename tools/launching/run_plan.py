@@ -75,7 +75,7 @@ def commands_of(config: Config) -> list[tuple[str, Command]]:
     commands = [("buffer", Command("buffer", ("-m", "buffer", "--config", CONFIG)))]
     for pool, overrides in pools:
         gpus = (
-            pool.actors.engines * pool.actors.tensor_parallel
+            pool.actors.num_engines * pool.actors.tensor_parallel
             if engine_device(pool) == "cuda"
             else 0
         )
@@ -87,7 +87,7 @@ def commands_of(config: Config) -> list[tuple[str, Command]]:
     learner = Command(
         "learner",
         ("-m", "learner", "--config", CONFIG),
-        config.learner.ranks if device == "cuda" else 0,
+        config.learner.num_ranks if device == "cuda" else 0,
     )
     return [*commands, ("learner", learner)]
 

@@ -42,7 +42,7 @@ def make_pool(
 
     def make(script: str, engines: int = 1, max_restarts: int = 2) -> ScriptedPool:
         config = Config()
-        config.model.path, config.actors.engines, config.actors.max_restarts = (
+        config.model.path, config.actors.num_engines, config.actors.max_restarts = (
             str(tmp_path),
             engines,
             max_restarts,
@@ -149,7 +149,7 @@ def test_a_hub_name_is_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_each_engine_gets_gpus_of_its_own() -> None:
-    config = cli.load(["actors.device=cuda", "actors.engines=2", "actors.tensor_parallel=2"])
+    config = cli.load(["actors.device=cuda", "actors.num_engines=2", "actors.tensor_parallel=2"])
     assert [engine_gpus(config, i, "")["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["0,1", "2,3"]
     assert [engine_gpus(config, i, "4,5,6,7")["CUDA_VISIBLE_DEVICES"] for i in range(2)] == [
         "4,5",

@@ -18,7 +18,7 @@ from configs.schema import Config
 
 def config_of(train: str = "tagged_sum", **data: Any) -> Config:
     config = Config()
-    config.data.train, config.data.size, config.eval.prompts = train, 300, 20
+    config.data.train, config.data.num_prompts, config.eval.num_prompts = train, 300, 20
     for name, value in data.items():
         setattr(config.data, name, value)
     return config
@@ -247,14 +247,14 @@ def test_a_dataset_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
 def test_too_few_rows_to_hold_out_is_refused_with_the_remedies(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"30 distinct prompts, too few to hold out eval\.prompts=20 .* eval\.every=0",
+        match=r"30 distinct prompts, too few to hold out eval\.num_prompts=20 .* eval\.every=0",
     ):
         make_sources(config_of(write_jsonl(tmp_path / "a.jsonl", rows(30))))
 
 
 def test_more_tagged_sums_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.size=597861 must be at most"):
-        make_sources(config_of(size=597_861))
+    with pytest.raises(ValueError, match=r"data\.num_prompts=597861 must be at most"):
+        make_sources(config_of(num_prompts=597_861))
 
 
 def test_importing_prompts_loads_no_model_library_and_no_data_library() -> None:

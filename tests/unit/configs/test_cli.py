@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from configs.cli import help_text, keys, load, main, to_yaml
-from configs.schema import Config, key
+from configs.schema import RENAMED, Config, key
+from darts.simulate.schema import SimulateConfig
 
 ROOT = Path(__file__).parents[3]
 PRODUCT = ("actors", "buffer", "configs", "darts", "learner", "tools")
@@ -146,15 +147,17 @@ def test_a_value_out_of_range_names_what_is_allowed(override: str, allowed: str)
     assert override.partition("=")[0] in message and allowed in message
 
 
-def test_a_broken_rule_states_its_consequence() -> None:
-    @dataclass
-    class Schema:
-        depth: int = key(1, "How deep.", ge=1, consequence="nothing is dug")
+@pytest.mark.parametrize("old", RENAMED)
+def test_the_old_name_of_a_key_is_refused_with_the_new_one(old: str) -> None:
+    schemas = {one.path: schema for schema in (SimulateConfig, Config) for one in keys(schema)}
+    assert old not in schemas
+    assert RENAMED[old] in refusal(f"{old}=1", schema=schemas[RENAMED[old]])
 
-    assert (
-        refusal("depth=0", schema=Schema)
-        == "depth=0 (command line): must be >= 1; otherwise nothing is dug"
-    )
+
+def test_the_old_name_of_a_key_is_refused_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("darts: {long: 2}\n")
+    message = refusal("--config", str(tmp_path / "old.yaml"))
+    assert "old.yaml" in message and "darts.num_long" in message
 
 
 @pytest.mark.parametrize(
@@ -188,13 +191,13 @@ def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: str) -> No
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["darts.long=8"], ["darts.long=8", "darts.group_size=8"]),
+        (["darts.num_long=8"], ["darts.num_long=8", "darts.group_size=8"]),
         (["redundancy.upper=1.05"], ["redundancy.upper=1.05", ">= 1.0625"]),
         (["sampling.max_tokens=1024"], ["sampling.max_tokens=1024", "model.max_context=1024"]),
         (["optimizer.betas=[0.9]"], ["optimizer.betas", "two"]),
         (
-            ["batch.groups=1", "darts.group_size=2", "learner.ranks=3", "redundancy.upper=2"],
-            ["learner.ranks=3", "2"],
+            ["batch.groups=1", "darts.group_size=2", "learner.num_ranks=3", "redundancy.upper=2"],
+            ["learner.num_ranks=3", "2"],
         ),
         (["model.attention=flash_attention_2"], ["model.attention", "model.dtype"]),
         (
@@ -215,8 +218,8 @@ def test_keys_that_do_not_fit_together_are_refused(overrides: list[str], named: 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["darts.long=7"],
-        ["darts.long=8", "darts.long_end=none"],
+        ["darts.num_long=7"],
+        ["darts.num_long=8", "darts.long_end=none"],
         ["redundancy.upper=1"],
         ["redundancy.upper=1.0625"],
         ["redundancy.upper=1.05", "redundancy.rule=none"],

@@ -16,8 +16,8 @@ import torch
 from configs import cli
 from configs.schema import Config
 from darts import events as ev
-from darts.config import core_config
-from darts.core import Core, CoreConfig
+from darts.config import CoreConfig, core_config
+from darts.core import Core
 from darts.simulate.schema import SimulateConfig
 from darts.simulate.world import simulate
 from learner.batch import make_packs
@@ -40,13 +40,14 @@ TESTS = Path(__file__).parents[2]
 SMALL = [
     "run.steps=3",
     "batch.groups=4",
-    "lengths.prompts=12",
+    "lengths.num_prompts=12",
     "engines.slots=24",
-    "engines.count=2",
+    "engines.num_engines=2",
     "lengths.spread=1.0",
 ]
+LATE = ["staleness.max_lag=1", "engines.speeds=[1.0,0.2]", "sampling.max_tokens=90"]
 TRUNCATING = ["sampling.max_tokens=60"]
-ROUNDS = ["pipeline.mode=sync", "darts.policy=tail_batching", "redundancy.rule=none"]
+ROUNDS = ["pipeline.mode=sync", "baseline.scheduler=tail_batching", "redundancy.rule=none"]
 SIMULATION: dict[
     str, tuple[str, list[str]]
 ] = {  # key -> another value, and the circumstances in which it matters
@@ -55,25 +56,23 @@ SIMULATION: dict[
     "pipeline.mode": ("sync", []),
     "batch.groups": ("5", []),
     "staleness.max_lag": ("1", []),
-    "staleness.on_deadline": (
-        "drop",
-        ["staleness.max_lag=1", "engines.speeds=[1.0,0.2]", "sampling.max_tokens=90"],
-    ),
+    "staleness.on_deadline": ("drop", LATE),
     "darts.policy": ("plain", []),
     "darts.group_size": ("6", []),
-    "darts.long": ("2", []),
+    "darts.num_long": ("2", []),
     "darts.long_end": ("longest", []),
     "darts.cancel": ("eager", []),
     "darts.fill_truncated": ("false", TRUNCATING),
+    "darts.max_reopens": ("0", [*LATE, "staleness.on_deadline=drop"]),
     "redundancy.rule": ("none", []),
     "redundancy.upper": ("1.5", []),
     "redundancy.price": ("5", []),
     "sampling.max_tokens": ("60", []),
-    "weights.every": ("2", []),
+    "weights.publish_every": ("2", []),
     "weights.publish_s": ("1", []),
     "weights.fetch_s": ("2", []),
     "weights.swap_s": ("1", []),
-    "engines.count": ("3", []),
+    "engines.num_engines": ("3", []),
     "engines.slots": ("40", []),
     "engines.speeds": ("[1.0,0.5]", []),
     "engines.batches": ("[1,4,8,12,16,24,32]", []),
@@ -83,12 +82,12 @@ SIMULATION: dict[
     "engines.chunk_tokens": ("64", []),
     "engines.latency_every_s": ("0.2", []),
     "engines.cancel_s": ("0.5", []),
-    "learner.gpus": ("2", []),
+    "learner.num_gpus": ("2", []),
     "learner.fixed_s": ("1", []),
     "learner.ms_per_token": ("2", []),
     "learner.prepare_ms_per_token": ("1", ["learner.streaming=false"]),
     "learner.streaming": ("false", []),
-    "lengths.prompts": ("20", []),
+    "lengths.num_prompts": ("20", []),
     "lengths.prompt_tokens": ("640", []),
     "lengths.median": ("40", []),
     "lengths.between": ("1", []),
@@ -99,6 +98,7 @@ SIMULATION: dict[
     "pattern.strength": ("0", []),
     "shaping.rate": ("0.5", []),
     "shaping.floor": ("0.95", ["shaping.rate=1", "pattern.verbosity=1"]),
+    "baseline.scheduler": ("partial_rollout", ["pipeline.mode=sync"]),
     "baseline.oversample": ("2.5", ROUNDS),
     "baseline.extra": ("2", ROUNDS),
 }
@@ -124,8 +124,8 @@ def test_a_key_of_a_simulation_changes_it(path: str) -> None:
 # What the core decides by ------------------------------------------------------------------------------------------
 
 CORE: dict[str, str] = {
-    "run.seed": "1", "pipeline.mode": "sync", "batch.groups": "7", "weights.every": "2", "staleness.max_lag": "1",
-    "staleness.on_deadline": "drop", "darts.policy": "plain", "darts.group_size": "6", "darts.long": "2", "darts.long_end": "longest",
+    "run.seed": "1", "pipeline.mode": "sync", "batch.groups": "7", "weights.publish_every": "2", "staleness.max_lag": "1",
+    "staleness.on_deadline": "drop", "darts.policy": "plain", "darts.group_size": "6", "darts.num_long": "2", "darts.long_end": "longest",
     "darts.cancel": "eager", "darts.fill_truncated": "false", "darts.max_attempts": "1", "darts.max_reopens": "0",
     "redundancy.rule": "fixed", "redundancy.upper": "1.5", "redundancy.price": "5", "sampling.max_tokens": "60",
 }  # fmt: skip
@@ -226,12 +226,12 @@ ELSEWHERE = {
     "data.answer_field": "unit/buffer/test_sources.py::test_rows_become_payloads_with_their_other_columns_as_metadata",
     "data.system_prompt": "unit/actors/test_environments.py::test_prompts_are_rendered_by_the_template_or_as_plain_text",
     "data.chat_template": "unit/actors/test_environments.py::test_prompts_are_rendered_by_the_template_or_as_plain_text",
-    "data.size": "unit/buffer/test_sources.py::test_more_tagged_sums_than_there_are_is_refused",
+    "data.num_prompts": "unit/buffer/test_sources.py::test_more_tagged_sums_than_there_are_is_refused",
     "data.verifier_timeout_s": "unit/actors/test_environments.py::user_environment",
     "data.on_error": "integration/test_service.py::test_a_failing_prompt_is_skipped_where_that_is_asked",
     "sampling.top_p": "e2e/test_engine.py::test_a_narrow_nucleus_leaves_one_response",
     "actors.name": "integration/test_run_plan.py::test_every_pool_gets_the_run_s_configuration_and_its_own_overrides",
-    "actors.engines": "unit/actors/test_pool.py::test_engines_that_are_done_end_the_pool",
+    "actors.num_engines": "unit/actors/test_pool.py::test_each_engine_gets_gpus_of_its_own",
     "actors.slots": "integration/test_run_plan.py::test_every_pool_gets_the_run_s_configuration_and_its_own_overrides",
     "actors.tensor_parallel": "unit/actors/test_pool.py::test_each_engine_gets_gpus_of_its_own",
     "actors.device": "unit/actors/test_pool.py::test_cpu_engines_are_given_no_gpus",
@@ -249,14 +249,14 @@ ELSEWHERE = {
     "weights.transport": "unit/learner/test_train.py::test_a_snapshot_reloads_to_identical_logits",
     "weights.address": "integration/test_links.py::test_a_snapshot_never_published_is_gone_too",
     "weights.dir": "unit/learner/test_train.py::test_file_snapshots_lie_where_they_are_told_to",
-    "learner.ranks": "integration/test_fsdp.py::test_who_is_killed_takes_all_along",
+    "learner.num_ranks": "integration/test_fsdp.py::test_who_is_killed_takes_all_along",
     "learner.device": "unit/actors/test_pool.py::test_cpu_engines_are_given_no_gpus",
     "learner.activation_checkpointing": "unit/learner/test_train.py::test_activation_checkpointing_changes_nothing_but_memory",
     "learner.checkpoint_every": "e2e/test_pipeline.py::test_killed_learner_resumes_from_its_checkpoint",
     "learner.keep_checkpoints": "unit/learner/test_train.py::test_a_rank_keeps_as_many_checkpoints_as_asked",
     "eval.every": "unit/buffer/test_sources.py::test_without_evaluation_nothing_is_held_out",
-    "eval.prompts": "integration/test_service.py::make_config",
-    "eval.samples": "e2e/test_pipeline.py::trained",
+    "eval.num_prompts": "integration/test_service.py::make_config",
+    "eval.samples_per_prompt": "e2e/test_pipeline.py::trained",
     "launch.launcher": "e2e/test_launch_ray.py",
     "launch.ray_address": "e2e/test_launch_ray.py::test_an_address_without_a_cluster_is_named",
     "launch.pools": "integration/test_run_plan.py::test_every_pool_gets_the_run_s_configuration_and_its_own_overrides",
@@ -265,7 +265,7 @@ ELSEWHERE = {
 
 
 def test_every_key_of_a_run_is_turned_here_or_elsewhere() -> None:
-    covered = CORE.keys() | LEARNER.keys() | ELSEWHERE.keys() | {"batch.tokens"}
+    covered = CORE.keys() | LEARNER.keys() | ELSEWHERE.keys() | {"batch.max_tokens"}
     assert {one.path for one in cli.keys(Config)} == covered
 
 

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import largest_budget
-from darts.events import LongEnd
+from configs.schema import LongEnd, largest_budget
 from darts.latency import LatencyCurve
 from darts.lengths import LengthStats
 from darts.redundancy import (

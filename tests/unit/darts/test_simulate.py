@@ -21,7 +21,7 @@ from tools.monitor.playback import snapshots
 from tools.reporting.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[3]
-SMALL = ["run.steps=4", "batch.groups=8", "lengths.prompts=32", "engines.slots=32"]
+SMALL = ["run.steps=4", "batch.groups=8", "lengths.num_prompts=32", "engines.slots=32"]
 
 
 def config(*overrides: str) -> SimulateConfig:
@@ -59,7 +59,7 @@ def test_every_step_trains_whole_groups_within_the_bound(policy: str, mode: str)
 def test_policies_are_given_the_same_work() -> None:
     draws: dict[str, dict[tuple[str, int], list[int]]] = {}
     for policy in ("plain", "darts"):
-        prompts = make_prompts(LengthKeys(prompts=4), PatternKeys(), seed=3)
+        prompts = make_prompts(LengthKeys(num_prompts=4), PatternKeys(), seed=3)
         moments = Shaping(ShapingKeys()).moments(prompts[2])
         responses = Responses(prompts[2], moments, 512, seed=3, visit=1)
         draws[policy] = {
@@ -105,7 +105,7 @@ def test_without_streaming_nobody_in_flight_is_known_to_be_past_selection() -> N
 
 def test_the_ledger_counts_every_prompt(tmp_path: Path) -> None:
     slow = [
-        "engines.count=2",
+        "engines.num_engines=2",
         "engines.speeds=[1.0,0.2]",
         "sampling.max_tokens=90",
         "staleness.max_lag=1",
@@ -138,7 +138,7 @@ def test_recorded_lengths_come_back(tmp_path: Path) -> None:
     made = config(
         f"run.out={tmp_path / 'run'}",
         "run.steps=16",
-        "lengths.prompts=16",
+        "lengths.num_prompts=16",
         "lengths.spread_between=0",
         "darts.policy=plain",
     )
@@ -164,9 +164,11 @@ def test_a_world_in_which_nothing_can_happen_any_more_is_an_error() -> None:
 # Baselines ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["tail_batching", "partial_rollout"])
-def test_round_schedulers_train_whole_batches(policy: str) -> None:
-    simulation = Simulation(config(f"darts.policy={policy}", "pipeline.mode=sync", "run.steps=8"))
+@pytest.mark.parametrize("name", ["tail_batching", "partial_rollout"])
+def test_round_schedulers_train_whole_batches(name: str) -> None:
+    simulation = Simulation(
+        config(f"baseline.scheduler={name}", "pipeline.mode=sync", "run.steps=8")
+    )
     summary = simulation.run()
     assert summary["groups"]["shipped"] == 8 * 8
     assert all(len(row) > 0 and row["tokens/trained"] > 0 for row in simulation.rows)
@@ -175,7 +177,7 @@ def test_round_schedulers_train_whole_batches(policy: str) -> None:
 def test_tail_batching_answers_deferred_prompts_in_a_long_round() -> None:
     modes = []
     simulation = Simulation(
-        config("darts.policy=tail_batching", "pipeline.mode=sync", "run.steps=8"),
+        config("baseline.scheduler=tail_batching", "pipeline.mode=sync", "run.steps=8"),
         observer=lambda _, decisions: modes.extend(
             d.mode for d in decisions if isinstance(d, ev.OpenGroup)
         ),
@@ -189,7 +191,7 @@ def test_tail_batching_answers_deferred_prompts_in_a_long_round() -> None:
 def test_partial_rollouts_continue_where_they_stood() -> None:
     launches: list[ev.Launch] = []
     simulation = Simulation(
-        config("darts.policy=partial_rollout", "pipeline.mode=sync", "run.steps=8"),
+        config("baseline.scheduler=partial_rollout", "pipeline.mode=sync", "run.steps=8"),
         observer=lambda _, decisions: launches.extend(
             d for d in decisions if isinstance(d, ev.Launch)
         ),
@@ -306,7 +308,7 @@ def test_length_tells_right_from_wrong_by_pattern() -> None:
 @pytest.mark.parametrize(
     ("overrides", "field"),
     [
-        (["darts.long=8"], "darts.long=8"),
+        (["darts.num_long=8"], "darts.num_long=8"),
         (["engines.batches=[1,8]", "engines.ms_per_token=[5]"], "engines.batches"),
         (["engines.batches=[8,1]", "engines.ms_per_token=[5,6]"], "engines.batches"),
         (["engines.batches=[1]", "engines.ms_per_token=[.nan]"], "engines.ms_per_token"),
@@ -315,7 +317,7 @@ def test_length_tells_right_from_wrong_by_pattern() -> None:
         (["engines.kv_tokens=100"], "engines.kv_tokens=100"),
         (["engines.speeds=[]"], "engines.speeds"),
         (["redundancy.rule=fixed", "redundancy.upper=8", "engines.slots=16"], "redundancy.upper=8"),
-        (["darts.policy=tail_batching"], "darts.policy=tail_batching"),
+        (["baseline.scheduler=tail_batching"], "baseline.scheduler=tail_batching"),
         (["darts.policy=random", "redundancy.rule=none"], "darts.policy=random"),
     ],
 )

@@ -120,7 +120,7 @@ def test_curves_are_drawn_for_every_seed(tmp_path: Path) -> None:
 def test_simulated_variants_end_in_one_table(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text(
-        "run: {steps: 3}\nbatch: {groups: 4}\nlengths: {prompts: 16}\nengines: {slots: 16}\n"
+        "run: {steps: 3}\nbatch: {groups: 4}\nlengths: {num_prompts: 16}\nengines: {slots: 16}\n"
     )
     run(
         CompareConfig(
