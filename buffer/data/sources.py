@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 
 from buffer.data import tagged_sum
 from buffer.wire.messages import PromptPayload
+from configs.extras import import_extra
 from configs.schema import Config, DataConfig
 
 FORMS = "tagged_sum, reasoning_gym:<task>, a .jsonl or .parquet file, or hf:<dataset>[:<split>]"
@@ -174,7 +174,7 @@ class ReasoningGymSource:
     """A task of reasoning-gym. Prompts are generated when drawn, some tasks needing seconds for one; few-prompt tasks repeat them."""
 
     def __init__(self, key: str, task: str, size: int, seed: int) -> None:
-        reasoning_gym = _import("reasoning_gym", f"{key}=reasoning_gym:{task}", "reasoning-gym")
+        reasoning_gym = import_extra("reasoning_gym", f"{key}=reasoning_gym:{task}", "data")
         from reasoning_gym.factory import DATASETS
 
         if task not in DATASETS:
@@ -362,7 +362,7 @@ def _read_jsonl(path: str) -> Iterator[tuple[int, Any]]:
 
 
 def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
-    parquet = _import("pyarrow.parquet", path, "pyarrow")
+    parquet = import_extra("pyarrow.parquet", path, "data")
     try:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
@@ -374,7 +374,7 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
 
 def _read_dataset(key: str, form: str) -> Iterator[tuple[int, Any]]:
     """`hf:<dataset>[:<split>]`, the split `train` unless named; `hf:<owner>/<dataset>/<configuration>` where it has several."""
-    datasets = _import("datasets", f"{key}={form}", "datasets")
+    datasets = import_extra("datasets", f"{key}={form}", "data")
     name, _, split = form.removeprefix("hf:").partition(":")
     configuration = None
     if name.count("/") == 2 and not Path(name).exists():
@@ -406,12 +406,3 @@ def _hash_frac(text: str) -> float:
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _import(module: str, needed_by: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            f"{needed_by} needs the package {package}: {_one_line(error)}; install it with: pip install {package}"
-        ) from error

