@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actors.pool import EngineFailed, Pool
-from configs import cli
+from configs.command import run_command
 from configs.schema import Config
 
 
@@ -12,8 +12,10 @@ def run(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(
-        "An actor pool: starts actors.num_engines vLLM engines on this node, which generate for the buffer at buffer.address.",
+    run_command(
+        "A pool of engines: starts actors.num_engines vLLM engines on this node, which generate "
+        "for the buffer at buffer.address.",
         run,
+        schema=Config,
         errors=(EngineFailed,),
     )

@@ -29,6 +29,7 @@ from typing import Any, Protocol, cast
 
 from buffer.data import tagged_sum
 from buffer.wire.messages import PromptPayload
+from configs.errors import one_line
 from configs.extras import import_extra
 from configs.schema import Config
 
@@ -101,7 +102,12 @@ class SingleTurn:
             )
         except ValueError as error:
             raise EnvironmentFailure(
-                _failure(self.verifier, prompt, f"raised {_describe(error)}", "mend the row")
+                _failure(
+                    self.verifier,
+                    prompt,
+                    f"raised {one_line(error, with_type=True)}",
+                    "mend the row",
+                )
             ) from error
 
     def close(self) -> None:
@@ -356,7 +362,10 @@ def serve(name: str) -> None:
     try:
         verifier = load_verifier(name)
     except (Exception, SystemExit) as error:
-        print(json.dumps({"error": f"cannot be imported ({_describe(error)})"}), file=replies)
+        print(
+            json.dumps({"error": f"cannot be imported ({one_line(error, with_type=True)})"}),
+            file=replies,
+        )
         return
 
     def read() -> None:
@@ -374,7 +383,7 @@ def serve(name: str) -> None:
             Exception,
             SystemExit,
         ) as error:  # reported to the parent, which raises it as an EnvironmentFailure
-            reply = {"error": _describe(error)}
+            reply = {"error": one_line(error, with_type=True)}
         print(json.dumps(reply), file=replies)
 
 
@@ -386,10 +395,6 @@ def _finite(reward: Any) -> float:
 
 def _prompt_text(prompt: PromptPayload) -> str:
     return prompt.text or "\n\n".join(message["content"] for message in prompt.messages)
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _failure(verifier: str, prompt: PromptPayload, what: str, mend: str) -> str:

@@ -69,7 +69,7 @@ class Pool:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._stopping = False
+        self._signal = 0  # the one that stops the pool
         self._engines: list[EngineProcess] = []
         self._config_fd = os.memfd_create(
             "config.yaml"
@@ -77,25 +77,28 @@ class Pool:
         os.write(self._config_fd, cli.to_yaml(config).encode())
 
     def run(self) -> int:
-        """Returns 0 when the buffer ended the run or a signal asked for it. Raises `EngineFailed`, or `ValueError` for `model.path`."""
+        """Returns 0 when the buffer ended the run, 128 + N when signal N stopped the pool.
+
+        Raises `EngineFailed`, or `ValueError` for `model.path`.
+        """
         check_model(self._config.model.path)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
         try:
             self._engines = [self._start(index) for index in range(self._config.actors.num_engines)]
-            while self._engines and not self._stopping:
+            while self._engines and not self._signal:
                 time.sleep(POLL_S)
                 for engine in [engine for engine in self._engines if engine.ended()]:
                     self._engines.remove(engine)
                     status, words = engine.bury()
                     if status != DONE:
                         self._engines.append(self._successor(engine, status, words))
-            return 0
+            return 128 + self._signal if self._signal else 0
         finally:
             self._stop()
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
-        self._stopping = True
+        self._signal = number
 
     def _command(self, index: int, errors: int) -> list[str]:
         return [

@@ -20,12 +20,13 @@ from actors.device import engine_type
 from actors.environments import Environment, make_environment
 from actors.generation import EngineDied
 from actors.weights import SwapFailed, in_thread
-from actors.worker import PolicyUnavailable, Worker, one_line
+from actors.worker import PolicyUnavailable, Worker
 from buffer.wire.client import ActorLink
 from buffer.wire.messages import ActorHello, Shutdown, SnapshotRef, Welcome
 from buffer.wire.snapshots import fetch
 from buffer.wire.transport import TransportError
 from configs import cli
+from configs.errors import one_line
 from configs.schema import Config
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from actors.generation import EngineDied, Generation, Measurement
 from buffer.wire import messages as msg
 from buffer.wire.snapshots import SnapshotGoneError
 from buffer.wire.transport import TransportError
+from configs.errors import one_line
 from configs.schema import Config
 
 LEAST_ROOM = (
@@ -387,7 +388,3 @@ def next_flush_s(interval_s: float, fastest_s: float, late_s: float, num_bytes: 
         if crowded
         else max(interval_s / 1.25, fastest_s)
     )
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from configs.errors import one_line
+
 
 def import_extra(module: str, needed_by: str, extra: str) -> Any:
     """Import an optional module and return it.
@@ -18,8 +20,7 @@ def import_extra(module: str, needed_by: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{needed_by}: needs the optional package {module.partition('.')[0]}, which cannot be imported ({reason}); "
+            f"{needed_by}: needs the optional package {module.partition('.')[0]}, which cannot be imported ({one_line(error)}); "
             f"install it with: pip install 'darts-rl[{extra}]'"
         ) from error

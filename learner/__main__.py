@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from buffer.wire.transport import TransportError
 from configs import cli
+from configs.command import run_command
 from configs.schema import Config
 from darts.events import ProtocolError
 from learner import RunStopped
@@ -136,9 +137,11 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def main() -> NoReturn:
-    errors = (TransportError, ProtocolError, RunStopped, RankDied, FloatingPointError)
-    cli.main(
-        "The learner: trains on the buffer's shards and publishes weights.", run, errors=errors
+    run_command(
+        "The learner: trains on the groups that the buffer ships and publishes the weights.",
+        run,
+        schema=Config,
+        errors=(TransportError, ProtocolError, RunStopped, RankDied, FloatingPointError),
     )
 
 

@@ -20,6 +20,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from configs.errors import one_line
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -77,9 +79,9 @@ def load_latest(
         _create_moments(optimizer, float(meta["step"]))
         dcp.load(_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(source)))
     except (OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException) as error:
-        reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"run.resume=true: checkpoint {source} does not fit this model: {reason}; remove it to start anew"
+            f"run.resume=true: checkpoint {source} does not fit this model: {one_line(error)}; "
+            "remove it to start again"
         ) from error
     return meta
 
@@ -99,7 +101,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
             dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException) as error:
         raise ValueError(
-            f"checkpoint {folder} does not fit this model: {' '.join(str(error).split())[:300]}"
+            f"checkpoint {folder} does not fit this model: {one_line(error)}"
         ) from error
 
 

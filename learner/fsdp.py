@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from configs.errors import one_line
 from configs.schema import Config, ModelConfig
 from learner.attention import PACKED_SDPA, attends_plainly
 
@@ -109,9 +110,9 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             config.path, dtype=torch.float32, attn_implementation=attention
         )
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"model.path={config.path}, model.attention={config.attention}: the learner cannot load it: {reason}"
+            f"model.path={config.path}, model.attention={config.attention}: the learner cannot "
+            f"load it: {one_line(error)}"
         ) from error
 
 

@@ -39,6 +39,7 @@ from buffer.wire.messages import (
     Trained,
 )
 from buffer.wire.transport import TransportError
+from configs.errors import one_line
 from configs.schema import Config
 from darts.events import ProtocolError
 from learner import RunStopped, checkpoint, fsdp
@@ -292,11 +293,7 @@ def _until_told_to_stop(state: LearnerState, link: LearnerLink) -> Iterator[None
         if state.num_ranks > 1 and isinstance(error, RuntimeError):
             # A dead rank breaks the collectives of all others: let whoever watches us find it, before we are taken for the cause.
             time.sleep(SURVIVOR_GRACE_S)
-        link.send(
-            LearnerFailed(
-                rank=state.rank, error=" ".join(f"{type(error).__name__}: {error}".split())[:500]
-            )
-        )
+        link.send(LearnerFailed(rank=state.rank, error=one_line(error, with_type=True)))
         raise
 
 

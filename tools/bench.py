@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
+from configs.command import run_command
 from darts import events as ev
 from darts.config import CoreConfig
 from darts.core import Core
@@ -19,8 +20,10 @@ from darts.core import Core
 ENGINES, SLOTS, GROUP_SIZE, MAX_TOKENS = 64, 256, 8, 100_000
 
 
-def core(_: Sequence[str]) -> None:
+def core(options: Sequence[str]) -> None:
     """Events per second through `Core.handle`, on one core: reports of progress, and ends with all that follows from them."""
+    if options:
+        raise ValueError(f"command line: {options[0]}: the subject core takes no options")
     machine = Core(
         CoreConfig(
             groups_per_step=4096,
@@ -98,27 +101,31 @@ def _spread(rates: list[float]) -> str:
     return f"{ordered[len(ordered) // 2]:,.0f} events/s (median of {len(ordered)}; {ordered[0]:,.0f} to {ordered[-1]:,.0f})"
 
 
-def pipeline(argv: Sequence[str]) -> None:
-    from tools import (
-        bench_pipeline,
-    )  # here: it loads vLLM and torch, and vLLM's processes import this module again
+def pipeline(options: Sequence[str]) -> None:
+    # Here: it loads vLLM and torch, and vLLM's processes import this module again.
+    from tools.benchmarks import pipeline
 
-    bench_pipeline.main(argv)
+    pipeline.main(options)
 
 
 SUBJECTS: dict[str, Callable[[Sequence[str]], None]] = {"core": core, "pipeline": pipeline}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench", description="Measures one subject on this machine."
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("subject", choices=sorted(SUBJECTS), help="what to measure")
     parser.add_argument(
-        "subject",
-        choices=sorted(SUBJECTS),
-        help="`pipeline` takes key=value options, and --help of its own",
+        "options",
+        nargs=argparse.REMAINDER,
+        help="of pipeline only: key=value, --config, or --help for all of them",
     )
-    SUBJECTS[parser.parse_args(sys.argv[1:2]).subject](sys.argv[2:])
+
+
+def run(given: argparse.Namespace) -> None:
+    SUBJECTS[given.subject](given.options)
+
+
+def main() -> NoReturn:
+    run_command("Measure one part of the software on this machine.", run, arguments=arguments)
 
 
 if __name__ == "__main__":

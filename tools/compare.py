@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean
+from typing import NoReturn
 
 from configs import cli
+from configs.command import run_command
 from configs.schema import key
 from darts.simulate.schema import SimulateConfig, check
 from darts.simulate.world import simulate
@@ -327,10 +329,15 @@ def verdict(row: Row, reference: Row, margin: float) -> str:
     return f"{ratio} speedup"
 
 
-if __name__ == "__main__":
-    cli.main(
-        "Runs policies on the same seeds and work, and prints one table.",
+def main() -> NoReturn:
+    run_command(
+        "Run several policies on the same seeds and the same work, simulated or live, and print "
+        "one table.",
         run,
-        CompareConfig,
+        schema=CompareConfig,
         errors=(subprocess.CalledProcessError,),
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from actors import weights
 from actors.environments import Environment, make_environment
 from buffer.data.sources import make_sources
 from buffer.wire.messages import PromptPayload
+from configs.command import run_command
 from configs.schema import Config
 from tools.export import load_checkpoint, run_config, steps_saved
 from tools.reporting.run_directory import EVALUATIONS, Row
@@ -114,25 +114,27 @@ async def _answer(
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.evaluate",
-        description="Judge a run's checkpoints on held-out prompts.",
-    )
-    parser.add_argument("run", type=Path, help="a run's directory, such as runs/demo")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="directory of a run, such as runs/demo")
     parser.add_argument(
         "--samples",
         type=int,
-        help="responses per prompt; without it, the run's eval.samples_per_prompt",
+        help="responses per prompt (default: the run's eval.samples_per_prompt)",
     )
-    given = parser.parse_args()
-    try:
-        evaluate(given.run, given.samples)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+
+def run(given: argparse.Namespace) -> None:
+    evaluate(given.run, given.samples)
+
+
+def main() -> NoReturn:
+    run_command(
+        "Sample a run's held-out prompts from every checkpoint that it kept, and write "
+        "evaluations.jsonl to its directory.",
+        run,
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from configs import cli
+from configs.command import run_command
 from configs.schema import Config
 
 
@@ -67,23 +67,24 @@ def export(run: Path, target: Path, step: int | None = None) -> int:
     return step
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.export",
-        description="Write a run's checkpoint as a Hugging Face model folder.",
-    )
-    parser.add_argument("run", type=Path, help="a run's directory, such as runs/demo")
-    parser.add_argument("folder", type=Path, help="where to write the model; must not exist")
-    parser.add_argument("--step", type=int, help="which checkpoint; without it, the newest")
-    given = parser.parse_args()
-    try:
-        step = export(given.run, given.folder, given.step)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="directory of a run, such as runs/demo")
+    parser.add_argument("folder", type=Path, help="where to write the model; it must not exist")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+
+
+def run(given: argparse.Namespace) -> None:
+    step = export(given.run, given.folder, given.step)
     print(f"{given.folder}: the model after {step} steps of {given.run}")
-    return 0
+
+
+def main() -> NoReturn:
+    run_command(
+        "Write a checkpoint of a run as an ordinary Hugging Face model folder.",
+        run,
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

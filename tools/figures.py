@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
+from configs.command import run_command
 from tools.reporting.svg import Svg
 from tools.reporting.worked_examples import (
     LagExample,
@@ -113,15 +115,19 @@ def figures() -> dict[str, str]:
     }
 
 
-def main() -> None:
-    argparse.ArgumentParser(
-        prog="python -m tools.figures",
-        description="Draw the worked examples of docs/method.md into docs/figures, and print their tables.",
-    ).parse_args()
+def run(given: argparse.Namespace) -> None:
     for name, drawing in figures().items():
         (FOLDER / name).write_text(drawing)
         print(FOLDER / name)
     print(selection_example().table(), lag_example().table(), sep="\n\n")
+
+
+def main() -> NoReturn:
+    run_command(
+        "Draw the worked examples of docs/method.md into docs/figures, and print their tables.",
+        run,
+        arguments=lambda parser: None,
+    )
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
+from typing import NoReturn
 
 import zmq.auth
 
 from buffer.wire.transport import CLIENT_FILES, SERVER_FILES
+from configs.command import run_command
 
 NEXT_STEPS = """\
 Keys are in {folder}. They encrypt everything that a run sends, and let in only who holds them.
@@ -42,23 +43,24 @@ def make_keys(folder: Path) -> None:
         os.umask(umask)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.keys",
-        description="Make the CURVE keys that a run beyond one machine needs.",
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", type=Path, help="where to put them (created; existing keys are never overwritten)"
+        "folder",
+        type=Path,
+        help="folder for the keys; it is created if it is missing, and keys are never overwritten",
     )
-    folder = parser.parse_args().folder
-    try:
-        make_keys(folder)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(NEXT_STEPS.format(folder=folder))
-    return 0
+
+
+def run(given: argparse.Namespace) -> None:
+    make_keys(given.folder)
+    print(NEXT_STEPS.format(folder=given.folder))
+
+
+def main() -> NoReturn:
+    run_command(
+        "Make the CURVE keys that a run beyond one machine needs.", run, arguments=arguments
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,11 +20,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from buffer.wire.client import MonitorLink
 from buffer.wire.transport import TransportError, next_port
 from configs import cli
+from configs.command import run_command
 from configs.extras import import_extra
 from configs.schema import Config
 from tools.launching.processes import Command, LocalHost, Process, guarded
@@ -256,10 +257,12 @@ def conduct(
     return 0
 
 
-def main() -> None:
-    cli.main(
-        "The whole run: starts buffer, actors and learner, shows how it goes, ends them together and writes the report.",
+def main() -> NoReturn:
+    run_command(
+        "Start a whole run (buffer, actors and learner), show its progress, end it cleanly and "
+        "write its report.",
         lambda config: guarded(lambda: run_all(config)),
+        schema=Config,
         errors=(TransportError,),
     )
 

@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from buffer.records.event_log import DECISION_TYPES, read_sessions
+from configs.command import run_command
+from configs.errors import ExitStatus
 from darts import events as ev
 from darts.config import CoreConfig
 from darts.core import Core
@@ -73,18 +75,14 @@ def _with_decisions(
         yield event, decisions, False
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.replay", description="Decide a recorded run again and compare."
-    )
-    parser.add_argument("run", type=Path, help="a run's directory, such as runs/demo")
-    path: Path = parser.parse_args().run / "events.msgpack"
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="directory of a run, such as runs/demo")
+
+
+def run(given: argparse.Namespace) -> int:
+    path: Path = given.run / "events.msgpack"
     if not path.is_file():
-        print(
-            f"error: {path} does not exist: name a run's directory, such as runs/demo",
-            file=sys.stderr,
-        )
-        return 2
+        raise ValueError(f"{path} does not exist: give the directory of a run, such as runs/demo")
     started = time.perf_counter()
     num_events = num_decisions = 0
     for session, (config, entries) in enumerate(read_sessions(path)):
@@ -92,18 +90,25 @@ def main() -> int:
         if result.difference is not None:
             number, event, recorded, replayed = result.difference
             print(
-                f"error: session {session}, event {number} {event}\n  recorded {recorded}\n  replayed {replayed}",
+                f"error: session {session}, event {number} {event}\n"
+                f"  recorded {recorded}\n  replayed {replayed}",
                 file=sys.stderr,
             )
-            return 1
+            return ExitStatus.FAILED
         num_events += result.num_events
         num_decisions += result.num_decisions
-    seconds = time.perf_counter() - started
-    print(
-        f"{num_events} events, {num_decisions} decisions: identical ({num_events / max(seconds, 1e-9):,.0f} events/s)"
+    rate = num_events / max(time.perf_counter() - started, 1e-9)
+    print(f"{num_events} events, {num_decisions} decisions: identical ({rate:,.0f} events/s)")
+    return ExitStatus.OK
+
+
+def main() -> NoReturn:
+    run_command(
+        "Make the decisions of a recorded run again and compare them with the recorded ones.",
+        run,
+        arguments=arguments,
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

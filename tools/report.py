@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from html import escape
 from pathlib import Path
 from statistics import fmean
+from typing import NoReturn
 
 from omegaconf import OmegaConf
 
+from configs.command import run_command
 from tools.reporting.plots import FIGURES, compact, evaluations
 from tools.reporting.run_directory import FILES, Row, RunDirectory, is_number
 
@@ -279,18 +280,24 @@ def _duration(seconds: float) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.report",
-        description="Writes runs/<name>/report.html, one self-contained page.",
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run_dir", type=Path, help=f"directory of a run: {', '.join(FILES)} as far as they exist"
+        "run",
+        type=Path,
+        help=f"directory of a run; of {', '.join(FILES)} it uses those that exist",
     )
-    try:
-        print(write_report(parser.parse_args(arguments).run_dir))
-    except ValueError as error:
-        sys.exit(f"report: {error}")
+
+
+def run(given: argparse.Namespace) -> None:
+    print(write_report(given.run))
+
+
+def main() -> NoReturn:
+    run_command(
+        "Write report.html, one self-contained page, to the directory of a run.",
+        run,
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":

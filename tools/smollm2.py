@@ -11,8 +11,10 @@ import argparse
 import importlib.util
 import os
 import shutil
-import sys
 from pathlib import Path
+from typing import NoReturn
+
+from configs.command import run_command
 
 COMPLETE = (
     "config.json",
@@ -79,24 +81,23 @@ def _find_gguf() -> Path:
     return files[0]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.smollm2",
-        description="Make a folder of SmolLM2-135M-Instruct, offline.",
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", type=Path, help="where to put the model, e.g. models/smollm2-135m"
+        "folder", type=Path, help="folder for the model, such as models/smollm2-135m"
     )
-    try:
-        convert(parser.parse_args().folder)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+
+
+def run(given: argparse.Namespace) -> None:
+    convert(given.folder)
+
+
+def main() -> NoReturn:
+    run_command(
+        "Make a Hugging Face folder of SmolLM2-135M-Instruct, without a network.",
+        run,
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,6 +22,7 @@ import tty
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(
@@ -36,6 +37,7 @@ from rich.text import Text
 from buffer.wire.client import MonitorLink
 from buffer.wire.messages import Snapshot
 from buffer.wire.transport import TransportError, next_port
+from configs.command import run_command
 from configs.schema import BufferConfig
 from tools.monitor.frame import SILENCE_S, frame, pressed
 from tools.monitor.playback import Replay
@@ -79,10 +81,10 @@ def no_statistics(address: str, waited_s: float) -> str:
 
 
 def first_snapshot(source: MonitorLink | Replay, address: str) -> Snapshot:
-    """The first news, or the end of the program with one line."""
+    """The first statistics. Raises `TransportError` if there are none in time."""
     snapshot = source.receive(FIRST_NEWS_S)
     if snapshot is None:
-        raise SystemExit(f"tail_monitor: {no_statistics(address, FIRST_NEWS_S)}")
+        raise TransportError(no_statistics(address, FIRST_NEWS_S))
     return snapshot
 
 
@@ -185,60 +187,56 @@ def read_keys(descriptor: int, timeout_s: float) -> list[str]:
     return keys
 
 
-def parsed(arguments: list[str] | None) -> argparse.Namespace:
+def arguments(parser: argparse.ArgumentParser) -> None:
     default = BufferConfig()
-    parser = argparse.ArgumentParser(
-        prog="tail_monitor",
-        description="A live view of a run: lengths, groups in flight, prompts, lag, engines.",
-    )
     parser.add_argument(
         "--address",
         default=default.address,
-        help="the buffer's address, as in buffer.address (default: %(default)s)",
+        help="address of the buffer, as in buffer.address (default: %(default)s)",
     )
     parser.add_argument(
         "--keys",
         default=default.keys,
-        help="folder with CURVE keys, as in buffer.keys; needed beyond loopback",
+        help="folder of the CURVE keys, as in buffer.keys; required beyond loopback",
     )
     parser.add_argument(
-        "--replay", type=Path, metavar="RUN", help="play runs/<name> instead of listening"
+        "--play",
+        "--replay",
+        type=Path,
+        metavar="RUN",
+        help="play the run of this directory, such as runs/demo, instead of listening",
     )
     output = parser.add_mutually_exclusive_group()
-    output.add_argument(
-        "--once", action="store_true", help="print one frame and exit; 1 if no buffer answers"
-    )
+    output.add_argument("--once", action="store_true", help="print one frame as text and exit")
     output.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object per snapshot, until the run is done",
+        help="print one JSON object per snapshot until the run is done",
     )
-    return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    asked = parsed(arguments)
+def run(given: argparse.Namespace) -> None:
     console = Console(highlight=False)
-    if not (asked.once or asked.json) and not (console.is_terminal and sys.stdin.isatty()):
-        raise SystemExit("tail_monitor: input and output are not a terminal: use --once or --json")
-    try:
-        with contextlib.closing(
-            Replay(asked.replay)
-            if asked.replay
-            else MonitorLink(next_port(asked.address), asked.keys)
-        ) as source:
-            if asked.once:
-                print_once(source, asked.address, console)
-            elif asked.json:
-                print_json(source, asked.address)
-            else:
-                watch(source, asked.address, console)
-    except (ValueError, TransportError) as error:
-        raise SystemExit(f"tail_monitor: {error}") from error
-    except BrokenPipeError:  # `... --json | head`: whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    if not (given.once or given.json) and not (console.is_terminal and sys.stdin.isatty()):
+        raise ValueError("input and output are not a terminal: use --once or --json")
+    with contextlib.closing(
+        Replay(given.play) if given.play else MonitorLink(next_port(given.address), given.keys)
+    ) as source:
+        if given.once:
+            print_once(source, given.address, console)
+        elif given.json:
+            print_json(source, given.address)
+        else:
+            watch(source, given.address, console)
+
+
+def main() -> NoReturn:
+    run_command(
+        "A live view of a run in the terminal: lengths, groups in flight, prompts, lag, engines.",
+        run,
+        arguments=arguments,
+        errors=(TransportError,),
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from typing import NoReturn
 
 # Threads that spin while they wait for one another cost five times the time on a machine that is busy with other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -40,6 +41,7 @@ from buffer.data.tagged_sum import (
     draw_problem,
     draw_trace,
 )
+from configs.command import run_command
 
 RECIPE_FILE = "recipe.json"
 VOCABULARY = [
@@ -234,27 +236,27 @@ class ProgressLine:
         )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.warm_start", description="Train the tiny reasoner from nothing."
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=Path, help="folder for the model, such as models/tiny-reasoner"
     )
     parser.add_argument(
-        "folder", type=Path, help="where to put the model, e.g. models/tiny-reasoner"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the initial weights and of the traces (default: %(default)s)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the initial weights and the traces (default 0)"
+
+
+def run(given: argparse.Namespace) -> None:
+    warm_start(given.folder, given.seed)
+
+
+def main() -> NoReturn:
+    run_command(
+        "Train the embedded default, a tiny reasoner, from scratch.", run, arguments=arguments
     )
-    arguments = parser.parse_args()
-    try:
-        warm_start(arguments.folder, arguments.seed)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,6 +22,7 @@ import numpy as np
 
 from buffer.data import tagged_sum
 from buffer.wire.messages import PromptPayload
+from configs.errors import one_line
 from configs.extras import import_extra
 from configs.schema import Config, DataConfig
 
@@ -190,7 +191,7 @@ class ReasoningGymSource:
             self._check_survives_json(f"{key}=reasoning_gym:{task}")
         except (AssertionError, OSError, LookupError, TypeError) as error:
             raise ValueError(
-                f"{key}=reasoning_gym:{task}: it cannot be generated here: {_one_line(error)}; choose another"
+                f"{key}=reasoning_gym:{task}: it cannot be generated here: {one_line(error, with_type=True)}; choose another"
             ) from error
         self.task, self.size = task, size
         self._held_out: set[str] = set()
@@ -357,7 +358,7 @@ def _read_jsonl(path: str) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line)
             except ValueError as error:
                 raise ValueError(
-                    f"{path}, row {number}: not valid JSON ({_one_line(error)}); mend or remove the line"
+                    f"{path}, row {number}: not valid JSON ({one_line(error, with_type=True)}); mend or remove the line"
                 ) from error
 
 
@@ -367,7 +368,7 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path}: not a readable parquet file: {_one_line(error)}; write it again"
+            f"{path}: not a readable parquet file: {one_line(error, with_type=True)}; write it again"
         ) from error
     yield from enumerate(rows, start=1)
 
@@ -383,7 +384,7 @@ def _read_dataset(key: str, form: str) -> Iterator[tuple[int, Any]]:
         rows = datasets.load_dataset(name, configuration, split=split or "train")
     except Exception as error:  # the library raises a dozen unrelated types for a wrong name, a wrong split and a missing network
         raise ValueError(
-            f"{key}={form}: cannot load it: {_one_line(error)}; check name and split, and that the hub is reachable or the dataset cached"
+            f"{key}={form}: cannot load it: {one_line(error, with_type=True)}; check name and split, and that the hub is reachable or the dataset cached"
         ) from error
     yield from enumerate(rows, start=1)
 
@@ -402,7 +403,3 @@ def _digest(text: str) -> str:
 def _hash_frac(text: str) -> float:
     """Where `text` falls in [0, 1), the same for every run, machine and seed."""
     return int(_digest(text), 16) / 2**64
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

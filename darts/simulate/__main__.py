@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs import cli
+from configs.command import run_command
 from darts.simulate.schema import SimulateConfig
 from darts.simulate.tally import Files
 from darts.simulate.world import report, simulate
@@ -16,6 +17,8 @@ def run(config: SimulateConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(
-        "Simulates a run: the same decisions at any scale, in virtual time.", run, SimulateConfig
+    run_command(
+        "Simulate a run: the same decisions at any scale, in virtual time, without a GPU.",
+        run,
+        schema=SimulateConfig,
     )

@@ -260,17 +260,22 @@ def test_no_buffer_is_one_clear_line(address: str) -> None:
     done = run([*AS_FILE, "--once", "--address", address])
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"tail_monitor: no statistics from {address} within 10 s: is `python -m buffer` running there?"
+        f"error: no statistics from {address} within 10 s: is `python -m buffer` running there?"
     ]
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--once", "--address", "nowhere"], ["--once", "--replay", "no/such/run"]]
+    ("arguments", "status"),
+    [
+        ([], 2),
+        (["--once", "--address", "nowhere"], 2),
+        (["--once", "--play", "no/such/run"], 2),
+    ],
 )
-def test_a_mistake_is_one_line(arguments: list[str]) -> None:
+def test_a_mistake_is_one_line(arguments: list[str], status: int) -> None:
     done = run([*AS_FILE, *arguments])
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("tail_monitor: ")
+    assert done.returncode == status
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
 
 
 def test_a_replay_plays_to_its_end_and_can_be_held(tmp_path: Path) -> None:
@@ -290,7 +295,7 @@ def test_a_replay_plays_to_its_end_and_can_be_held(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": step, "time_s": step}) + "\n" for step in range(30))
     )
-    with terminal([*AS_FILE, "--replay", str(tmp_path)], 80, 24) as screen:
+    with terminal([*AS_FILE, "--play", str(tmp_path)], 80, 24) as screen:
         screen.until(holds("replay ×1"))
         screen.press(b" ")
         screen.until(holds("replay held"))

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import median
+from typing import NoReturn
 
 import torch
 
 from buffer.wire.messages import Shard
 from buffer.wire.snapshots import fetch
-from configs import cli
 from configs.checks import check
+from configs.command import run_command
 from configs.schema import Config, key
 from learner import fsdp
 from learner.attention import PACKED_SDPA
@@ -44,12 +45,16 @@ class BenchConfig(Config):
     bench: BenchOptions = field(default_factory=BenchOptions)
 
 
-def main(argv: Sequence[str]) -> None:
-    description = (
-        "Pipeline tokens/s over bare vLLM at the same concurrency, and learner tokens/s over a bare FSDP2 loop on the same packs. Starts "
-        "from configs/demo.yaml. One engine serves both sides in turns; the learner half runs one rank."
+def main(argv: Sequence[str]) -> NoReturn:
+    run_command(
+        "Measure the tokens/s of the pipeline against bare vLLM at the same concurrency, and those "
+        "of the learner against a bare FSDP2 loop on the same packs. Starts from the preset demo. "
+        "One engine serves both sides in turns; the learner has one rank.",
+        run,
+        schema=BenchConfig,
+        argv=["--config", "demo", *argv],
+        program="python -m tools.bench pipeline",
     )
-    cli.main(description, run, BenchConfig, ["--config", "demo", *argv])
 
 
 def run(options: BenchConfig) -> None:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from buffer.wire.transport import TransportError
 from configs import cli
+from configs.errors import one_line
 from configs.schema import Config
 from tools.launching.processes import ROOT, Command, LocalHost
 
@@ -98,7 +99,7 @@ class RayProcess:
         except (RayActorError, GetTimeoutError) as error:
             if self._status is None:
                 what = "died" if isinstance(error, RayActorError) else "does not answer"
-                self._lines.append(f"error: its Ray actor {what}: {_one_line(error)}")
+                self._lines.append(f"error: its Ray actor {what}: {one_line(error)}")
                 self._status = -signal.SIGKILL
 
 
@@ -111,7 +112,7 @@ def _require_listener(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=LISTENER_TIMEOUT_S).close()
     except OSError as error:
         raise TransportError(
-            f"launch.ray_address={address}: no Ray cluster answers there ({_one_line(error)}); see `ray status`"
+            f"launch.ray_address={address}: no Ray cluster answers there ({one_line(error)}); see `ray status`"
         ) from error
 
 
@@ -147,7 +148,7 @@ class RayCluster:
                 if address
                 else "Ray did not start on this machine"
             )
-            raise TransportError(f"{what}: {_one_line(error)}") from error
+            raise TransportError(f"{what}: {one_line(error)}") from error
         try:
             self._check_gpus()
             self._places = {role: self._node_of(role) for role in ("buffer", "learner", "actors")}
@@ -177,7 +178,7 @@ class RayCluster:
         except (RayActorError, GetTimeoutError) as error:
             raise TransportError(
                 f"Ray did not start {command.name} within {START_S:g} s (it wants {command.num_gpus} GPUs on one node"
-                f"{', the one of its address' if node else ''}; `ray status` shows what is free): {_one_line(error)}"
+                f"{', the one of its address' if node else ''}; `ray status` shows what is free): {one_line(error)}"
             ) from None
 
     def _check_gpus(self) -> None:
@@ -219,7 +220,3 @@ class RayCluster:
                 f"{role} at {address}: no node of the Ray cluster has this address; it has {', '.join(sorted(nodes))}"
             )
         return nodes[host]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -15,6 +15,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.errors import one_line
+
 Row = dict[str, Any]
 
 FILES = {
@@ -112,7 +114,7 @@ class RunDirectory:
             config = OmegaConf.to_container(OmegaConf.load(file))
         except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
             self.problems.append(
-                f"config.yaml cannot be read ({str(error).splitlines()[0]}): {FILES['config.yaml']}."
+                f"config.yaml cannot be read ({one_line(error)}): {FILES['config.yaml']}."
             )
             return
         self.config = (

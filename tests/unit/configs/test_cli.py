@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from configs.cli import help_text, keys, load, main, to_yaml
+from configs.cli import keys, load, presets, to_yaml
 from configs.schema import RENAMED, Config, key
 from darts.simulate.schema import SimulateConfig
 
@@ -20,7 +19,7 @@ PRODUCT = ("actors", "buffer", "configs", "darts", "learner", "tools")
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-def refusal(*argv: str, schema: type | None = None) -> str:
+def refusal(*argv: str, schema: type = Config) -> str:
     with pytest.raises(ValueError) as caught:
         load(argv, schema)
     assert "\n" not in str(caught.value)
@@ -234,12 +233,13 @@ def test_the_edges_of_what_fits_are_accepted(overrides: list[str]) -> None:
     load(overrides)
 
 
-# Processes ---------------------------------------------------------------------------------------------------------
+# Any schema ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Inner:
     depth: int = key(1, "How deep.", ge=1)
+    shape: Literal["round", "none"] = key("round", "Its shape.")
 
 
 @dataclass
@@ -247,94 +247,25 @@ class Other:
     """A schema that is not a run's."""
 
     inner: Inner = field(default_factory=Inner)
-    name: str = key("x", "What it is called.")
+    name: str = key("x", "Its name.")
 
 
 def test_any_dataclass_is_a_schema() -> None:
-    assert load(["inner.depth=3", "name=7"], Other) == Other(inner=Inner(depth=3), name="7")
+    loaded = load(["inner.depth=3", "inner.shape=none", "name=7"], Other)
+    assert loaded == Other(inner=Inner(depth=3, shape="none"), name="7")
 
 
-def exit_status(run, *argv: str, **options) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main("A process.", run, Other, list(argv), **options)
-    return caught.value.code or 0
-
-
-def test_main_runs_with_the_configuration_and_exits_with_its_status() -> None:
-    seen = []
-    assert exit_status(lambda config: seen.append(config.inner.depth), "inner.depth=4") == 0
-    assert exit_status(lambda config: 3) == 3
-    assert seen == [4]
-
-
-def test_main_ends_a_users_mistake_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_status(lambda config: 0, "inner.depht=4") == 2
-    captured = capsys.readouterr()
-    assert (
-        captured.out == ""
-        and captured.err
-        == "error: inner.depht (command line): unknown key; did you mean inner.depth? --help lists every key\n"
-    )
-
-
-class PeerError(Exception):
-    pass
-
-
-@pytest.mark.parametrize(
-    "error",
-    [OSError(28, "No space left on device", "runs/x"), PeerError("no answer\nfrom the buffer")],
-)
-def test_main_ends_the_machines_and_the_peers_errors_in_one_line(
-    error: Exception, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(config: Other) -> None:
-        raise error
-
-    assert exit_status(run, errors=(PeerError,)) == 1
-    written = capsys.readouterr().err
-    assert written.startswith("error: ") and written.count("\n") == 1 and written.endswith("\n")
-
-
-def test_main_shows_a_bug_whole() -> None:
-    def bug(config: Other) -> None:
-        raise KeyError("x")
-
-    def librarys_value_error(config: Other) -> None:
-        ast.literal_eval("f()")
-
-    with pytest.raises(KeyError):
-        main("A process.", bug, Other, [])
-    with pytest.raises(ValueError):
-        main("A process.", librarys_value_error, Other, [])
-
-
-def test_main_leaves_quietly_on_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
-    def run(config: Other) -> None:
-        raise KeyboardInterrupt
-
-    assert exit_status(run) == 130
-    assert capsys.readouterr() == ("", "")
-
-
-def test_print_config_shows_what_would_run_and_runs_nothing(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def run(config: Other) -> None:
-        raise AssertionError("ran")
-
-    assert exit_status(run, "--print-config", "inner.depth=5") == 0
-    assert capsys.readouterr().out == "inner:\n  depth: 5\nname: x\n"
-
-
-def test_help_lists_every_key_with_its_type_and_default() -> None:
-    text = help_text("The buffer.", Config)
-    assert [one.path for one in keys(Config) if f"  {one.path}  " not in text] == []
-    assert "optimizer.lr  float = 1e-06  (> 0)" in text and max(map(len, text.splitlines())) <= 140
+def test_a_preset_is_offered_to_the_schema_that_has_its_keys() -> None:
+    assert presets(Config) == ["demo", "qwen2.5_7b_gpu", "smollm2_cpu"]
+    assert "simulate/cpu" in presets(SimulateConfig) and "demo" not in presets(SimulateConfig)
+    assert presets(Other) == []
 
 
 def test_every_key_has_a_meaning_and_a_valid_default() -> None:
-    assert [one.path for one in keys(Config) if not one.doc or one.violated(one.default)] == []
+    both = [*keys(Config), *keys(SimulateConfig)]
+    assert [
+        one.path for one in both if not one.doc.endswith(".") or one.violated(one.default)
+    ] == []
 
 
 # No dead keys ------------------------------------------------------------------------------------------------------
@@ -405,17 +336,3 @@ def test_every_key_is_read_by_the_product() -> None:
 )
 def test_a_reader_of_a_key_is_recognised(code: str, read: set[str]) -> None:
     assert read_keys(ast.parse(code)) == read
-
-
-def test_the_command_line_works_as_a_process() -> None:
-    code = (
-        "from configs.cli import main; main('A process.', lambda config: print(config.run.steps))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "run.steps=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "12\n", "")

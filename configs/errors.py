@@ -1,0 +1,44 @@
+"""How an expected error leaves a process: as one line, and with an exit status that says whose it is.
+
+Imports nothing of ours, so that every layer can use it. Driven by `configs.command`.
+"""
+
+from __future__ import annotations
+
+import errno
+from enum import IntEnum
+
+MAX_CHARS = 1000
+
+
+class ExitStatus(IntEnum):
+    """The exit statuses of every command. A signal N that stops a command gives 128 + N."""
+
+    OK = 0
+    FAILED = 1
+    REFUSED = 2
+    READER_GONE = 141  # 128 + SIGPIPE
+    INTERRUPTED = 130  # 128 + SIGINT
+
+
+EXIT_STATUSES = """\
+exit status:
+  0     it ended well
+  1     it failed; a line "error: ..." on stderr says why
+  2     the command line, the configuration or an input that they name was refused
+  130   it was interrupted by Ctrl-C (128 + N for any other signal N)"""
+
+
+def one_line(error: BaseException, with_type: bool = False) -> str:
+    """The error's message on one line. `with_type`: after its type, which may be all it says."""
+    name, message = type(error).__name__, " ".join(str(error).split())[:MAX_CHARS]
+    if not message:
+        return name
+    return f"{name}: {message}" if with_type else message
+
+
+def advice(error: BaseException) -> str:
+    """How to get over an error that the system reports, "" if there is nothing to say."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "; free some space, or write elsewhere with run.dir=FOLDER"
+    return ""
