@@ -1,6 +1,7 @@
-"""Whether the keys of a run fit together. Each check names the keys, their values, what is allowed and the consequence.
+"""Whether the keys of a run fit together.
 
-What one key allows by itself is written beside it in `configs.schema`. Called by `configs.cli.load`.
+Each check names the keys, their values, what is allowed and the consequence. The values that one
+key allows by itself stand beside it in `configs.schema`. Driven by `configs.cli.load`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ import re
 
 from configs.schema import Config, largest_budget
 
-BYTES_PER_TOKEN = (
-    12  # int32 token, float32 log-probability, and what the journal and the ledger keep beside them
-)
+# A token is an int32, its log-probability a float32; the journal and the ledger keep as much again.
+BYTES_PER_TOKEN = 12
 
 
 def check(config: Config) -> None:
@@ -24,8 +24,9 @@ def _group(config: Config) -> None:
     darts = config.darts
     if darts.long_end != "none" and darts.num_long >= darts.group_size:
         raise ValueError(
-            f"darts.num_long={darts.num_long}: must be < darts.group_size={darts.group_size}; otherwise no seat is left for the shortest responses "
-            "(darts.long_end=none takes the shortest alone)"
+            f"darts.num_long={darts.num_long}: must be < darts.group_size={darts.group_size}; "
+            "otherwise no seat is left for the shortest responses (darts.long_end=none trains on "
+            "the shortest alone)"
         )
 
 
@@ -36,9 +37,10 @@ def _upper(config: Config) -> None:
         and upper > 1
         and largest_budget(group_size, upper) == group_size
     ):
+        least = (group_size + 0.5) / group_size
         raise ValueError(
-            f"redundancy.upper={upper:g}: with darts.group_size={group_size} must be 1 or >= {(group_size + 0.5) / group_size:g}; "
-            "otherwise no prompt gets one rollout more"
+            f"redundancy.upper={upper:g}: with darts.group_size={group_size} must be 1 or >= "
+            f"{least:g}; otherwise no prompt gets more than darts.group_size rollouts"
         )
 
 
@@ -46,8 +48,8 @@ def _context(config: Config) -> None:
     max_tokens, max_context = config.sampling.max_tokens, config.model.max_context
     if max_tokens >= max_context:
         raise ValueError(
-            f"sampling.max_tokens={max_tokens}: must be < model.max_context={max_context}; otherwise a prompt and its longest response "
-            "do not fit into an engine"
+            f"sampling.max_tokens={max_tokens}: must be < model.max_context={max_context}; "
+            "otherwise a prompt and its longest response do not fit into an engine"
         )
 
 
@@ -55,7 +57,7 @@ def _betas(config: Config) -> None:
     betas = config.optimizer.betas
     if len(betas) != 2:
         raise ValueError(
-            f"optimizer.betas={betas}: must be two numbers, such as [0.9,0.95]; AdamW has no others"
+            f"optimizer.betas={betas}: must be two numbers, such as [0.9,0.95]; AdamW takes two"
         )
 
 
@@ -63,7 +65,8 @@ def _ranks(config: Config) -> None:
     ranks, trajectories = config.learner.num_ranks, config.batch.groups * config.darts.group_size
     if ranks > trajectories:
         raise ValueError(
-            f"learner.num_ranks={ranks}: must be <= batch.groups x darts.group_size = {trajectories}; otherwise a rank has nothing to train on"
+            f"learner.num_ranks={ranks}: must be <= batch.groups x darts.group_size = "
+            f"{trajectories}; otherwise a rank has nothing to train on"
         )
 
 
@@ -72,11 +75,13 @@ def _attention(config: Config) -> None:
         return
     if config.model.dtype == "float32":
         raise ValueError(
-            "model.attention=flash_attention_2: needs model.dtype bfloat16 or float16; it has no float32 kernels"
+            "model.attention=flash_attention_2: needs model.dtype=bfloat16 or float16; it has no "
+            "float32 kernels"
         )
     if config.learner.device == "cpu":
         raise ValueError(
-            "model.attention=flash_attention_2: needs learner.device=cuda; it has no CPU kernels (take sdpa)"
+            "model.attention=flash_attention_2: needs learner.device=cuda; it has no CPU kernels "
+            "(use sdpa)"
         )
 
 
@@ -84,27 +89,27 @@ def _addresses(config: Config) -> None:
     address = re.fullmatch(r"tcp://[^\s/]+:(\d+)", config.buffer.address)
     if not address or not 1 <= int(address[1]) <= 65534:
         raise ValueError(
-            f"buffer.address={config.buffer.address}: must be tcp://HOST:PORT with a port in 1..65534, since the next port carries the "
-            "statistics; otherwise nobody can find the buffer"
+            f"buffer.address={config.buffer.address}: must be tcp://HOST:PORT with a port in "
+            "1..65534, since statistics are published on the next port; otherwise no process finds "
+            "the buffer"
         )
     address = re.fullmatch(r"tcp://[^\s/]+:(\d+|\*)", config.weights.address)
     if not address or (address[1] != "*" and not 1 <= int(address[1]) <= 65535):
         raise ValueError(
-            f"weights.address={config.weights.address}: must be tcp://HOST:PORT, or tcp://HOST:* for a free port"
+            f"weights.address={config.weights.address}: must be tcp://HOST:PORT, or tcp://HOST:* "
+            "for a free port; otherwise no engine finds the weights"
         )
 
 
 def _bytes_held(config: Config) -> None:
-    """One step's groups at their longest must fit, or the learner waits for groups that a full store does not admit."""
-    upper = (
-        1.0
-        if config.redundancy.rule == "none" or config.darts.policy == "plain"
-        else config.redundancy.upper
-    )
+    """One step's groups must fit at their longest, or a full store admits none of them."""
+    plain = config.redundancy.rule == "none" or config.darts.policy == "plain"
+    upper = 1.0 if plain else config.redundancy.upper
     rollouts = config.batch.groups * largest_budget(config.darts.group_size, upper)
     needed = rollouts * config.model.max_context * BYTES_PER_TOKEN
     if config.buffer.max_bytes < needed:
         raise ValueError(
-            f"buffer.max_bytes={config.buffer.max_bytes}: must be >= {needed}, the {rollouts} rollouts of one step "
-            f"(batch.groups x budget) at model.max_context={config.model.max_context}; otherwise admission stalls, and the learner with it"
+            f"buffer.max_bytes={config.buffer.max_bytes}: must be >= {needed}, the {rollouts} "
+            f"rollouts of one step (batch.groups x budget) at model.max_context="
+            f"{config.model.max_context}; otherwise admission stalls, and the learner with it"
         )

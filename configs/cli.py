@@ -1,4 +1,4 @@
-"""Configuration in, a checked dataclass out: YAML files and `key=value` overrides of a command line.
+"""Configuration: YAML files and `key=value` overrides in, a checked dataclass out.
 
 Owns reading and strictness: an unknown key, a wrong type or a value out of range is one clear line.
 Knows no key by name: it works on any dataclass whose fields carry the metadata of

@@ -1,4 +1,4 @@
-"""How a command starts and how it ends: the one entry point of every `python -m` in this repository.
+"""How a command starts and how it ends: the one entry point of every `python -m` here.
 
 Owns the two forms of a command line (configuration keys, or arguments of the command's own), their
 `--help`, and the exit status. An expected error ends a command with one line on stderr; a bug shows
@@ -178,7 +178,7 @@ def _program() -> str:
 
 
 def _reader_gone() -> bool:
-    """Whether it was stdout that broke, as in `... | head`. If so, nothing more is written to it."""
+    """Whether stdout broke, as in `... | head`. If so, nothing more is written to it."""
     poll = select.poll()
     poll.register(STDOUT, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
@@ -188,7 +188,7 @@ def _reader_gone() -> bool:
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    """Whether our own code raised it, and so speaks to the user. A library's error is a bug of ours."""
+    """Whether our own code raised it, and so speaks to the user. A library's error is a bug."""
     frame = error.__traceback__
     while frame and frame.tb_next:
         frame = frame.tb_next

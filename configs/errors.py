@@ -1,4 +1,4 @@
-"""How an expected error leaves a process: as one line, and with an exit status that says whose it is.
+"""How an expected error leaves a process: as one line, and with an exit status.
 
 Imports nothing of ours, so that every layer can use it. Driven by `configs.command`.
 """

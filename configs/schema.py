@@ -1,4 +1,4 @@
-"""Every key of a run: its type, default, meaning and allowed values. One schema serves every process.
+"""Every key of a run: its type, default, meaning and allowed values. One schema for all processes.
 
 Each process reads its own sections, and all of them are given the same file, so one `config.yaml`
 describes the whole run. `configs.cli.load` turns files and `key=value` overrides into a checked
@@ -330,14 +330,14 @@ class BufferConfig:
     )
     connect_timeout_s: float = key(
         60.0,
-        "How long a process waits for the buffer's first answer, in seconds. Raise it if the buffer "
-        "starts later than the others.",
+        "How long a process waits for the buffer's first answer, in seconds. Raise it if the "
+        "buffer starts later than the others.",
         gt=0,
     )
     peer_timeout_s: float = key(
         15.0,
-        "Silence after which an engine, a rank or the buffer counts as lost, in seconds. Raise it on "
-        "machines that stall.",
+        "Silence after which an engine, a rank or the buffer counts as lost, in seconds. Raise it "
+        "on machines that stall.",
         gt=1,
     )
     rejoin_timeout_s: float = key(
@@ -462,8 +462,8 @@ class LaunchConfig:
     )
     progress: Literal["auto", "live", "plain", "none"] = key(
         "auto",
-        "Progress view of tools.launch: live (redraws in place), plain (lines), none, or auto (live "
-        "on a terminal, else plain).",
+        "Progress view of tools.launch: live (redraws in place), plain (lines), none, or auto "
+        "(live on a terminal, otherwise plain).",
     )
 
 

@@ -58,8 +58,8 @@ class SimulatedEngines:
     slots: int = key(64, "Largest number of rollouts in flight per engine.", ge=1)
     speeds: list[float] = key(
         [1.0],
-        "Relative decoding speeds; engine i takes speeds[i mod n]. Each distinct value is an engine "
-        "type of its own.",
+        "Relative decoding speeds; engine i takes speeds[i mod n]. Each distinct value is a type of "
+        "engine.",
         gt=0,
     )
     batches: list[float] = key(
@@ -69,8 +69,8 @@ class SimulatedEngines:
     )
     ms_per_token: list[float] = key(
         [5.9, 6.3, 5.9, 7.0, 8.6, 13.7, 22.8],
-        "Latency per token at those batch sizes, in milliseconds. The default was measured on 2 CPU "
-        "cores with a 0.8M-parameter Qwen3 in vLLM.",
+        "Latency per token at those batch sizes, in milliseconds. The default was measured on 2 "
+        "CPU cores with a 0.8M-parameter Qwen3 in vLLM.",
         gt=0,
     )
     prefill_ms_per_token: float = key(
@@ -81,8 +81,8 @@ class SimulatedEngines:
     )
     kv_tokens: int = key(
         1_000_000,
-        "Size of the key-value cache, in tokens. When it is full, the youngest rollout is preempted "
-        "and recomputed later.",
+        "Size of the key-value cache, in tokens. When it is full, the youngest rollout is "
+        "preempted and recomputed later.",
         ge=1,
     )
     chunk_tokens: int = key(
@@ -93,7 +93,7 @@ class SimulatedEngines:
     )
     cancel_s: float = key(
         0.006,
-        "Time from the decision to cancel a rollout until its engine stops decoding it, in seconds.",
+        "Time from the decision to cancel a rollout until its engine stops decoding, in seconds.",
         ge=0,
     )
 
@@ -111,8 +111,8 @@ class SimulatedLearner:
     )
     ms_per_token: float = key(
         0.5,
-        "Time of one device per token (of a prompt or a trained response) for the forward pass, the "
-        "backward pass and the update, in milliseconds.",
+        "Time of one device per token (of a prompt or a trained response) for forward pass, "
+        "backward pass and update, in milliseconds.",
         ge=0,
     )
     prepare_ms_per_token: float = key(
@@ -123,8 +123,8 @@ class SimulatedLearner:
     )
     streaming: bool = key(
         True,
-        "Tokens leave engines in chunks: preparation overlaps with generation, and a rollout can be "
-        "cancelled while it is in flight.",
+        "Tokens leave engines in chunks: preparation overlaps with generation, and a rollout can "
+        "be cancelled while it is in flight.",
     )
 
 

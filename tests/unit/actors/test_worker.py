@@ -187,18 +187,23 @@ class Scene:
         ]
 
 
+def quick_config() -> Config:
+    config = Config()
+    config.actors.flush_s, config.actors.stream_interval = 0.001, 2
+    config.model.max_context, config.sampling.max_tokens = 40, 20
+    return config
+
+
 def play(
     script: Callable[[Scene], Awaitable[None]],
     error: str = "",
     policy: SnapshotRef | None = None,
-    flush_s: float = 0.001,
+    config: Config | None = None,
 ) -> Scene:
     """Runs a worker beside `script`, then ends the run. Raises what the worker raised."""
+    config = config or quick_config()
 
     async def run() -> Scene:
-        config = Config()
-        config.actors.flush_s, config.actors.stream_interval = flush_s, 2
-        config.model.max_context, config.sampling.max_tokens = 40, 20
         scene = Scene(config, FakeEngine(), FakeLink(), FakeEnvironment())
         worker = asyncio.create_task(
             Worker(config, scene.engine, scene.link, scene.environment, scene.fetch).run(
@@ -294,7 +299,9 @@ def test_reports_leave_as_often_as_flush_s_says() -> None:
             scene.engine.sample(1, 3, 4)
             await asyncio.sleep(0.01)
 
-    assert 2 <= len(play(script, flush_s=0.05).sampled(1)) <= 7
+    config = quick_config()
+    config.actors.flush_s = 0.05
+    assert 2 <= len(play(script, config=config).sampled(1)) <= 7
     assert len(play(script).sampled(1)) >= 15
 
 

@@ -1,9 +1,7 @@
-"""`configs`: what a command line gives, what it refuses and in which words, and that no key is dead."""
+"""`configs.cli`: the configuration of a command line, and what is refused in which words."""
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,7 +24,7 @@ def refusal(*argv: str, schema: type = Config) -> str:
     return str(caught.value)
 
 
-# What a command line gives -----------------------------------------------------------------------------------------
+# What a command line gives -----------------------------------------------------------------------
 
 
 def test_no_arguments_give_the_defaults() -> None:
@@ -88,7 +86,7 @@ def test_every_preset_is_valid_by_name_and_by_path(preset: Path) -> None:
     assert load(["--config", preset.stem]) == load(["--config", str(preset)])
 
 
-# What it refuses ---------------------------------------------------------------------------------------------------
+# What it refuses ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -184,7 +182,7 @@ def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: str) -> No
     assert "bad.yaml" in refusal("--config", str(tmp_path / "bad.yaml"))
 
 
-# Keys that do not fit together -------------------------------------------------------------------------------------
+# Keys that do not fit together -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -233,7 +231,7 @@ def test_the_edges_of_what_fits_are_accepted(overrides: list[str]) -> None:
     load(overrides)
 
 
-# Any schema ----------------------------------------------------------------------------------------
+# Any schema --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -266,73 +264,3 @@ def test_every_key_has_a_meaning_and_a_valid_default() -> None:
     assert [
         one.path for one in both if not one.doc.endswith(".") or one.violated(one.default)
     ] == []
-
-
-# No dead keys ------------------------------------------------------------------------------------------------------
-
-
-def sources() -> Iterator[ast.Module]:
-    for package in PRODUCT:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            if path.parts[-2:] not in (("configs", "schema.py"), ("configs", "checks.py")):
-                yield ast.parse(path.read_text(), str(path))
-
-
-def last_name(node: ast.expr | None) -> str:
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-SECTION_OF_CLASS = {type(section).__name__: name for name, section in vars(Config()).items()}
-
-
-def read_keys(tree: ast.Module) -> set[str]:
-    """`section.key` for every attribute read of a section: `config.section.key`, or of a name assigned from or annotated as one."""
-    sections = set(SECTION_OF_CLASS.values())
-    aliases = {
-        section: {section} for section in sections
-    }  # section -> names that stand for it in this module
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign):
-            targets = [(target, node.value) for target in node.targets]
-            if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
-                targets = list(zip(node.targets[0].elts, node.value.elts, strict=False))
-            for target, value in targets:
-                if last_name(value) in sections:
-                    aliases[last_name(value)].add(last_name(target))
-        elif isinstance(node, (ast.arg, ast.AnnAssign)):
-            name = node.arg if isinstance(node, ast.arg) else last_name(node.target)
-            annotation = last_name(node.annotation) if node.annotation else ""
-            if annotation in SECTION_OF_CLASS:
-                aliases[SECTION_OF_CLASS[annotation]].add(name)
-    reads = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    ]
-    return {
-        f"{section}.{node.attr}"
-        for node in reads
-        for section in sections
-        if last_name(node.value) in aliases[section]
-    }
-
-
-def test_every_key_is_read_by_the_product() -> None:
-    read = set().union(*(read_keys(tree) for tree in sources()))
-    assert [one.path for one in keys(Config) if one.path not in read] == []
-
-
-@pytest.mark.parametrize(
-    ("code", "read"),
-    [
-        ("config.sampling.top_p", {"sampling.top_p"}),
-        ("s = config.sampling\ns.top_p", {"sampling.top_p"}),
-        ("def f(s: SamplingConfig): return s.top_p", {"sampling.top_p"}),
-        ("config.sampling.top_p = 1.0", set()),
-        ("other.top_p", set()),
-    ],
-)
-def test_a_reader_of_a_key_is_recognised(code: str, read: set[str]) -> None:
-    assert read_keys(ast.parse(code)) == read

@@ -1,41 +1,71 @@
-"""Turning a key changes something: every key of a simulation, and every key by which the core decides or the learner learns.
+"""Every key does something: a table here or in `test_*_knobs.py` turns it, and something changes.
 
-What remains of a run's keys, those of processes, sockets and files, is listed with the test that shows its effect.
+Here: every key of a simulation, and those of a run that the core decides by. A key that only a real
+engine can show is listed with the reason, and with the test that has one.
 """
 
 from __future__ import annotations
 
 import ast
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from configs import cli
 from configs.schema import Config
 from darts import events as ev
 from darts.config import CoreConfig, core_config
 from darts.core import Core
+from darts.simulate.__main__ import run
 from darts.simulate.schema import SimulateConfig
 from darts.simulate.world import simulate
-from learner.batch import make_packs
-from learner.fsdp import whole
-from learner.train import train_step
-from tests.learner_cases import (
-    make_config,
-    make_shards,
-    make_trajectories,
-    make_trajectory,
-    save_model,
-    single_rank,
+from tests.unit.configs import (
+    test_actor_knobs,
+    test_buffer_knobs,
+    test_data_knobs,
+    test_launch_knobs,
+    test_learner_knobs,
 )
 
-TESTS = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
+PRODUCT = ("actors", "buffer", "configs", "darts", "learner", "tools")
+SHOWN_BY_AN_ENGINE = {
+    "sampling.top_p": "vLLM alone applies it: "
+    "e2e/test_engine.py::test_a_narrow_nucleus_leaves_one_response",
+}
+IN_FILES = {"run.name", "run.out", "lengths.recorded"}  # of a simulation: turned below, too
+ELSEWHERE = [
+    test_actor_knobs.TURNS,
+    test_actor_knobs.VLLM_TURNS,
+    test_buffer_knobs.TURNS,
+    test_buffer_knobs.SLOW_TURNS,
+    test_data_knobs.TURNS,
+    test_launch_knobs.TURNS,
+    test_learner_knobs.TURNS,
+]
 
 
-# A simulation ------------------------------------------------------------------------------------------------------
+def test_every_key_of_a_run_is_turned() -> None:
+    turned = {path for table in (CORE, *ELSEWHERE) for path in table}
+    assert {key.path for key in cli.keys(Config)} == turned | SHOWN_BY_AN_ENGINE.keys()
+    assert not turned & SHOWN_BY_AN_ENGINE.keys()
+
+
+@pytest.mark.parametrize("reason", SHOWN_BY_AN_ENGINE.values())
+def test_a_test_with_an_engine_exists(reason: str) -> None:
+    file, _, name = reason.rpartition(" ")[2].partition("::")
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_key_of_a_simulation_is_turned() -> None:
+    assert {key.path for key in cli.keys(SimulateConfig)} == SIMULATION.keys() | IN_FILES
+
+
+# A simulation ------------------------------------------------------------------------------------
 
 SMALL = [
     "run.steps=3",
@@ -48,9 +78,8 @@ SMALL = [
 LATE = ["staleness.max_lag=1", "engines.speeds=[1.0,0.2]", "sampling.max_tokens=90"]
 TRUNCATING = ["sampling.max_tokens=60"]
 ROUNDS = ["pipeline.mode=sync", "baseline.scheduler=tail_batching", "redundancy.rule=none"]
-SIMULATION: dict[
-    str, tuple[str, list[str]]
-] = {  # key -> another value, and the circumstances in which it matters
+# Key -> another value, and the overrides under which it matters.
+SIMULATION: dict[str, tuple[str, list[str]]] = {
     "run.seed": ("1", []),
     "run.steps": ("4", []),
     "pipeline.mode": ("sync", []),
@@ -102,15 +131,6 @@ SIMULATION: dict[
     "baseline.oversample": ("2.5", ROUNDS),
     "baseline.extra": ("2", ROUNDS),
 }
-SHOWN_IN_FILES = {
-    "run.name",
-    "run.out",
-    "lengths.recorded",
-}  # test_simulate.py: the files of a run, and a run drawn from one
-
-
-def test_every_key_of_a_simulation_is_turned_below() -> None:
-    assert {one.path for one in cli.keys(SimulateConfig)} == SIMULATION.keys() | SHOWN_IN_FILES
 
 
 @pytest.mark.parametrize("path", SIMULATION)
@@ -121,19 +141,60 @@ def test_a_key_of_a_simulation_changes_it(path: str) -> None:
     assert simulate(before) != simulate(after)
 
 
-# What the core decides by ------------------------------------------------------------------------------------------
+def files_of(*overrides: str) -> dict[str, str]:
+    """Name -> text of what a simulation writes to the folder `out` of the working directory."""
+    run(cli.load([*SMALL, *overrides], SimulateConfig))
+    return {path.name: path.read_text() for path in Path("out").glob("*") if path.is_file()}
+
+
+def test_a_simulation_writes_where_it_is_told_to_under_the_name_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert files_of() == {}
+    first = files_of("run.out=out", "run.name=a")
+    shutil.rmtree("out")
+    second = files_of("run.out=out", "run.name=b")
+    assert [name for name in first if first[name] != second[name]] == ["config.yaml"]
+
+
+def test_a_simulation_draws_from_the_run_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "groups.jsonl" in files_of("run.out=out", "lengths.median=20")
+    drawn = simulate(cli.load(SMALL, SimulateConfig))
+    recorded = simulate(cli.load([*SMALL, "lengths.recorded=out/groups.jsonl"], SimulateConfig))
+    assert recorded["tokens/generated"] < drawn["tokens/generated"]
+
+
+# What the core decides by ------------------------------------------------------------------------
 
 CORE: dict[str, str] = {
-    "run.seed": "1", "pipeline.mode": "sync", "batch.groups": "7", "weights.publish_every": "2", "staleness.max_lag": "1",
-    "staleness.on_deadline": "drop", "darts.policy": "plain", "darts.group_size": "6", "darts.num_long": "2", "darts.long_end": "longest",
-    "darts.cancel": "eager", "darts.fill_truncated": "false", "darts.max_attempts": "1", "darts.max_reopens": "0",
-    "redundancy.rule": "fixed", "redundancy.upper": "1.5", "redundancy.price": "5", "sampling.max_tokens": "60",
-}  # fmt: skip
+    "run.seed": "1",
+    "pipeline.mode": "sync",
+    "batch.groups": "7",
+    "weights.publish_every": "2",
+    "staleness.max_lag": "1",
+    "staleness.on_deadline": "drop",
+    "darts.policy": "plain",
+    "darts.group_size": "6",
+    "darts.num_long": "2",
+    "darts.long_end": "longest",
+    "darts.cancel": "eager",
+    "darts.fill_truncated": "false",
+    "darts.max_attempts": "1",
+    "darts.max_reopens": "0",
+    "redundancy.rule": "fixed",
+    "redundancy.upper": "1.5",
+    "redundancy.price": "5",
+    "sampling.max_tokens": "60",
+}
 
 
 @pytest.mark.parametrize("path", CORE)
 def test_a_key_reaches_the_core(path: str) -> None:
-    """What the core then does with it is shown by the simulations above, and for the two that they lack, below."""
+    """The simulations above show what the core does with it; for the one that they lack, see below."""
     assert core_config(cli.load([f"{path}={CORE[path]}"])) != core_config(Config())
 
 
@@ -141,8 +202,10 @@ def launches_until_given_up(**changes: Any) -> int:
     """Rollouts launched for a single prompt whose every rollout fails."""
     core = Core(CoreConfig(groups_per_step=1, group_size=2, redundancy="none", **changes))
     todo: list[ev.Event] = [
-        ev.PolicyPublished(0.0, 0), ev.ActorJoined(0.0, "engine", "type", 2, 0), ev.PromptsDrawn(0.0, (ev.Prompt("p"),))
-    ]  # fmt: skip
+        ev.PolicyPublished(0.0, 0),
+        ev.ActorJoined(0.0, "engine", "type", 2, 0),
+        ev.PromptsDrawn(0.0, (ev.Prompt("p"),)),
+    ]
     launched = 0
     while todo:
         for decision in core.handle(todo.pop(0)):
@@ -158,130 +221,74 @@ def test_attempts_and_reopens_bound_what_is_launched_for_a_prompt_that_always_fa
     assert launches_until_given_up(max_attempts=3, max_reopens=2) == 18
 
 
-# What the learner learns by ----------------------------------------------------------------------------------------
-
-LEARNER: dict[str, Any] = {
-    "loss.kind": "dr_grpo", "loss.clip_low": 0.01, "loss.clip_high": 0.01, "loss.tis_cap": 0.5, "loss.train_truncated": True,
-    "optimizer.lr": 1e-2, "optimizer.betas": [0.5, 0.5], "optimizer.weight_decay": 0.1, "optimizer.warmup_steps": 5,
-    "optimizer.max_grad_norm": 1e-2, "sampling.temperature": 2.0, "model.dtype": "bfloat16",
-}  # fmt: skip
+# No dead keys ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
+def sources() -> Iterator[ast.Module]:
+    for package in PRODUCT:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if path.parts[-2:] not in (("configs", "schema.py"), ("configs", "checks.py")):
+                yield ast.parse(path.read_text(), str(path))
 
 
-def trained(model_path: Path, run: Path, **changes: Any) -> torch.Tensor:
-    """All weights after two steps on the same trajectories, one of them truncated."""
-    with single_rank(make_config(model_path, run, **changes)) as state:
-        for step in range(2):
-            trajectories = make_trajectories(seed=step)
-            rng = np.random.default_rng(step)
-            trajectories.append(make_trajectory(rng, 4, 20, 0.0, [0.0, 1.0], truncated=True))
-            train_step(state, make_shards(trajectories, step)[0])
-        return torch.cat(
-            [whole(parameter.detach()).flatten() for parameter in state.model.parameters()]
-        )
+def last_name(node: ast.expr | None) -> str:
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
 
 
-@pytest.fixture(scope="module")
-def by_default(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
-    return trained(model_path, tmp_path_factory.mktemp("default"))
+SECTION_OF_CLASS = {type(section).__name__: name for name, section in vars(Config()).items()}
 
 
-def test_training_repeats_itself(
-    model_path: Path, tmp_path: Path, by_default: torch.Tensor
-) -> None:
-    assert torch.equal(trained(model_path, tmp_path), by_default)
+def read_keys(tree: ast.Module) -> set[str]:
+    """`section.key` for every attribute that is read of a section.
 
-
-@pytest.mark.parametrize("path", LEARNER)
-def test_a_key_of_the_learner_changes_the_weights(
-    path: str, model_path: Path, tmp_path: Path, by_default: torch.Tensor
-) -> None:
-    changed = trained(model_path, tmp_path, **{path.replace(".", "__"): LEARNER[path]})
-    assert not torch.equal(changed, by_default)
-
-
-def test_batch_tokens_divides_a_shard() -> None:
-    (shard,) = make_shards(make_trajectories(seed=0))
-    assert len(make_packs(shard, 64, False, 0)) > len(make_packs(shard, 4096, False, 0)) == 1
-
-
-# The rest ----------------------------------------------------------------------------------------------------------
-
-ELSEWHERE = {
-    "run.name": "integration/test_run_plan.py::test_an_existing_run_is_left_alone",
-    "run.dir": "e2e/test_pipeline.py::launch",
-    "run.steps": "integration/test_service.py::make_config",
-    "run.resume": "integration/test_service.py::test_resumed_run_draws_what_was_unfinished_and_repeats_nothing",
-    "model.path": "unit/actors/test_pool.py::test_a_folder_that_is_not_there_is_refused_by_name",
-    "model.attention": "unit/learner/test_train.py::test_the_gradient_does_not_depend_on_the_packing",
-    "model.max_context": "unit/actors/test_worker.py::test_a_prompt_too_long_for_the_context_stops_the_run",
-    "data.train": "unit/actors/test_environments.py::test_reasoning_gym_scores_an_entry_of_its_own",
-    "data.eval": "unit/buffer/test_sources.py::test_a_named_evaluation_file_leaves_the_training_file_whole",
-    "data.environment": "unit/actors/test_environments.py::config_of",
-    "data.prompt_field": "unit/buffer/test_sources.py::test_rows_become_payloads_with_their_other_columns_as_metadata",
-    "data.answer_field": "unit/buffer/test_sources.py::test_rows_become_payloads_with_their_other_columns_as_metadata",
-    "data.system_prompt": "unit/actors/test_environments.py::test_prompts_are_rendered_by_the_template_or_as_plain_text",
-    "data.chat_template": "unit/actors/test_environments.py::test_prompts_are_rendered_by_the_template_or_as_plain_text",
-    "data.num_prompts": "unit/buffer/test_sources.py::test_more_tagged_sums_than_there_are_is_refused",
-    "data.verifier_timeout_s": "unit/actors/test_environments.py::user_environment",
-    "data.on_error": "integration/test_service.py::test_a_failing_prompt_is_skipped_where_that_is_asked",
-    "sampling.top_p": "e2e/test_engine.py::test_a_narrow_nucleus_leaves_one_response",
-    "actors.name": "integration/test_run_plan.py::test_every_pool_gets_the_run_s_configuration_and_its_own_overrides",
-    "actors.num_engines": "unit/actors/test_pool.py::test_each_engine_gets_gpus_of_its_own",
-    "actors.slots": "integration/test_run_plan.py::test_every_pool_gets_the_run_s_configuration_and_its_own_overrides",
-    "actors.tensor_parallel": "unit/actors/test_pool.py::test_each_engine_gets_gpus_of_its_own",
-    "actors.device": "unit/actors/test_pool.py::test_cpu_engines_are_given_no_gpus",
-    "actors.gpu_memory_frac": "gpu/test_gpu.py::test_an_engine_keeps_to_its_share_of_memory",
-    "actors.kv_cache_gib": "e2e/test_engine.py::served",
-    "actors.stream_interval": "unit/actors/test_worker.py::test_progress_waits_for_stream_interval_tokens_and_leaves_out_what_was_sent",
-    "actors.flush_s": "unit/actors/test_worker.py::test_reports_leave_as_often_as_flush_s_says",
-    "actors.max_restarts": "unit/actors/test_pool.py::test_an_engine_that_keeps_dying_is_given_up",
-    "buffer.address": "integration/test_run_plan.py::test_a_port_in_use_is_refused_before_anything_starts",
-    "buffer.keys": "integration/test_links.py::test_wrong_keys_open_nothing",
-    "buffer.max_bytes": "integration/test_service.py::test_a_full_store_pauses_admission",
-    "buffer.connect_timeout_s": "unit/learner/test_train.py::test_an_absent_buffer_is_waited_for_as_long_as_asked",
-    "buffer.peer_timeout_s": "integration/test_service.py::test_killed_engine_loses_only_what_it_had_in_flight",
-    "buffer.rejoin_timeout_s": "integration/test_service.py::test_a_run_without_a_learner_ends_with_an_error",
-    "weights.transport": "unit/learner/test_train.py::test_a_snapshot_reloads_to_identical_logits",
-    "weights.address": "integration/test_links.py::test_a_snapshot_never_published_is_gone_too",
-    "weights.dir": "unit/learner/test_train.py::test_file_snapshots_lie_where_they_are_told_to",
-    "learner.num_ranks": "integration/test_fsdp.py::test_who_is_killed_takes_all_along",
-    "learner.device": "unit/actors/test_pool.py::test_cpu_engines_are_given_no_gpus",
-    "learner.activation_checkpointing": "unit/learner/test_train.py::test_activation_checkpointing_changes_nothing_but_memory",
-    "learner.checkpoint_every": "e2e/test_pipeline.py::test_killed_learner_resumes_from_its_checkpoint",
-    "learner.keep_checkpoints": "unit/learner/test_train.py::test_a_rank_keeps_as_many_checkpoints_as_asked",
-    "eval.every": "unit/buffer/test_sources.py::test_without_evaluation_nothing_is_held_out",
-    "eval.num_prompts": "integration/test_service.py::make_config",
-    "eval.samples_per_prompt": "e2e/test_pipeline.py::trained",
-    "launch.launcher": "e2e/test_launch_ray.py",
-    "launch.ray_address": "e2e/test_launch_ray.py::test_an_address_without_a_cluster_is_named",
-    "launch.pools": "integration/test_run_plan.py::test_every_pool_gets_the_run_s_configuration_and_its_own_overrides",
-    "launch.progress": "integration/test_launch.py",
-}
-
-
-def test_every_key_of_a_run_is_turned_here_or_elsewhere() -> None:
-    covered = CORE.keys() | LEARNER.keys() | ELSEWHERE.keys() | {"batch.max_tokens"}
-    assert {one.path for one in cli.keys(Config)} == covered
-
-
-@pytest.mark.parametrize("path", ELSEWHERE)
-def test_the_test_named_turns_the_key(path: str) -> None:
-    file, _, name = ELSEWHERE[path].partition("::")
-    source = (TESTS / file).read_text()
-    functions = [
+    A section is `config.section`, or a name that is assigned from one or annotated as one.
+    """
+    sections = set(SECTION_OF_CLASS.values())
+    aliases = {
+        section: {section} for section in sections
+    }  # section -> names that stand for it in this module
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            targets = [(target, node.value) for target in node.targets]
+            if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+                targets = list(zip(node.targets[0].elts, node.value.elts, strict=False))
+            for target, value in targets:
+                if last_name(value) in sections:
+                    aliases[last_name(value)].add(last_name(target))
+        elif isinstance(node, (ast.arg, ast.AnnAssign)):
+            name = node.arg if isinstance(node, ast.arg) else last_name(node.target)
+            annotation = last_name(node.annotation) if node.annotation else ""
+            if annotation in SECTION_OF_CLASS:
+                aliases[SECTION_OF_CLASS[annotation]].add(name)
+    reads = [
         node
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     ]
-    starts = {
-        node.name: min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-        for node in functions
+    return {
+        f"{section}.{node.attr}"
+        for node in reads
+        for section in sections
+        if last_name(node.value) in aliases[section]
     }
-    ends = {node.name: node.end_lineno for node in functions}
-    text = "\n".join(source.splitlines()[starts[name] - 1 : ends[name]]) if name else source
-    assert path.partition(".")[2] in text
+
+
+def test_every_key_is_read_by_the_product() -> None:
+    read = set().union(*(read_keys(tree) for tree in sources()))
+    assert [key.path for key in cli.keys(Config) if key.path not in read] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "read"),
+    [
+        ("config.sampling.top_p", {"sampling.top_p"}),
+        ("s = config.sampling\ns.top_p", {"sampling.top_p"}),
+        ("def f(s: SamplingConfig): return s.top_p", {"sampling.top_p"}),
+        ("config.sampling.top_p = 1.0", set()),
+        ("other.top_p", set()),
+    ],
+)
+def test_a_reader_of_a_key_is_recognised(code: str, read: set[str]) -> None:
+    assert read_keys(ast.parse(code)) == read

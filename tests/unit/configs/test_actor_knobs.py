@@ -1,0 +1,130 @@
+"""Keys of the engines: two values of each, and what they change in a worker, a pool or vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+
+from actors.pool import EngineFailed, Pool
+from configs.schema import Config
+from tests.knobs import Turn, check_turn
+from tests.unit.actors.test_worker import Scene, play
+
+# A worker with a fake engine ---------------------------------------------------------------------
+
+
+def reported(config: Config, _: Path) -> object:
+    """Tokens that the buffer has heard of soon after two were sampled."""
+
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        scene.engine.sample(1, 3, 4)
+        await asyncio.sleep(0.1)
+
+    return play(script, config=config).sampled(1)
+
+
+def allowed_tokens(config: Config, _: Path) -> object:
+    """The longest response that the engine is asked for, after a prompt of two tokens."""
+
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+
+    return play(script, config=config).engine.launched["1"][1]
+
+
+# A pool whose engines end at once ----------------------------------------------------------------
+
+
+@pytest.fixture
+def scripted_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Engines are a script that notes its GPUs and ends with the status in `status`."""
+    script = tmp_path / "engine"
+    script.write_text(
+        f'#!/bin/sh\necho "gpus ${{CUDA_VISIBLE_DEVICES-none}}" >> {tmp_path}/started\n'
+        f"exit $(cat {tmp_path}/status)\n"
+    )
+    script.chmod(0o755)
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def pool(config: Config, own: Path, status: int) -> tuple[list[str], str]:
+    """What the processes of its engines noted, and why the pool failed."""
+    (own.parent / "status").write_text(str(status))
+    (own.parent / "started").write_text("")
+    error = ""
+    try:
+        Pool(config).run()
+    except EngineFailed as failed:
+        error = str(failed)
+    return sorted((own.parent / "started").read_text().splitlines()), error
+
+
+def ended_pool(config: Config, own: Path) -> object:
+    return pool(config, own, status=0)
+
+
+def dying_pool(config: Config, own: Path) -> object:
+    return pool(config, own, status=1)
+
+
+# vLLM's options ----------------------------------------------------------------------------------
+
+
+def engine_options(config: Config, _: Path) -> object:
+    from actors.engine import engine_args  # loads vLLM: ten seconds
+
+    args = engine_args(config)
+    return {name: getattr(args, name) for name in ("kv_cache_memory_bytes", "max_num_seqs")}
+
+
+def engine_options_for_a_gpu(config: Config, _: Path) -> object:
+    from actors import engine
+
+    with patch.object(engine, "current_platform", SimpleNamespace(device_type="cuda")):
+        return engine.engine_args(config).gpu_memory_utilization
+
+
+MODEL, CUDA = "model.path={folder}", "actors.device=cuda"
+TURNS = {
+    "actors.stream_interval": Turn("2", "3", reported, ("actors.flush_s=0.001",)),
+    "actors.flush_s": Turn("0.001", "60", reported, ("actors.stream_interval=1",)),
+    "model.max_context": Turn("600", "100", allowed_tokens, ("sampling.max_tokens=99",)),
+    "actors.num_engines": Turn("1", "2", ended_pool, (MODEL,)),
+    "actors.device": Turn("cpu", "cuda", ended_pool, (MODEL,)),
+    "actors.tensor_parallel": Turn("1", "2", ended_pool, (MODEL, CUDA)),
+    "actors.max_restarts": Turn("0", "1", dying_pool, (MODEL,)),
+    "actors.name": Turn("a", "b", dying_pool, (MODEL, "actors.max_restarts=0")),
+}
+VLLM_TURNS = {
+    "actors.slots": Turn("16", "32", engine_options),
+    "actors.kv_cache_gib": Turn("0.5", "1", engine_options),
+    "actors.gpu_memory_frac": Turn("0.5", "0.6", engine_options_for_a_gpu, (CUDA,)),
+}
+
+
+@pytest.mark.usefixtures("scripted_engines")
+@pytest.mark.parametrize("path", TURNS)
+def test_a_key_changes_a_worker_or_a_pool(path: str, tmp_path: Path) -> None:
+    check_turn(path, TURNS[path], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", VLLM_TURNS)
+def test_a_key_changes_the_options_of_vllm(path: str, tmp_path: Path) -> None:
+    check_turn(path, VLLM_TURNS[path], tmp_path)

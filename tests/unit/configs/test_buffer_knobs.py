@@ -1,0 +1,207 @@
+"""Keys of the buffer: two values of each, and what they change in a service with fake peers."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from buffer.records.event_log import read_sessions
+from buffer.service import Service
+from buffer.wire.transport import TransportError
+from configs.schema import Config
+from darts import events as ev
+from tests.fakes import FakeEngine, FakeLearner
+from tests.knobs import Turn, check_turn
+from tools.keys import make_keys
+
+
+class Running:
+    """A service on a thread of its own, with an engine and a learner."""
+
+    def __init__(self, config: Config, learner: bool = True, error: str = "") -> None:
+        self.config = config
+        self.service = Service(config)
+        address = self.service.run.router.address
+        self.engine = FakeEngine(address, "e", slots=16, max_tokens=config.sampling.max_tokens)
+        self.engine.fail_rollouts = error
+        self.status: int | None = None
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+        self.engine.start()
+        if learner:
+            FakeLearner(address, config.run.steps).start()
+
+    def _serve(self) -> None:
+        self.status = self.service.serve()
+
+    def wait(self, timeout_s: float = 60.0) -> int | None:
+        """Its exit status, None if it still runs."""
+        self.thread.join(timeout_s)
+        return self.status
+
+    def end(self) -> None:
+        self.service.stop()
+        self.engine.kill()
+        self.thread.join(30)
+
+
+def metrics(config: Config) -> list[dict]:
+    file = Path(config.run.dir) / config.run.name / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def in_folder(config: Config, own: Path) -> Config:
+    config.run.dir = str(own / config.run.dir)
+    return config
+
+
+def steps_and_responses(config: Config, own: Path) -> object:
+    """Steps taken, and responses per evaluation."""
+    running = Running(in_folder(config, own))
+    assert running.wait() == 0
+    rows = metrics(config)
+    return len(rows), [row["eval/responses"] for row in rows if "eval/step" in row]
+
+
+@contextmanager
+def opened(config: Config) -> Iterator[None]:
+    """A service that has taken its directory and its ports, and serves nothing."""
+    service = Service(config)
+    try:
+        yield
+    finally:
+        service.run.close("")
+
+
+def folder_made(config: Config, own: Path) -> object:
+    with opened(in_folder(config, own)):
+        return sorted(str(path.relative_to(own).parent) for path in own.rglob("config.yaml"))
+
+
+def begins_again(config: Config, own: Path) -> object:
+    """Whether a second service takes over the directory of a first one."""
+    with opened(in_folder(config, own)):
+        pass
+    try:
+        with opened(config):
+            return "resumed"
+    except (ValueError, OSError) as error:
+        return type(error)
+
+
+def listens(config: Config, own: Path) -> object:
+    """Whether something answers at the first of two ports."""
+    port = int((own.parent / "port").read_text())
+    with opened(in_folder(config, own)):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        except ConnectionRefusedError:
+            return False
+        return True
+
+
+def serves_the_network(config: Config, own: Path) -> object:
+    """Whether the service starts on an address that is not the loopback's."""
+    try:
+        with opened(in_folder(config, own)):
+            return "listens"
+    except (ValueError, TransportError):
+        return "refused"
+
+
+def outcome_of_failures(config: Config, own: Path) -> object:
+    """How a run goes whose rollouts all fail: it stops, or goes on to the next prompts."""
+    running = Running(in_folder(config, own), error="the verifier raised")
+    while running.status is None and running.engine.num_launched < 60:
+        time.sleep(0.01)
+    stopped = running.wait(0.2)
+    running.end()
+    return stopped
+
+
+def pauses(config: Config, own: Path) -> object:
+    """Whether engines waited for memory, in a store smaller than configuration allows."""
+    config.buffer.max_bytes //= 1000
+    assert Running(in_folder(config, own)).wait() == 0
+    log = Path(config.run.dir) / config.run.name / "events.msgpack"
+    entries = [entry for _, session in read_sessions(log) for entry in session]
+    return any(isinstance(entry, ev.AdmissionPaused) and entry.paused for entry in entries)
+
+
+def patience_without_learner(config: Config, own: Path) -> object:
+    running = Running(in_folder(config, own), learner=False)
+    status = running.wait(2.5)
+    running.end()
+    return status
+
+
+def patience_with_a_silent_engine(config: Config, own: Path) -> object:
+    """Engines that the service still counts on two seconds after its only one fell silent."""
+    running = Running(in_folder(config, own), learner=False)
+    while not running.service.run.peers.engines():
+        time.sleep(0.01)
+    running.engine.kill()
+    time.sleep(2.5)
+    known = len(running.service.run.peers.engines())
+    running.end()
+    return known
+
+
+TINY = (
+    "buffer.address=tcp://127.0.0.1:{port}",
+    "run.steps=1",
+    "batch.groups=1",
+    "darts.group_size=2",
+    "redundancy.rule=none",
+    "sampling.max_tokens=40",
+    "eval.every=0",
+    "data.num_prompts=200",
+)
+FULL = (*TINY, "run.steps=2", "batch.groups=4")
+EVALUATED = (*TINY, "eval.every=1", "eval.num_prompts=2")
+NETWORK = (*TINY, "buffer.address=tcp://0.0.0.0:{port}")
+TURNS = {
+    "run.steps": Turn("1", "2", steps_and_responses, TINY),
+    "eval.samples_per_prompt": Turn("1", "3", steps_and_responses, EVALUATED),
+    "run.name": Turn("a", "b", folder_made, TINY),
+    "run.dir": Turn("x", "y/z", folder_made, TINY),
+    "run.resume": Turn("false", "true", begins_again, TINY),
+    "data.on_error": Turn("stop", "skip", outcome_of_failures, TINY),
+    "buffer.max_bytes": Turn("1000000", "2000000000", pauses, FULL),
+    "buffer.address": Turn("tcp://127.0.0.1:{port}", "tcp://127.0.0.1:{port2}", listens, TINY),
+    "buffer.keys": Turn('""', "{folder}/keys", serves_the_network, NETWORK),
+}
+SLOW_TURNS = {
+    "buffer.rejoin_timeout_s": Turn("1.1", "300", patience_without_learner, TINY),
+    "buffer.peer_timeout_s": Turn("1.1", "15", patience_with_a_silent_engine, TINY),
+}
+
+
+@pytest.fixture
+def ports(free_port: Callable[[], int], tmp_path: Path) -> tuple[int, int]:
+    first, second = free_port(), free_port()
+    while abs(first - second) < 2:  # the next port is taken as well
+        second = free_port()
+    (tmp_path / "port").write_text(str(first))
+    return first, second
+
+
+@pytest.mark.parametrize("path", TURNS)
+def test_a_key_changes_a_service(path: str, tmp_path: Path, ports: tuple[int, int]) -> None:
+    make_keys(tmp_path / "keys")
+    check_turn(path, TURNS[path], tmp_path, ports)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SLOW_TURNS)
+def test_a_key_changes_how_long_a_service_waits(
+    path: str, tmp_path: Path, ports: tuple[int, int]
+) -> None:
+    check_turn(path, SLOW_TURNS[path], tmp_path, ports)

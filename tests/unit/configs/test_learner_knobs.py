@@ -1,0 +1,148 @@
+"""Keys of the learner: two values of each, and what they change in its weights, work or files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from buffer.wire.transport import TransportError
+from configs.schema import Config
+from learner import fsdp
+from learner.publish import Publisher
+from learner.train import run_rank, train_step
+from tests.knobs import Turn, check_turn
+from tests.learner_cases import (
+    FakeBuffer,
+    make_shards,
+    make_trajectories,
+    make_trajectory,
+    save_model,
+    single_rank,
+)
+
+STEPS = 4
+
+
+def weights(config: Config, own: Path) -> object:
+    """All weights after two steps on the same trajectories, one of them truncated."""
+    with single_rank(config) as state:
+        for step in range(2):
+            trajectories = make_trajectories(seed=step)
+            rng = np.random.default_rng(step)
+            trajectories.append(make_trajectory(rng, 4, 20, 0.0, [0.0, 1.0], truncated=True))
+            train_step(state, make_shards(trajectories, step)[0])
+        parameters = [fsdp.whole(p.detach()).flatten() for p in state.model.parameters()]
+        return torch.cat(parameters).tolist()
+
+
+def passes(config: Config, own: Path) -> object:
+    """How often the first MLP runs in one step: once per pack, and again if it recomputes."""
+    calls = []
+    with single_rank(config) as state:
+        mlp = state.model.get_submodule("model.layers.0.mlp")
+        mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        train_step(state, make_shards(make_trajectories(seed=0))[0])
+    return len(calls)
+
+
+def model(config: Config, own: Path) -> object:
+    with single_rank(config) as state:
+        return type(state.model).__name__, state.model.config._attn_implementation
+
+
+def device(config: Config, own: Path) -> object:
+    """Its type; a machine without a GPU refuses one."""
+    try:
+        with fsdp.process_group(config) as found:
+            return found.type
+    except ValueError:
+        return "refused"
+
+
+def published(config: Config, own: Path) -> object:
+    """Where a snapshot can be had: an address, or the folder of its file."""
+    config.run.dir = str(own)
+    with single_rank(config) as state, Publisher(config, rank=0) as publisher:
+        snapshot = publisher.publish(state.model, version=0)
+    assert snapshot is not None
+    folder = str(Path(snapshot.path).parent.relative_to(own.parent)) if snapshot.path else ""
+    return folder.replace(own.name, "own"), snapshot.address.replace("*", "")
+
+
+def checkpoints(config: Config, own: Path) -> object:
+    """The folders that four steps leave behind."""
+    config.run.dir = str(own)
+    shards = {step: make_shards(make_trajectories(seed=step), step) for step in range(STEPS)}
+    with FakeBuffer(config.buffer.address, shards, last_step=STEPS - 1):
+        assert run_rank(config) == 0
+    return sorted(path.parent.name for path in own.rglob("meta.json"))
+
+
+def waits_a_second(config: Config, own: Path) -> object:
+    """Whether a learner waits for at least a second before it says that there is no buffer."""
+    config.run.dir = str(own)
+    started = time.monotonic()
+    with pytest.raises(TransportError):
+        run_rank(config)
+    return time.monotonic() - started >= 1.0
+
+
+MODEL = (
+    "model.path={folder}/qwen3",
+    "learner.device=cpu",
+    "optimizer.lr=1e-3",
+    "batch.max_tokens=64",
+    "buffer.address=tcp://127.0.0.1:{port}",
+    f"run.steps={STEPS}",
+)
+FILES = (*MODEL, "weights.transport=file")
+KEEP_ALL = (*FILES, "learner.keep_checkpoints=9")
+EVERY_STEP = (*FILES, "learner.checkpoint_every=1")
+SERVED = (*MODEL, "weights.address=tcp://127.0.0.1:{port}")
+TURNS = {
+    "loss.kind": Turn("grpo", "dr_grpo", weights, MODEL),
+    "loss.clip_low": Turn("0.2", "0.01", weights, MODEL),
+    "loss.clip_high": Turn("0.28", "0.01", weights, MODEL),
+    "loss.tis_cap": Turn("2", "0.5", weights, MODEL),
+    "loss.train_truncated": Turn("false", "true", weights, MODEL),
+    "optimizer.lr": Turn("1e-3", "1e-2", weights, MODEL),
+    "optimizer.betas": Turn("[0.9,0.95]", "[0.5,0.5]", weights, MODEL),
+    "optimizer.weight_decay": Turn("0", "0.1", weights, MODEL),
+    "optimizer.warmup_steps": Turn("0", "5", weights, MODEL),
+    "optimizer.max_grad_norm": Turn("1", "0.01", weights, MODEL),
+    "sampling.temperature": Turn("1", "2", weights, MODEL),
+    "model.dtype": Turn("float32", "bfloat16", weights, MODEL),
+    "model.path": Turn("{folder}/qwen3", "{folder}/llama", model, MODEL),
+    "model.attention": Turn("sdpa", "eager", model, MODEL),
+    "batch.max_tokens": Turn("64", "4096", passes, MODEL),
+    "learner.activation_checkpointing": Turn("false", "true", passes, MODEL),
+    "learner.device": Turn("cpu", "cuda", device, MODEL),
+    "learner.checkpoint_every": Turn("1", "3", checkpoints, KEEP_ALL),
+    "learner.keep_checkpoints": Turn("1", "2", checkpoints, EVERY_STEP),
+    "weights.transport": Turn("file", "zmq", published, SERVED),
+    "weights.address": Turn("tcp://127.0.0.1:{port}", "tcp://127.0.0.1:{port2}", published, MODEL),
+    "weights.dir": Turn('""', "{folder}/shared", published, FILES),
+    "buffer.connect_timeout_s": Turn("0.1", "1", waits_a_second, MODEL),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("qwen3", "llama"):
+        save_model(folder / family, family)
+    return folder
+
+
+@pytest.mark.parametrize("path", TURNS)
+def test_a_key_changes_the_learner(
+    path: str, tmp_path: Path, models: Path, free_port: Callable[[], int]
+) -> None:
+    for family in models.iterdir():
+        (tmp_path / family.name).symlink_to(family)
+    check_turn(path, TURNS[path], tmp_path, (free_port(), free_port()))
