@@ -1,4 +1,4 @@
-"""Proof that a configuration key does something: two values of it make a component behave differently.
+"""Proof that a key does something: two values of it make a component behave differently.
 
 The files `tests/unit/configs/test_*_knobs.py` hold a table of `Turn`s each, and `test_knobs.py`
 checks that together they hold every key.

@@ -58,8 +58,8 @@ class SimulatedEngines:
     slots: int = key(64, "Largest number of rollouts in flight per engine.", ge=1)
     speeds: list[float] = key(
         [1.0],
-        "Relative decoding speeds; engine i takes speeds[i mod n]. Each distinct value is a type of "
-        "engine.",
+        "Relative decoding speeds; engine i takes speeds[i mod n]. Each distinct value is an "
+        "engine type.",
         gt=0,
     )
     batches: list[float] = key(

@@ -194,7 +194,7 @@ CORE: dict[str, str] = {
 
 @pytest.mark.parametrize("path", CORE)
 def test_a_key_reaches_the_core(path: str) -> None:
-    """The simulations above show what the core does with it; for the one that they lack, see below."""
+    """The simulations above show its effect; for the one that they lack, see below."""
     assert core_config(cli.load([f"{path}={CORE[path]}"])) != core_config(Config())
 
 
