@@ -58,7 +58,7 @@ def make_packs(
     ]
     sequences = [_sequence(trajectory, current_version, kind) for trajectory in trained]
     bins = first_fit([len(sequence.input_ids_T) for sequence in sequences], max_tokens)
-    return [_concatenate(sequences[index] for index in members) for members in bins]
+    return [concatenate(sequences[index] for index in members) for members in bins]
 
 
 def empty_pack() -> Pack:
@@ -140,7 +140,8 @@ def _check(
         )
 
 
-def _concatenate(sequences: Iterable[Pack]) -> Pack:
+def concatenate(sequences: Iterable[Pack]) -> Pack:
+    """One pack of several, in their order."""
     members = list(sequences)
     lengths = tuple(length for member in members for length in member.lengths)
     starts = np.cumsum([0, *lengths[:-1]])

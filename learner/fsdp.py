@@ -17,12 +17,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from configs.errors import one_line
 from configs.schema import Config, ModelConfig
-from learner.attention import PACKED_SDPA, attends_plainly
+from learner.attention import PACKED_SDPA
 
 # float16 gradients would underflow without loss scaling, so a learner whose engines use float16 computes in float32.
 COMPUTE_DTYPE = {"float32": torch.float32, "float16": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,17 +103,25 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             "model.attention=flash_attention_2: the learner needs model.dtype=bfloat16 with it; it never trains in float16"
         )
     disable_progress_bar()
+    ours = config.attention == "sdpa"
     try:
-        plain = attends_plainly(AutoConfig.from_pretrained(config.path))
-        attention = PACKED_SDPA if config.attention == "sdpa" and plain else config.attention
-        return AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=torch.float32, attn_implementation=attention
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            dtype=torch.float32,
+            attn_implementation=None if ours else config.attention,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"model.path={config.path}, model.attention={config.attention}: the learner cannot "
             f"load it: {one_line(error)}"
         ) from error
+    if (
+        ours
+        and model.config._attn_implementation == "sdpa"
+        and model._can_set_attn_implementation()
+    ):
+        model.set_attn_implementation(PACKED_SDPA)  # on trial: see `learner.capability`
+    return model
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -43,8 +43,9 @@ from configs.errors import one_line
 from configs.schema import Config
 from darts.events import ProtocolError
 from learner import RunStopped, checkpoint, fsdp
-from learner.attention import PACKED_SDPA
 from learner.batch import Pack, empty_pack, make_packs
+from learner.boundaries import Boundaries
+from learner.capability import Packing, probe_packing
 from learner.loss import clipped_surrogate, token_logprobs
 from learner.metrics import TokenSums, peak_bytes
 from learner.publish import Publisher
@@ -62,12 +63,17 @@ class LearnerState:
     device: torch.device
     rank: int
     num_ranks: int
-    model: PreTrainedModel
+    boundaries: Boundaries  # the model, as a function of packs
+    packing: Packing
     optimizer: torch.optim.AdamW
     step: int = 0  # next to train
     policy_version: int = -1  # newest published
     saved_step: int = 0  # of the newest checkpoint; there is nothing to save before the first step
     published: bool = False  # whether the weights are exactly those of `policy_version`
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.boundaries.model
 
 
 def run_rank(config: Config, rank: int = 0, num_ranks: int = 1, local_rank: int = 0) -> int:
@@ -118,8 +124,18 @@ def _train(state: LearnerState, link: LearnerLink, publisher: Publisher) -> None
 def build_state(
     config: Config, device: torch.device, rank: int = 0, num_ranks: int = 1
 ) -> LearnerState:
-    """Model, sharding and optimizer, fresh from `model.path`. Needs `fsdp.process_group`."""
+    """Model, sharding, layout of packs and optimizer, fresh from `model.path`. Needs `fsdp.process_group`.
+
+    Raises `ValueError` for a model that cannot be loaded or is not computed right in any layout.
+    """
     model = fsdp.load_sharded(config, device)
+    boundaries = Boundaries(model)
+    try:
+        packing = probe_packing(boundaries, fsdp.COMPUTE_DTYPE[config.model.dtype])
+    except ValueError as error:
+        raise ValueError(f"model.path={config.model.path}: {error}") from error
+    if rank == 0 and (packing.split_kinds or packing.one_per_pack):
+        print(f"learner: {packing}", file=sys.stderr, flush=True)
     beta1, beta2 = config.optimizer.betas
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -128,7 +144,7 @@ def build_state(
         weight_decay=config.optimizer.weight_decay,
         fused=True,
     )
-    return LearnerState(config, device, rank, num_ranks, model, optimizer)
+    return LearnerState(config, device, rank, num_ranks, boundaries, packing, optimizer)
 
 
 def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
@@ -166,18 +182,8 @@ def micro_batch_loss(
     state: LearnerState, pack: Pack, num_trained: int, totals: TokenSums
 ) -> torch.Tensor:
     """This pack's part of the step's loss, a scalar to call `backward` on; what it measured is added to `totals`."""
-    packed = (
-        {"lengths": pack.lengths} if state.model.config._attn_implementation == PACKED_SDPA else {}
-    )
-    logits_SV = state.model(
-        input_ids=pack.input_ids_T[None],
-        position_ids=pack.position_ids_T[None],
-        use_cache=False,  # with a cache, packed sequences see one another
-        logits_to_keep=pack.predicts_S,
-        **packed,
-    ).logits[0]
     logprobs_S, entropy_S = token_logprobs(
-        logits_SV, pack.targets_S, state.config.sampling.temperature
+        state.boundaries.logits(pack), pack.targets_S, state.config.sampling.temperature
     )
     surrogate = clipped_surrogate(
         logprobs_S, pack.actor_logprobs_S, pack.advantages_S, state.config.loss

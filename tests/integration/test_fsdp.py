@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 from buffer.wire.messages import LearnerHello, Published, Pull, Shard, Trained
+from tests.families import save_family
 from tests.learner_cases import FakeBuffer, make_shards, make_trajectories, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +153,18 @@ def test_two_ranks_train_the_same_weights_as_one(
             assert two.trained[step][name] == pytest.approx(
                 reference.trained[step][name], rel=1e-3
             ), (step, name)
+
+
+def test_two_ranks_agree_on_a_model_whose_layers_are_split(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    model = save_family(tmp_path / "model", "lfm2")
+    one, two = (
+        train(model, tmp_path / name, f"tcp://127.0.0.1:{free_port()}", parts, last=1)
+        for name, parts in (("one", None), ("two", [7, 5]))
+    )
+    for name, tensor in newest_weights(one).items():
+        torch.testing.assert_close(newest_weights(two)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_a_run_resumes_on_another_number_of_ranks(

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from buffer.wire.transport import TransportError
 from learner import checkpoint, publish
@@ -19,6 +19,7 @@ from learner.batch import make_packs
 from learner.fsdp import load_model, whole
 from learner.metrics import TokenSums
 from learner.train import LearnerState, learning_rate, micro_batch_loss, run_rank, save, train_step
+from tests.families import save_family
 from tests.learner_cases import make_config, make_shards, make_trajectories, save_model, single_rank
 
 
@@ -62,24 +63,12 @@ def test_the_gradient_does_not_depend_on_the_packing(
 
 
 def test_a_model_with_a_sliding_window_keeps_it(tmp_path: Path) -> None:
-    sizes = {
-        "vocab_size": 48,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    config = MistralConfig(**sizes, num_key_value_heads=1, sliding_window=4)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    path = save_family(tmp_path / "model", "mistral", sliding_window=4)
     tokens = torch.arange(20)[None]
-    with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "model", attn_implementation="eager"
-        )(input_ids=tokens).logits
-        with single_rank(make_config(tmp_path / "model", tmp_path / "run")) as state:
-            torch.testing.assert_close(
-                state.model(input_ids=tokens, use_cache=False).logits, expected
-            )
+    plain = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    with single_rank(make_config(path, tmp_path / "run")) as state, torch.no_grad():
+        measured = state.model(input_ids=tokens, use_cache=False).logits
+        torch.testing.assert_close(measured, plain(input_ids=tokens).logits)
 
 
 def test_the_gradient_is_that_of_the_written_out_loss(model_path: Path, tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""One forward pass over a pack, and the layers in it that cannot tell where a sequence ends.
+
+Owns the call of the model: training and the probe in `learner.capability` both go through `Boundaries.logits`. Positions that start at 0
+again keep attention apart. A layer with state (a convolution, a recurrence, a scan) is told by `seq_idx` and `cu_seq_lens_q`, which only
+some kernels obey. `split` hands such a layer one sequence at a time, so that everything around it stays packed. Never decides which
+layers need that.
+
+Shapes: T tokens in a pack, S of its positions that predict a token to train on, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from learner.attention import PACKED_SDPA
+from learner.batch import Pack
+
+TOLD = (
+    "seq_idx",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)  # by transformers' names
+
+
+class Boundaries:
+    """The model of one rank as a function of packs. `kinds` names the classes of layers that take one sequence at a time."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.kinds: tuple[str, ...] = ()
+        self._lengths: tuple[int, ...] = ()  # of the newest pack; a backward pass may recompute it
+        self._whole: dict[torch.nn.Module, Callable[..., Any]] = {}
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._takes = frozenset(parameters)
+
+    def logits(self, pack: Pack) -> torch.Tensor:
+        """Logits [S, V] of the positions `pack.predicts_S`."""
+        self._lengths = pack.lengths
+        logits = self._call(
+            pack,
+            position_ids=pack.position_ids_T[None],
+            logits_to_keep=pack.predicts_S,
+            **self._told(pack),
+        )
+        kept = len(logits) == len(pack.predicts_S)
+        return logits if kept else logits[pack.predicts_S]  # a model may not know `logits_to_keep`
+
+    def plain_logits(self, pack: Pack) -> torch.Tensor:
+        """Logits [T, V] of the one sequence in `pack`, the model being told nothing but its tokens."""
+        return self._call(pack)
+
+    def _call(self, pack: Pack, **arguments: Any) -> torch.Tensor:
+        arguments["use_cache"] = False  # with a cache, packed sequences see one another
+        if not self._takes_all:
+            arguments = {name: value for name, value in arguments.items() if name in self._takes}
+        return self.model(input_ids=pack.input_ids_T[None], **arguments).logits[0]
+
+    def split(self, kind: str) -> None:
+        """From now on every layer of the class `kind` is handed one sequence at a time."""
+        for module in self.model.modules():
+            if type(module).__name__ == kind:
+                self._whole[module] = module.forward
+                module.forward = self._one_by_one(module.forward)
+        self.kinds += (kind,)
+
+    def undo(self) -> None:
+        """Hand every layer whole packs again."""
+        for module, forward in self._whole.items():
+            module.forward = forward
+        self._whole, self.kinds = {}, ()
+
+    def _told(self, pack: Pack) -> dict[str, Any]:
+        """Where sequences begin: our attention asks for `lengths`, kernels for what transformers' flattening collator gives."""
+        if self.model.config._attn_implementation == PACKED_SDPA:
+            return {"lengths": pack.lengths}
+        lengths = torch.tensor(pack.lengths, device=pack.input_ids_T.device)
+        starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        numbers = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
+        seq_idx = numbers.repeat_interleave(lengths, output_size=len(pack.input_ids_T))[None]
+        longest = max(pack.lengths)
+        return dict(zip(TOLD, (seq_idx, starts, starts, longest, longest), strict=True))
+
+    def _one_by_one(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def split_forward(*args: Any, **kwargs: Any) -> Any:
+            if len(self._lengths) == 1:
+                return forward(*args, **kwargs)
+            untold = {
+                name: value for name, value in kwargs.items() if name not in (*TOLD, "lengths")
+            }
+            parts = zip(_parts(args, self._lengths), _parts(untold, self._lengths), strict=True)
+            return _join([forward(*a, **k) for a, k in parts])
+
+        return split_forward
+
+
+def _parts(value: Any, lengths: tuple[int, ...]) -> list[Any]:
+    """`value` once per sequence: tensors [1, T, ...] cut along T, also inside tuples and dicts; all else as it is."""
+    if isinstance(value, torch.Tensor) and value.shape[:2] == (1, sum(lengths)):
+        return list(value.split(lengths, 1))
+    if isinstance(value, tuple):
+        columns = [_parts(item, lengths) for item in value]
+        return [tuple(column[i] for column in columns) for i in range(len(lengths))]
+    if isinstance(value, dict):
+        rows = {name: _parts(item, lengths) for name, item in value.items()}
+        return [{name: row[i] for name, row in rows.items()} for i in range(len(lengths))]
+    return [value] * len(lengths)
+
+
+def _join(outputs: list[Any]) -> Any:
+    """The inverse for what a layer returned: a tensor [1, T, ...], or a tuple of such and of None."""
+    first = outputs[0]
+    if first is None:
+        return None
+    if isinstance(first, tuple):
+        return tuple(_join(list(column)) for column in zip(*outputs, strict=True))
+    return torch.cat(outputs, 1)

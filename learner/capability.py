@@ -1,0 +1,354 @@
+"""Whether a model's packed sequences equal the same sequences alone, measured, and the layout of packs that follows.
+
+Owns the probe: three short sequences of drawn tokens through the model that is about to be trained, on its device and in its type. It
+compares log-probabilities and gradients. It decides by what it measured, never by a list of models. The model is left without gradients,
+and as it was but for its attention and for the layers that `Boundaries` splits. Driven by `learner.train` before the first step and by a
+check before a run. With several ranks it is a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from learner.attention import PACKED_SDPA
+from learner.batch import Pack, concatenate
+from learner.boundaries import Boundaries
+from learner.loss import token_logprobs
+
+LENGTHS = (23, 17, 29)  # unequal, odd, and longer than any convolution's kernel
+# A right layout was at most 1e-6 off in float32 and, with experts, 0.07 in bfloat16; a wrong one at least 0.05 nats and 2 %.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.2}
+# What other sequences hold changes nothing at all where they are kept apart: the same kernels run on the same shapes.
+LEAK_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
+SMALL_FRAC = 1e-3  # of the whole gradient: what is smaller is measured against this much, so that rounding is no difference
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far one layout is from each sequence alone."""
+
+    logprob: float = float("inf")  # nats, the largest of any token
+    gradient: float = float(
+        "inf"
+    )  # of a parameter's gradient, relative to its norm, the largest of any
+    leak: float = float(
+        "inf"
+    )  # nats by which a sequence's log-probabilities follow its neighbours' tokens
+    error: str = ""  # why this layout cannot be run at all
+
+    def within_bounds(self, dtype: torch.dtype) -> bool:
+        return max(self.logprob, self.gradient) <= BOUNDS[dtype] and self.leak <= LEAK_BOUNDS[dtype]
+
+    def __str__(self) -> str:
+        measured = (
+            f"log-probabilities off by {self.logprob:.2g} nats, gradients by {self.gradient:.2g}"
+        )
+        return self.error or measured
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How the packs of a run are laid out, and the measurements that say so."""
+
+    model_type: str
+    unaided: Difference  # packed, with positions alone to keep sequences apart
+    difference: Difference  # of the layout that is used
+    split_kinds: tuple[str, ...] = ()  # classes of layers that take one sequence at a time
+    one_per_pack: bool = False
+
+    def capacity(self, max_tokens: int) -> int:
+        """Tokens in one pack: a longer sequence always has one to itself."""
+        return 1 if self.one_per_pack else max_tokens
+
+    def __str__(self) -> str:
+        """One line: the verdict and its cost."""
+        if not (self.split_kinds or self.one_per_pack):
+            return f"{self.model_type}: packed sequences equal the same alone ({self.difference})"
+        remedy = (
+            f"{', '.join(self.split_kinds)} layers take one sequence at a time, a call per response in each"
+            if self.split_kinds
+            else "every response has a micro-batch to itself, a forward and a backward pass per response"
+        )
+        return (
+            f"{self.model_type}: packed sequences do not equal the same alone ({self.unaided}), so {remedy} "
+            f"(then: {self.difference})"
+        )
+
+
+def probe_packing(boundaries: Boundaries, dtype: torch.dtype = torch.float32) -> Packing:
+    """The cheapest layout of packs under which every sequence is computed as if it were alone; `dtype` is the type of computation.
+
+    Tried in this order: packed; packed, with the layers through which sequences leak split; one sequence per pack; each with our
+    attention before transformers' own. Raises `ValueError` if none is right, with the model's type, the layer and the difference.
+    """
+    model, probe = boundaries.model, _Probe(boundaries)
+    given = str(model.config._attn_implementation)
+    attentions = [PACKED_SDPA, "sdpa"] if given == PACKED_SDPA else [given]
+    tried: list[Difference] = []
+    for attention in attentions:
+        model.set_attn_implementation(attention)
+        while True:
+            tried.append(probe.packed())
+            if tried[-1].within_bounds(dtype):
+                return _packing(boundaries, tried)
+            leaks = not tried[-1].error and tried[-1].leak > LEAK_BOUNDS[dtype]
+            kinds = probe.leaking_kinds() if leaks else []
+            if not kinds:
+                break
+            boundaries.split(kinds[0])
+        boundaries.undo()
+    for attention in attentions:
+        model.set_attn_implementation(attention)
+        tried.append(probe.one_per_pack())
+        if tried[-1].within_bounds(dtype):
+            return _packing(boundaries, tried, one_per_pack=True)
+    raise ValueError(
+        f"{model.config.model_type} models cannot be trained: even one sequence per pack is not what the model computes by itself: "
+        f"{tried[-1]} (allowed: {BOUNDS[dtype]:g}); the policy gradient would be wrong"
+    )
+
+
+def _packing(
+    boundaries: Boundaries, tried: list[Difference], one_per_pack: bool = False
+) -> Packing:
+    unaided = next((difference for difference in tried if not difference.error), tried[0])
+    return Packing(
+        model_type=boundaries.model.config.model_type,
+        unaided=unaided,
+        difference=tried[-1],
+        split_kinds=boundaries.kinds,
+        one_per_pack=one_per_pack,
+    )
+
+
+class _Probe:
+    """The sequences, and what the model makes of each of them alone when it is called as plainly as it can be."""
+
+    def __init__(self, boundaries: Boundaries) -> None:
+        self._boundaries = boundaries
+        model = boundaries.model
+        device = next(model.buffers(), next(model.parameters())).device
+        generator = torch.Generator().manual_seed(0)
+        ids = _ordinary_ids(model)
+        self._sequences = [_sequence(ids, n, generator).to(device) for n in LENGTHS]
+        others = [_sequence(ids, n, generator).to(device) for n in LENGTHS]
+        middle = self._sequences[1]
+        self._pack = concatenate(self._sequences)
+        self._neighbours_changed = concatenate([others[0], middle, others[2]])
+        with _reference_attention(model):
+            try:
+                self._logprobs, self._gradients = self._run(self._sequences, plainly=True)
+            except Exception as error:  # whatever a model's own code raises: it is its refusal
+                raise ValueError(
+                    f"{model.config.model_type} models cannot be trained: a plain forward and backward pass fails: {_one_line(error)}"
+                ) from error
+
+    def packed(self) -> Difference:
+        return self._difference([self._pack])
+
+    def one_per_pack(self) -> Difference:
+        return self._difference(self._sequences)
+
+    def _difference(self, packs: list[Pack]) -> Difference:
+        try:
+            logprobs, gradients = self._run(packs)
+            leak = self._leak(logprobs) if len(packs) == 1 else 0.0
+        except Exception as error:  # this layout is not one for this model: the next is tried
+            return Difference(error=_one_line(error))
+        finally:
+            _settle(self._boundaries.model)
+        logprob = (logprobs - self._logprobs).abs().max().item()
+        gradient = _gradient_difference(gradients, self._gradients)
+        logprob, gradient, leak = _largest_of_ranks([logprob, gradient, leak])
+        return Difference(logprob, gradient, leak)
+
+    def _run(
+        self, packs: list[Pack], plainly: bool = False
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Log-probabilities of all targets, and this rank's part of the gradients of a drawn weighting of them."""
+        logprobs = []
+        for pack in packs:
+            logprobs_S = self._pack_logprobs(pack, plainly)
+            (logprobs_S * pack.advantages_S).sum().backward()
+            logprobs.append(logprobs_S.detach())
+        gradients = {
+            name: _local(parameter.grad)
+            for name, parameter in self._boundaries.model.named_parameters()
+            if parameter.grad is not None
+        }
+        _settle(self._boundaries.model)
+        return torch.cat(logprobs), gradients
+
+    def _pack_logprobs(self, pack: Pack, plainly: bool = False) -> torch.Tensor:
+        run = self._boundaries.plain_logits if plainly else self._boundaries.logits
+        return token_logprobs(run(pack), pack.targets_S, temperature=1.0)[0]
+
+    @torch.no_grad()
+    def _leak(self, logprobs: torch.Tensor) -> float:
+        start, num = LENGTHS[0] - 1, LENGTHS[1] - 1
+        changed = self._pack_logprobs(self._neighbours_changed)
+        return (changed - logprobs)[start : start + num].abs().max().item()
+
+    @torch.no_grad()
+    def leaking_kinds(self) -> list[str]:
+        """Classes of the innermost layers that gave the middle sequence other values though they were given the same, in their order.
+
+        Layers that are split already are left out.
+        """
+        before, now = _Watch(self._boundaries.model), _Watch(self._boundaries.model)
+        for watch, pack in ((before, self._pack), (now, self._neighbours_changed)):
+            with watch.watching():
+                self._pack_logprobs(pack)
+        _settle(self._boundaries.model)
+        leaking = [
+            name
+            for (name, given, made), (_, given_now, made_now) in zip(
+                before.calls, now.calls, strict=True
+            )
+            if torch.equal(given, given_now) and not torch.equal(made, made_now)
+        ]
+        innermost = [n for n in leaking if not any(m.startswith(f"{n}.") for m in leaking)]
+        modules = dict(self._boundaries.model.named_modules())
+        kinds = dict.fromkeys(type(modules[name]).__name__ for name in innermost)
+        return _same_on_all_ranks([kind for kind in kinds if kind not in self._boundaries.kinds])
+
+
+class _Watch:
+    """What the middle sequence's rows were before and after each layer that maps tokens [1, T, ...] to tokens [1, T, ...]."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._given: dict[str, torch.Tensor] = {}
+        self.calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        handles = []
+        for name, module in self._model.named_modules():
+            if not name:
+                continue
+
+            def before(_: Any, args: Any, kwargs: Any, name: str = name) -> None:
+                if (rows := _middle_rows((*args, *kwargs.values()))) is not None:
+                    self._given[name] = rows
+
+            def after(_: Any, args: Any, output: Any, name: str = name) -> None:
+                made = _middle_rows(output if isinstance(output, tuple) else (output,))
+                if made is not None and name in self._given:
+                    self.calls.append((name, self._given[name], made))
+
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _middle_rows(values: tuple[Any, ...]) -> torch.Tensor | None:
+    """A copy of the middle sequence's rows in the first floating-point tensor [1, T, ...] of `values`, if there is one."""
+    lengths = [n - 1 for n in LENGTHS]
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            fits = value.ndim > 1 and value.shape[:2] == (1, sum(lengths))
+            return value[0, lengths[0] : sum(lengths[:2])].clone() if fits else None
+    return None
+
+
+def _ordinary_ids(model: PreTrainedModel) -> torch.Tensor:
+    """Tokens to draw from: all but the ones that the configuration names, which may stand for an image or for padding."""
+    config = model.config.get_text_config()
+    named = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
+    named |= {value for name, value in model.config.to_dict().items() if name.endswith("token_id")}
+    size = min(config.vocab_size, 50_000)
+    return torch.tensor([token for token in range(size) if token not in named])
+
+
+def _sequence(ids: torch.Tensor, num_tokens: int, generator: torch.Generator) -> Pack:
+    """A drawn sequence, every token of which is predicted; the advantages weigh its log-probabilities."""
+    tokens = ids[torch.randint(len(ids), (num_tokens,), generator=generator)]
+    return Pack(
+        input_ids_T=tokens[:-1],
+        position_ids_T=torch.arange(num_tokens - 1),
+        predicts_S=torch.arange(num_tokens - 1),
+        targets_S=tokens[1:],
+        actor_logprobs_S=torch.zeros(num_tokens - 1),
+        advantages_S=torch.randn(num_tokens - 1, generator=generator),
+        current_S=torch.zeros(num_tokens - 1, dtype=torch.bool),
+        lengths=(num_tokens - 1,),
+    )
+
+
+@contextmanager
+def _reference_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model's own attention, masks included, while ours is on trial."""
+    ours = model.config._attn_implementation == PACKED_SDPA
+    if ours:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if ours:
+            model.set_attn_implementation(PACKED_SDPA)
+
+
+def _settle(model: PreTrainedModel) -> None:
+    """As before a first step: without gradients, and sharded, which a forward pass without a backward pass leaves undone."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    model.zero_grad()
+
+
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    return (gradient.to_local() if isinstance(gradient, DTensor) else gradient).detach()
+
+
+def _gradient_difference(
+    gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> float:
+    """The largest norm of a parameter's difference, relative to the norm that is expected of it."""
+    if gradients.keys() != expected.keys():
+        return float("inf")
+    squares = []
+    for name, gradient in expected.items():
+        squares += [
+            (gradients[name] - gradient).double().pow(2).sum(),
+            gradient.double().pow(2).sum(),
+        ]
+    of_all = torch.stack(squares)
+    if dist.is_initialized():
+        dist.all_reduce(of_all)
+    off, norm = of_all.sqrt().view(-1, 2).unbind(1)
+    whole = norm.pow(2).sum().sqrt()
+    return (off / norm.clamp(min=SMALL_FRAC * whole.item())).max().item()
+
+
+def _largest_of_ranks(values: list[float]) -> list[float]:
+    """So that every rank comes to the same verdict."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def _same_on_all_ranks(names: list[str]) -> list[str]:
+    held: list[Any] = [names]
+    if dist.is_initialized():
+        dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,152 @@
+"""Packed equals alone for every family: as it is, with layers split, with one sequence per pack, or not at all and said so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+from learner.attention import PACKED_SDPA
+from learner.batch import make_packs
+from learner.boundaries import Boundaries
+from learner.capability import Packing, probe_packing
+from learner.metrics import TokenSums
+from learner.train import LearnerState, micro_batch_loss
+from tests.families import FAMILIES, save_family
+from tests.learner_cases import make_config, make_shards, make_trajectories, single_rank
+
+SPLIT = {
+    "qwen3_5_text": ("Qwen3_5GatedDeltaNet",),
+    "qwen3_next": ("Qwen3NextGatedDeltaNet",),
+    "lfm2": ("Lfm2ShortConv",),
+    "bamba": ("BambaMixer",),
+    "falcon_h1": ("FalconH1Mixer",),
+}
+WINDOWED = {"gemma2", "gemma3_text", "mistral", "cohere2"}
+
+
+def load(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(save_family(folder / family, family), dtype=dtype)
+
+
+def step_gradients(state: LearnerState, capacity: int) -> dict[str, torch.Tensor]:
+    """Those of a training step's loss, with packs of `capacity` tokens."""
+    shard = make_shards(make_trajectories(seed=0))[0]
+    for pack in make_packs(shard, capacity, False, 0):
+        micro_batch_loss(state, pack, shard.step_sampled_tokens, TokenSums()).backward()
+    named = {
+        n: p.grad.full_tensor() for n, p in state.model.named_parameters() if p.grad is not None
+    }  # type: ignore[attr-defined]
+    state.model.zero_grad()
+    return named
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_packed_as_alone(tmp_path: Path, family: str) -> None:
+    path = save_family(tmp_path / "model", family)
+    with single_rank(make_config(path, tmp_path / "run")) as state:
+        packing = state.packing
+        assert packing.split_kinds == SPLIT.get(family, ())
+        assert not packing.one_per_pack
+        assert max(packing.difference.logprob, packing.difference.gradient) < 1e-5
+        assert packing.difference.leak == 0.0
+        assert (max(packing.unaided.logprob, packing.unaided.gradient) > 0.05) == (family in SPLIT)
+        expected = "sdpa" if family in WINDOWED else PACKED_SDPA
+        assert state.model.config._attn_implementation == expected
+        alone = step_gradients(state, capacity=1)
+        packed = step_gradients(state, packing.capacity(4096))
+        assert alone.keys() == packed.keys()
+        for name, gradient in alone.items():
+            scale = max(gradient.norm().item(), 1e-4)
+            assert (packed[name] - gradient).norm().item() < 1e-5 * scale, name
+
+
+def test_what_no_layer_can_be_blamed_for_is_packed_one_by_one(tmp_path: Path) -> None:
+    """Bloom attends by distance, with a bias built for the whole row."""
+    path = save_family(tmp_path / "model", "bloom", n_layer=2, n_head=2)
+    with single_rank(make_config(path, tmp_path / "run")) as state:
+        packing = state.packing
+        assert packing.one_per_pack and packing.split_kinds == ()
+        assert packing.unaided.logprob > 0.1
+        assert packing.difference.logprob < 1e-5
+        packs = make_packs(
+            make_shards(make_trajectories(seed=0))[0], packing.capacity(64), False, 0
+        )
+        assert {len(pack.lengths) for pack in packs} == {1}
+        assert "forward and a backward pass per response" in str(packing)
+
+
+def test_a_model_that_positions_change_is_refused_by_name(tmp_path: Path) -> None:
+    """RoBERTa's own positions begin behind its padding token: even alone, positions from 0 are wrong."""
+    model = load(tmp_path, "roberta")
+    with pytest.raises(ValueError, match=r"roberta models cannot be trained: .* nats.*0\.0001"):
+        probe_packing(Boundaries(model))
+
+
+def test_a_model_that_cannot_run_is_refused_with_its_own_words(tmp_path: Path) -> None:
+    model = load(tmp_path, "llama")
+    model.model.rotary_emb = torch.nn.Identity()
+    with pytest.raises(ValueError, match="llama models cannot be trained: a plain forward"):
+        probe_packing(Boundaries(model))
+
+
+class Smear(torch.nn.Linear):
+    """A layer of no known family that mixes each token with the one before it."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(
+            tokens + tokens.roll(1, dims=1) * (torch.arange(tokens.shape[1]) > 0)[:, None]
+        )
+
+
+def smeared(folder: Path) -> LlamaForCausalLM:
+    model = load(folder, "llama")
+    for layer in model.model.layers:
+        weight = layer.self_attn.o_proj.weight
+        layer.self_attn.o_proj = Smear(*reversed(weight.shape), bias=False)
+        layer.self_attn.o_proj.weight = weight
+    return model
+
+
+def test_a_layer_that_leaks_is_found_by_measurement(tmp_path: Path) -> None:
+    model = smeared(tmp_path)
+    packing = probe_packing(Boundaries(model))
+    assert packing.split_kinds == ("Smear",)
+    assert packing.unaided.leak > 0.01
+    assert packing.difference.leak == 0.0
+    assert "Smear" in str(packing)
+
+
+def test_the_probe_leaves_neither_gradients_nor_hooks(tmp_path: Path) -> None:
+    model = smeared(tmp_path)
+    probe_packing(Boundaries(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2", "mistral"])
+def test_the_optimizer_steps_the_sharded_parameters(tmp_path: Path, family: str) -> None:
+    path = save_family(tmp_path / "model", family)
+    with single_rank(make_config(path, tmp_path / "run")) as state:
+        (group,) = state.optimizer.param_groups
+        assert all(isinstance(parameter, DTensor) for parameter in group["params"])
+        assert {id(p) for p in group["params"]} == {id(p) for p in state.model.parameters()}
+
+
+@pytest.mark.parametrize("family", SPLIT)
+def test_a_leak_is_found_in_bfloat16_too(tmp_path: Path, family: str) -> None:
+    packing: Packing = probe_packing(
+        Boundaries(load(tmp_path, family, torch.bfloat16)), torch.bfloat16
+    )
+    assert packing.split_kinds == SPLIT[family]
+    assert packing.difference.leak == 0.0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "mixtral"])
+def test_rounding_in_bfloat16_is_no_leak(tmp_path: Path, family: str) -> None:
+    packing = probe_packing(Boundaries(load(tmp_path, family, torch.bfloat16)), torch.bfloat16)
+    assert packing.split_kinds == () and not packing.one_per_pack
+    assert packing.difference.leak == 0.0
