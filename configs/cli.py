@@ -56,7 +56,7 @@ class Key:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         return " and ".join(
-            f"{sign} {self.rules[name]:g}"
+            f"{sign} {_number(self.rules[name])}"
             for name, (sign, _) in BOUNDS.items()
             if name in self.rules
         )
@@ -274,7 +274,13 @@ def literal(value: Any) -> str:
     """The value of a key as it is shown to the user."""
     if value is dataclasses.MISSING:
         return "(required)"
+    if isinstance(value, bool):
+        return str(value).lower()
     return '""' if value == "" else str(value)
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _shown(path: str, value: Any) -> str:

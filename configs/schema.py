@@ -85,8 +85,8 @@ class ModelConfig:
     )
     dtype: Literal["float32", "bfloat16", "float16"] = key(
         "float32",
-        "Number type in which engines and learner compute. Use bfloat16 on GPUs; the learner keeps "
-        "float32 master weights in any case.",
+        "Number type in which engines and learner compute. Use bfloat16 on GPUs. The learner's "
+        "master weights are always float32, and with float16 it computes in float32.",
     )
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = key(
         "sdpa",
@@ -125,7 +125,9 @@ class DataConfig:
         "answer", "Column of a file or dataset that holds the reference answer."
     )
     system_prompt: str = key(
-        "", "System message placed before every prompt. It requires a chat template."
+        "",
+        "System message placed before every prompt: as a message of its own if prompts are "
+        "formatted with a chat template, otherwise as text.",
     )
     chat_template: Literal["auto", "never"] = key(
         "auto",
@@ -287,7 +289,9 @@ class ActorsConfig:
     tensor_parallel: int = key(
         1, "Number of GPUs per engine. Raise it if the model does not fit on one.", ge=1
     )
-    device: Device = key("auto", "Device of the engines; auto uses CUDA if there is a GPU.")
+    device: Device = key(
+        "auto", "Device of the engines; auto takes the one that the installed vLLM was built for."
+    )
     gpu_memory_frac: float = key(
         0.9,
         "Share of a GPU's memory that an engine takes. Lower it if the engine shares the GPU.",
@@ -367,7 +371,7 @@ class WeightsConfig(SharedWeights):
         "Address on which the learner serves weights (zmq); port * takes a free one. Set the "
         "learner's own address if engines run on other machines.",
     )
-    dir: str = key("", "Folder of the weights (file). Empty: the folder weights of the run.")
+    dir: str = key("", "Folder of the weights (file). Empty: weights/ in the run's directory.")
 
 
 @dataclass
@@ -379,14 +383,14 @@ class LossConfig:
     )
     clip_low: float = key(
         0.2,
-        "Policy ratios below 1 - clip_low are clipped (lower bound of the surrogate).",
+        "Policy ratios below 1 - loss.clip_low are clipped.",
         gt=0,
         lt=1,
     )
     clip_high: float = key(
         0.28,
-        "Policy ratios above 1 + clip_high are clipped. A value above loss.clip_low (clip-higher) "
-        "keeps exploration alive.",
+        "Policy ratios above 1 + loss.clip_high are clipped. A value above loss.clip_low "
+        "(clip-higher) keeps exploration alive.",
         gt=0,
     )
     tis_cap: float = key(

@@ -105,25 +105,33 @@ SETS: dict[str, Variants] = {
 
 @dataclass
 class CompareConfig:
-    set: str = key("ablation", "Which variants.", choices=list(SETS))
-    base: str = key("configs/simulate/qwen14b.yaml", "Configuration that all variants start from.")
-    overrides: list[str] = key([], "key=value overrides of all variants, such as [run.steps=10].")
+    set: str = key("ablation", "The set of variants to compare.", choices=list(SETS))
+    base: str = key(
+        "configs/simulate/qwen14b.yaml", "Configuration file from which all variants start."
+    )
+    overrides: list[str] = key([], "Overrides of every variant, such as [run.steps=10].")
     only: list[str] = key(
-        [], "Names of the variants to run; empty: all of the set. The first is the reference."
+        [], "Names of the variants to run. The first is the reference. Empty: the whole set."
     )
-    seeds: list[int] = key([0], "Seeds; each variant runs once with each.")
+    seeds: list[int] = key([0], "Seeds; every variant runs once with each of them.")
     live: bool = key(
-        False, "Real runs (tools.launch), one after the other, instead of simulated ones."
+        False, "Compare real runs (tools.launch), one after the other, instead of simulated ones."
     )
-    judge_every: int = key(5, "Live: learner steps between the checkpoints that are judged.", ge=1)
+    judge_every: int = key(
+        5, "Live runs: number of learner steps between the checkpoints that are judged.", ge=1
+    )
     judge_samples: int = key(
-        4, "Live: responses per held-out prompt (eval.num_prompts of them) and checkpoint.", ge=1
+        4, "Live runs: number of responses per held-out prompt and checkpoint.", ge=1
     )
     margin: float = key(
-        0.02, "Accuracies further apart than this make a difference in time no speedup.", ge=0
+        0.02,
+        "Largest difference in accuracy at which a difference in time is called a speedup.",
+        ge=0,
     )
-    jobs: int = key(1, "Simulations, or judgements of live runs, at a time.", ge=1)
-    out: str = key("runs/compare", "Folder of the table, and of the runs where they are live.")
+    jobs: int = key(
+        1, "Number of simulations, or of judgements of live runs, at the same time.", ge=1
+    )
+    out: str = key("runs/compare", "Folder for the table, and for live runs.")
 
 
 def run(config: CompareConfig) -> None:

@@ -30,13 +30,15 @@ from tools.benchmarks.actors import BARE, ONE_POLICY, SWAPS, Window, measure_act
 
 @dataclass
 class BenchOptions:
-    seconds: float = key(15.0, "Length of one measurement of the actors.", gt=0)
+    seconds: float = key(15.0, "Length of one measurement of the actors, in seconds.", gt=0)
     warmup_s: float = key(
-        4.0, "Generation before each, uncounted, until lengths in flight are mixed.", ge=0
+        4.0,
+        "Generation before each measurement, in seconds, until the lengths in flight are mixed.",
+        ge=0,
     )
-    rounds: int = key(3, "Measurements of each kind, taking turns.", ge=1)
+    rounds: int = key(3, "Number of measurements of each kind; the kinds take turns.", ge=1)
     steps: int = key(
-        8, "Learner steps measured, at most; the first of those recorded only warms up.", ge=1
+        8, "Largest number of learner steps that are measured, after one that warms up.", ge=1
     )
 
 
