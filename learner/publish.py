@@ -12,6 +12,7 @@ from typing import Self
 import safetensors.torch
 import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from buffer.wire.messages import SnapshotRef
 from buffer.wire.snapshots import SnapshotServer, write_snapshot
@@ -22,22 +23,42 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def gather(model: PreTrainedModel, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
-    """The whole model on the CPU in `dtype`, under Hugging Face names. A collective: every rank calls it; those without `keep` get {}.
+    """The whole model on the CPU in `dtype`, as a checkpoint of it would be. A collective: ranks without `keep` get {}.
 
-    One tensor at a time is whole on the device. Tied weights appear under each of their names, each with its own memory: an engine that
-    reloads layer by layer silently keeps its old head unless `lm_head.weight` comes too.
+    One tensor at a time is whole on the device. Tied weights appear once, under the name that a checkpoint gives them: an engine
+    knows by itself whether it has a head of its own to fill from the embeddings.
     """
     weights: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _untied(model).items():
         whole = fsdp.whole(tensor)
         if keep:
             kind = dtype if whole.is_floating_point() else whole.dtype
             weights[name] = torch.empty(whole.shape, dtype=kind).copy_(whole)
-    head = model.get_output_embeddings()
-    assert not keep or head is None or "lm_head.weight" in weights, (
-        "the output head must be published under its own name"
-    )
-    return weights
+    return _as_in_checkpoint(model, weights) if keep else {}
+
+
+def published_names(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors in each snapshot of `model`: those of the checkpoint that it was loaded from."""
+    shapes = {
+        name: torch.empty(tensor.shape, device="meta") for name, tensor in _untied(model).items()
+    }
+    return {name: tensor.shape for name, tensor in _as_in_checkpoint(model, shapes).items()}
+
+
+def _untied(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    }
+
+
+def _as_in_checkpoint(
+    model: PreTrainedModel, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Undo what transformers renamed and fused while it loaded the checkpoint, experts above all."""
+    reverted = revert_weight_conversion(model, weights)
+    return {name: tensor.contiguous() for name, tensor in reverted.items()}
 
 
 class Publisher:
