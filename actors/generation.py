@@ -18,7 +18,7 @@ class EngineDied(Exception):
 
 
 @dataclass(slots=True)
-class Run:
+class TokenRun:
     """Consecutive sampled tokens of one policy version: int32 ids beside float32 logprobs."""
 
     version: int
@@ -39,19 +39,19 @@ class Generation:
         self.tokens: array[int] = array("i")
         self.finished: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.num_pending = 0
-        self._pending: list[Run] = []
+        self._pending: list[TokenRun] = []
 
     def extend(self, version: int, token_ids: Iterable[int], logprobs: Iterable[float]) -> None:
         """Tokens sampled by policy `version`, each with its log-probability under the distribution that was sampled."""
         if not self._pending or self._pending[-1].version != version:
-            self._pending.append(Run(version, array("i"), array("f")))
+            self._pending.append(TokenRun(version, array("i"), array("f")))
         run, before = self._pending[-1], len(self.tokens)
         run.tokens.extend(token_ids)
         run.logprobs.extend(logprobs)
         self.tokens.extend(token_ids)
         self.num_pending += len(self.tokens) - before
 
-    def take(self) -> list[Run]:
+    def take(self) -> list[TokenRun]:
         """What was sampled since the last take, in order, one run per policy version."""
         taken, self._pending, self.num_pending = self._pending, [], 0
         return taken

@@ -21,8 +21,8 @@ from actors.environments import Environment, make_environment
 from actors.generation import EngineDied
 from actors.weights import SwapFailed, in_thread
 from actors.worker import PolicyUnavailable, Worker
-from buffer.wire.client import ActorLink
-from buffer.wire.messages import ActorHello, Shutdown, SnapshotRef, Welcome
+from buffer.wire.client import EngineLink
+from buffer.wire.messages import EngineHello, Shutdown, SnapshotRef, Welcome
 from buffer.wire.snapshots import fetch
 from buffer.wire.transport import TransportError
 from configs import cli
@@ -45,7 +45,7 @@ def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
 
     It joins the buffer before it loads the model, so that a wrong address shows at once; with policy -1 nothing is launched on it.
     """
-    link = ActorLink(
+    link = EngineLink(
         config.buffer.address, engine_id, config.buffer.keys, config.buffer.peer_timeout_s
     )
     environment = engine = None
@@ -88,7 +88,7 @@ async def _until_shutdown(
     config: Config,
     engine_id: str,
     engine: Engine,
-    link: ActorLink,
+    link: EngineLink,
     environment: Environment,
     welcome: Welcome,
 ) -> Shutdown:
@@ -109,8 +109,8 @@ async def _until_shutdown(
         welcome = await in_thread(partial(link.connect, hello, config.buffer.connect_timeout_s))
 
 
-def _hello(config: Config, engine_id: str, policy_version: int) -> ActorHello:
-    return ActorHello(
+def _hello(config: Config, engine_id: str, policy_version: int) -> EngineHello:
+    return EngineHello(
         engine_id=engine_id,
         engine_type=engine_type(config),
         slots=config.actors.slots,

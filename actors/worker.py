@@ -59,9 +59,9 @@ class Sampler(Protocol):
 
 
 class Link(Protocol):
-    """What a worker needs of `buffer.wire.client.ActorLink`."""
+    """What a worker needs of `buffer.wire.client.EngineLink`."""
 
-    def send(self, message: msg.ActorMessage) -> None: ...
+    def send(self, message: msg.EngineMessage) -> None: ...
     def receive(self, timeout_s: float) -> Any: ...
 
 
@@ -78,6 +78,11 @@ class Rollout:
     prefix: array[int]
     generation: Generation
     cancelled: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens so far, those of the prefix included."""
+        return len(self.prefix) + len(self.generation.tokens)
 
     def take_chunks(self) -> list[msg.Chunk]:
         """What was sampled since the last call."""
@@ -285,7 +290,7 @@ class Worker:
             )
         self._send_progress([rollout])
         if outcome == "abort" and rollout.cancelled:
-            return msg.Stopped(rollout_id=rollout.rollout_id)
+            return msg.Stopped(rollout_id=rollout.rollout_id, num_tokens=rollout.num_tokens)
         if outcome not in ("stop", "length"):
             line = f"the engine gave up on a rollout of prompt {rollout.prompt.prompt_id}, saying {outcome!r}"
             return msg.Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
@@ -299,6 +304,7 @@ class Worker:
             return msg.Failed(rollout_id=rollout.rollout_id, error=str(failure), fatal=False)
         return msg.Finished(
             rollout_id=rollout.rollout_id,
+            num_tokens=rollout.num_tokens,
             truncated=outcome == "length",
             reward=reward,
             text=text[:TEXT_CHARS],

@@ -1,6 +1,12 @@
-"""The buffer's side of the engines: their messages become events, the core's launches and cancels become messages.
+"""The buffer's side of the engines: their messages become events, launches and cancels become messages.
 
-Driven by the service. Holds what the core need not know: when a cancel was decided, what waits to be sent.
+    consumes       EngineHello, Progress, Finished, Failed, Stopped, PolicyLoaded, EngineReport
+    waits for      nothing
+    unblocked by   the core's launches and cancels, which `flush` sends once per turn of the loop
+
+Checks a whole message before anything of it is stored, and stores it before the core hears of it.
+Owns what the core need not know: which decisions wait to be sent, and when each cancel was decided.
+Driven by `buffer.service`.
 """
 
 from __future__ import annotations
@@ -10,57 +16,65 @@ from collections import defaultdict
 from typing import Any
 
 from buffer.peers import Peer
-from buffer.run_state import Run, RunFailed
+from buffer.run_state import RunFailed, RunState
 from buffer.wire import messages as msg
 from darts import events as ev
 
 
-class ActorSide:
-    """Handlers by message type in `handlers`; `enact` takes the core's decisions, `flush` sends them."""
+class EngineSide:
+    """`handle` takes messages, `launch` and `cancel` take decisions, `flush` sends them."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunState) -> None:
         self.run = run
-        self.handlers: dict[type, Any] = {
-            msg.Progress: self._progress, msg.Finished: self._finished, msg.Failed: self._failed,
-            msg.Stopped: self._stopped, msg.PolicyLoaded: self._loaded, msg.EngineReport: self._report,
-        }  # fmt: skip
+        self._handlers: dict[type, Any] = {
+            msg.Progress: self._progress,
+            msg.Finished: self._finished,
+            msg.Failed: self._failed,
+            msg.Stopped: self._stopped,
+            msg.PolicyLoaded: self._loaded,
+            msg.EngineReport: self._report,
+        }
         self._cancelled_s: dict[int, float] = {}
         self._never_sent: list[int] = []  # cancelled before their launch was sent
         self._outbox: dict[str, list[ev.Launch | ev.Cancel]] = defaultdict(list)
 
-    def hello(self, identity: bytes, hello: msg.ActorHello) -> None:
-        """A hello is repeated until it is answered; one over another connection takes the engine's name over."""
+    # Peers --------------------------------------------------------------------------------------------
+
+    def hello(self, identity: bytes, hello: msg.EngineHello) -> list[ev.Event]:
+        """An engine repeats its hello until it is answered. From another connection, it is a new engine."""
         run = self.run
         run.require_own(hello.run)
+        if hello.slots < 1:
+            raise ev.ProtocolError(
+                f"engine {hello.engine_id} offers {hello.slots} slots; at least 1 is needed"
+            )
+        events: list[ev.Event] = []
         known = run.peers.engine(hello.engine_id)
         if known is None or known.identity != identity:
             if known is not None:
-                run.send(
-                    known,
-                    msg.Shutdown(
-                        error=f"process {hello.pid} has joined as engine {hello.engine_id}: names must be unique"
-                    ),
-                )
-                self.lose(known, "it started anew")
+                error = f"process {hello.pid} has joined as engine {hello.engine_id}: names must be unique"
+                run.send(known, msg.Shutdown(error=error))
+                events += self.lose(known, "another process has taken its name")
             version = min(hello.policy_version, run.core.policy_version)
-            run.apply(
-                ev.ActorJoined(run.now(), hello.engine_id, hello.engine_type, hello.slots, version)
-            )
+            events.append(ev.EngineJoined(hello.engine_id, hello.engine_type, hello.slots, version))
             run.peers.add(Peer(identity, time.monotonic(), hello.engine_id))
             run.say(f"engine {hello.engine_id} joined ({hello.engine_type}, {hello.slots} slots)")
         run.router.send(identity, msg.Welcome(policy=run.policy, run=run.run_id))
+        return events
 
-    def lose(self, peer: Peer, reason: str) -> None:
+    def lose(self, peer: Peer, reason: str) -> list[ev.Event]:
         in_flight = self.run.core.engines.by_id[peer.engine_id].in_flight
         for rollout_id in in_flight:
             self._cancelled_s.pop(rollout_id, None)
+        self._outbox.pop(peer.engine_id, None)
         self.run.peers.remove(peer)
         self.run.warn(
-            f"{peer.name} is lost ({reason}); the {len(in_flight)} rollouts it had in flight are launched again"
+            f"{peer.name} is lost ({reason}); "
+            f"the {len(in_flight)} rollouts that it had in flight are launched again"
         )
-        self.run.apply(ev.ActorLost(self.run.now(), peer.engine_id))
+        return [ev.EngineLost(peer.engine_id)]
 
-    # Decisions ----------------------------------------------------------------------------------------------------
+    # Decisions ----------------------------------------------------------------------------------------
 
     def launch(self, decision: ev.Launch) -> None:
         store = self.run.store
@@ -83,79 +97,98 @@ class ActorSide:
             unsent.remove(launched)
             self._never_sent.append(decision.rollout_id)
 
-    def flush(self) -> None:
-        """Sends each engine its decisions: launches of one group together, then the cancels."""
-        while self._never_sent:
-            rollout_id = self._never_sent.pop()
-            self._cancelled_s.pop(rollout_id, None)
-            self.run.apply(ev.RolloutStopped(self.run.now(), rollout_id, 0))
-        rollouts = self.run.core.rollouts
-        for engine_id, decisions in self._outbox.items():
+    def flush(self) -> list[ev.Event]:
+        """Send each engine its decisions: the launches of one group together, then the cancels."""
+        outbox, self._outbox = self._outbox, defaultdict(list)
+        for engine_id, decisions in outbox.items():
             peer = self.run.peers.engine(engine_id)
-            if peer is None:
-                continue  # lost since; the core knows
-            groups: dict[int, list[ev.Launch]] = defaultdict(list)
-            for decision in decisions:
-                if isinstance(decision, ev.Launch) and decision.rollout_id in rollouts:
-                    groups[decision.group_id].append(decision)
-            for launches in groups.values():
-                self.run.send(peer, self._launch_message(launches))
-            cancels = [d.rollout_id for d in decisions if isinstance(d, ev.Cancel)]
-            if cancels:
-                self.run.send(peer, msg.Cancel(rollout_ids=cancels))
-        self._outbox.clear()
+            if peer is not None:
+                self._send(peer, decisions)
+        never_sent, self._never_sent = self._never_sent, []
+        rollouts = self.run.core.rollouts
+        for rollout_id in never_sent:
+            self._cancelled_s.pop(rollout_id, None)
+        return [ev.RolloutStopped(i, rollouts[i].tokens) for i in never_sent if i in rollouts]
+
+    def _send(self, peer: Peer, decisions: list[ev.Launch | ev.Cancel]) -> None:
+        groups: dict[int, list[ev.Launch]] = defaultdict(list)
+        for decision in decisions:
+            if isinstance(decision, ev.Launch):
+                groups[decision.group_id].append(decision)
+        for launches in groups.values():
+            self.run.send(peer, self._launch_message(launches))
+        cancels = [d.rollout_id for d in decisions if isinstance(d, ev.Cancel)]
+        if cancels:
+            self.run.send(peer, msg.Cancel(rollout_ids=cancels))
 
     def _launch_message(self, launches: list[ev.Launch]) -> msg.Launch:
-        run = self.run
-        prompt_id = run.core.rollouts[launches[0].rollout_id].group.prompt.prompt_id
-        payload = run.eval_payloads.get(prompt_id) or run.prompts.payload(prompt_id)
+        run, first = self.run, launches[0]
+        held_out = first.purpose == "eval"
+        prompt = (
+            run.eval_payloads[first.prompt_id] if held_out else run.prompts.payload(first.prompt_id)
+        )
         rollouts = [
             msg.LaunchedRollout(
                 rollout_id=launch.rollout_id,
                 seed=(run.config.run.seed * 1_000_003 + launch.rollout_id) % 2**31,
-                prefix=run.store.prefix(launch.rollout_id)
-                if launch.rollout_id in run.store
-                else b"",
+                prefix=run.store.prefix(launch.rollout_id),
             )
             for launch in launches
         ]
-        return msg.Launch(group_id=launches[0].group_id, prompt=payload, rollouts=rollouts)
+        return msg.Launch(group_id=first.group_id, prompt=prompt, rollouts=rollouts)
 
-    # Messages -----------------------------------------------------------------------------------------------------
+    # Messages -----------------------------------------------------------------------------------------
 
-    def _progress(self, peer: Peer, message: msg.Progress) -> None:
-        store, grown = self.run.store, dict[int, None]()
-        for chunk in message.chunks:
-            if chunk.rollout_id in store:  # otherwise it is over: cancelled, as a rule
-                store.append(chunk)
-                if chunk.sampled:
-                    grown[chunk.rollout_id] = None
-        for rollout_id in grown:
-            if (
-                rollout_id in store
-            ):  # an earlier one of this very message may have decided the group
-                self.run.apply(
-                    ev.RolloutProgressed(self.run.now(), rollout_id, store.num_sampled(rollout_id))
-                )
+    def handle(self, peer: Peer, message: msg.Message) -> list[ev.Event]:
+        """The events that a message means. Raises ProtocolError, with nothing stored."""
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise ev.ProtocolError(f"a {type(message).__name__} is not {peer.name}'s to send")
+        return handler(peer, message)
 
-    def _finished(self, peer: Peer, message: msg.Finished) -> None:
+    def _require_own(self, peer: Peer, rollout_id: int) -> None:
+        """Refuse a message about a rollout that another engine has. Late news of an ended one is legal."""
+        rollout = self.run.core.rollouts.get(rollout_id)
+        if rollout is not None and rollout.engine_id != peer.engine_id:
+            raise ev.ProtocolError(
+                f"rollout {rollout_id} is in flight on engine {rollout.engine_id}, "
+                f"so {peer.name} has nothing to say about it"
+            )
+
+    def _progress(self, peer: Peer, message: msg.Progress) -> list[ev.Event]:
+        store = self.run.store
+        held = [chunk for chunk in message.chunks if chunk.rollout_id in store]
+        for chunk in held:  # chunks of others are over: cancelled, as a rule
+            self._require_own(peer, chunk.rollout_id)
+            store.check(chunk)
+        for chunk in held:
+            store.append(chunk)
+        grown = dict.fromkeys(chunk.rollout_id for chunk in held if chunk.sampled)
+        return [ev.RolloutProgressed(i, store.num_sampled(i)) for i in grown]
+
+    def _finished(self, peer: Peer, message: msg.Finished) -> list[ev.Event]:
         run, rollout_id = self.run, message.rollout_id
-        num_tokens = oldest = 0  # cancelled while it finished: only its slot matters
+        self._require_own(peer, rollout_id)
+        oldest = 0  # if it was cancelled while it finished, only its slot and its length matter
         if rollout_id in run.store:
-            run.texts[rollout_id] = (message.text, message.truncated)
-            num_tokens, oldest = (
-                run.store.num_sampled(rollout_id),
-                run.store.oldest_version(rollout_id),
-            )
+            num_tokens = run.store.num_sampled(rollout_id)
+            if num_tokens != message.num_tokens:
+                raise ev.ProtocolError(
+                    f"rollout {rollout_id} finished with {message.num_tokens} tokens, "
+                    f"but {num_tokens} were sent"
+                )
+            oldest = run.store.oldest_version(rollout_id)
+            run.texts[rollout_id] = message.text
         self._note_freed(rollout_id)
-        run.apply(
+        return [
             ev.RolloutFinished(
-                run.now(), rollout_id, num_tokens, message.truncated, message.reward, oldest
+                rollout_id, message.num_tokens, message.truncated, message.reward, oldest
             )
-        )
+        ]
 
-    def _failed(self, peer: Peer, message: msg.Failed) -> None:
+    def _failed(self, peer: Peer, message: msg.Failed) -> list[ev.Event]:
         run = self.run
+        self._require_own(peer, message.rollout_id)
         if message.fatal:
             raise RunFailed(f"{peer.name}: {message.error}")
         run.warn(f"{peer.name}: {message.error}")
@@ -164,27 +197,23 @@ class ActorSide:
             run.errors[rollout.group.group_id] = message.error
         self._note_freed(message.rollout_id)
         run.store.discard(message.rollout_id)
-        run.apply(ev.RolloutFailed(run.now(), message.rollout_id))
+        return [ev.RolloutFailed(message.rollout_id)]
 
-    def _stopped(self, peer: Peer, message: msg.Stopped) -> None:
-        rollout = self.run.core.rollouts.get(message.rollout_id)
+    def _stopped(self, peer: Peer, message: msg.Stopped) -> list[ev.Event]:
+        self._require_own(peer, message.rollout_id)
         self._note_freed(message.rollout_id)
-        self.run.apply(
-            ev.RolloutStopped(self.run.now(), message.rollout_id, rollout.tokens if rollout else 0)
-        )
+        return [ev.RolloutStopped(message.rollout_id, message.num_tokens)]
 
     def _note_freed(self, rollout_id: int) -> None:
         cancelled_s = self._cancelled_s.pop(rollout_id, None)
         if cancelled_s is not None:
             self.run.metrics.note_freed(time.monotonic() - cancelled_s)
 
-    def _loaded(self, peer: Peer, message: msg.PolicyLoaded) -> None:
+    def _loaded(self, peer: Peer, message: msg.PolicyLoaded) -> list[ev.Event]:
         self.run.metrics.note_swap(message)
-        self.run.apply(ev.PolicyLoaded(self.run.now(), peer.engine_id, message.version))
+        return [ev.PolicyLoaded(peer.engine_id, message.version)]
 
-    def _report(self, peer: Peer, message: msg.EngineReport) -> None:
+    def _report(self, peer: Peer, message: msg.EngineReport) -> list[ev.Event]:
         self.run.metrics.note_report(peer.engine_id, message)
         self.run.metrics.latest.reports[peer.engine_id] = message
-        self.run.apply(
-            ev.LatencyReported(self.run.now(), peer.engine_id, message.batch, message.ms_per_token)
-        )
+        return [ev.LatencyReported(peer.engine_id, message.batch, message.ms_per_token)]

@@ -1,4 +1,4 @@
-"""Who is connected to the buffer, and when each was last heard of. Driven by the service; decides nothing."""
+"""Which peers are connected to the buffer, and when each was last heard. Driven by `buffer.service`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Peer:
-    """One socket: an engine has an `engine_id`, a learner rank a `rank`."""
+    """One connection: an engine's has an `engine_id`, a learner rank's a `rank`."""
 
     identity: bytes
     heard_s: float
@@ -23,7 +23,7 @@ class Peer:
 class Peers:
     """All peers by socket identity."""
 
-    by_identity: dict[bytes, Peer] = field(default_factory=dict)
+    by_identity: dict[bytes, Peer] = field(default_factory=dict[bytes, Peer])
 
     def add(self, peer: Peer) -> None:
         self.by_identity[peer.identity] = peer

@@ -1,217 +1,211 @@
-"""The buffer's only loop: a message becomes an event, the core decides, decisions become messages.
+"""The buffer's only loop: messages become events, the core decides, decisions become messages.
 
-    actors  ──Progress, Finished, Failed, Stopped, EngineReport──>  ┐          ┌ ──Launch, Cancel, PolicyPublished──> actors
+    engines ──Progress, Finished, Failed, Stopped, EngineReport──>  ┐          ┌ ──Launch, Cancel, PolicyPublished──> engines
                                                                     │ Service  │
-    learner ──Pull, Published, Trained──────────────────────────>   ┘  (Core)  └ ──Shard──> learner     ──Snapshot──> monitors
+    learner ──Pull, Published, Trained──────────────────────────>   ┘  (Core)  └ ──Shard──> learner   ──LiveState──> monitors
 
-    consumes       whatever peers send; garbage is counted and refused
+    consumes       messages of all peers; garbage is counted and refused
     waits for      the next message, at most `POLL_S`
-    unblocked by   the clock: heartbeats, statistics, peers that fell silent
+    unblocked by   the clock: heartbeats, the live state, peers that fell silent
 
-Decides nothing: what to launch, cancel, ship or drop is `darts.core.Core`'s. One thread, so no message is handled while
-another is. `buffer.run_state` holds what a run is, `actor_side` and `learner_side` translate for the two kinds of peers.
+Decides nothing: `darts.core.Core` does. One thread handles one event at a time, and nothing re-enters:
+a side turns a message into events, each event is applied, and only then are its decisions performed.
+`buffer.run_state` holds the run; `engine_side` and `learner_side` translate for the two kinds of peers.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
-from buffer.engine_side import ActorSide
+from buffer.engine_side import EngineSide
+from buffer.evaluation import Evaluation
 from buffer.learner_side import LearnerSide
-from buffer.peers import Peer
-from buffer.records.live_state import snapshot
-from buffer.run_state import Run, RunFailed
+from buffer.records.live_state import live_state
+from buffer.run_state import RunFailed, RunState
 from buffer.wire import messages as msg
 from configs.schema import Config
 from darts import events as ev
 
 POLL_S = 0.05
 HEARTBEAT_S = 1.0
-STATISTICS_S = 0.5
+LIVE_STATE_S = 0.5
 FAREWELL_S = 15.0  # for the learner to end its step when the buffer is asked to stop
 
 
 class Service:
-    """One run's buffer, from its first prompt to its last metrics row."""
+    """The buffer of one run, from its first prompt to its last row of metrics."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.run = Run(config, self._enact)
-        self.actors = ActorSide(self.run)
-        self.learner = LearnerSide(self.run, self._policy_published, self._step_done)
+        self.run = RunState(config)
+        self.engines = EngineSide(self.run)
+        self.learner = LearnerSide(self.run)
+        self.evaluation = Evaluation(self.run)
         self.error = ""
         self._stopping, self._stop_by_s = False, 0.0
         self._all_there_s = time.monotonic()
-        self._evaluating: int | None = None  # the step whose evaluation is under way
-        self._evaluated: list[ev.GroupRecord] = []
+        self._next_heartbeat_s = self._next_live_state_s = 0.0
         self._final_row: dict[str, Any] | None = None
 
-    # The loop -----------------------------------------------------------------------------------------------------
-
-    def stop(self) -> None:
-        """Asks `serve` to end the run, cleanly; from a signal handler or another thread. A step in the learner's hands is waited for."""
-        self._stopping = True
-        self._stop_by_s = time.monotonic() + FAREWELL_S
-
-    def _stopped(self) -> bool:
-        return self._stopping and (not self.learner.trains or time.monotonic() >= self._stop_by_s)
+    # The loop -----------------------------------------------------------------------------------------
 
     def serve(self) -> int:
-        """Until the run has ended: 0 well, 1 not, 130 because it was asked to `stop`."""
+        """Run until the end. Returns 0 if the run ended well, 1 if not, 130 if `stop` ended it."""
         run = self.run
         run.say(f"listening on {run.router.address}, run directory {run.folder}")
-        next_heartbeat = next_statistics = 0.0
         try:
+            self._apply(run.first_events())
             while run.phase != "done" and not self._stopped():
                 for identity, message in run.router.receive(POLL_S):
                     self._receive(identity, message)
-                run.draw_prompts()
-                self.actors.flush()
-                now = time.monotonic()
-                if now >= next_heartbeat:
-                    next_heartbeat = now + HEARTBEAT_S
-                    self._look_after_peers(now)
-                if now >= next_statistics:
-                    next_statistics = now + STATISTICS_S
-                    run.publisher.publish(b"snapshot", snapshot(run))
+                self._apply(self._begin_training())
+                self._apply(run.due_events())
+                self._apply(self.engines.flush())
+                run.save_learned()
+                self._tick(time.monotonic())
         except RunFailed as error:
             self.error = str(error)
             print(f"error: {self.error}", file=sys.stderr, flush=True)
         finally:
             if run.phase != "done":
                 self.error = self.error or "the buffer was stopped"
-            run.publisher.publish(b"snapshot", snapshot(run))
+            run.publisher.publish(b"state", live_state(run))
             run.close(self.error)
         return 130 if self._stopping and run.phase != "done" else int(bool(self.error))
 
+    def stop(self) -> None:
+        """Ask `serve` to end the run, from a signal handler or another thread.
+
+        It waits for a step that is in the learner's hands.
+        """
+        self._stopping = True
+        self._stop_by_s = time.monotonic() + FAREWELL_S
+
+    def _stopped(self) -> bool:
+        return self._stopping and (not self.learner.trains or time.monotonic() >= self._stop_by_s)
+
+    def _apply(self, events: Iterable[ev.Event]) -> None:
+        """Apply events one at a time, and the events that follow from their decisions after them."""
+        queue = deque(events)
+        while queue:
+            for decision in self.run.handle(queue.popleft()):
+                queue.extend(self._perform(decision))
+
+    def _begin_training(self) -> list[ev.Event]:
+        """Once the first policy is published: a fresh run is evaluated before it trains."""
+        if self.run.phase != "starting" or self.run.core.policy_version < 0:
+            return []
+        self.run.phase = "training"
+        return self.evaluation.request() if self.run.step == 0 else []
+
+    def _tick(self, now_s: float) -> None:
+        if now_s >= self._next_heartbeat_s:
+            self._next_heartbeat_s = now_s + HEARTBEAT_S
+            self._watch_peers(now_s)
+        if now_s >= self._next_live_state_s:
+            self._next_live_state_s = now_s + LIVE_STATE_S
+            self.run.publisher.publish(b"state", live_state(self.run))
+
+    # Messages -----------------------------------------------------------------------------------------
+
     def _receive(self, identity: bytes, message: msg.Message) -> None:
-        """Handles one message. What a peer may not say ends that peer, not the run."""
-        if isinstance(message, (msg.ActorHello, msg.LearnerHello)):
+        """Handle one message. A message that breaks the protocol ends its peer, not the run."""
+        if isinstance(message, (msg.EngineHello, msg.LearnerHello)):
             return self._greet(identity, message)
         peer = self.run.peers.heard(identity, time.monotonic())
         if peer is None or isinstance(message, msg.Heartbeat):
-            return  # a peer that was lost, or never said hello, finds out by our silence
-        side = self.actors if peer.engine_id else self.learner
+            return  # a peer that was lost, or never said hello, finds out by the silence
+        side = self.engines if peer.engine_id else self.learner
         try:
-            if type(message) not in side.handlers:
-                raise ev.ProtocolError(f"a {type(message).__name__} is not {peer.name}'s to send")
-            side.handlers[type(message)](peer, message)
-        except (ev.ProtocolError, ValueError) as error:
+            self._apply(side.handle(peer, message))
+        except ev.ProtocolError as error:
             self.run.warn(f"{peer.name} broke the protocol and is dismissed: {error}")
             self.run.send(peer, msg.Shutdown(error=f"protocol error: {error}"))
-            self._lose(peer, "protocol error")
+            self._apply(side.lose(peer, "protocol error"))
 
-    def _greet(self, identity: bytes, hello: msg.ActorHello | msg.LearnerHello) -> None:
+    def _greet(self, identity: bytes, hello: msg.EngineHello | msg.LearnerHello) -> None:
         try:
-            self.actors.hello(identity, hello) if isinstance(
-                hello, msg.ActorHello
-            ) else self.learner.hello(identity, hello)
+            if isinstance(hello, msg.EngineHello):
+                self._apply(self.engines.hello(identity, hello))
+            else:
+                self._apply(self.learner.hello(identity, hello))
         except ev.ProtocolError as error:
             self.run.warn(f"{identity.decode(errors='replace')} is refused: {error}")
             self.run.router.send(identity, msg.Shutdown(error=f"refused: {error}"))
 
-    def _lose(self, peer: Peer, reason: str) -> None:
-        side = self.actors if peer.engine_id else self.learner
-        side.lose(peer, reason)
-
-    def _look_after_peers(self, now: float) -> None:
-        """Heartbeats to all; whoever was silent too long is lost; without a learner or an actor for long the run fails."""
+    def _watch_peers(self, now_s: float) -> None:
+        """Send heartbeats, lose silent peers, and fail a run that has long had no engine or learner."""
         run, limits = self.run, self.config.buffer
         for peer in run.peers.by_identity.values():
             run.send(peer, msg.Heartbeat())
-        for peer in run.peers.silent_since(now - limits.peer_timeout_s):
-            self._lose(peer, f"silent for {limits.peer_timeout_s:g} s")
+        for peer in run.peers.silent_since(now_s - limits.peer_timeout_s):
+            side = self.engines if peer.engine_id else self.learner
+            self._apply(side.lose(peer, f"silent for {limits.peer_timeout_s:g} s"))
         if run.peers.engines() and run.peers.ranks():
-            self._all_there_s = now
-        elif now - self._all_there_s > limits.rejoin_timeout_s:
-            who = "an actor" if run.peers.ranks() else "a learner"
-            waited = f"waited {limits.rejoin_timeout_s:g} s (buffer.rejoin_timeout_s)"
-            raise RunFailed(f"{waited} for {who} at {run.router.address} and none came")
+            self._all_there_s = now_s
+        elif now_s - self._all_there_s > limits.rejoin_timeout_s:
+            missing = "an actor" if run.peers.ranks() else "a learner"
+            raise RunFailed(
+                f"waited {limits.rejoin_timeout_s:g} s (buffer.rejoin_timeout_s) for {missing} "
+                f"at {run.router.address} and none came"
+            )
 
-    # Decisions ----------------------------------------------------------------------------------------------------
+    # Decisions ----------------------------------------------------------------------------------------
 
-    def _enact(self, decision: ev.Decision) -> None:
+    def _perform(self, decision: ev.Decision) -> list[ev.Event]:
+        """Act on one decision. Returns the events that follow from it."""
         match decision:
             case ev.Launch():
-                self.actors.launch(decision)
+                self.engines.launch(decision)
             case ev.Cancel():
-                self.actors.cancel(decision)
+                self.engines.cancel(decision)
             case ev.Ship():
                 self.learner.ship(decision)
+            case ev.Close():
+                row = self.learner.group_trained(decision.record)
+                return [] if row is None else self._step_done(row)
+            case ev.Drop():
+                self.run.drop(decision)
+            case ev.Evaluated():
+                return self._held_out_group_ended(decision.record)
+            case ev.CountOvershoot():
+                self.run.metrics.count_overshoot(decision)
             case ev.RememberLengths():
                 self.run.learned[decision.prompt_id] = decision.lengths
-            case ev.Drop():
-                self._dropped(decision)
-            case ev.Evaluated():
-                self._held_out_group_ended(decision.record)
             case ev.OpenGroup():
-                pass  # said in its launches
+                pass  # its launches carry everything that an engine needs
+        return []
 
-    def _dropped(self, drop: ev.Drop) -> None:
-        run, record = self.run, drop.record
-        run.forget(record)
-        if record.end != "run_ended":
-            run.record(record)
-        if not drop.requeued:
-            run.prompts.done(record.prompt_id)
-        run.check_failures(record)
-
-    # Evaluation and the end ---------------------------------------------------------------------------------------
-
-    def _policy_published(self) -> None:
-        if self.run.phase == "starting":
-            self.run.phase = "training"
-            if self.run.step == 0:
-                self._evaluate()
-
-    def _step_done(self, row: dict[str, Any]) -> None:
-        """The last step's row waits for the last evaluation, all others are written at once."""
+    def _step_done(self, row: dict[str, Any]) -> list[ev.Event]:
+        """Write a step's row of metrics; the last one waits for the last evaluation."""
         run = self.run
         if run.step == self.config.run.steps:
             self._final_row = row
             run.phase = "evaluating"
-            run.apply(ev.RunEnded(run.now()))
-            self._evaluate()
-            if self._evaluating is None:
+            evaluation = self.evaluation.request()
+            if not evaluation and self.evaluation.step is None:
                 self._end()
-            return
+            return [ev.RunEnded(), *evaluation]
         run.last_row = row
-        run.recorder.metrics(row)
-        if self.config.eval.every and run.step % self.config.eval.every == 0:
-            self._evaluate()
+        run.files.metrics(row)
+        return self.evaluation.request() if self.evaluation.due_after(run.step) else []
 
-    def _evaluate(self) -> None:
-        """Asks for an evaluation of the newest policy, unless one is under way still."""
-        run = self.run
-        if run.eval_payloads and self._evaluating is None:
-            self._evaluating = run.step
-            prompts = tuple(ev.Prompt(prompt_id) for prompt_id in run.eval_payloads)
-            run.apply(
-                ev.EvaluationRequested(
-                    run.now(), prompts, self.config.eval.samples_per_prompt, run.core.policy_version
-                )
-            )
-
-    def _held_out_group_ended(self, record: ev.GroupRecord) -> None:
-        self.run.forget(record)
-        self._evaluated.append(record)
-        self.run.check_failures(record)
-        if len(self._evaluated) < len(self.run.eval_payloads) or self._evaluating is None:
-            return
-        step, self._evaluating = self._evaluating, None
-        records, self._evaluated = self._evaluated, []
-        result = self.run.metrics.evaluated(records, step)
-        self.run.say(
-            f"after {step} steps: accuracy {result['eval/accuracy']:.3f}, mean length {result['eval/length_mean']:.1f}"
-        )
-        if self._final_row is not None:
-            self._end() if step == self.config.run.steps else self._evaluate()
+    def _held_out_group_ended(self, record: ev.GroupRecord) -> list[ev.Event]:
+        step = self.evaluation.group_ended(record)
+        if step is None or self._final_row is None:
+            return []
+        if step < self.config.run.steps:  # it was under way when the last step ended
+            return self.evaluation.request()
+        self._end()
+        return []
 
     def _end(self) -> None:
         assert self._final_row is not None
         row = self._final_row | self.run.metrics.take_evaluation()
-        self.run.recorder.metrics(row)
+        self.run.files.metrics(row)
         self.run.last_row = row
         self.run.phase = "done"

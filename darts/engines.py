@@ -1,8 +1,9 @@
-"""Engines, their slots, and which of them takes the next group. Driven by `darts.core.Core`; does no I/O.
+"""Engines, their slots and backlogs, and the choice of the engine that takes the next group.
 
-A whole group goes to one engine: its prompt is prefilled once and its lengths grow at one pace. The engine is the one
-whose predicted latency per token, at the batch it would then have, is lowest; among engines of one type, which share a
-latency curve, that is the least loaded, kept in a heap so that a thousand engines cost no more than ten.
+A whole group goes to one engine: its prompt is prefilled once and its lengths grow at one pace. The
+engine is the one whose predicted latency per token, at the batch it would then have, is lowest. Among
+engines of one type, which share a latency curve, that is the least loaded one, kept in a heap so that
+a thousand engines cost no more than ten. Driven by `darts.core.Core`; does no I/O.
 """
 
 from __future__ import annotations
@@ -11,25 +12,29 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
-from darts.groups import Group, Rollout
+from darts.groups import Group, Planned, Rollout
 from darts.latency import LatencyCurve
 
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """One engine. `backlog`: groups placed here whose rollouts wait for a slot, oldest first."""
+    """One engine. `backlog`: groups placed here that have rollouts to launch, in that order."""
 
     engine_id: str
     engine_type: str
     slots: int
     version: int
-    in_flight: dict[int, Rollout] = field(default_factory=dict)
-    backlog: deque[Group] = field(default_factory=deque)
-    queued: int = 0  # rollouts in the backlog
+    in_flight: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
+    backlog: deque[Group] = field(default_factory=deque[Group])
+
+    @property
+    def num_queued(self) -> int:
+        """Rollouts that wait here for a slot. Few groups wait at a time."""
+        return sum(len(group.planned) for group in self.backlog)
 
     @property
     def load(self) -> int:
-        return len(self.in_flight) + self.queued
+        return len(self.in_flight) + self.num_queued
 
     @property
     def has_room(self) -> bool:
@@ -37,7 +42,7 @@ class Engine:
 
 
 class Engines:
-    """All engines by id, with the least loaded of each type at hand."""
+    """All engines by id. Every change of an engine's load or version goes through a method of this table."""
 
     def __init__(self) -> None:
         self.by_id: dict[str, Engine] = {}
@@ -49,24 +54,61 @@ class Engines:
         self.by_id[engine.engine_id] = engine
         self.curves.setdefault(engine.engine_type, LatencyCurve())
         self._heaps.setdefault(engine.engine_type, [])
-        self.touch(engine)
+        self._offer(engine)
 
     def leave(self, engine: Engine) -> None:
         del self.by_id[engine.engine_id]
 
-    def touch(self, engine: Engine) -> None:
-        """The load changed: without this call the engine is not offered again."""
-        if not engine.has_room or engine.version < 0:
+    def load_version(self, engine: Engine, version: int) -> None:
+        engine.version = version
+        self._offer(engine)
+
+    # Launching --------------------------------------------------------------------------------------
+
+    def enqueue(self, group: Group, first: bool = False) -> None:
+        """Queue the group's planned rollouts on its engine; `first`: before those of other groups.
+
+        No-op if its engine is gone. The caller then takes launches until there is none left.
+        """
+        engine = self.by_id.get(group.engine_id)
+        if engine is None or group in engine.backlog:
             return
-        heap = self._heaps[engine.engine_type]
-        self._serial += 1
-        heapq.heappush(heap, (engine.load, self._serial, engine))
-        if len(heap) > 64 + 8 * len(self.by_id):
-            heap[:] = [entry for entry in heap if self._is_current(entry)]
-            heapq.heapify(heap)
+        if first:
+            engine.backlog.appendleft(group)
+        else:
+            engine.backlog.append(group)
+
+    def next_launch(self, engine: Engine) -> tuple[Group, Planned] | None:
+        """Take the next rollout to launch, or None while no slot is free or no rollout waits."""
+        if not engine.backlog or len(engine.in_flight) >= engine.slots:
+            self._offer(engine)
+            return None
+        group = engine.backlog[0]
+        planned = group.planned.popleft()
+        if not group.planned:
+            engine.backlog.popleft()
+        return group, planned
+
+    def withdraw(self, group: Group) -> None:
+        """Launch none of the group's planned rollouts."""
+        engine = self.by_id.get(group.engine_id)
+        queued = engine is not None and group in engine.backlog
+        group.planned.clear()
+        if engine is not None and queued:
+            engine.backlog.remove(group)
+            self._offer(engine)
+
+    def free(self, rollout: Rollout) -> Engine | None:
+        """Free the rollout's slot and return its engine, which may launch another; None if it held none."""
+        engine = self.by_id.get(rollout.engine_id)
+        if engine is None or engine.in_flight.pop(rollout.rollout_id, None) is None:
+            return None
+        return engine
+
+    # Placement --------------------------------------------------------------------------------------
 
     def best_with_room(self, batch_of_group: int) -> Engine | None:
-        """The engine with a free slot on which a group of `batch_of_group` rollouts would decode fastest."""
+        """The engine with a free slot on which a group of `batch_of_group` rollouts decodes fastest."""
         best, best_ms = None, float("inf")
         for engine_type, heap in self._heaps.items():
             while heap and not self._is_current(heap[0]):
@@ -80,9 +122,27 @@ class Engines:
         return best
 
     def least_loaded(self, min_version: int) -> Engine | None:
-        """Where to continue a group whose engine is gone: any engine whose policy is at least `min_version`."""
+        """The engine to continue a group on: any whose policy is at least `min_version`."""
         able = (e for e in self.by_id.values() if e.version >= max(min_version, 0))
         return min(able, key=lambda e: (e.load / e.slots, e.engine_id), default=None)
+
+    def offers(self, engine: Engine) -> bool:
+        """Whether `best_with_room` considers this engine at its present load."""
+        return any(
+            entry[2] is engine and self._is_current(entry)
+            for entry in self._heaps[engine.engine_type]
+        )
+
+    def _offer(self, engine: Engine) -> None:
+        """Put the engine at its present load into its heap; entries of another load are void."""
+        if not engine.has_room or engine.version < 0:
+            return
+        heap = self._heaps[engine.engine_type]
+        self._serial += 1
+        heapq.heappush(heap, (engine.load, self._serial, engine))
+        if len(heap) > 64 + 8 * len(self.by_id):
+            heap[:] = [entry for entry in heap if self._is_current(entry)]
+            heapq.heapify(heap)
 
     def _is_current(self, entry: tuple[int, int, Engine]) -> bool:
         load, _, engine = entry

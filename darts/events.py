@@ -1,8 +1,8 @@
-"""What happened, and what to do about it: the whole vocabulary that `darts.core.Core` speaks.
+"""The vocabulary of `darts.core.Core`: events go in, decisions come out.
 
-Events go in, decisions come out; both are frozen, typed and free of I/O. Tokens never appear here, only ids,
-lengths, rewards and policy versions. Lengths are counted in sampled tokens; `time_s` is the driver's clock
-(wall clock in the buffer, virtual in the simulator, recorded in a replay) and never runs backwards.
+Both are frozen, typed and free of I/O. Tokens never appear here, only ids, lengths, rewards and policy
+versions. Lengths are counted in sampled tokens. Events carry no time, since no decision depends on it;
+the event log stores the time beside each event.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Union
 
+from configs.schema import LongEnd
 from darts.lengths import LengthStats
 
 Purpose = Literal["train", "eval"]
@@ -21,25 +22,27 @@ CancelReason = Literal["past_selection", "group_full", "deadline", "dropped"]
 
 
 class ProtocolError(Exception):
-    """An event that cannot happen in the present state; the core is unchanged. Names the ids and the state."""
+    """A peer's mistake: an event that is impossible in the present state, which it leaves unchanged.
+
+    The message names the ids and the state.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One task to answer. `lengths` is what the journal remembers of this prompt's response lengths, if anything."""
+    """One task to answer. `lengths`: the journal's statistics of its response lengths, if any."""
 
     prompt_id: str
     lengths: LengthStats | None = None
 
 
-# Events ------------------------------------------------------------------------------------------------------------
+# Events ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class PromptsDrawn:
     """The prompt stream yielded a window of training prompts, in order."""
 
-    time_s: float
     prompts: tuple[Prompt, ...]
 
 
@@ -47,7 +50,6 @@ class PromptsDrawn:
 class EvaluationRequested:
     """Answer held-out prompts `samples` times each, on engines whose policy is at least `min_version`."""
 
-    time_s: float
     prompts: tuple[Prompt, ...]
     samples: int
     min_version: int
@@ -55,17 +57,15 @@ class EvaluationRequested:
 
 @dataclass(frozen=True, slots=True)
 class PoolRestored:
-    """A resumed run: the length statistics pooled over all prompts, as they were."""
+    """A run was resumed: these are the length statistics pooled over all its prompts."""
 
-    time_s: float
     lengths: LengthStats
 
 
 @dataclass(frozen=True, slots=True)
-class ActorJoined:
+class EngineJoined:
     """An engine announced itself with `slots` credits and the policy version that it has loaded."""
 
-    time_s: float
     engine_id: str
     engine_type: str
     slots: int
@@ -73,27 +73,27 @@ class ActorJoined:
 
 
 @dataclass(frozen=True, slots=True)
-class ActorLost:
-    """An engine is gone, and with it everything it had in flight."""
+class EngineLost:
+    """An engine is gone, together with everything that it had in flight."""
 
-    time_s: float
     engine_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoaded:
-    """An engine swapped in a published policy; what it samples from now on is of that version."""
+    """An engine swapped in a published policy: from now on it samples from that version."""
 
-    time_s: float
     engine_id: str
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyReported:
-    """An engine measured `ms_per_token` at `batch` requests decoding at once. Absurd values are counted and ignored."""
+    """An engine measured `ms_per_token` with `batch` requests decoding at once.
 
-    time_s: float
+    Impossible values are counted and ignored.
+    """
+
     engine_id: str
     batch: float
     ms_per_token: float
@@ -103,16 +103,17 @@ class LatencyReported:
 class RolloutProgressed:
     """A rollout in flight has now sampled `num_tokens` tokens."""
 
-    time_s: float
     rollout_id: int
     num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutFinished:
-    """A rollout ended by itself and was scored. `truncated`: it hit the length limit. Frees its slot."""
+    """A rollout ended by itself and was scored, which frees its slot.
 
-    time_s: float
+    `truncated`: it reached its length limit, either `sampling.max_tokens` or the end of the context.
+    """
+
     rollout_id: int
     num_tokens: int
     truncated: bool
@@ -122,41 +123,41 @@ class RolloutFinished:
 
 @dataclass(frozen=True, slots=True)
 class RolloutFailed:
-    """The engine or the environment failed on a rollout: it is launched again, never scored. Frees its slot."""
+    """The engine or the environment failed on a rollout, which frees its slot. It is never scored."""
 
-    time_s: float
     rollout_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutStopped:
-    """The engine confirms a cancel: the slot is free. `num_tokens` is what had been sampled by then."""
+    """The engine confirms a cancel, so the slot is free. `num_tokens`: tokens sampled until it stopped."""
 
-    time_s: float
     rollout_id: int
     num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerJoined:
-    """A learner (re)joined. Groups handed to its predecessor and never trained are offered again, or dropped as stale."""
+    """A learner joined, perhaps after an earlier one died.
 
-    time_s: float
+    Groups that were shipped and never trained are offered again, or dropped as stale.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyPublished:
-    """The learner published an update: its version counts from 0 and grows."""
+    """The learner published an update. Versions count from 0 and grow."""
 
-    time_s: float
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class ShardsRequested:
-    """The learner asks for the groups of its next step. Answered by `groups_per_step` `Ship`s, at once or later."""
+    """The learner asks for the groups of its next step.
 
-    time_s: float
+    The answer is `groups_per_step` `Ship`s, at once or later.
+    """
+
     step: int
 
 
@@ -164,38 +165,39 @@ class ShardsRequested:
 class GroupTrained:
     """The learner has trained on a group that was shipped to it."""
 
-    time_s: float
     group_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionPaused:
-    """The trajectory store is full (or no longer is): open no training group until told otherwise."""
+    """Stop opening training groups because the trajectory store is full, or start again."""
 
-    time_s: float
     paused: bool
 
 
 @dataclass(frozen=True, slots=True)
 class RunEnded:
-    """No step will follow: every open training group is dropped; evaluation goes on."""
-
-    time_s: float
+    """No step will follow: every open training group is dropped, while evaluation goes on."""
 
 
 Event = Union[
-    PromptsDrawn, EvaluationRequested, PoolRestored, ActorJoined, ActorLost, PolicyLoaded, LatencyReported,
-    RolloutProgressed, RolloutFinished, RolloutFailed, RolloutStopped, LearnerJoined, PolicyPublished,
-    ShardsRequested, GroupTrained, AdmissionPaused, RunEnded,
+    PromptsDrawn, EvaluationRequested, PoolRestored, EngineJoined, EngineLost, PolicyLoaded,
+    LatencyReported, RolloutProgressed, RolloutFinished, RolloutFailed, RolloutStopped, LearnerJoined,
+    PolicyPublished, ShardsRequested, GroupTrained, AdmissionPaused, RunEnded,
 ]  # fmt: skip
 
 
-# Decisions ---------------------------------------------------------------------------------------------------------
+# Decisions ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutRecord:
-    """How one rollout ended. A cancelled or lost one has no reward; its `tokens` are what was seen of it."""
+    """How one rollout ended. Only a rollout that ended by itself has a reward.
+
+    tokens: sampled until its end was decided; for a cancelled or lost rollout, as far as reported.
+    truncated: its length limit ended it, whether or not it was then selected.
+    overshoot: further tokens, sampled between the decision to cancel it and its engine's stop.
+    """
 
     rollout_id: int
     engine_id: str
@@ -203,18 +205,34 @@ class RolloutRecord:
     reward: float | None
     end: RolloutEnd
     oldest_version: int
+    truncated: bool = False
+    overshoot: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """The whole story of a closed group: one row of the selection ledger. `shipped_version` is -1 unless shipped."""
+    """The story of one group: a row of the selection ledger. `shipped_version` is -1 unless shipped.
+
+    Example: M = 3 with one long seat. Four rollouts started at version 4; one was past the selection.
+
+        GroupRecord(
+            group_id=17, prompt_id="train/42", opened_version=4, shipped_version=5, budget=4,
+            long_end="survivor", end="shipped",
+            rollouts=(
+                RolloutRecord(68, "host/0", 31, 1.0, "selected_short", 4),
+                RolloutRecord(69, "host/0", 55, 0.0, "selected_short", 4),
+                RolloutRecord(70, "host/0", 140, 1.0, "selected_long", 4),
+                RolloutRecord(71, "host/0", 64, None, "cancelled", 4, overshoot=3),
+            ),
+        )
+    """
 
     group_id: int
     prompt_id: str
     opened_version: int
     shipped_version: int
     budget: int
-    mode: str
+    long_end: LongEnd
     end: GroupEnd
     rollouts: tuple[RolloutRecord, ...]
 
@@ -228,7 +246,7 @@ class OpenGroup:
     purpose: Purpose
     engine_id: str
     budget: int
-    mode: str
+    long_end: LongEnd
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +255,8 @@ class Launch:
 
     rollout_id: int
     group_id: int
+    prompt_id: str
+    purpose: Purpose
     engine_id: str
     continues: int | None
 
@@ -252,15 +272,25 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Ship:
-    """Hand this group's selected trajectories to the learner, for `step`."""
+    """Hand the selected trajectories of this group to the learner, for `step`."""
 
     step: int
     record: GroupRecord
 
 
 @dataclass(frozen=True, slots=True)
+class Close:
+    """A shipped group was trained: record it and forget its rollouts."""
+
+    record: GroupRecord
+
+
+@dataclass(frozen=True, slots=True)
 class Drop:
-    """This group will not be trained on. `requeued`: its prompt returns to the head of the queue."""
+    """This group will not be trained: record it and forget its rollouts.
+
+    `requeued`: its prompt returned to the head of the queue.
+    """
 
     record: GroupRecord
     requeued: bool
@@ -268,17 +298,28 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A held-out group has ended; every rollout counts."""
+    """A held-out group has ended; each of its rollouts counts."""
 
     record: GroupRecord
 
 
 @dataclass(frozen=True, slots=True)
+class CountOvershoot:
+    """A cancelled rollout stopped after its group's record was made: count these tokens as well."""
+
+    group_id: int
+    rollout_id: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class RememberLengths:
-    """Keep these length statistics for the next time the prompt is drawn; `prompt_id` "" is the pool of all prompts."""
+    """Keep these length statistics for the next draw of the prompt; "" is the pool of all prompts."""
 
     prompt_id: str
     lengths: LengthStats
 
 
-Decision = Union[OpenGroup, Launch, Cancel, Ship, Drop, Evaluated, RememberLengths]
+Decision = Union[
+    OpenGroup, Launch, Cancel, Ship, Close, Drop, Evaluated, CountOvershoot, RememberLengths
+]

@@ -1,7 +1,7 @@
 """The tables of groups and rollouts, and the legal moves between their states.
 
-Owns what is true about a group right now: its rollouts, which have finished, which are in flight, what may be cancelled.
-Decides nothing by itself and never does I/O; `darts.core.Core` drives it.
+Owns the present truth about a group: its rollouts, which of them have finished and which are in
+flight. Decides nothing by itself and does no I/O; driven by `darts.core.Core`.
 """
 
 from __future__ import annotations
@@ -36,29 +36,22 @@ class RolloutState(Enum):
 class GroupState(Enum):
     OPEN = "open"  # rollouts are in flight or still to be launched
     READY = "ready"  # the selection is decided
-    HANDED = "handed"  # a learner has it
+    SHIPPED = "shipped"  # the learner has it
     CLOSED = "closed"  # trained, dropped or evaluated
 
 
-# A rollout ends once. READY -> HANDED -> READY is a learner that died with the group in its hands.
-ROLLOUT_MOVES: dict[RolloutState, frozenset[RolloutState]] = {
-    RolloutState.RUNNING: frozenset(RolloutState) - {RolloutState.RUNNING},
-    RolloutState.FINISHED: frozenset(),
-    RolloutState.TRUNCATED: frozenset(),
-    RolloutState.CANCELLED: frozenset(),
-    RolloutState.LOST: frozenset(),
-}
+# READY -> SHIPPED -> READY: the learner died before it had trained on the group.
 GROUP_MOVES: dict[GroupState, frozenset[GroupState]] = {
     GroupState.OPEN: frozenset({GroupState.READY, GroupState.CLOSED}),
-    GroupState.READY: frozenset({GroupState.HANDED, GroupState.CLOSED}),
-    GroupState.HANDED: frozenset({GroupState.READY, GroupState.CLOSED}),
+    GroupState.READY: frozenset({GroupState.SHIPPED, GroupState.CLOSED}),
+    GroupState.SHIPPED: frozenset({GroupState.READY, GroupState.CLOSED}),
     GroupState.CLOSED: frozenset(),
 }
 
 
 @dataclass(slots=True, eq=False)
 class Rollout:
-    """One response in flight or ended. It keeps its slot on `engine_id` until the engine says so, cancelled or not."""
+    """One response, in flight or ended. It keeps its slot until its engine frees it, cancelled or not."""
 
     rollout_id: int
     group: Group
@@ -68,15 +61,16 @@ class Rollout:
     oldest_version: int
     state: RolloutState = RolloutState.RUNNING
     reward: float | None = None
+    overshoot: int = 0  # tokens sampled after the decision to cancel
 
-    def move(self, state: RolloutState) -> None:
-        assert state in ROLLOUT_MOVES[self.state], (self.rollout_id, self.state, state)
-        self.state = state
+    @property
+    def runs(self) -> bool:
+        return self.state is RolloutState.RUNNING
 
 
 @dataclass(slots=True)
 class Planned:
-    """A rollout still to be launched: a fresh one, or one that takes over where a lost one stopped."""
+    """A rollout to be launched: a fresh one, or one that continues where a lost one stopped."""
 
     attempt: int = 1
     continues: Rollout | None = None
@@ -84,29 +78,31 @@ class Planned:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """One prompt's responses. `floor`: no token of the group is older than this policy version."""
+    """The responses to one prompt. No token of the group is older than policy version `min_version`."""
 
     group_id: int
     prompt: Prompt
     purpose: Purpose
     engine_id: str
-    floor: int
+    min_version: int
     opened_version: int
     budget: int
     group_size: int
     num_long: int
-    mode: LongEnd
+    long_end: LongEnd
     planned: deque[Planned]
     state: GroupState = GroupState.OPEN
-    watch: float = inf  # a rollout in flight that grows past this many tokens makes the group worth another look
-    release: bool = False  # its deadline has come: it ships as soon as M have finished
+    review_above: float = (
+        inf  # a rollout in flight that is longer than this may have to be cancelled
+    )
+    at_deadline: bool = False  # the group ships as soon as `group_size` rollouts have finished
     shipped_version: int = -1
-    rollouts: dict[int, Rollout] = field(default_factory=dict)
-    running: dict[int, Rollout] = field(default_factory=dict)
-    finished: list[Candidate] = field(default_factory=list)  # sorted by length
-    truncated: list[Candidate] = field(default_factory=list)
-    survivors: set[int] = field(default_factory=set)
-    survivors_chosen: int = 0
+    rollouts: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
+    running: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
+    finished: list[Candidate] = field(default_factory=list[Candidate])  # sorted by length
+    truncated: list[Candidate] = field(default_factory=list[Candidate])
+    survivors: set[int] = field(default_factory=set[int])
+    num_survivors_chosen: int = 0
     selection: Selection | None = None
 
     @property
@@ -125,23 +121,24 @@ class Group:
         self.running[rollout.rollout_id] = rollout
 
     def end(self, rollout: Rollout, state: RolloutState) -> None:
-        """Takes `rollout` out of flight."""
-        rollout.move(state)
+        """Take `rollout` out of flight. A rollout ends once."""
+        assert rollout.runs and state is not RolloutState.RUNNING, (rollout.rollout_id, state)
+        rollout.state = state
         del self.running[rollout.rollout_id]
         if state is RolloutState.FINISHED:
             insort(self.finished, Candidate(rollout.tokens, rollout.rollout_id))
         elif state is RolloutState.TRUNCATED:
             self.truncated.append(Candidate(rollout.tokens, rollout.rollout_id))
 
-    def cut(self) -> float:
-        """Length past which a rollout in flight provably cannot take a short seat (strictly longer); inf while unknown.
-
-        Source: our online rule. s_j is the j-th smallest finished length; in flight and longer than s_j means past j.
-        """
-        seats = self.group_size if self.mode == "none" else self.group_size - self.num_long
-        if self.mode == "longest" or len(self.finished) < self.group_size or seats == 0:
-            return inf
-        return self.finished[seats - 1].tokens
+    def observed_lengths(self) -> tuple[list[int], list[int]]:
+        """Exact lengths, and lower bounds from rollouts that were cut off before their end."""
+        bounds = [c.tokens for c in self.truncated]
+        bounds += [
+            r.tokens
+            for r in self.rollouts.values()
+            if r.state is RolloutState.CANCELLED and r.tokens
+        ]
+        return [c.tokens for c in self.finished], bounds
 
     def record(self, end: GroupEnd) -> GroupRecord:
         seats: dict[int, RolloutEnd] = {}
@@ -150,24 +147,26 @@ class Group:
             seats |= dict.fromkeys(self.selection.long + self.selection.filled, "selected_long")
         rows = tuple(
             RolloutRecord(
-                r.rollout_id,
-                r.engine_id,
-                r.tokens,
-                r.reward,
-                seats.get(r.rollout_id, _end_unselected(r)),
-                r.oldest_version,
+                rollout_id=r.rollout_id,
+                engine_id=r.engine_id,
+                tokens=r.tokens,
+                reward=r.reward,
+                end=seats.get(r.rollout_id, _end_unselected(r)),
+                oldest_version=r.oldest_version,
+                truncated=r.state is RolloutState.TRUNCATED,
+                overshoot=r.overshoot,
             )
             for r in self.rollouts.values()
         )
         return GroupRecord(
-            self.group_id,
-            self.prompt.prompt_id,
-            self.opened_version,
-            self.shipped_version,
-            self.budget,
-            self.mode,
-            end,
-            rows,
+            group_id=self.group_id,
+            prompt_id=self.prompt.prompt_id,
+            opened_version=self.opened_version,
+            shipped_version=self.shipped_version,
+            budget=self.budget,
+            long_end=self.long_end,
+            end=end,
+            rollouts=rows,
         )
 
 
@@ -177,9 +176,9 @@ def _end_unselected(rollout: Rollout) -> RolloutEnd:
             return "discarded"
         case RolloutState.TRUNCATED:
             return "truncated"
-        case (
-            RolloutState.CANCELLED | RolloutState.RUNNING
-        ):  # RUNNING: being dropped at this very moment
+        case RolloutState.CANCELLED:
             return "cancelled"
         case RolloutState.LOST:
             return "lost"
+        case RolloutState.RUNNING:
+            raise AssertionError(f"rollout {rollout.rollout_id} is recorded while it runs")

@@ -1,41 +1,145 @@
-"""How stale a trajectory may get: admission pacing, and the hard bound it makes feasible. Pure functions.
+"""How stale a trajectory may get: the pacing of admission, and the hard bound that pacing makes feasible.
 
-A group's *floor* is the policy version of its engine when it opened; every rollout of the group is sampled by that version
-or a newer one, so a group handed over at learner version v has lag at most v - floor. Its *deadline* is floor + max_lag.
+A group's `min_version` is the policy version of its engine when it opened. Each of its rollouts is
+sampled by that version or a newer one, so a group that ships at learner version v has a lag of at most
+v - min_version. It must ship by version min_version + max_lag, its deadline.
 
-Why the bound can always be kept: a group opens only if all outstanding groups, itself included, fit into the hand-overs
-that remain up to its deadline. Taking the earliest deadline first, each step's batch then has room for every group that
-is due, and a batch whose due groups are not ready waits for them (or drops them): see `Core`.
-Differs from counting admissions against the learner's version, as published elsewhere: an engine that has not yet swapped
-opens groups that are stale from the start, so its own version is what counts.
+The bound can always be kept. A group opens only if all outstanding groups, itself included, fit into
+the ships that remain up to its deadline. Taking the earliest deadline first, the batch of each step
+then has room for every group that is due, and a batch whose due groups are not ready waits for them
+(or drops them): see `Core`.
+Differs from counting admissions against the learner's version, as published elsewhere: an engine that
+has not yet swapped opens groups that are stale from the start, so its own version is what counts.
 """
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Iterator
 
-def handovers_left(
-    floor: int,
+from darts.groups import Group, GroupState
+
+
+def ships_left(
+    min_version: int,
     learner_version: int,
     steps_left: int,
     max_lag: int,
     groups_per_step: int,
     steps_per_version: int,
 ) -> int:
-    """Groups that can still be handed over while a group with this floor is within `max_lag`.
+    """Groups that can still ship while a group of `min_version` is within `max_lag`.
 
     steps_left: batches that the learner will still take before it publishes its next version.
     """
-    later_versions = floor + max_lag - learner_version
+    later_versions = min_version + max_lag - learner_version
     if later_versions < 0:
         return 0
     return groups_per_step * (steps_left + later_versions * steps_per_version)
 
 
-def is_due(floor: int, learner_version: int, steps_left: int, max_lag: int) -> bool:
-    """Whether the next publication pushes a group past the bound, unless the batch about to be handed over has it."""
-    return steps_left <= 1 and floor + max_lag <= learner_version
+def is_due(min_version: int, learner_version: int, steps_left: int, max_lag: int) -> bool:
+    """Whether the next publication makes the group too old, unless the next batch contains it."""
+    return steps_left <= 1 and min_version + max_lag <= learner_version
 
 
-def is_stale(floor: int, learner_version: int, max_lag: int) -> bool:
-    """Whether handing the group over now would break the bound."""
-    return learner_version - floor > max_lag
+def is_stale(min_version: int, learner_version: int, max_lag: int) -> bool:
+    """Whether shipping the group now would break the bound."""
+    return learner_version - min_version > max_lag
+
+
+class OutstandingGroups:
+    """Training groups that have opened and not yet shipped, by `min_version`, earliest deadline first.
+
+    Owns the learner's clock as well: `learner_version`, its newest published version (-1 before the
+    first), and `steps_left`, the batches that it still takes before it publishes the next.
+    """
+
+    def __init__(self, max_lag: int, groups_per_step: int, steps_per_version: int) -> None:
+        self.max_lag = max_lag
+        self.groups_per_step = groups_per_step
+        self.steps_per_version = steps_per_version
+        self.learner_version = -1
+        self.steps_left = 0
+        self.num_outstanding = 0
+        self.num_ready = 0  # of those outstanding: their selection is decided
+        self._by_min_version: dict[int, dict[int, Group]] = {}
+        # A heap of (min_version, id, group). Groups that were dropped since are skipped.
+        self._ready: list[tuple[int, int, Group]] = []
+
+    def __contains__(self, group: Group) -> bool:
+        return group.group_id in self._by_min_version.get(group.min_version, {})
+
+    def published(self, version: int) -> None:
+        self.learner_version, self.steps_left = version, self.steps_per_version
+
+    def has_room(self, min_version: int) -> bool:
+        """Whether one more group can ship within the bound, after all that are outstanding."""
+        left = ships_left(
+            min_version,
+            self.learner_version,
+            self.steps_left,
+            self.max_lag,
+            self.groups_per_step,
+            self.steps_per_version,
+        )
+        return self.learner_version >= 0 and self.num_outstanding < left
+
+    def add(self, group: Group) -> None:
+        self._by_min_version.setdefault(group.min_version, {})[group.group_id] = group
+        self.num_outstanding += 1
+        if group.state is GroupState.READY:
+            self.ready(group)
+
+    def ready(self, group: Group) -> None:
+        self.num_ready += 1
+        heapq.heappush(self._ready, (group.min_version, group.group_id, group))
+
+    def remove(self, group: Group) -> None:
+        """Call this when the group ships or is dropped, while it is still in its old state."""
+        self.num_outstanding -= 1
+        self.num_ready -= int(group.state is GroupState.READY)
+        same_version = self._by_min_version[group.min_version]
+        del same_version[group.group_id]
+        if not same_version:
+            del self._by_min_version[group.min_version]
+
+    def due(self) -> list[Group]:
+        """Groups that must be in the next batch, since the next publication makes them too old."""
+        return self._of_versions(
+            is_due(version, self.learner_version, self.steps_left, self.max_lag)
+            for version in self._versions()
+        )
+
+    def stale(self) -> list[Group]:
+        """Groups that are too old already, which happens only after a learner died."""
+        return self._of_versions(
+            is_stale(version, self.learner_version, self.max_lag) for version in self._versions()
+        )
+
+    def take_batch(self) -> list[Group]:
+        """The learner's next batch, oldest first. Empty until it is full and no due group is missing."""
+        if self.num_ready < self.groups_per_step or any(
+            group.state is GroupState.OPEN for group in self.due()
+        ):
+            return []
+        batch: list[Group] = []
+        while len(batch) < self.groups_per_step:
+            group = heapq.heappop(self._ready)[2]
+            if group.state is GroupState.READY:
+                self.remove(group)
+                group.move(GroupState.SHIPPED)
+                batch.append(group)
+        self.steps_left -= 1
+        return batch
+
+    def _versions(self) -> list[int]:
+        return sorted(self._by_min_version)
+
+    def _of_versions(self, chosen: Iterator[bool]) -> list[Group]:
+        return [
+            group
+            for version, is_chosen in zip(self._versions(), chosen, strict=True)
+            if is_chosen
+            for group in self._by_min_version[version].values()
+        ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from buffer.wire import messages as msg
-from buffer.wire.client import ActorLink, LearnerLink
+from buffer.wire.client import EngineLink, LearnerLink
 from darts import events as ev
 from darts.config import CoreConfig
 from darts.core import Core
@@ -83,21 +83,21 @@ class World:
 
     def join(self, engine_id: str, slots: int, version: int) -> None:
         self.engine_versions[engine_id], self.engine_slots[engine_id] = version, slots
-        self.send(ev.ActorJoined(self.tick(), engine_id, "fake", slots, version))
+        self.send(ev.EngineJoined(engine_id, "fake", slots, version))
 
     def lose(self, engine_id: str) -> None:
         for rollout in self.on_engine(engine_id):
             rollout.end = "cancelled" if rollout.end == "cancelling" else "lost"
         del self.engine_versions[engine_id]
-        self.send(ev.ActorLost(self.tick(), engine_id))
+        self.send(ev.EngineLost(engine_id))
 
     def load(self, engine_id: str, version: int) -> None:
         self.engine_versions[engine_id] = version
-        self.send(ev.PolicyLoaded(self.tick(), engine_id, version))
+        self.send(ev.PolicyLoaded(engine_id, version))
 
     def draw(self, prompt_ids: list[str]) -> None:
         self.drawn.update(prompt_ids)
-        self.send(ev.PromptsDrawn(self.tick(), tuple(ev.Prompt(p) for p in prompt_ids)))
+        self.send(ev.PromptsDrawn(tuple(ev.Prompt(p) for p in prompt_ids)))
 
     def on_engine(self, engine_id: str) -> list[TrueRollout]:
         """Rollouts that hold a slot there: running, or cancelled and not yet confirmed."""
@@ -117,13 +117,12 @@ class World:
         """Decodes; at its true length the rollout finishes, cancelled meanwhile or not."""
         rollout.tokens = min(rollout.length, rollout.tokens + num_tokens)
         if rollout.tokens < rollout.length:
-            self.send(ev.RolloutProgressed(self.tick(), rollout.rollout_id, rollout.tokens))
+            self.send(ev.RolloutProgressed(rollout.rollout_id, rollout.tokens))
         else:
             truncated = rollout.length >= self.config.max_tokens
             rollout.end = "raced" if rollout.end == "cancelling" else "finished"
             self.send(
                 ev.RolloutFinished(
-                    self.tick(),
                     rollout.rollout_id,
                     rollout.tokens,
                     truncated,
@@ -134,32 +133,32 @@ class World:
 
     def fail(self, rollout: TrueRollout) -> None:
         rollout.end = "lost"
-        self.send(ev.RolloutFailed(self.tick(), rollout.rollout_id))
+        self.send(ev.RolloutFailed(rollout.rollout_id))
 
     def confirm(self, rollout: TrueRollout) -> None:
         rollout.end = "cancelled"
-        self.send(ev.RolloutStopped(self.tick(), rollout.rollout_id, rollout.tokens))
+        self.send(ev.RolloutStopped(rollout.rollout_id, rollout.tokens))
 
     def publish(self) -> None:
         self.version += 1
         self.steps_left = self.config.steps_per_version
-        self.send(ev.PolicyPublished(self.tick(), self.version))
+        self.send(ev.PolicyPublished(self.version))
 
     def request(self) -> None:
         self.step_pending = True
-        self.send(ev.ShardsRequested(self.tick(), self.next_step))
+        self.send(ev.ShardsRequested(self.next_step))
 
     def train(self) -> None:
         for group_id in list(self.handed):
             record = self.handed.pop(group_id)
             self.ended[group_id] = "trained"
             self.settled[record.prompt_id] += 1
-            self.send(ev.GroupTrained(self.tick(), group_id))
+            self.send(ev.GroupTrained(group_id))
 
     def rejoin_learner(self) -> None:
         self.handed.clear()
         self.step_pending = False
-        self.send(ev.LearnerJoined(self.tick()))
+        self.send(ev.LearnerJoined())
         self.publish()
 
     def finish_everything(self) -> None:
@@ -320,14 +319,14 @@ class FakeEngine(threading.Thread):
         self.shutdown: msg.Shutdown | None = None
 
     def run(self) -> None:
-        hello = msg.ActorHello(
+        hello = msg.EngineHello(
             engine_id=self.engine_id,
             engine_type="fake",
             slots=self.slots,
             policy_version=-1,
             pid=id(self) % 10**6,
         )
-        with ActorLink(self.address, self.engine_id, peer_timeout_s=10) as link:
+        with EngineLink(self.address, self.engine_id, peer_timeout_s=10) as link:
             self.load(link, link.connect(hello, 20).policy)
             while not self.killed.is_set():
                 message = link.receive(0.002)
@@ -343,12 +342,12 @@ class FakeEngine(threading.Thread):
         self.killed.set()
         self.join(5)
 
-    def load(self, link: ActorLink, policy: msg.SnapshotRef | None) -> None:
+    def load(self, link: EngineLink, policy: msg.SnapshotRef | None) -> None:
         if policy is not None:
             self.version = policy.version
             link.send(msg.PolicyLoaded(version=policy.version, fetch_s=0.0, pause_s=0.0))
 
-    def obey(self, link: ActorLink, message: msg.ActorCommand) -> None:
+    def obey(self, link: EngineLink, message: msg.EngineCommand) -> None:
         match message:
             case msg.PolicyPublished():
                 self.load(link, message.policy)
@@ -362,12 +361,12 @@ class FakeEngine(threading.Thread):
                 self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
             case msg.Cancel():
                 for rollout_id in message.rollout_ids:
-                    if self.in_flight.pop(rollout_id, None):
-                        link.send(msg.Stopped(rollout_id=rollout_id))
+                    if (state := self.in_flight.pop(rollout_id, None)) is not None:
+                        link.send(msg.Stopped(rollout_id=rollout_id, num_tokens=state[0]))
             case _:
                 pass
 
-    def decode(self, link: ActorLink) -> None:
+    def decode(self, link: EngineLink) -> None:
         for rollout_id, state in list(self.in_flight.items()):
             num = min(state[1] - state[0], self.rng.randint(1, 6))
             state[0] += num
@@ -384,6 +383,7 @@ class FakeEngine(threading.Thread):
                     link.send(
                         msg.Finished(
                             rollout_id=rollout_id,
+                            num_tokens=state[1],
                             truncated=truncated,
                             reward=reward,
                             text="x" * state[1],

@@ -38,10 +38,10 @@ def core(options: Sequence[str]) -> None:
     def send(event: ev.Event) -> None:
         launched.extend(d.rollout_id for d in machine.handle(event) if type(d) is ev.Launch)
 
-    send(ev.PolicyPublished(0.0, 0))
+    send(ev.PolicyPublished(0))
     for index in range(ENGINES):
-        send(ev.ActorJoined(0.0, f"engine/{index}", "bench", SLOTS, 0))
-    send(ev.PromptsDrawn(0.0, tuple(ev.Prompt(f"p{i}") for i in range(4096))))
+        send(ev.EngineJoined(f"engine/{index}", "bench", SLOTS, 0))
+    send(ev.PromptsDrawn(tuple(ev.Prompt(f"p{i}") for i in range(4096))))
     print(
         f"{len(launched):,} rollouts in flight on {ENGINES} engines, {machine.num_outstanding:,} groups"
     )

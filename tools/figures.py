@@ -82,14 +82,14 @@ def draw_lag(example: LagExample) -> str:
             svg.rect(LEFT + step.served * scale, top + 5, trained, BAR, fill=MUTED)
             svg.text(LEFT + step.served * scale + 4, top + 17, "step", fill="#ffffff")
     for row, (number, bar) in enumerate(bars.items(), start=1):
-        y, colour = top + ROW * row + 5, VERSION_COLOURS[bar.floor]
+        y, colour = top + ROW * row + 5, VERSION_COLOURS[bar.min_version]
         opened, finished, handed = (
             LEFT + t * scale for t in (bar.opened, bar.finished, bar.handed)
         )
         svg.text(LEFT - 10, y + 12, f"group {number}", text_anchor="end")
         svg.rect(finished, y, handed - finished, BAR, fill=colour, fill_opacity=0.25)
         svg.rect(opened, y, finished - opened, BAR, fill=colour)
-        svg.text(opened + 4, y + 12, f"from {bar.floor}", fill="#ffffff")
+        svg.text(opened + 4, y + 12, f"from {bar.min_version}", fill="#ffffff")
         svg.text(handed + 5, y + 12, f"lag {bar.lag}")
     return svg.render()
 

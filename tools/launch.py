@@ -1,7 +1,7 @@
 """`python -m tools.launch [key=value ...]`: every process of one run, on this machine or on a Ray cluster.
 
     launcher ──starts──> buffer, actors (one or more pools), learner
-             <──output, exit status── each          <──Snapshot── buffer
+             <──output, exit status── each          <──LiveState── buffer
 
     waits for      snapshots, output and ends, at most `POLL_S`
     unblocked by   the buffer's end (the run is over), a process that cannot go on, a signal

@@ -1,6 +1,7 @@
-"""`python -m tools.replay runs/<name>`: feeds a recorded event log to the core again and compares every decision.
+"""`python -m tools.replay runs/<name>`: feed a recorded event log to the core and compare every decision.
 
-Proof that a run's decisions follow from its events alone. Exit status 1 names the first event after which they differ.
+It proves that the decisions of a run follow from its events alone. With `--group N` or `--prompt ID` it
+tells the life of a group instead, event by event and decision by decision.
 """
 
 from __future__ import annotations
@@ -8,20 +9,21 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from buffer.records.event_log import DECISION_TYPES, read_sessions
+from buffer.records.event_log import LoggedEvent, read_sessions
 from configs.command import run_command
 from configs.errors import ExitStatus
 from darts import events as ev
 from darts.config import CoreConfig
 from darts.core import Core
+from tools.reporting.group_story import Story
 
 
 class Difference(NamedTuple):
-    """The first event whose decisions are not those recorded."""
+    """The first event whose decisions are not the recorded ones."""
 
     number: int
     event: ev.Event
@@ -30,22 +32,22 @@ class Difference(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """What was compared. `interrupted`: the log ends within an event's decisions, as a killed buffer leaves it."""
+    """What was compared, up to the first difference."""
 
     num_events: int
     num_decisions: int
     difference: Difference | None
 
 
-def replay(config: CoreConfig, entries: Iterator[ev.Event | ev.Decision]) -> Replayed:
-    """Drives a fresh core with the recorded events of one session, up to the first difference."""
+def replay(config: CoreConfig, logged: Iterable[LoggedEvent]) -> Replayed:
+    """Drive a fresh core with the recorded events of one session, up to the first difference."""
     core = Core(config)
     num_events = num_decisions = 0
-    for event, recorded, complete in _with_decisions(entries):
+    for _, event, recorded, complete in logged:
         try:
             replayed = list(core.handle(event))
         except ev.ProtocolError:
-            replayed = []  # a peer's mistake, recorded like any event: the core refused it then, too
+            replayed = []  # a peer's mistake, which the core refused then as well
         if not complete:
             replayed = replayed[: len(recorded)]
         if replayed != recorded:
@@ -57,36 +59,12 @@ def replay(config: CoreConfig, entries: Iterator[ev.Event | ev.Decision]) -> Rep
     return Replayed(num_events, num_decisions, None)
 
 
-def _with_decisions(
-    entries: Iterator[ev.Event | ev.Decision],
-) -> Iterator[tuple[ev.Event, list[ev.Decision], bool]]:
-    """Each event with the decisions that follow it. Of the last one some may be missing (`complete` is False)."""
-    decision_types = tuple(DECISION_TYPES.values())
-    event: ev.Event | None = None
-    decisions: list[ev.Decision] = []
-    for entry in entries:
-        if isinstance(entry, decision_types):
-            decisions.append(entry)
-            continue
-        if event is not None:
-            yield event, decisions, True
-        event, decisions = entry, []
-    if event is not None:
-        yield event, decisions, False
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="directory of a run, such as runs/demo")
-
-
-def run(given: argparse.Namespace) -> int:
-    path: Path = given.run / "events.msgpack"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give the directory of a run, such as runs/demo")
+def compare(path: Path) -> int:
+    """Replay every session of the log at `path` and print the result. Returns the exit status."""
     started = time.perf_counter()
     num_events = num_decisions = 0
-    for session, (config, entries) in enumerate(read_sessions(path)):
-        result = replay(config, entries)
+    for session, (config, logged) in enumerate(read_sessions(path)):
+        result = replay(config, logged)
         if result.difference is not None:
             number, event, recorded, replayed = result.difference
             print(
@@ -100,6 +78,37 @@ def run(given: argparse.Namespace) -> int:
     rate = num_events / max(time.perf_counter() - started, 1e-9)
     print(f"{num_events} events, {num_decisions} decisions: identical ({rate:,.0f} events/s)")
     return ExitStatus.OK
+
+
+def tell(path: Path, group_id: int | None, prompt_id: str | None) -> int:
+    """Print the life of one group, or of all groups of a prompt. Returns the exit status."""
+    num_lines = 0
+    for _, logged in read_sessions(path):
+        story = Story(group_id, prompt_id)
+        for entry in logged:
+            for line in story.lines(entry):
+                num_lines += 1
+                print(line)
+    if not num_lines:
+        wanted = f"group {group_id}" if prompt_id is None else f"prompt {prompt_id}"
+        raise ValueError(f"{path} holds nothing about {wanted}; groups.jsonl lists the groups")
+    return ExitStatus.OK
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="directory of a run, such as runs/demo")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--group", type=int, help="tell the life of the group with this number")
+    which.add_argument("--prompt", help="tell the life of every group of the prompt with this id")
+
+
+def run(given: argparse.Namespace) -> int:
+    path: Path = given.run / "events.msgpack"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the directory of a run, such as runs/demo")
+    if given.group is not None or given.prompt is not None:
+        return tell(path, given.group, given.prompt)
+    return compare(path)
 
 
 def main() -> NoReturn:

@@ -35,7 +35,7 @@ from rich.live import Live
 from rich.text import Text
 
 from buffer.wire.client import MonitorLink
-from buffer.wire.messages import Snapshot
+from buffer.wire.messages import LiveState
 from buffer.wire.transport import TransportError, next_port
 from configs.command import run_command
 from configs.schema import BufferConfig
@@ -55,7 +55,7 @@ class Dashboard:
     def __init__(self, address: str, color: bool) -> None:
         self.address = address
         self.view = View(color=color)
-        self.snapshot: Snapshot | None = None
+        self.snapshot: LiveState | None = None
         self.since_s = time.monotonic()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -72,7 +72,7 @@ class Dashboard:
             height,
         )
 
-    def show(self, snapshot: Snapshot) -> None:
+    def show(self, snapshot: LiveState) -> None:
         self.snapshot, self.since_s = snapshot, time.monotonic()
 
 
@@ -80,7 +80,7 @@ def no_statistics(address: str, waited_s: float) -> str:
     return f"no statistics from {address} within {waited_s:.0f} s: is `python -m buffer` running there?"
 
 
-def first_snapshot(source: MonitorLink | Replay, address: str) -> Snapshot:
+def first_snapshot(source: MonitorLink | Replay, address: str) -> LiveState:
     """The first statistics. Raises `TransportError` if there are none in time."""
     snapshot = source.receive(FIRST_NEWS_S)
     if snapshot is None:
@@ -102,7 +102,7 @@ def print_once(source: MonitorLink | Replay, address: str, console: Console) -> 
 
 def print_json(source: MonitorLink | Replay, address: str) -> None:
     """One object per line, until the run is done."""
-    snapshot: Snapshot | None = first_snapshot(source, address)
+    snapshot: LiveState | None = first_snapshot(source, address)
     while True:
         if snapshot is not None:
             sys.stdout.buffer.write(msgspec.json.encode(snapshot) + b"\n")

@@ -1,6 +1,7 @@
-"""Which prompts are out: drawn from the stream and not yet trained on. What makes a resumed run skip none and repeat none.
+"""Prompts that were drawn from the stream and have not been trained on yet.
 
-Owns the payloads of prompts that the core knows, and the stream's cursor. Driven by the service.
+Owns the payloads of prompts that the core knows, and the cursor by which a resumed run skips none and
+repeats none. Driven by `buffer.run_state`.
 """
 
 from __future__ import annotations
@@ -14,27 +15,26 @@ from buffer.wire.messages import PromptPayload
 
 
 class Cursor(msgspec.Struct, frozen=True):
-    """Where the stream stands: prompts drawn, and those of them whose groups had not ended."""
+    """Where the stream stands: prompts drawn, and the positions of those that are outstanding."""
 
     position: int
     unfinished: list[int]
 
 
-class PromptsOut:
+class OutstandingPrompts:
     """Draws prompts and remembers each, by its id, until its group has ended for good."""
 
     def __init__(self, stream: PromptStream, cursor: Cursor | None = None) -> None:
         self._stream = stream
         self._again = sorted(cursor.unfinished) if cursor else []
         self._payloads: dict[str, PromptPayload] = {}
-        self._positions: dict[str, list[int]] = defaultdict(
-            list
-        )  # a small source may have the same prompt out twice
+        # A small source may have the same prompt outstanding twice.
+        self._positions: dict[str, list[int]] = defaultdict(list)
         if cursor:
             stream.seek(cursor.position)
 
     def draw(self, num_prompts: int) -> list[PromptPayload]:
-        """The next window: what an earlier life left unfinished first."""
+        """The next window. Prompts that an earlier life left unfinished come first."""
         return [self._draw_one() for _ in range(num_prompts)]
 
     def _draw_one(self) -> PromptPayload:

@@ -1,4 +1,4 @@
-"""The live picture that monitors draw: a `Snapshot` of a running run. Reads, never changes."""
+"""The live picture that monitors draw: a `LiveState` of a running run. Reads, never changes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from buffer.records.metrics import HISTOGRAM_EDGES
 from buffer.wire import messages as msg
 from darts.engines import Engine
 from darts.groups import Group
+from darts.survivors import short_cutoff
 
 if TYPE_CHECKING:
-    from buffer.run_state import Run
+    from buffer.run_state import RunState
 
 SHOWN_GROUPS = 32
 
 
-def snapshot(run: Run) -> msg.Snapshot:
+def live_state(run: RunState) -> msg.LiveState:
     core, config = run.core, run.config
-    return msg.Snapshot(
+    return msg.LiveState(
         time_s=run.now(),
         run_name=config.run.name,
         phase=run.phase,
@@ -30,6 +31,7 @@ def snapshot(run: Run) -> msg.Snapshot:
         groups_open=core.num_outstanding - core.num_ready,
         groups_ready=core.num_ready,
         bytes_held=run.store.bytes_held,
+        refused_frames=run.router.num_rejected,
         histogram_edges=HISTOGRAM_EDGES,
         histogram=run.metrics.histogram(),
         lags=list(run.metrics.recent_lags),
@@ -43,13 +45,13 @@ def snapshot(run: Run) -> msg.Snapshot:
 
 
 def _group(group: Group) -> msg.GroupView:
-    cut = group.cut()
+    cutoff = short_cutoff(group)
     return msg.GroupView(
         group_id=group.group_id,
         prompt_id=group.prompt.prompt_id,
-        mode=group.mode,
+        long_end=group.long_end,
         budget=group.budget,
-        cut=0 if cut == float("inf") else int(cut),
+        short_cutoff=0 if cutoff == float("inf") else int(cutoff),
         rollouts=[
             msg.RolloutView(rollout_id=r.rollout_id, tokens=r.tokens, state=r.state.value)
             for r in group.rollouts.values()
@@ -57,7 +59,7 @@ def _group(group: Group) -> msg.GroupView:
     )
 
 
-def _engine(engine: Engine, run: Run) -> msg.EngineView:
+def _engine(engine: Engine, run: RunState) -> msg.EngineView:
     report = run.metrics.latest.reports.get(engine.engine_id)
     return msg.EngineView(
         engine_id=engine.engine_id,

@@ -14,30 +14,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from buffer.wire.messages import EngineReport, PolicyLoaded, PromptView
-from darts.events import GroupRecord, RolloutRecord
+from darts.events import CountOvershoot, GroupRecord, RolloutRecord
 
 HISTOGRAM_EDGES = [
-    0,
-    8,
-    16,
-    24,
-    32,
-    48,
-    64,
-    96,
-    128,
-    192,
-    256,
-    384,
-    512,
-    768,
-    1024,
-    2048,
-    4096,
-    8192,
-    16384,
-    32768,
-]
+    0, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384, 32768
+]  # fmt: skip
 FATES = ("selected_short", "selected_long", "discarded", "truncated", "cancelled")
 SHOWN_PROMPTS = 256  # closed last, of which monitors draw the lengths
 WINDOW = 2048  # rollouts and lags that the live histograms look back on
@@ -89,12 +70,18 @@ class Metrics:
     def closed(self, record: GroupRecord) -> None:
         """A training group reached its end, trained or dropped: its tokens have met their fate."""
         for rollout in record.rollouts:
-            self.tokens["generated"] += rollout.tokens
+            self.tokens["generated"] += rollout.tokens + rollout.overshoot
             self.tokens[_fate_of_tokens(rollout)] += rollout.tokens
+            self.tokens["cancelled"] += rollout.overshoot
             if rollout.end in FATES:
                 self.recent.append((rollout.end, rollout.tokens))
         if record.end != "shipped":
             self._dropped[record.end] += 1
+
+    def count_overshoot(self, late: CountOvershoot) -> None:
+        """A rollout of a group that was recorded already decoded on until its cancel arrived."""
+        self.tokens["generated"] += late.num_tokens
+        self.tokens["cancelled"] += late.num_tokens
 
     def evaluated(self, records: Sequence[GroupRecord], step: int) -> dict[str, float]:
         """Held-out groups of one evaluation, all of them: every rollout counts, at temperature and length limit of training."""
@@ -145,7 +132,7 @@ class Metrics:
             },
             "darts/budget_mean": float(np.mean([record.budget for record in records])),
             "darts/cancelled_frac": _frac(r.end == "cancelled" for r in rollouts),
-            "darts/pruned_frac": _frac(record.mode == "none" for record in records),
+            "darts/pruned_frac": _frac(record.long_end == "none" for record in records),
             "darts/dropped_groups": sum(self._dropped.values()),
             "lag/mean": float(np.mean(lags)),
             "lag/max": max(lags),

@@ -18,8 +18,8 @@ from darts.events import GroupRecord
 Row = dict[str, Any]
 
 
-class Recorder:
-    """Appends to the files of one run; `folder` must exist."""
+class RunFiles:
+    """Appends to the files of one run. `folder` must exist."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -18,6 +18,7 @@ import numpy as np
 
 from buffer.data.outstanding_prompts import Cursor
 from buffer.wire.messages import Chunk, Trajectory
+from darts.events import ProtocolError
 from darts.lengths import LengthStats
 
 KEPT_CURSORS = 10_000  # steps; a learner resumes from one of its newest checkpoints
@@ -86,16 +87,21 @@ class TrajectoryStore:
         self._rollouts[rollout_id] = rollout
         self.bytes_held += rollout.num_bytes
 
-    def append(self, chunk: Chunk) -> None:
-        """Take a chunk as it decodes. ValueError, with nothing changed, for what no correct engine sends."""
+    def check(self, chunk: Chunk) -> None:
+        """Raise ProtocolError for a chunk that no correct engine sends."""
         rollout = self._rollout(chunk.rollout_id)
         _check(chunk)
+        if rollout.continued and not chunk.sampled and not rollout.runs[0][0]:
+            self._check_same_prompt(rollout, chunk)
+
+    def append(self, chunk: Chunk) -> None:
+        """Take a checked chunk as it decodes."""
+        rollout = self._rollout(chunk.rollout_id)
         if not chunk.tokens:
             return
         if rollout.continued:
             rollout.continued = False
             if not chunk.sampled and not rollout.runs[0][0]:
-                self._check_same_prompt(rollout, chunk)
                 return  # the new engine repeats the prompt, which is held already
         rollout.append(chunk)
         self.bytes_held += 2 * len(chunk.tokens)
@@ -107,10 +113,10 @@ class TrajectoryStore:
         )
 
     def oldest_version(self, rollout_id: int) -> int:
-        """The policy version that sampled the oldest token. ValueError where none was sampled."""
+        """The policy version that sampled the oldest token. ProtocolError if none was sampled."""
         versions = [version for sampled, version, _ in self._rollout(rollout_id).runs if sampled]
         if not versions:
-            raise ValueError(
+            raise ProtocolError(
                 f"rollout {rollout_id} has no sampled token, so no policy version: its engine must send chunks before it finishes"
             )
         return min(versions)
@@ -155,13 +161,15 @@ class TrajectoryStore:
     def _rollout(self, rollout_id: int) -> _Rollout:
         rollout = self._rollouts.get(rollout_id)
         if rollout is None:
-            raise ValueError(f"rollout {rollout_id} is not held: never opened here, or discarded")
+            raise ProtocolError(
+                f"rollout {rollout_id} is not held: never opened here, or discarded"
+            )
         return rollout
 
     def _check_same_prompt(self, rollout: _Rollout, chunk: Chunk) -> None:
         held = bytes(rollout.tokens[: 4 * rollout.runs[0][2]])
         if held != chunk.tokens:
-            raise ValueError(
+            raise ProtocolError(
                 f"rollout {chunk.rollout_id} continues a lost one, but its prompt has other tokens ({len(chunk.tokens) // 4} against "
                 f"{len(held) // 4}): the engines of a run must have the same tokenizer and chat template"
             )
@@ -177,7 +185,7 @@ def _spans(rollout: _Rollout) -> Iterable[tuple[bytearray, bool]]:
 def _check(chunk: Chunk) -> None:
     where = f"rollout {chunk.rollout_id}: a chunk's"
     if len(chunk.tokens) % 4:
-        raise ValueError(
+        raise ProtocolError(
             f"{where} tokens are {len(chunk.tokens)} bytes; int32 needs a multiple of 4"
         )
     if len(chunk.logprobs) != (len(chunk.tokens) if chunk.sampled else 0):
@@ -186,16 +194,18 @@ def _check(chunk: Chunk) -> None:
             if chunk.sampled
             else "none, since its tokens were given"
         )
-        raise ValueError(f"{where} logprobs are {len(chunk.logprobs)} bytes; expected {expected}")
+        raise ProtocolError(
+            f"{where} logprobs are {len(chunk.logprobs)} bytes; expected {expected}"
+        )
     if chunk.tokens and np.frombuffer(chunk.tokens, "<i4").min() < 0:
-        raise ValueError(f"{where} tokens hold a negative id; ids are 0 or more")
+        raise ProtocolError(f"{where} tokens hold a negative id; ids are 0 or more")
     if chunk.sampled:
         if chunk.version < 0:
-            raise ValueError(
+            raise ProtocolError(
                 f"{where} version is {chunk.version}; sampled tokens need the policy version that sampled them, 0 or more"
             )
         if not np.isfinite(np.frombuffer(chunk.logprobs, "<f4")).all():
-            raise ValueError(
+            raise ProtocolError(
                 f"{where} logprobs hold a value that is not finite; training on it would destroy the policy"
             )
 

@@ -21,17 +21,17 @@ import zmq
 import zmq.utils.monitor
 
 from buffer.wire.messages import (
-    ActorCommand,
-    ActorHello,
-    ActorMessage,
+    EngineCommand,
+    EngineHello,
+    EngineMessage,
     Heartbeat,
     LearnerCommand,
     LearnerHello,
     LearnerMessage,
     LearnerWelcome,
+    LiveState,
     Message,
     Shutdown,
-    Snapshot,
     Welcome,
 )
 from buffer.wire.transport import (
@@ -328,10 +328,10 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
         self.close()
 
 
-class ActorLink(Link[ActorHello, Welcome, ActorMessage, ActorCommand]):
+class EngineLink(Link[EngineHello, Welcome, EngineMessage, EngineCommand]):
     """An engine's link."""
 
-    _welcome_type, _commands = Welcome, ActorCommand
+    _welcome_type, _commands = Welcome, EngineCommand
 
 
 class LearnerLink(Link[LearnerHello, LearnerWelcome, LearnerMessage, LearnerCommand]):
@@ -357,7 +357,7 @@ class MonitorLink:
             self.close()
             raise
 
-    def receive(self, timeout_s: float) -> Snapshot | None:
+    def receive(self, timeout_s: float) -> LiveState | None:
         """The newest state that has arrived, waiting up to `timeout_s` for one; None if none came."""
         if not self._socket.poll(max(0, int(timeout_s * 1000))):
             return None
@@ -368,7 +368,7 @@ class MonitorLink:
             except zmq.Again:
                 break
         try:
-            return decoder(Snapshot).decode(newest)
+            return decoder(LiveState).decode(newest)
         except msgspec.MsgspecError as error:
             raise TransportError(
                 f"what is published at {self.address} is no state that this monitor understands ({error}): run the buffer's version"

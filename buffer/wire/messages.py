@@ -51,7 +51,7 @@ class Shutdown(Message):
 # actor -> buffer ---------------------------------------------------------------------------------------------------
 
 
-class ActorHello(Message):
+class EngineHello(Message):
     """An engine offers `slots` credits. Repeated until a `Welcome` comes; on another connection it replaces the engine of that name.
 
     `run`: the run that this link has served before, "" for none; a buffer of another run refuses it.
@@ -72,9 +72,14 @@ class Progress(Message):
 
 
 class Finished(Message):
-    """A rollout ended by itself and was scored. All its chunks were sent before."""
+    """A rollout ended by itself and was scored. All its chunks were sent before.
+
+    `num_tokens` counts its sampled tokens. `truncated`: it reached its length limit, either
+    `sampling.max_tokens` or the end of the context.
+    """
 
     rollout_id: int
+    num_tokens: int
     truncated: bool
     reward: float
     text: str  # the response as text, for samples.jsonl; may be cut
@@ -89,9 +94,10 @@ class Failed(Message):
 
 
 class Stopped(Message):
-    """A cancelled rollout's slot is free: the engine has confirmed it."""
+    """The engine confirms a cancel, so the slot is free. `num_tokens` were sampled until it stopped."""
 
     rollout_id: int
+    num_tokens: int
 
 
 class PolicyLoaded(Message):
@@ -111,7 +117,7 @@ class EngineReport(Message):
     busy_frac: float  # mean occupied slots / slots
 
 
-ActorMessage = Union[ActorHello, Progress, Finished, Failed, Stopped, PolicyLoaded, EngineReport]
+EngineMessage = Union[EngineHello, Progress, Finished, Failed, Stopped, PolicyLoaded, EngineReport]
 
 
 # buffer -> actor ---------------------------------------------------------------------------------------------------
@@ -162,7 +168,7 @@ class PolicyPublished(Message):
     policy: SnapshotRef
 
 
-ActorCommand = Union[Welcome, Launch, Cancel, PolicyPublished, Heartbeat, Shutdown]
+EngineCommand = Union[Welcome, Launch, Cancel, PolicyPublished, Heartbeat, Shutdown]
 
 
 # learner -> buffer -------------------------------------------------------------------------------------------------
@@ -175,7 +181,7 @@ class LearnerHello(Message):
     num_ranks: int
     step: int
     pid: int
-    run: str = ""  # as in `ActorHello`
+    run: str = ""  # as in `EngineHello`
 
 
 class Pull(Message):
@@ -220,7 +226,16 @@ class LearnerWelcome(Message):
 
 
 class Trajectory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A selected rollout: prompt and response in one row. `sampled` is uint8 per token: 1 where the policy sampled it."""
+    """A selected rollout: prompt and response in one row. `sampled` is 1 for tokens that the policy sampled.
+
+    Example: two prompt tokens, then three sampled ones, of which a newer policy sampled the last.
+
+        Trajectory(
+            rollout_id=68, group_id=17, tokens=int32([5, 9, 4, 4, 2]), sampled=uint8([0, 0, 1, 1, 1]),
+            actor_logprobs=float32([0, 0, -0.1, -1.2, -0.3]), versions=[(4, 2), (5, 1)],
+            reward=1.0, truncated=False, group_rewards=[1.0, 0.0, 1.0],
+        )
+    """
 
     rollout_id: int
     group_id: int
@@ -234,7 +249,15 @@ class Trajectory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
 
 
 class Shard(Message):
-    """One rank's part of a step."""
+    """One rank's part of a step. Shards of a step have about equal numbers of tokens.
+
+    Example: rank 0 of 2, in a step of 2 groups of 3, of which one trajectory was truncated.
+
+        Shard(
+            step=12, policy_version=5, trajectories=[t0, t3, t4],
+            step_sampled_tokens=610, step_trained_tokens=482,
+        )
+    """
 
     step: int
     policy_version: int
@@ -247,8 +270,8 @@ LearnerCommand = Union[LearnerWelcome, Shard, Heartbeat, Shutdown]
 
 
 # all that the buffer receives, and all that it sends to its peers
-Inbound = Union[ActorMessage, LearnerMessage, Heartbeat]
-Outbound = Union[ActorCommand, LearnerCommand]
+Inbound = Union[EngineMessage, LearnerMessage, Heartbeat]
+Outbound = Union[EngineCommand, LearnerCommand]
 
 
 # buffer -> monitors (PUB) ------------------------------------------------------------------------------------------
@@ -267,9 +290,9 @@ class GroupView(msgspec.Struct, frozen=True, kw_only=True):
 
     group_id: int
     prompt_id: str
-    mode: str
+    long_end: str
     budget: int
-    cut: int  # length of the K-th shortest so far; 0 while fewer have finished
+    short_cutoff: int  # length of the K-th shortest so far; 0 while fewer have finished
     rollouts: list[RolloutView]
 
 
@@ -297,7 +320,7 @@ class PromptView(msgspec.Struct, frozen=True, kw_only=True):
     lengths_wrong: list[int]
 
 
-class Snapshot(Message):
+class LiveState(Message):
     """The live state, published a few times a second. `histogram` counts ends by length bin over recent groups."""
 
     time_s: float
@@ -311,6 +334,7 @@ class Snapshot(Message):
     groups_open: int
     groups_ready: int
     bytes_held: int
+    refused_frames: int  # that no peer of this version may send
     histogram_edges: list[int]
     histogram: dict[str, list[int]]  # end -> count per bin
     lags: list[int]  # lag of recently shipped trajectories

@@ -22,7 +22,7 @@ import zmq
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
-from buffer.wire.messages import ActorHello, LearnerHello, Message
+from buffer.wire.messages import EngineHello, LearnerHello, Message
 
 MAX_FRAME_BYTES = (
     64 << 20
@@ -323,7 +323,7 @@ class Router(_Server):
                 self.num_rejected += 1
                 continue
             peer = frames[0]
-            if isinstance(message, (ActorHello, LearnerHello)):
+            if isinstance(message, (EngineHello, LearnerHello)):
                 self._lost.discard(peer)
                 self._backlog.pop(peer, None)
             received.append((peer, message))

@@ -23,7 +23,6 @@ class RoundGroup:
     prompt: ev.Prompt
     opened_version: int
     budget: int
-    mode: str
     waiting: deque[int | None]
     running: dict[int, tuple[str, int]] = field(
         default_factory=dict
@@ -47,7 +46,7 @@ class RoundGroup:
             self.opened_version,
             shipped,
             self.budget,
-            self.mode,
+            "longest",
             end,
             tuple(rows),
         )
@@ -89,7 +88,7 @@ class Rounds:
         match event:
             case ev.PromptsDrawn():
                 self._pending.extend(event.prompts)
-            case ev.ActorJoined():
+            case ev.EngineJoined():
                 self._free[event.engine_id], self._versions[event.engine_id] = (
                     event.slots,
                     event.policy_version,
@@ -134,15 +133,15 @@ class Rounds:
         """A full batch is ready: what becomes of the groups still open."""
         raise NotImplementedError
 
-    def open(self, prompt: ev.Prompt, budget: int, mode: str) -> None:
+    def open(self, prompt: ev.Prompt, budget: int) -> None:
         group = RoundGroup(
-            self._next_group, prompt, self.policy_version, budget, mode, deque([None] * budget)
+            self._next_group, prompt, self.policy_version, budget, deque([None] * budget)
         )
         self._next_group += 1
         self._open[group.group_id] = group
         engine_id = max(self._free, key=lambda engine: self._free[engine])
         self._out.append(
-            ev.OpenGroup(group.group_id, prompt.prompt_id, "train", engine_id, budget, mode)
+            ev.OpenGroup(group.group_id, prompt.prompt_id, "train", engine_id, budget, "longest")
         )
         self._launching.append(group)
 
@@ -161,7 +160,16 @@ class Rounds:
             self._free[engine_id] -= 1
             group.running[rollout_id] = (engine_id, oldest)
             self._holders[rollout_id], self._engine_of[rollout_id] = group, engine_id
-            self._out.append(ev.Launch(rollout_id, group.group_id, engine_id, before))
+            self._out.append(
+                ev.Launch(
+                    rollout_id=rollout_id,
+                    group_id=group.group_id,
+                    prompt_id=group.prompt.prompt_id,
+                    purpose="train",
+                    engine_id=engine_id,
+                    continues=before,
+                )
+            )
 
     def _finished(self, event: ev.RolloutFinished) -> None:
         group = self._release(event.rollout_id)
@@ -170,7 +178,13 @@ class Rounds:
         engine_id, oldest = group.running.pop(event.rollout_id)
         group.ended.append(
             ev.RolloutRecord(
-                event.rollout_id, engine_id, event.num_tokens, event.reward, "discarded", oldest
+                rollout_id=event.rollout_id,
+                engine_id=engine_id,
+                tokens=event.num_tokens,
+                reward=event.reward,
+                end="discarded",
+                oldest_version=oldest,
+                truncated=event.truncated,
             )
         )
         if sum(row.reward is not None for row in group.ended) == self.group_size:
@@ -226,10 +240,10 @@ class TailBatching(Rounds):
     def begin(self) -> None:
         if len(self._deferred) >= self.groups_per_step:
             for _ in range(self.groups_per_step):
-                self.open(self._deferred.popleft(), self.group_size, "long_round")
+                self.open(self._deferred.popleft(), self.group_size)
             return
         for _ in range(self.started):
-            self.open(self._pending.popleft(), self.with_extra, "short_round")
+            self.open(self._pending.popleft(), self.with_extra)
 
     def end(self) -> None:
         for group in [*self._open.values(), *self._ready]:
@@ -253,7 +267,7 @@ class PartialRollout(Rounds):
     def begin(self) -> None:
         self._launching.extend(self._open.values())
         for _ in range(max(0, self.started - len(self._open) - len(self._ready))):
-            self.open(self._pending.popleft(), self.group_size, "partial")
+            self.open(self._pending.popleft(), self.group_size)
 
     def end(self) -> None:
         self._launching.clear()

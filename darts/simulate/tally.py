@@ -43,22 +43,28 @@ class Tally:
                 if rollout.end == "cancelled"
                 else "discarded"
             )
-            self.tokens["generated"] += rollout.tokens
+            self.tokens["generated"] += rollout.tokens + rollout.overshoot
             self.tokens[fate] += rollout.tokens
+            self.tokens["cancelled"] += rollout.overshoot
             if selected:
                 self.lags[record.shipped_version - rollout.oldest_version] += 1
                 self.selected_lengths.append(rollout.tokens)
         self.groups["shipped" if record.end == "shipped" else "dropped"] += 1
         self.groups["filled"] += any(
-            r.end == "selected_long" and r.tokens >= self._max_tokens for r in record.rollouts
+            r.truncated and r.end.startswith("selected") for r in record.rollouts
         )
+
+    def count_overshoot(self, num_tokens: int) -> None:
+        """A rollout of a closed group decoded on until its cancel arrived."""
+        self.tokens["generated"] += num_tokens
+        self.tokens["cancelled"] += num_tokens
 
     def compare_offline(self, record: GroupRecord, draws: Sequence[Draw]) -> None:
         """Against the rule that would have seen every response to its end: seats as lengths, so that ties are no difference."""
         ids = [Candidate(draw.length, index) for index, draw in enumerate(draws)]
         finished = [c for c in ids if c.tokens < self._max_tokens]
         truncated = [c for c in ids if c.tokens >= self._max_tokens]
-        num_long = 0 if record.mode == "none" else self._num_long
+        num_long = 0 if record.long_end == "none" else self._num_long
         ideal = select_dual_end(
             finished, truncated, self._group_size, num_long, fill_truncated=True
         )
@@ -117,7 +123,7 @@ class Tally:
             **{f"tokens/{name}": count for name, count in self.tokens.items()},
             "darts/budget_mean": float(np.mean([record.budget for record in records])),
             "darts/cancelled_frac": float(np.mean([r.end == "cancelled" for r in rollouts])),
-            "darts/pruned_frac": float(np.mean([record.mode == "none" for record in records])),
+            "darts/pruned_frac": float(np.mean([record.long_end == "none" for record in records])),
             "lag/mean": float(np.mean(lags)),
             "lag/max": max(lags),
         }

@@ -97,9 +97,9 @@ class Simulation:
 
     def run(self) -> Row:
         """Simulates `run.steps` learner steps; returns the comparison table's row. RuntimeError if the world comes to a halt before."""
-        self._send(ev.PolicyPublished(0.0, 0))
+        self._send(ev.PolicyPublished(0))
         for engine in self._engines.values():
-            self._send(ev.ActorJoined(0.0, engine.engine_id, engine.engine_type, engine.slots, 0))
+            self._send(ev.EngineJoined(engine.engine_id, engine.engine_type, engine.slots, 0))
         for index, engine in enumerate(
             self._engines.values()
         ):  # spread over the interval, as unsynchronised engines are
@@ -131,7 +131,7 @@ class Simulation:
     def _settle(self) -> None:
         """After each happening: enough prompts are drawn, and engines whose batch changed plan anew."""
         while self.scheduler.num_pending < self._keep_pending:
-            self._send(ev.PromptsDrawn(self.now, self._stream.draw(self.config.batch.groups)))
+            self._send(ev.PromptsDrawn(self._stream.draw(self.config.batch.groups)))
         for engine in self._dirty.values():
             recomputed = engine.relieve_cache()
             if recomputed:
@@ -161,6 +161,12 @@ class Simulation:
                     self._ship(decision)
                 case ev.Drop():
                     self._close(decision.record)
+                case ev.Close():
+                    self._close(decision.record)
+                case ev.CountOvershoot():
+                    self.tally.count_overshoot(decision.num_tokens)
+                case ev.Evaluated():
+                    raise AssertionError("a simulation has no held-out prompts")
                 case ev.RememberLengths():
                     self._stream.remember(decision.prompt_id, decision.lengths)
 
@@ -225,7 +231,7 @@ class Simulation:
             for rollout in list(engine.decoding.values()):
                 tokens = rollout.sampled()
                 if tokens and rollout.rollout_id not in self._cancelled:
-                    self._send(ev.RolloutProgressed(self.now, rollout.rollout_id, tokens))
+                    self._send(ev.RolloutProgressed(rollout.rollout_id, tokens))
 
     def _finish(self, rollout: SimRollout) -> None:
         del self._rollouts[rollout.rollout_id]
@@ -233,7 +239,6 @@ class Simulation:
         truncated = rollout.length >= self.config.sampling.max_tokens
         self._send(
             ev.RolloutFinished(
-                self.now,
                 rollout.rollout_id,
                 rollout.length,
                 truncated,
@@ -249,15 +254,13 @@ class Simulation:
         self._cancelled.discard(rollout_id)
         engine = self._changing(rollout.engine.engine_id)
         engine.remove(rollout)
-        self._send(ev.RolloutStopped(self.now, rollout_id, rollout.tokens))
+        self._send(ev.RolloutStopped(rollout_id, rollout.tokens))
 
     def _report_latency(self, engine: SimEngine) -> None:
         batch = len(engine.decoding)
         if batch:
             self._send(
-                ev.LatencyReported(
-                    self.now, engine.engine_id, float(batch), 1e3 * engine.ptl_s[batch]
-                )
+                ev.LatencyReported(engine.engine_id, float(batch), 1e3 * engine.ptl_s[batch])
             )
         self._at(self.now + self.config.engines.latency_every_s, self._report_latency, engine)
 
@@ -267,13 +270,13 @@ class Simulation:
         engine = self._changing(engine.engine_id)
         engine.version = version
         engine.pause(self.config.weights.swap_s)
-        self._send(ev.PolicyLoaded(self.now, engine.engine_id, version))
+        self._send(ev.PolicyLoaded(engine.engine_id, version))
 
     # Learner ------------------------------------------------------------------------------------------------------
 
     def _request(self) -> None:
         self._requested_s = self.now
-        self._send(ev.ShardsRequested(self.now, self._step))
+        self._send(ev.ShardsRequested(self._step))
 
     def _ship(self, ship: ev.Ship) -> None:
         group = self._groups[ship.record.group_id]
@@ -306,8 +309,8 @@ class Simulation:
         records, self._shipped = self._shipped, []
         lessons = []
         for record in records:
-            self._send(ev.GroupTrained(self.now, record.group_id))
             group = self._groups[record.group_id]
+            self._send(ev.GroupTrained(record.group_id))
             drawn = [draw.length for draw in group.responses.draws[: record.budget]]
             lessons.append(
                 (
@@ -316,7 +319,8 @@ class Simulation:
                     [r.tokens for r in record.rollouts if r.end.startswith("selected")],
                 )
             )
-            self._close(record)
+            if not isinstance(self.scheduler, Core):
+                self._close(record)  # the core says so itself
         self.shaping.learn(lessons)
         self._record_step(records)
         self._step += 1
@@ -327,7 +331,7 @@ class Simulation:
 
     def _publish(self) -> None:
         self._version += 1
-        self._send(ev.PolicyPublished(self.now, self._version))
+        self._send(ev.PolicyPublished(self._version))
         for engine in self._engines.values():
             self._at(self.now + self.config.weights.fetch_s, self._swap, engine, self._version)
         self._request()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from buffer.wire.messages import GroupView, PromptView, RolloutView, Snapshot
+from buffer.wire.messages import GroupView, LiveState, PromptView, RolloutView
 from buffer.wire.transport import Publisher, next_port
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ AS_MODULE = [sys.executable, "-m", "tools.tail_monitor"]
 DEADLINE_S = 40.0
 
 
-def snapshot(step: int, phase: str = "training") -> Snapshot:
+def snapshot(step: int, phase: str = "training") -> LiveState:
     rollouts = [
         RolloutView(
             rollout_id=place, tokens=10 + 7 * place, state="running" if place > 5 else "finished"
@@ -43,9 +43,9 @@ def snapshot(step: int, phase: str = "training") -> Snapshot:
         GroupView(
             group_id=place,
             prompt_id=f"flight-{place}",
-            mode="survivor",
+            long_end="survivor",
             budget=12,
-            cut=40,
+            short_cutoff=40,
             rollouts=rollouts,
         )
         for place in range(9)
@@ -61,9 +61,9 @@ def snapshot(step: int, phase: str = "training") -> Snapshot:
         )
         for place in range(20)
     ]
-    return Snapshot(
+    return LiveState(
         time_s=time.time(), run_name="little", phase=phase, step=step, steps=60, policy_version=step, max_lag=4,
-        waiting="learner waits for groups", groups_open=9, groups_ready=3, bytes_held=1000, histogram_edges=[0, 8, 16, 32, 64],
+        waiting="learner waits for groups", groups_open=9, groups_ready=3, bytes_held=1000, refused_frames=0, histogram_edges=[0, 8, 16, 32, 64],
         histogram={"selected_short": [1, 5, 9, 2], "cancelled": [0, 0, 3, 4]}, lags=[0, 1, 1, 2], metrics={"reward/mean": 0.625},
         groups=groups, engines=[], prompts=prompts,
     )  # fmt: skip
@@ -75,7 +75,7 @@ def address(free_port: Callable[[], int]) -> str:
 
 
 @contextmanager
-def publishing(address: str, make: Callable[[], Snapshot]) -> Iterator[None]:
+def publishing(address: str, make: Callable[[], LiveState]) -> Iterator[None]:
     """A buffer's publisher, ten times a second."""
     stop = threading.Event()
 
@@ -253,7 +253,7 @@ def test_json_is_one_object_per_snapshot_until_the_run_is_done(address: str) -> 
         and [row["phase"] for row in rows].count("done") == 1
         and rows[-1]["phase"] == "done"
     )
-    assert rows[0]["groups"][0]["cut"] == 40
+    assert rows[0]["groups"][0]["short_cutoff"] == 40
 
 
 def test_no_buffer_is_one_clear_line(address: str) -> None:
@@ -286,7 +286,7 @@ def test_a_replay_plays_to_its_end_and_can_be_held(tmp_path: Path) -> None:
         "opened_version": 0,
         "shipped_version": 0,
         "budget": 1,
-        "mode": "none",
+        "long_end": "none",
         "end": "shipped",
     }
     (tmp_path / "groups.jsonl").write_text(

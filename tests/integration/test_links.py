@@ -12,21 +12,21 @@ import pytest
 import zmq
 
 import buffer.wire.transport
-from buffer.wire.client import ActorLink, LearnerLink, MonitorLink
+from buffer.wire.client import EngineLink, LearnerLink, MonitorLink
 from buffer.wire.messages import (
-    ActorHello,
     Cancel,
+    EngineHello,
     FetchSnapshot,
     Finished,
     Heartbeat,
     Inbound,
     LearnerHello,
     LearnerWelcome,
+    LiveState,
     Progress,
     Pull,
     Shard,
     Shutdown,
-    Snapshot,
     SnapshotRef,
     Stopped,
     Trajectory,
@@ -43,7 +43,7 @@ from buffer.wire.transport import Publisher, Router, TransportError, encode, nex
 from tools.keys import make_keys
 
 LOOPBACK = "tcp://127.0.0.1:*"
-HELLO = ActorHello(engine_id="pool/0", engine_type="fake", slots=4, policy_version=-1, pid=1)
+HELLO = EngineHello(engine_id="pool/0", engine_type="fake", slots=4, policy_version=-1, pid=1)
 SOON_S = 10.0  # a deadline, never an expectation
 
 
@@ -79,12 +79,12 @@ class Serving:
         next_beat = 0.0
         while not self._stop.is_set():
             for peer, message in self.router.receive(0.01):
-                if isinstance(message, (ActorHello, LearnerHello)):
+                if isinstance(message, (EngineHello, LearnerHello)):
                     self.peers.append(peer)
                     self.router.send(
                         peer,
                         Welcome(policy=None)
-                        if isinstance(message, ActorHello)
+                        if isinstance(message, EngineHello)
                         else LearnerWelcome(policy_version=3),
                     )
                 elif not isinstance(message, Heartbeat):
@@ -211,7 +211,7 @@ def test_a_peer_that_left_is_gone(router):
 
 def test_garbage_is_counted_and_harms_nobody(router, monkeypatch):
     monkeypatch.setattr(buffer.wire.transport, "MAX_FRAME_BYTES", 1000)
-    good = encode(Stopped(rollout_id=1))
+    good = encode(Stopped(rollout_id=1, num_tokens=3))
     garbage = [
         [b""],
         [b"\xc1"],
@@ -222,7 +222,11 @@ def test_garbage_is_counted_and_harms_nobody(router, monkeypatch):
         [msgpack.packb({"type": "Welcome", "policy": None})],
         [b"", good],
         [good, good],
-        [encode(Finished(rollout_id=1, truncated=False, reward=0.0, text="x" * 1001))],
+        [
+            encode(
+                Finished(rollout_id=1, num_tokens=3, truncated=False, reward=0.0, text="x" * 1001)
+            )
+        ],
         [b"\x81\xa4type\xa7Stopp\xff\xff"],
     ]
     with raw_dealer(router.address, b"bad") as bad, raw_dealer(router.address, b"good") as peer:
@@ -232,7 +236,7 @@ def test_garbage_is_counted_and_harms_nobody(router, monkeypatch):
         peer.send(good)
         received = receive_all(router, 2)
     assert sorted(received, key=lambda item: item[0]) == [
-        (name, Stopped(rollout_id=1)) for name in (b"bad", b"good")
+        (name, Stopped(rollout_id=1, num_tokens=3)) for name in (b"bad", b"good")
     ]
     assert router.num_rejected == len(garbage)
 
@@ -272,10 +276,10 @@ def test_closing_delivers_what_was_sent():
 
 
 def test_messages_go_both_ways_in_order(router):
-    with Serving(router) as serving, ActorLink(router.address, "pool/0") as link:
+    with Serving(router) as serving, EngineLink(router.address, "pool/0") as link:
         assert link.connect(HELLO, SOON_S) == Welcome(policy=None)
         for number in range(3000):
-            link.send(Stopped(rollout_id=number))
+            link.send(Stopped(rollout_id=number, num_tokens=3))
             serving.to_send.append((serving.peers[0], Cancel(rollout_ids=[number])))
         assert [link.receive(SOON_S) for _ in range(3000)] == [
             Cancel(rollout_ids=[number]) for number in range(3000)
@@ -307,12 +311,12 @@ def test_a_learner_gets_its_shard(router):
 
 
 def test_any_thread_may_send(router):
-    with Serving(router) as serving, ActorLink(router.address, "pool/0") as link:
+    with Serving(router) as serving, EngineLink(router.address, "pool/0") as link:
         link.connect(HELLO, SOON_S)
 
         def send(thread):
             for number in range(500):
-                link.send(Stopped(rollout_id=thread * 1000 + number))
+                link.send(Stopped(rollout_id=thread * 1000 + number, num_tokens=3))
 
         threads = [threading.Thread(target=send, args=(thread,)) for thread in range(4)]
         for thread in threads:
@@ -334,12 +338,18 @@ def test_closing_a_link_delivers_what_was_sent(monkeypatch, link_queue):
     )  # a buffer that takes nothing in while it does not read
     with Router(LOOPBACK, Inbound) as router:
         monkeypatch.setattr(buffer.wire.transport, "QUEUE_MESSAGES", link_queue)
-        link = ActorLink(router.address, "pool/0")
+        link = EngineLink(router.address, "pool/0")
         with Serving(router):
             link.connect(HELLO, SOON_S)
         for number in range(40):
             link.send(
-                Finished(rollout_id=number, truncated=False, reward=0.0, text="." * 1_000_000)
+                Finished(
+                    rollout_id=number,
+                    num_tokens=3,
+                    truncated=False,
+                    reward=0.0,
+                    text="." * 1_000_000,
+                )
             )
         closing = threading.Thread(target=link.close)
         closing.start()
@@ -361,7 +371,7 @@ def test_a_link_may_wait_for_a_buffer_that_starts_later():
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     answers = []
-    with ActorLink(address, "pool/0") as link:
+    with EngineLink(address, "pool/0") as link:
         connecting = threading.Thread(target=lambda: answers.append(link.connect(HELLO, SOON_S)))
         connecting.start()
         time.sleep(1.2)
@@ -372,7 +382,7 @@ def test_a_link_may_wait_for_a_buffer_that_starts_later():
 
 
 def test_hello_is_repeated_until_answered_and_one_answer_counts(router):
-    with ActorLink(router.address, "pool/0") as link:
+    with EngineLink(router.address, "pool/0") as link:
         answers = []
         connecting = threading.Thread(target=lambda: answers.append(link.connect(HELLO, SOON_S)))
         connecting.start()
@@ -391,14 +401,14 @@ def test_hello_is_repeated_until_answered_and_one_answer_counts(router):
 
 
 def test_an_absent_buffer_is_named_with_the_remedy():
-    with ActorLink("tcp://127.0.0.1:9", "pool/0") as link, pytest.raises(TransportError) as raised:
+    with EngineLink("tcp://127.0.0.1:9", "pool/0") as link, pytest.raises(TransportError) as raised:
         link.connect(HELLO, 0.2)
     for part in ("tcp://127.0.0.1:9", "0.2 s", "python -m buffer", "buffer.address"):
         assert part in str(raised.value)
 
 
 def test_a_refusal_reaches_who_connects(router):
-    with ActorLink(router.address, "pool/0") as link:
+    with EngineLink(router.address, "pool/0") as link:
         failures = []
 
         def connect():
@@ -415,7 +425,7 @@ def test_a_refusal_reaches_who_connects(router):
 
 
 def test_a_silent_buffer_is_lost_each_time_one_asks(router):
-    with ActorLink(router.address, "pool/0", peer_timeout_s=1.0) as link:
+    with EngineLink(router.address, "pool/0", peer_timeout_s=1.0) as link:
         with Serving(router, heartbeat=False):
             link.connect(HELLO, SOON_S)
         for _ in range(2):
@@ -423,24 +433,24 @@ def test_a_silent_buffer_is_lost_each_time_one_asks(router):
                 link.receive(SOON_S)
             assert router.address in str(raised.value)
         with pytest.raises(TransportError):
-            link.send(Stopped(rollout_id=1))
+            link.send(Stopped(rollout_id=1, num_tokens=3))
 
 
 def test_heartbeats_keep_an_idle_link_alive(router):
-    with Serving(router), ActorLink(router.address, "pool/0", peer_timeout_s=2.0) as link:
+    with Serving(router), EngineLink(router.address, "pool/0", peer_timeout_s=2.0) as link:
         link.connect(HELLO, SOON_S)
         assert link.receive(3.0) is None
 
 
 def test_a_link_sends_heartbeats_by_itself(router):
-    with ActorLink(router.address, "pool/0") as link:
+    with EngineLink(router.address, "pool/0") as link:
         with Serving(router):
             link.connect(HELLO, SOON_S)
         assert receive_all(router, 1)[-1][1] == Heartbeat()
 
 
 def test_a_restarted_buffer_is_joined_anew():
-    with ActorLink("tcp://127.0.0.1:1", "pool/0") as link, Router(LOOPBACK, Inbound) as router:
+    with EngineLink("tcp://127.0.0.1:1", "pool/0") as link, Router(LOOPBACK, Inbound) as router:
         link.address = address = router.address
         with Serving(router) as serving:
             link.connect(HELLO, SOON_S)
@@ -454,15 +464,15 @@ def test_a_restarted_buffer_is_joined_anew():
             link.receive(SOON_S)
         with Router(address, Inbound) as successor, Serving(successor) as serving:
             assert link.connect(HELLO, SOON_S) == Welcome(policy=None)
-            link.send(Stopped(rollout_id=1))
-            wait_until(lambda: serving.heard == [Stopped(rollout_id=1)])
+            link.send(Stopped(rollout_id=1, num_tokens=3))
+            wait_until(lambda: serving.heard == [Stopped(rollout_id=1, num_tokens=3)])
 
 
 def test_links_of_one_name_are_peers_of_their_own(router):
     with (
         Serving(router) as serving,
-        ActorLink(router.address, "pool/0") as first,
-        ActorLink(router.address, "pool/0") as second,
+        EngineLink(router.address, "pool/0") as first,
+        EngineLink(router.address, "pool/0") as second,
     ):
         first.connect(HELLO, SOON_S)
         second.connect(HELLO, SOON_S)
@@ -477,7 +487,7 @@ def test_links_of_one_name_are_peers_of_their_own(router):
 
 def test_a_link_tells_which_run_it_has_served(router):
     hellos = []
-    with ActorLink(router.address, "pool/0") as link:
+    with EngineLink(router.address, "pool/0") as link:
         for run in ("first", "second"):
             connecting = threading.Thread(target=lambda: link.connect(HELLO, SOON_S))
             connecting.start()
@@ -489,7 +499,7 @@ def test_a_link_tells_which_run_it_has_served(router):
 
 
 def test_a_link_that_is_not_connected_says_so():
-    with ActorLink("tcp://127.0.0.1:9", "pool/0") as link:
+    with EngineLink("tcp://127.0.0.1:9", "pool/0") as link:
         for use in (lambda: link.send(Progress(chunks=[])), lambda: link.receive(0)):
             with pytest.raises(TransportError, match="call connect first"):
                 use()
@@ -509,11 +519,11 @@ def test_the_right_keys_open_everything(keys):
     with (
         Router(LOOPBACK, Inbound, keys) as router,
         Serving(router) as serving,
-        ActorLink(router.address, "pool/0", keys) as link,
+        EngineLink(router.address, "pool/0", keys) as link,
     ):
         assert link.connect(HELLO, SOON_S) == Welcome(policy=None)
-        link.send(Stopped(rollout_id=1))
-        wait_until(lambda: serving.heard == [Stopped(rollout_id=1)])
+        link.send(Stopped(rollout_id=1, num_tokens=3))
+        wait_until(lambda: serving.heard == [Stopped(rollout_id=1, num_tokens=3)])
     with SnapshotServer(LOOPBACK, keys) as server:
         assert fetch(server.publish(0, b"weights"), keys, SOON_S) == b"weights"
 
@@ -526,7 +536,7 @@ def test_wrong_keys_open_nothing(keys, client, tmp_path):
     wrong = "" if client == "no keys" else str(tmp_path)
     with Router(LOOPBACK, Inbound, keys) as router, Serving(router) as serving:
         with (
-            ActorLink(router.address, "pool/0", wrong) as link,
+            EngineLink(router.address, "pool/0", wrong) as link,
             pytest.raises(TransportError) as raised,
         ):
             link.connect(HELLO, 2.0)
@@ -538,7 +548,7 @@ def test_wrong_keys_open_nothing(keys, client, tmp_path):
 def test_a_client_with_keys_does_not_speak_to_a_server_without(keys):
     with Router(LOOPBACK, Inbound) as router, Serving(router) as serving:
         with (
-            ActorLink(router.address, "pool/0", keys) as link,
+            EngineLink(router.address, "pool/0", keys) as link,
             pytest.raises(TransportError, match=r"buffer\.keys"),
         ):
             link.connect(HELLO, 2.0)
@@ -549,9 +559,9 @@ def test_a_client_with_keys_does_not_speak_to_a_server_without(keys):
 
 
 def state(step):
-    return Snapshot(
+    return LiveState(
         time_s=0.0, run_name="run", phase="training", step=step, steps=10, policy_version=0, max_lag=4, waiting="", groups_open=0,
-        groups_ready=0, bytes_held=0, histogram_edges=[], histogram={}, lags=[], metrics={}, groups=[], engines=[], prompts=[],
+        groups_ready=0, bytes_held=0, refused_frames=0, histogram_edges=[], histogram={}, lags=[], metrics={}, groups=[], engines=[], prompts=[],
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import pytest
 from buffer.records.event_log import read_sessions
 from buffer.service import Service
 from buffer.wire import messages as msg
-from buffer.wire.client import ActorLink, LearnerLink
+from buffer.wire.client import EngineLink, LearnerLink
 from buffer.wire.transport import TransportError
 from configs import cli
 from configs.schema import Config
@@ -143,7 +143,7 @@ def test_ledger_has_each_group_once_with_selected_rollouts(finished: Any) -> Non
             "opened_version",
             "shipped_version",
             "budget",
-            "mode",
+            "long_end",
             "end",
             "rollouts",
         }
@@ -163,8 +163,10 @@ def test_replay_notices_a_decision_that_was_not_made(finished: Any) -> None:
     [(config, entries)] = [
         (c, list(e)) for c, e in read_sessions(finished[0] / "r" / "events.msgpack")
     ]
-    at = next(i for i, e in enumerate(entries) if type(e).__name__ == "Launch")
-    del entries[at]
+    at = next(
+        i for i, e in enumerate(entries) if any(isinstance(d, ev.Launch) for d in e.decisions)
+    )
+    entries[at].decisions.pop()
     assert replay(config, iter(entries)).difference is not None
 
 
@@ -366,12 +368,12 @@ def test_what_another_run_left_behind_is_refused(
     port = free_port()
     running = Running(make_config(tmp_path / "one", port))
     address = running.service.run.router.address
-    engine_hello = msg.ActorHello(
+    engine_hello = msg.EngineHello(
         engine_id="e", engine_type="fake", slots=4, policy_version=-1, pid=1
     )
     learner_hello = msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=1)
     with (
-        ActorLink(address, "e", peer_timeout_s=10) as engine_link,
+        EngineLink(address, "e", peer_timeout_s=10) as engine_link,
         LearnerLink(address, "learner/0", peer_timeout_s=10) as learner_link,
     ):
         engine_link.connect(engine_hello, 10)
@@ -394,9 +396,9 @@ def test_an_engine_that_speaks_for_the_learner_is_dismissed(
 ) -> None:
     running = Running(make_config(tmp_path, free_port()))
     address = running.service.run.router.address
-    with ActorLink(address, "bad", peer_timeout_s=10) as link:
+    with EngineLink(address, "bad", peer_timeout_s=10) as link:
         link.connect(
-            msg.ActorHello(engine_id="bad", engine_type="fake", slots=4, policy_version=-1, pid=1),
+            msg.EngineHello(engine_id="bad", engine_type="fake", slots=4, policy_version=-1, pid=1),
             10,
         )
         link.send(
@@ -420,10 +422,10 @@ def test_engine_with_an_impossible_hello_is_refused_and_the_run_goes_on(
 ) -> None:
     running = Running(make_config(tmp_path, free_port()))
     address = running.service.run.router.address
-    hello = msg.ActorHello(engine_id="bad", engine_type="fake", slots=0, policy_version=-1, pid=1)
+    hello = msg.EngineHello(engine_id="bad", engine_type="fake", slots=0, policy_version=-1, pid=1)
     with (
-        ActorLink(address, "bad", peer_timeout_s=10) as link,
-        pytest.raises(TransportError, match="at least 1 slot"),
+        EngineLink(address, "bad", peer_timeout_s=10) as link,
+        pytest.raises(TransportError, match="at least 1 is needed"),
     ):
         link.connect(hello, 10)
     with (

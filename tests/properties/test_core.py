@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from darts import events as ev
 from darts.config import CoreConfig
 from darts.core import Core
+from darts.invariants import validate_state
 from darts.selection import Candidate, select_dual_end
 from tests.fakes import World
 
@@ -76,9 +77,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(num=st.integers(1, 3), samples=st.integers(1, 3))
     def evaluate(self, num: int, samples: int) -> None:
         prompts = tuple(ev.Prompt(f"held-out {i}") for i in range(num))
-        self.world.send(
-            ev.EvaluationRequested(self.world.tick(), prompts, samples, max(self.world.version, 0))
-        )
+        self.world.send(ev.EvaluationRequested(prompts, samples, max(self.world.version, 0)))
 
     @precondition(lambda self: self.world.running())
     @rule(data=st.data(), num_tokens=st.integers(1, 30))
@@ -127,7 +126,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(paused=st.booleans())
     def pause(self, paused: bool) -> None:
-        self.world.send(ev.AdmissionPaused(self.world.tick(), paused))
+        self.world.send(ev.AdmissionPaused(paused))
 
     @precondition(lambda self: self.world.rollouts)
     @rule(data=st.data())
@@ -138,10 +137,10 @@ class CoreMachine(RuleBasedStateMachine):
             rollout = data.draw(st.sampled_from(over))
             before = state_of(self.world.core)
             assert not self.world.core.handle(
-                ev.RolloutProgressed(0.0, rollout.rollout_id, rollout.tokens)
+                ev.RolloutProgressed(rollout.rollout_id, rollout.tokens)
             )
             assert not self.world.core.handle(
-                ev.RolloutFinished(0.0, rollout.rollout_id, rollout.length, False, 1.0, 0)
+                ev.RolloutFinished(rollout.rollout_id, rollout.length, False, 1.0, 0)
             )
             assert state_of(self.world.core) == before
 
@@ -150,34 +149,34 @@ class CoreMachine(RuleBasedStateMachine):
         """Each of these cannot happen now: it raises and changes nothing."""
         world, core = self.world, self.world.core
         events: list[ev.Event] = [
-            ev.RolloutProgressed(0.0, 10**9, 1),
-            ev.RolloutFinished(0.0, -1, 1, False, 1.0, 0),
-            ev.ActorLost(0.0, "nobody"),
-            ev.LatencyReported(0.0, "nobody", 1.0, 1.0),
-            ev.GroupTrained(0.0, 10**9),
-            ev.PolicyPublished(0.0, world.version),
-            ev.EvaluationRequested(0.0, (ev.Prompt("x"),), 0, 0),
+            ev.RolloutProgressed(10**9, 1),
+            ev.RolloutFinished(-1, 1, False, 1.0, 0),
+            ev.EngineLost("nobody"),
+            ev.LatencyReported("nobody", 1.0, 1.0),
+            ev.GroupTrained(10**9),
+            ev.PolicyPublished(world.version),
+            ev.EvaluationRequested((ev.Prompt("x"),), 0, 0),
         ]
         if world.step_pending or world.steps_left == 0:
-            events.append(ev.ShardsRequested(0.0, 0))
+            events.append(ev.ShardsRequested(0))
         if world.engine_versions:
             engine_id = sorted(world.engine_versions)[0]
             events += [
-                ev.PolicyLoaded(0.0, engine_id, world.version + 1),
-                ev.ActorJoined(0.0, engine_id, "fake", 1, -1),
+                ev.PolicyLoaded(engine_id, world.version + 1),
+                ev.EngineJoined(engine_id, "fake", 1, -1),
             ]
         if world.running():
             rollout = world.running()[0]
             events += [
                 ev.RolloutFinished(
-                    0.0, rollout.rollout_id, rollout.length, False, nan, rollout.oldest_version
+                    rollout.rollout_id, rollout.length, False, nan, rollout.oldest_version
                 ),
                 ev.RolloutFinished(
-                    0.0, rollout.rollout_id, rollout.length, False, 1.0, world.version + 1
+                    rollout.rollout_id, rollout.length, False, 1.0, world.version + 1
                 ),
-                ev.RolloutProgressed(0.0, rollout.rollout_id, rollout.tokens - 1),
-                ev.RolloutProgressed(0.0, rollout.rollout_id, world.config.max_tokens + 1),
-                ev.RolloutStopped(0.0, rollout.rollout_id, rollout.tokens),
+                ev.RolloutProgressed(rollout.rollout_id, rollout.tokens - 1),
+                ev.RolloutProgressed(rollout.rollout_id, world.config.max_tokens + 1),
+                ev.RolloutStopped(rollout.rollout_id, rollout.tokens),
             ]
         event = data.draw(st.sampled_from(events))
         before = state_of(core)
@@ -196,14 +195,13 @@ class CoreMachine(RuleBasedStateMachine):
         assert core.num_outstanding == len(
             [g for g in core.groups.values() if g.purpose == "train"]
         ) - len(world.handed)
-        for engine in core.engines.by_id.values():
-            assert engine.queued == sum(len(g.planned) for g in engine.backlog)
+        validate_state(core)
 
     def teardown(self) -> None:
         """Given time, every rollout and every group ends, and every prompt was trained on or given up after its last chance."""
         if not hasattr(self, "world"):
             return
-        self.world.send(ev.AdmissionPaused(self.world.tick(), False))
+        self.world.send(ev.AdmissionPaused(False))
         self.world.finish_everything()
         self.slots_and_memory_are_bounded()
         left = {g.prompt.prompt_id for g in self.world.core.groups.values()}
@@ -212,7 +210,7 @@ class CoreMachine(RuleBasedStateMachine):
                 g.prompt.prompt_id == prompt_id for g in self.world.core.groups.values()
             )
             assert self.world.settled[prompt_id] + still_there == count, (prompt_id, left)
-        self.world.send(ev.RunEnded(self.world.tick()))
+        self.world.send(ev.RunEnded())
         for rollout in self.world.cancelling():
             self.world.confirm(rollout)
         assert (

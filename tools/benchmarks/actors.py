@@ -36,7 +36,7 @@ from actors.environments import make_environment
 from actors.worker import Worker
 from buffer.data.sources import make_sources
 from buffer.wire import messages as msg
-from buffer.wire.client import ActorLink, LearnerLink
+from buffer.wire.client import EngineLink, LearnerLink
 from buffer.wire.snapshots import SnapshotServer, fetch
 from configs.cli import to_yaml
 from configs.schema import Config
@@ -208,14 +208,14 @@ class BareEngine:
 class _MeteredLink:
     """The worker's link to the buffer; counts what is reported through it."""
 
-    def __init__(self, link: ActorLink) -> None:
+    def __init__(self, link: EngineLink) -> None:
         self.receive = link.receive
         self._send = link.send
         self.num_tokens = 0
         self.reports: list[msg.EngineReport] = []
         self.swaps: list[msg.PolicyLoaded] = []
 
-    def send(self, message: msg.ActorMessage) -> None:
+    def send(self, message: msg.EngineMessage) -> None:
         if isinstance(message, msg.Progress):
             self.num_tokens += sum(
                 len(chunk.tokens) // 4 for chunk in message.chunks if chunk.sampled
@@ -247,12 +247,12 @@ async def _pipeline(
         stop = threading.Event()
         with (
             _buffer(config) as buffer_pid,
-            ActorLink(config.buffer.address, "bench/0", config.buffer.keys) as link,
+            EngineLink(config.buffer.address, "bench/0", config.buffer.keys) as link,
         ):
             learner = asyncio.create_task(
                 asyncio.to_thread(_acknowledge, config, snapshot, shards, stop)
             )
-            hello = msg.ActorHello(
+            hello = msg.EngineHello(
                 engine_id="bench/0",
                 engine_type=engine_type(config),
                 slots=config.actors.slots,

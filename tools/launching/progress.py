@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from buffer.wire.messages import Snapshot
+from buffer.wire.messages import LiveState
 
 PLAIN_STEPS, PLAIN_S = (
     5,
@@ -29,7 +29,7 @@ ETA_STEPS = 3  # steps to have seen before guessing when it ends
 
 
 class View(Protocol):
-    def show(self, snapshot: Snapshot) -> None: ...
+    def show(self, snapshot: LiveState) -> None: ...
     def say(self, text: str) -> None:
         """A line that stays."""
         ...
@@ -59,7 +59,7 @@ class Pace:
         None  # (time_s, step) once the first step was taken: those before it wait for engines
     )
 
-    def eta(self, snapshot: Snapshot) -> str:
+    def eta(self, snapshot: LiveState) -> str:
         """ "" until enough was seen. The last evaluation is not in it."""
         if self.first is None and state(snapshot) == "training":
             self.first = (snapshot.time_s, snapshot.step)
@@ -76,7 +76,7 @@ class Pace:
         return f"{clock(left_s)} left"
 
 
-def state(snapshot: Snapshot) -> str:
+def state(snapshot: LiveState) -> str:
     """What goes on now, in words."""
     if any(engine.policy_version >= 0 for engine in snapshot.engines) or snapshot.phase == "done":
         return snapshot.phase
@@ -85,7 +85,7 @@ def state(snapshot: Snapshot) -> str:
     return f"starting: waiting for {' and '.join(missing)}"
 
 
-def told(snapshot: Snapshot, evaluations: dict[int, float]) -> tuple[list[str], list[str], str]:
+def told(snapshot: LiveState, evaluations: dict[int, float]) -> tuple[list[str], list[str], str]:
     """Facts about the outcome, facts about the flow, and who waits for whom; nothing before there is anything to tell."""
     if state(snapshot).startswith("starting"):
         return [], [], ""
@@ -108,7 +108,7 @@ def outcome_facts(metrics: dict[str, float], evaluations: dict[int, float]) -> l
     return facts
 
 
-def flow_facts(snapshot: Snapshot) -> list[str]:
+def flow_facts(snapshot: LiveState) -> list[str]:
     """How fast, how stale, how busy."""
     metrics, facts = snapshot.metrics, []
     if "darts/cancelled_frac" in metrics:
@@ -129,7 +129,7 @@ def flow_facts(snapshot: Snapshot) -> list[str]:
 class SilentView:
     """What must be said, and no more."""
 
-    def show(self, snapshot: Snapshot) -> None:
+    def show(self, snapshot: LiveState) -> None:
         pass
 
     def say(self, text: str) -> None:
@@ -146,7 +146,7 @@ class _Following:
         self.pace = Pace()
         self.evaluations: dict[int, float] = {}
 
-    def follow(self, snapshot: Snapshot) -> None:
+    def follow(self, snapshot: LiveState) -> None:
         if "eval/accuracy" in snapshot.metrics:
             self.evaluations[int(snapshot.metrics["eval/step"])] = snapshot.metrics["eval/accuracy"]
 
@@ -158,7 +158,7 @@ class PlainView(SilentView):
         self._following, self._clock_s = _Following(), clock_s
         self._step, self._state, self._said_s = 0, "", 0.0
 
-    def show(self, snapshot: Snapshot) -> None:
+    def show(self, snapshot: LiveState) -> None:
         self._following.follow(snapshot)
         eta = self._following.pace.eta(snapshot)
         now, current = self._clock_s(), state(snapshot)
@@ -204,11 +204,11 @@ class LiveView:
         )
         self._live.start()
 
-    def show(self, snapshot: Snapshot) -> None:
+    def show(self, snapshot: LiveState) -> None:
         self._following.follow(snapshot)
         self._live.update(self.picture(snapshot))
 
-    def picture(self, snapshot: Snapshot) -> RenderableType:
+    def picture(self, snapshot: LiveState) -> RenderableType:
         bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)

@@ -11,7 +11,7 @@ from time import localtime, strftime
 
 from rich.text import Text
 
-from buffer.wire.messages import Snapshot
+from buffer.wire.messages import LiveState
 from tools.monitor.charts import fitted, printable
 from tools.monitor.views import (
     DIM,
@@ -30,7 +30,7 @@ from tools.monitor.views import (
     style,
 )
 
-Panel = Callable[[Snapshot, View, int, int], list[Text]]
+Panel = Callable[[LiveState, View, int, int], list[Text]]
 Layout = list[list[tuple[Panel, float]]]
 
 ORDERS: tuple[Order, ...] = ("spread", "budget", "pass_rate")
@@ -57,7 +57,7 @@ Cut │       the K-th shortest so far: what is longer is out of the short ones.
 """
 
 
-def frame(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+def frame(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
     """The whole screen: exactly `height` lines of exactly `width` cells."""
     head = header(snapshot, view, width)
     body = height - len(head) - 1
@@ -76,7 +76,7 @@ def frame(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]
     return [fitted(line, width) for line in [*lines, Text(keys, style(view, DIM))]][:height]
 
 
-def pressed(view: View, key: str, snapshot: Snapshot) -> View:
+def pressed(view: View, key: str, snapshot: LiveState) -> View:
     """The view after a key: "up", "down", "left", "right", or a character. Unknown keys change nothing."""
     if key in ("up", "k", "down", "j"):
         ids = [prompt.prompt_id for prompt in ordered(snapshot.prompts, view.order)]
@@ -94,7 +94,7 @@ def pressed(view: View, key: str, snapshot: Snapshot) -> View:
     return replace(view, help=not view.help) if key == "?" else view
 
 
-def header(snapshot: Snapshot, view: View, width: int) -> list[Text]:
+def header(snapshot: LiveState, view: View, width: int) -> list[Text]:
     """Run and progress; the newest metrics; who waits for whom, or for how long nothing has been heard."""
     name = Text(f" {printable(snapshot.run_name)}", style(view, "bold reverse"))
     name.truncate(max(width // 3, 4), overflow="ellipsis")
@@ -109,6 +109,8 @@ def header(snapshot: Snapshot, view: View, width: int) -> list[Text]:
         Text(f"groups {snapshot.groups_open} open, {snapshot.groups_ready} ready"),
         Text(f"{snapshot.bytes_held / 1e6:.1f} MB held"),
     ]
+    if snapshot.refused_frames:
+        facts += [Text(f"{snapshot.refused_frames} frames refused", style(view, "#f0604d"))]
     facts += [Text(_clock(snapshot.time_s), style(view, DIM))]
     metrics = [
         Text.assemble((f"{name} ", style(view, DIM)), form.format(snapshot.metrics[key]))
@@ -137,7 +139,7 @@ def header(snapshot: Snapshot, view: View, width: int) -> list[Text]:
     ]
 
 
-TITLES: dict[Panel, Callable[[Snapshot, View], str]] = {
+TITLES: dict[Panel, Callable[[LiveState, View], str]] = {
     lengths_panel: lambda snapshot, view: "Lengths by fate",
     groups_panel: lambda snapshot, view: "Groups in flight",
     prompts_panel: lambda snapshot, view: f"Prompts by {view.order.replace('_', ' ')}",
@@ -157,7 +159,7 @@ WIDE_LAYOUT: Layout = [
 ]
 
 
-def titled(panel: Panel, snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+def titled(panel: Panel, snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
     """A panel below its title; exactly `height` lines."""
     title = TITLES[panel](snapshot, view)
     rule = Text.assemble(
@@ -169,7 +171,9 @@ def titled(panel: Panel, snapshot: Snapshot, view: View, width: int, height: int
     ]
 
 
-def _columns(snapshot: Snapshot, view: View, width: int, height: int, layout: Layout) -> list[Text]:
+def _columns(
+    snapshot: LiveState, view: View, width: int, height: int, layout: Layout
+) -> list[Text]:
     gap = 2
     inner = width - gap * (len(layout) - 1)
     widths = [

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 
 from buffer.records.metrics import HISTOGRAM_EDGES
-from buffer.wire.messages import GroupView, PromptView, RolloutView, Snapshot
+from buffer.wire.messages import GroupView, LiveState, PromptView, RolloutView
 from tools.reporting.run_directory import Row, RunDirectory, is_number
 
 WINDOW_GROUPS = 64  # what "recent" means for the histogram, the prompts and the lags
@@ -30,7 +30,7 @@ class Replay:
         self._next = 0
         self._due_s = time.monotonic()
 
-    def receive(self, timeout_s: float) -> Snapshot | None:
+    def receive(self, timeout_s: float) -> LiveState | None:
         """The next step's snapshot once it is due; None if that takes longer than `timeout_s`, or at the end."""
         now = time.monotonic()
         if self.held or self._next == len(self._snapshots) or self._due_s > now + timeout_s:
@@ -41,7 +41,7 @@ class Replay:
         self._next += 1
         return self._snapshots[self._next - 1]
 
-    def last(self) -> Snapshot:
+    def last(self) -> LiveState:
         return self._snapshots[-1]
 
     def ended(self) -> bool:
@@ -51,7 +51,7 @@ class Replay:
         """Nothing is held open."""
 
 
-def snapshots(run: RunDirectory) -> list[Snapshot]:
+def snapshots(run: RunDirectory) -> list[LiveState]:
     """One snapshot per recorded step. `ValueError` without metrics.jsonl or groups.jsonl."""
     if not run.metrics or not run.groups:
         raise ValueError(f"{run.path} cannot be played: {' '.join(run.problems)}")
@@ -85,7 +85,7 @@ def _ends_of_steps(run: RunDirectory) -> list[int]:
 
 def _snapshot(
     run: RunDirectory, row: Row, seconds: float, closed: list[Row], recent: list[Row]
-) -> Snapshot:
+) -> LiveState:
     bound = run.setting("staleness.max_lag")
     spans = [
         group["shipped_version"] - group["opened_version"]
@@ -93,7 +93,7 @@ def _snapshot(
         if group["end"] == "shipped"
     ]
     last_step = row is run.metrics[-1]
-    return Snapshot(
+    return LiveState(
         time_s=seconds,
         run_name=run.name,
         phase="done" if last_step else "training",
@@ -107,6 +107,7 @@ def _snapshot(
         groups_open=0,
         groups_ready=0,
         bytes_held=0,
+        refused_frames=int(row.get("wire/refused_frames", 0)),
         histogram_edges=HISTOGRAM_EDGES,
         histogram=_histogram(recent),
         lags=spans,
@@ -141,9 +142,9 @@ def _group_view(group: Row) -> GroupView:
     return GroupView(
         group_id=group.get("group_id", 0),
         prompt_id=str(group["prompt_id"]),
-        mode=str(group.get("mode", "")),
+        long_end=str(group.get("long_end", "")),
         budget=group["budget"],
-        cut=max(shorts, default=0),
+        short_cutoff=max(shorts, default=0),
         rollouts=views,
     )
 

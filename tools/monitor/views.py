@@ -1,4 +1,4 @@
-"""What the monitor shows of a snapshot, one function per panel: (Snapshot, View, width, height) -> at most that many lines.
+"""What the monitor shows of a snapshot, one function per panel: (LiveState, View, width, height) -> at most that many lines.
 
 Pure: reads no clock, socket or keyboard. Laid out by `tools.monitor.frame`.
 """
@@ -11,7 +11,7 @@ from typing import Literal
 
 from rich.text import Text
 
-from buffer.wire.messages import GroupView, PromptView, Snapshot
+from buffer.wire.messages import GroupView, LiveState, PromptView
 from tools.monitor.charts import (
     Bar,
     Ink,
@@ -72,7 +72,7 @@ def pattern(prompt: PromptView) -> str:
     return "I" if fmean(prompt.lengths_right) <= fmean(prompt.lengths_wrong) else "II"
 
 
-def lengths_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+def lengths_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
     """Ends of recent rollouts by length, stacked by fate, with a legend that counts them."""
     names = [name for name in FATES if name in snapshot.histogram]
     filled = [
@@ -112,7 +112,7 @@ def lengths_panel(snapshot: Snapshot, view: View, width: int, height: int) -> li
     ]
 
 
-def groups_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+def groups_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
     """Groups in flight: the chosen one and those after it as growing bars while there is room, the others as one track each."""
     if not snapshot.groups:
         return [Text("nothing in flight", style(view, DIM))]
@@ -134,7 +134,7 @@ def groups_panel(snapshot: Snapshot, view: View, width: int, height: int) -> lis
     return lines[:height]
 
 
-def prompts_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+def prompts_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
     """Recently closed prompts; the chosen row stays in sight."""
     spark = min(width - 44, 24) if width >= 54 else 0
     name = max(6, min(width - 28 - (2 + spark if spark else 0), 24))
@@ -163,7 +163,7 @@ def prompts_panel(snapshot: Snapshot, view: View, width: int, height: int) -> li
     return lines
 
 
-def prompt_title(snapshot: Snapshot, view: View) -> str:
+def prompt_title(snapshot: LiveState, view: View) -> str:
     """The chosen prompt and its pattern."""
     if not snapshot.prompts:
         return "Prompt"
@@ -172,7 +172,7 @@ def prompt_title(snapshot: Snapshot, view: View) -> str:
     return f"Prompt {fitted(Text(printable(prompt.prompt_id)), min(len(prompt.prompt_id), 14)).plain}: {kinds[pattern(prompt)]}"
 
 
-def prompt_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+def prompt_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
     """The chosen prompt's lengths, by right and wrong."""
     if not snapshot.prompts:
         return [Text("no prompt has closed yet", style(view, DIM))]
@@ -200,7 +200,7 @@ def prompt_panel(snapshot: Snapshot, view: View, width: int, height: int) -> lis
     ]
 
 
-def lag_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+def lag_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
     """Lags of recently shipped trajectories; beyond the bound, which must stay empty, in red."""
     if not snapshot.lags:
         return [Text("nothing shipped yet", style(view, DIM))]
@@ -218,7 +218,7 @@ def lag_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[T
     return [*chart, _axis(list(range(last + 2)), last + 1, width, view, every=True)]
 
 
-def engines_panel(snapshot: Snapshot, view: View, width: int, height: int) -> list[Text]:
+def engines_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
     """Each engine: slots in use, speed, version, and its latency per token against the batch."""
     if not snapshot.engines:
         return [
@@ -272,15 +272,15 @@ def _group_line(group: GroupView, width: int, view: View, track: bool) -> Text:
             race_track(
                 _rollout_bars(group),
                 _scale(group),
-                group.cut,
+                group.short_cutoff,
                 max(width - line.cell_len, 4),
                 view.color,
             )
         )
         return line
     facts = [line]
-    if group.cut:
-        facts.append(Text(f"cut {group.cut}", style(view, "bright_white")))
+    if group.short_cutoff:
+        facts.append(Text(f"cut {group.short_cutoff}", style(view, "bright_white")))
     if cancelled:
         facts.append(Text(f"{cancelled} cancelled", style(view, FATES["cancelled"].on_screen)))
     facts.append(Text(f"{running} running", style(view, RUNNING.color)))
@@ -290,7 +290,9 @@ def _group_line(group: GroupView, width: int, view: View, track: bool) -> Text:
 
 
 def _bars(group: GroupView, width: int, view: View) -> list[Text]:
-    return growing_bars(_rollout_bars(group), _scale(group), group.cut, width - 1, view.color)
+    return growing_bars(
+        _rollout_bars(group), _scale(group), group.short_cutoff, width - 1, view.color
+    )
 
 
 def _rollout_bars(group: GroupView) -> list[Bar]:
@@ -298,7 +300,7 @@ def _rollout_bars(group: GroupView) -> list[Bar]:
 
 
 def _scale(group: GroupView) -> int:
-    return nice_ceiling(max([group.cut, *(rollout.tokens for rollout in group.rollouts)]))
+    return nice_ceiling(max([group.short_cutoff, *(rollout.tokens for rollout in group.rollouts)]))
 
 
 def _axis(edges: list[int], bins: int, width: int, view: View, every: bool = False) -> Text:

@@ -91,7 +91,6 @@ class RunDirectory:
 
     def ledger(self) -> dict[str, Counter[str]]:
         """For every prompt how often its groups were opened, shipped, filled with truncated responses, and dropped."""
-        limit = self.setting("sampling.max_tokens")
         counts: dict[str, Counter[str]] = {}
         for group in self.groups:
             if group["end"] == "evaluated":
@@ -101,8 +100,9 @@ class RunDirectory:
             )
             of_prompt["opened"] += 1
             of_prompt["shipped" if group["end"] == "shipped" else "dropped"] += 1
-            seats = [r["tokens"] for r in group["rollouts"] if r["end"] == "selected_long"]
-            of_prompt["filled"] += is_number(limit) and max(seats, default=0) >= limit
+            of_prompt["filled"] += any(
+                r["truncated"] and r["end"].startswith("selected") for r in group["rollouts"]
+            )
         return counts
 
     def _read_config(self) -> None:

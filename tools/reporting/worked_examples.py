@@ -1,7 +1,7 @@
 """The two worked examples of `docs/method.md`: one selection and one run against the lag bound, decided by the real core.
 
 Owns the scenarios: hand-picked response lengths and durations around one engine and one learner. Decides nothing; every
-cancel, seat and hand-over below is `darts.core.Core`'s. Driven by `tools.figures`, which draws and prints them.
+cancel, seat and ship below is `darts.core.Core`'s. Driven by `tools.figures`, which draws and prints them.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def selection_example() -> SelectionExample:
                 case ev.Cancel():
                     running.discard(decision.rollout_id)
                     stopped = bars[decision.rollout_id].tokens
-                    send(ev.RolloutStopped(now, decision.rollout_id, stopped))
+                    send(ev.RolloutStopped(decision.rollout_id, stopped))
                 case ev.Ship():
                     records.append(decision.record)
 
-    send(ev.PolicyPublished(now, 0))
-    send(ev.ActorJoined(now, ENGINE, "example", SLOTS, 0))
-    send(ev.PromptsDrawn(now, (ev.Prompt("prompt"),)))
-    send(ev.ShardsRequested(now, 0))
+    send(ev.PolicyPublished(0))
+    send(ev.EngineJoined(ENGINE, "example", SLOTS, 0))
+    send(ev.PromptsDrawn((ev.Prompt("prompt"),)))
+    send(ev.ShardsRequested(0))
     while not records:
         now += 1
         for rollout_id in sorted(running):
@@ -82,10 +82,10 @@ def selection_example() -> SelectionExample:
             if rollout_id in running and bar.start < now:
                 bar.tokens += 1
                 if bar.tokens < bar.length:
-                    send(ev.RolloutProgressed(now, rollout_id, bar.tokens))
+                    send(ev.RolloutProgressed(rollout_id, bar.tokens))
                 else:
                     running.discard(rollout_id)
-                    send(ev.RolloutFinished(now, rollout_id, bar.tokens, False, 1.0, 0))
+                    send(ev.RolloutFinished(rollout_id, bar.tokens, False, 1.0, 0))
     for row in records[0].rollouts:
         bars[row.rollout_id].end = row.end
     return SelectionExample(bars, now)
@@ -102,17 +102,17 @@ STEP_TIME, SWAP_TIME, NUM_STEPS = 15, 10, 5
 
 @dataclass
 class GroupBar:
-    """One group, from its opening to its hand-over. `floor` is its engine's version when it opened."""
+    """One group, from its opening to its ship. `min_version` is its engine's version when it opened."""
 
     opened: int
-    floor: int
+    min_version: int
     finished: int = 0
     handed: int = 0
     shipped_version: int = -1
 
     @property
     def lag(self) -> int:
-        return self.shipped_version - self.floor
+        return self.shipped_version - self.min_version
 
 
 @dataclass
@@ -157,8 +157,8 @@ class LagWorld:
         self._groups: dict[int, list[int]] = {}  # group -> its rollouts
 
     def run(self) -> LagExample:
-        self._send(ev.PolicyPublished(self.now, 0))
-        self._send(ev.ActorJoined(self.now, ENGINE, "example", 6 * BOUND.group_size, 0))
+        self._send(ev.PolicyPublished(0))
+        self._send(ev.EngineJoined(ENGINE, "example", 6 * BOUND.group_size, 0))
         self._draw()
         self._request()
         while len(self.steps) < NUM_STEPS or not self.steps[-1].served:
@@ -173,7 +173,7 @@ class LagWorld:
 
     def _draw(self) -> None:
         while self.core.num_pending < BOUND.groups_per_step:
-            self._send(ev.PromptsDrawn(self.now, (ev.Prompt("prompt"),)))
+            self._send(ev.PromptsDrawn((ev.Prompt("prompt"),)))
 
     def _send(self, event: ev.Event) -> None:
         for decision in self.core.handle(event):
@@ -189,13 +189,13 @@ class LagWorld:
 
     def _finish(self, group_id: int) -> None:
         self.bars[group_id].finished = self.now
-        tokens, floor = DURATIONS[group_id], self.bars[group_id].floor
+        tokens, min_version = DURATIONS[group_id], self.bars[group_id].min_version
         for rollout_id in self._groups[group_id]:
-            self._send(ev.RolloutFinished(self.now, rollout_id, tokens, False, 1.0, floor))
+            self._send(ev.RolloutFinished(rollout_id, tokens, False, 1.0, min_version))
 
     def _request(self) -> None:
         self.steps.append(StepRow(self.version, self.now))
-        self._send(ev.ShardsRequested(self.now, len(self.steps) - 1))
+        self._send(ev.ShardsRequested(len(self.steps) - 1))
 
     def _ship(self, record: ev.GroupRecord) -> None:
         bar, step = self.bars[record.group_id], self.steps[-1]
@@ -207,15 +207,15 @@ class LagWorld:
 
     def _publish(self) -> None:
         for group_id in self.steps[-1].groups:
-            self._send(ev.GroupTrained(self.now, group_id))
+            self._send(ev.GroupTrained(group_id))
         self.version += 1
-        self._send(ev.PolicyPublished(self.now, self.version))
+        self._send(ev.PolicyPublished(self.version))
         self._later(SWAP_TIME, partial(self._swap, self.version))
         self._request()
 
     def _swap(self, version: int) -> None:
         self.engine_version = version
-        self._send(ev.PolicyLoaded(self.now, ENGINE, version))
+        self._send(ev.PolicyLoaded(ENGINE, version))
 
 
 def lag_example() -> LagExample:

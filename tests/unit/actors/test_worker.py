@@ -248,7 +248,9 @@ def test_a_rollout_is_launched_streamed_scored_and_finished() -> None:
     )
     assert scene.sampled(7) == [(-1, [3, 4, 5, EOS])]
     assert array("f", scene.chunks(7)[1].logprobs).tolist() == [-0.5] * 4
-    assert scene.answers() == [Finished(rollout_id=7, truncated=False, reward=1.0, text="3 4 5")]
+    assert scene.answers() == [
+        Finished(rollout_id=7, num_tokens=4, truncated=False, reward=1.0, text="3 4 5")
+    ]
     assert scene.link.sent.index(scene.answers()[0]) > max(
         i for i, m in enumerate(scene.link.sent) if isinstance(m, Progress)
     )

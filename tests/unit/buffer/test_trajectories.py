@@ -14,9 +14,16 @@ from hypothesis import strategies as st
 
 from buffer.records.trajectories import Journal, TrajectoryStore
 from buffer.wire.messages import Chunk
+from darts.events import ProtocolError
 from darts.lengths import LengthStats
 
 REPOSITORY = Path(__file__).parents[3]
+
+
+def take(store: TrajectoryStore, chunk: Chunk) -> None:
+    """Check and keep a chunk, as the engines' side does."""
+    store.check(chunk)
+    store.append(chunk)
 
 
 def given_chunk(rollout_id, tokens):
@@ -51,12 +58,12 @@ def store():
 
 def test_a_trajectory_is_its_chunks_in_order(store):
     store.open(1, group_id=9, continues=None)
-    store.append(given_chunk(1, [5, 6]))
-    store.append(sampled_chunk(1, [7], version=3, logprobs=[-0.25]))
-    store.append(sampled_chunk(1, [8, 9], version=3, logprobs=[-1.0, 0.0]))
-    store.append(given_chunk(1, [10]))
-    store.append(sampled_chunk(1, [11], version=3, logprobs=[-2.0]))
-    store.append(sampled_chunk(1, [12], version=4, logprobs=[-4.0]))
+    take(store, given_chunk(1, [5, 6]))
+    take(store, sampled_chunk(1, [7], version=3, logprobs=[-0.25]))
+    take(store, sampled_chunk(1, [8, 9], version=3, logprobs=[-1.0, 0.0]))
+    take(store, given_chunk(1, [10]))
+    take(store, sampled_chunk(1, [11], version=3, logprobs=[-2.0]))
+    take(store, sampled_chunk(1, [12], version=4, logprobs=[-4.0]))
     trajectory = finish(store, 1)
     assert np.frombuffer(trajectory.tokens, "<i4").tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
     assert list(trajectory.sampled) == [0, 0, 1, 1, 1, 0, 1, 1]
@@ -83,23 +90,23 @@ def test_a_trajectory_is_its_chunks_in_order(store):
 
 def test_the_oldest_version_is_the_smallest_that_sampled(store):
     store.open(1, 0, None)
-    store.append(given_chunk(1, [5]))
-    with pytest.raises(ValueError, match="rollout 1 has no sampled token"):
+    take(store, given_chunk(1, [5]))
+    with pytest.raises(ProtocolError, match="rollout 1 has no sampled token"):
         store.oldest_version(1)
-    store.append(sampled_chunk(1, [6], version=4))
-    store.append(sampled_chunk(1, [6], version=5))
+    take(store, sampled_chunk(1, [6], version=4))
+    take(store, sampled_chunk(1, [6], version=5))
     assert store.oldest_version(1) == 4
 
 
 def test_a_continued_rollout_begins_with_what_was_paid_for(store):
     store.open(1, 9, None)
-    store.append(given_chunk(1, [5, 6]))
-    store.append(sampled_chunk(1, [7, 8], version=1))
+    take(store, given_chunk(1, [5, 6]))
+    take(store, sampled_chunk(1, [7, 8], version=1))
     store.open(2, 9, continues=1)
     store.discard(1)
     assert np.frombuffer(store.prefix(2), "<i4").tolist() == [7, 8]
-    store.append(given_chunk(2, [5, 6]))  # the new engine's prompt, held already
-    store.append(sampled_chunk(2, [9], version=2))
+    take(store, given_chunk(2, [5, 6]))  # the new engine's prompt, held already
+    take(store, sampled_chunk(2, [9], version=2))
     trajectory = finish(store, 2)
     assert np.frombuffer(trajectory.tokens, "<i4").tolist() == [5, 6, 7, 8, 9]
     assert trajectory.versions == [(1, 2), (2, 1)]
@@ -108,39 +115,39 @@ def test_a_continued_rollout_begins_with_what_was_paid_for(store):
 
 def test_only_the_leading_prompt_of_a_continued_rollout_is_ignored(store):
     store.open(1, 9, None)
-    store.append(given_chunk(1, [5]))
-    store.append(sampled_chunk(1, [7]))
+    take(store, given_chunk(1, [5]))
+    take(store, sampled_chunk(1, [7]))
     store.open(2, 9, continues=1)
-    store.append(sampled_chunk(2, [8]))
-    store.append(given_chunk(2, [5]))
+    take(store, sampled_chunk(2, [8]))
+    take(store, given_chunk(2, [5]))
     assert np.frombuffer(finish(store, 2).tokens, "<i4").tolist() == [5, 7, 8, 5]
 
 
 def test_a_continued_rollout_with_another_prompt_is_refused(store):
     store.open(1, 9, None)
-    store.append(given_chunk(1, [5]))
+    take(store, given_chunk(1, [5]))
     store.open(2, 9, continues=1)
-    with pytest.raises(ValueError, match=r"rollout 2.*same tokenizer"):
-        store.append(given_chunk(2, [4, 5]))
+    with pytest.raises(ProtocolError, match=r"rollout 2.*same tokenizer"):
+        take(store, given_chunk(2, [4, 5]))
 
 
 @pytest.mark.parametrize("lost", ["silent", "discarded"])
 def test_what_continues_nothing_starts_afresh(store, lost):
     store.open(1, 9, None)
     if lost == "discarded":
-        store.append(given_chunk(1, [5]))
+        take(store, given_chunk(1, [5]))
         store.discard(1)
     store.open(2, 9, continues=1)
-    store.append(given_chunk(2, [5]))
-    store.append(sampled_chunk(2, [7]))
+    take(store, given_chunk(2, [5]))
+    take(store, sampled_chunk(2, [7]))
     assert np.frombuffer(finish(store, 2).tokens, "<i4").tolist() == [5, 7]
 
 
 def test_the_lost_rollout_and_its_heir_share_nothing(store):
     store.open(1, 9, None)
-    store.append(sampled_chunk(1, [7]))
+    take(store, sampled_chunk(1, [7]))
     store.open(2, 9, continues=1)
-    store.append(sampled_chunk(2, [8]))
+    take(store, sampled_chunk(2, [8]))
     assert (store.num_sampled(1), store.num_sampled(2)) == (1, 2)
 
 
@@ -171,9 +178,9 @@ def test_the_lost_rollout_and_its_heir_share_nothing(store):
 )
 def test_a_malformed_chunk_is_refused_and_changes_nothing(store, chunk, complaint):
     store.open(1, 0, None)
-    store.append(sampled_chunk(1, [5]))
-    with pytest.raises(ValueError, match=f"rollout 1.*{complaint}"):
-        store.append(chunk)
+    take(store, sampled_chunk(1, [5]))
+    with pytest.raises(ProtocolError, match=f"rollout 1.*{complaint}"):
+        take(store, chunk)
     assert store.bytes_held == 8
     assert np.frombuffer(finish(store, 1).tokens, "<i4").tolist() == [5]
 
@@ -184,9 +191,9 @@ def test_what_is_not_held_is_named(store):
         store.prefix,
         store.oldest_version,
         lambda id: finish(store, id),
-        lambda id: store.append(given_chunk(id, [1])),
+        lambda id: take(store, given_chunk(id, [1])),
     ):
-        with pytest.raises(ValueError, match="rollout 42 is not held"):
+        with pytest.raises(ProtocolError, match="rollout 42 is not held"):
             ask(42)
     store.discard(42)
     assert 42 not in store
@@ -218,7 +225,7 @@ def test_bytes_held_is_exact_whatever_happens(operations):
             chunk = (
                 given_chunk(target, [1]) if what == "given" else sampled_chunk(target, [2] * size)
             )
-            store.append(chunk)
+            take(store, chunk)
         held = sum(
             len(finish(store, id).tokens) + len(finish(store, id).actor_logprobs) for id in ids
         )
@@ -239,8 +246,9 @@ def test_a_trajectory_is_consistent_with_itself(chunks):
     store = TrajectoryStore(max_bytes=1)
     store.open(1, 0, None)
     for sampled, version, size in chunks:
-        store.append(
-            sampled_chunk(1, range(size), version) if sampled else given_chunk(1, range(size))
+        take(
+            store,
+            sampled_chunk(1, range(size), version) if sampled else given_chunk(1, range(size)),
         )
     trajectory = finish(store, 1)
     expected = [version for sampled, version, size in chunks if sampled for _ in range(size)]

@@ -105,10 +105,17 @@ def test_frames_are_plain_msgpack():
         ],
     }
     by_reference = msgpack.packb(
-        {"type": "Finished", "rollout_id": 7, "truncated": False, "reward": 1.0, "text": "#22"}
+        {
+            "type": "Finished",
+            "rollout_id": 7,
+            "num_tokens": 3,
+            "truncated": False,
+            "reward": 1.0,
+            "text": "#22",
+        }
     )
     assert decoder(Inbound).decode(by_reference) == Finished(
-        rollout_id=7, truncated=False, reward=1.0, text="#22"
+        rollout_id=7, num_tokens=3, truncated=False, reward=1.0, text="#22"
     )
 
 

@@ -131,8 +131,8 @@ def pauses(config: Config, own: Path) -> object:
     config.buffer.max_bytes //= 1000
     assert Running(in_folder(config, own)).wait() == 0
     log = Path(config.run.dir) / config.run.name / "events.msgpack"
-    entries = [entry for _, session in read_sessions(log) for entry in session]
-    return any(isinstance(entry, ev.AdmissionPaused) and entry.paused for entry in entries)
+    events = [logged.event for _, session in read_sessions(log) for logged in session]
+    return any(isinstance(event, ev.AdmissionPaused) and event.paused for event in events)
 
 
 def patience_without_learner(config: Config, own: Path) -> object:

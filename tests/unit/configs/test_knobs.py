@@ -202,16 +202,16 @@ def launches_until_given_up(**changes: Any) -> int:
     """Rollouts launched for a single prompt whose every rollout fails."""
     core = Core(CoreConfig(groups_per_step=1, group_size=2, redundancy="none", **changes))
     todo: list[ev.Event] = [
-        ev.PolicyPublished(0.0, 0),
-        ev.ActorJoined(0.0, "engine", "type", 2, 0),
-        ev.PromptsDrawn(0.0, (ev.Prompt("p"),)),
+        ev.PolicyPublished(0),
+        ev.EngineJoined("engine", "type", 2, 0),
+        ev.PromptsDrawn((ev.Prompt("p"),)),
     ]
     launched = 0
     while todo:
         for decision in core.handle(todo.pop(0)):
             if isinstance(decision, ev.Launch):
                 launched += 1
-                todo.append(ev.RolloutFailed(0.0, decision.rollout_id))
+                todo.append(ev.RolloutFailed(decision.rollout_id))
     return launched
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from buffer.wire.messages import EngineView, GroupView, PromptView, RolloutView, Snapshot
+from buffer.wire.messages import EngineView, GroupView, LiveState, PromptView, RolloutView
 from tools.monitor.charts import (
     Bar,
     Ink,
@@ -35,14 +35,14 @@ from tools.reporting.run_directory import RunDirectory
 
 PLAIN = View(color=False)
 A, B = Ink("#ff0000", "a"), Ink("#00ff00", "b")
-EMPTY = Snapshot(
+EMPTY = LiveState(
     time_s=12.0, run_name="little", phase="starting", step=0, steps=60, policy_version=0, max_lag=4, waiting="", groups_open=0,
-    groups_ready=0, bytes_held=0, histogram_edges=[0, 8, 16, 32], histogram={}, lags=[], metrics={}, groups=[], engines=[], prompts=[],
+    groups_ready=0, bytes_held=0, refused_frames=0, histogram_edges=[0, 8, 16, 32], histogram={}, lags=[], metrics={}, groups=[], engines=[], prompts=[],
 )  # fmt: skip
 
 
-def snapshot(**changes: object) -> Snapshot:
-    return Snapshot(**{name: getattr(EMPTY, name) for name in EMPTY.__struct_fields__} | changes)  # type: ignore[arg-type]
+def snapshot(**changes: object) -> LiveState:
+    return LiveState(**{name: getattr(EMPTY, name) for name in EMPTY.__struct_fields__} | changes)  # type: ignore[arg-type]
 
 
 def prompt(
@@ -73,9 +73,9 @@ def group(
     return GroupView(
         group_id=group_id,
         prompt_id=f"prompt-{group_id}",
-        mode="survivor",
+        long_end="survivor",
         budget=len(states),
-        cut=cut,
+        short_cutoff=cut,
         rollouts=views,
     )
 
@@ -87,7 +87,7 @@ def engine(name: str = "pool/0") -> EngineView:
     )  # fmt: skip
 
 
-def busy() -> Snapshot:
+def busy() -> LiveState:
     states = (
         (20, "selected_short"),
         (35, "finished"),
@@ -123,7 +123,7 @@ def busy() -> Snapshot:
 )
 @pytest.mark.parametrize("state", [EMPTY, busy()], ids=["empty", "busy"])
 def test_a_frame_has_exactly_the_size_of_the_terminal(
-    size: tuple[int, int], view: View, state: Snapshot
+    size: tuple[int, int], view: View, state: LiveState
 ) -> None:
     width, height = size
     lines = frame(state, view, width, height)
@@ -357,7 +357,7 @@ def run_dir(tmp_path: Path) -> Path:
             for seat in range(4)
         ]
         groups.append({"group_id": place, "prompt_id": f"p{place}", "opened_version": 0, "shipped_version": place // 2, "budget": 4,
-                       "mode": "survivor", "end": end, "rollouts": rollouts})  # fmt: skip
+                       "long_end": "survivor", "end": end, "rollouts": rollouts})  # fmt: skip
     (tmp_path / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in groups))
     rows = [
         {"step": step, "time_s": float(step), "policy_version": step, "reward/mean": 0.1 * step}

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from buffer.wire.messages import EngineView, Snapshot
+from buffer.wire.messages import EngineView, LiveState
 from tools.launching.progress import LiveView, Pace, PlainView, clock, state
 
 ENGINE = EngineView(
@@ -22,14 +22,14 @@ ENGINE = EngineView(
     curve=[],
 )
 LOADING = msgspec.structs.replace(ENGINE, policy_version=-1)
-EMPTY = Snapshot(
+EMPTY = LiveState(
     time_s=12.0, run_name="little", phase="training", step=0, steps=20, policy_version=0, max_lag=4, waiting="", groups_open=0,
-    groups_ready=0, bytes_held=0, histogram_edges=[], histogram={}, lags=[], metrics={}, groups=[], engines=[ENGINE], prompts=[],
+    groups_ready=0, bytes_held=0, refused_frames=0, histogram_edges=[], histogram={}, lags=[], metrics={}, groups=[], engines=[ENGINE], prompts=[],
 )  # fmt: skip
 
 
-def snapshot(**changes: object) -> Snapshot:
-    return Snapshot(**{name: getattr(EMPTY, name) for name in EMPTY.__struct_fields__} | changes)  # type: ignore[arg-type]
+def snapshot(**changes: object) -> LiveState:
+    return LiveState(**{name: getattr(EMPTY, name) for name in EMPTY.__struct_fields__} | changes)  # type: ignore[arg-type]
 
 
 def test_durations_read_as_clocks() -> None:

@@ -54,11 +54,12 @@ def group_row(group_id: int, end: str = "shipped") -> dict:
             "tokens": 20 + 9 * seat,
             "reward": float(seat % 2),
             "end": fate,
+            "truncated": fate == "truncated",
         }
         for seat, fate in enumerate(FATE_OF_SEAT)
     ]
     return {"group_id": group_id, "prompt_id": f"prompt-{group_id}", "opened_version": 1, "shipped_version": 3 if end == "shipped" else -1,
-            "budget": 5, "mode": "survivor", "end": end, "rollouts": rollouts}  # fmt: skip
+            "budget": 5, "long_end": "survivor", "end": end, "rollouts": rollouts}  # fmt: skip
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:

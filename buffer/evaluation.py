@@ -1,0 +1,50 @@
+"""Evaluations on held-out prompts: when one is due, which is under way, and what came of it.
+
+Owns the collected groups of the evaluation under way. Driven by `buffer.service`; the core decides when
+its rollouts are launched.
+"""
+
+from __future__ import annotations
+
+from buffer.run_state import RunState
+from darts import events as ev
+
+
+class Evaluation:
+    """At most one evaluation is under way; a second one asked for meanwhile is left out."""
+
+    def __init__(self, run: RunState) -> None:
+        self.run = run
+        self.step: int | None = None  # the steps done when the one under way was asked for
+        self._records: list[ev.GroupRecord] = []
+
+    def due_after(self, step: int) -> bool:
+        every = self.run.config.eval.every
+        return bool(every) and step % every == 0
+
+    def request(self) -> list[ev.Event]:
+        """Evaluate the newest policy, unless there is nothing to evaluate or one is under way."""
+        run = self.run
+        if not run.eval_payloads or self.step is not None:
+            return []
+        self.step = run.step
+        prompts = tuple(ev.Prompt(prompt_id) for prompt_id in run.eval_payloads)
+        samples = run.config.eval.samples_per_prompt
+        return [ev.EvaluationRequested(prompts, samples, run.core.policy_version)]
+
+    def group_ended(self, record: ev.GroupRecord) -> int | None:
+        """Take a held-out group. Returns the step of its evaluation once that is complete."""
+        run = self.run
+        run.forget(record)
+        run.check_failures(record)
+        self._records.append(record)
+        if self.step is None or len(self._records) < len(run.eval_payloads):
+            return None
+        step, self.step = self.step, None
+        records, self._records = self._records, []
+        result = run.metrics.evaluated(records, step)
+        run.say(
+            f"after {step} steps: accuracy {result['eval/accuracy']:.3f}, "
+            f"mean length {result['eval/length_mean']:.1f}"
+        )
+        return step

@@ -1,0 +1,85 @@
+"""The invariants of the core's state between two events.
+
+They complement the rules listed in `darts.core`, which are about histories. The property tests check
+them after each event, since a check walks over the whole state. Never changes anything.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from darts.core import Core
+from darts.engines import Engine
+from darts.groups import Group, GroupState, Rollout, RolloutState
+
+
+def validate_state(core: Core) -> None:
+    """Raises `AssertionError` with the id of the first engine, rollout or group that is inconsistent."""
+    for engine in core.engines.by_id.values():
+        _validate_engine(core, engine)
+    for rollout in core.rollouts.values():
+        _validate_rollout(core, rollout)
+    for group in core.groups.values():
+        _validate_group(core, group)
+    _validate_outstanding(core)
+
+
+def _validate_engine(core: Core, engine: Engine) -> None:
+    where = engine.engine_id
+    assert len(engine.in_flight) <= engine.slots, where
+    assert engine.version <= core.policy_version, where
+    assert all(core.rollouts[i] is r for i, r in engine.in_flight.items()), where
+    assert all(r.engine_id == where for r in engine.in_flight.values()), where
+    assert not engine.backlog or len(engine.in_flight) == engine.slots, (where, "a slot is idle")
+    for group in engine.backlog:
+        assert group.planned and group.state is GroupState.OPEN, (where, group.group_id)
+        assert group.engine_id == where, (where, group.group_id)
+    if engine.has_room and engine.version >= 0:
+        assert core.engines.offers(engine), (where, "has room, but is never chosen")
+
+
+def _validate_rollout(core: Core, rollout: Rollout) -> None:
+    """It holds a slot, so it runs, or it was cancelled and its engine has not confirmed."""
+    where = rollout.rollout_id
+    assert rollout.state in (RolloutState.RUNNING, RolloutState.CANCELLED), where
+    assert rollout.rollout_id in core.engines.by_id[rollout.engine_id].in_flight, where
+    assert 0 <= rollout.tokens <= core.config.max_tokens, where
+    assert 0 <= rollout.oldest_version <= core.policy_version, where
+    assert rollout.overshoot == 0, where
+    if rollout.runs:
+        assert core.groups[rollout.group.group_id] is rollout.group, where
+        assert rollout.group.running[where] is rollout, where
+
+
+def _validate_group(core: Core, group: Group) -> None:
+    where = group.group_id
+    assert group.state is not GroupState.CLOSED, where
+    assert group.running == {i: r for i, r in group.rollouts.items() if r.runs}, where
+    assert all(core.rollouts[i] is r for i, r in group.running.items()), where
+    assert group.finished == sorted(group.finished), where
+    assert group.min_version <= group.opened_version <= core.policy_version, where
+    assert all(r.oldest_version >= group.min_version for r in group.rollouts.values()), where
+    assert group.survivors <= group.rollouts.keys(), where
+    assert group.num_survivors_chosen <= group.num_long, where
+    if group.state is GroupState.OPEN:
+        assert not group.all_ended and group.selection is None, where
+        assert len(group.rollouts) + len(group.planned) >= group.budget, where
+    else:
+        assert group.selection is not None and group.all_ended, where
+        assert group.purpose == "train" and group.review_above == inf, where
+    if group.planned:
+        engine = core.engines.by_id.get(group.engine_id)
+        queued = engine is not None and group in engine.backlog
+        assert queued != (group in core.orphaned), (where, "planned rollouts wait nowhere")
+
+
+def _validate_outstanding(core: Core) -> None:
+    training = [group for group in core.groups.values() if group.purpose == "train"]
+    outstanding = [g for g in training if g.state is not GroupState.SHIPPED]
+    assert core.num_outstanding == len(outstanding)
+    assert core.num_ready == sum(g.state is GroupState.READY for g in outstanding)
+    assert all(group in core.outstanding for group in outstanding)
+    for group in core.orphaned:
+        assert group.planned and group.engine_id not in core.engines.by_id, group.group_id
+    step_waits = core.requested_step is not None and core.num_ready >= core.config.groups_per_step
+    assert not step_waits or any(g.state is GroupState.OPEN for g in core.outstanding.due())

@@ -1,0 +1,48 @@
+"""Which rollouts in flight can no longer be selected, and which long ones are kept running.
+
+Pure but for the generator that breaks ties and for the group's own list of survivors. Driven by
+`darts.core.Core`. Source: our online form of DARTS (arXiv 2605.30859): with s_j the length of the j-th
+shortest finished rollout, a rollout in flight that is longer than s_j cannot take one of the j short
+seats. Under `long_end=survivor` the longest such rollouts keep running and take the long seats.
+"""
+
+from __future__ import annotations
+
+import random
+from math import inf
+
+from darts.groups import Group, Rollout
+
+
+def short_cutoff(group: Group) -> float:
+    """Length above which a rollout in flight provably misses every short seat; inf while unknown."""
+    num_short = group.group_size
+    if group.long_end != "none":
+        num_short -= group.num_long
+    if group.long_end == "longest" or num_short == 0 or len(group.finished) < group.group_size:
+        return inf
+    return group.finished[num_short - 1].tokens
+
+
+def take_past_selection(group: Group, rng: random.Random) -> list[Rollout]:
+    """Rollouts above `group.review_above` to cancel, after the longest were made survivors."""
+    past = [
+        rollout
+        for rollout in group.running.values()
+        if rollout.tokens > group.review_above and rollout.rollout_id not in group.survivors
+    ]
+    seats = group.num_long - group.num_survivors_chosen if group.long_end == "survivor" else 0
+    if past and seats > 0:
+        rng.shuffle(past)  # breaks ties
+        past.sort(key=lambda rollout: -rollout.tokens)
+        group.survivors |= {rollout.rollout_id for rollout in past[:seats]}
+        group.num_survivors_chosen += min(seats, len(past))
+        past = past[seats:]
+    return past
+
+
+def lose_survivor(group: Group, rollout: Rollout, replaced: bool) -> None:
+    """A survivor is lost. If another attempt replaces it, its seat is free to be chosen again."""
+    if rollout.rollout_id in group.survivors:
+        group.survivors.discard(rollout.rollout_id)
+        group.num_survivors_chosen -= int(replaced)

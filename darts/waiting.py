@@ -1,0 +1,38 @@
+"""Which side of a run waits for the other, in words for people. Reads the core, never changes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from darts.groups import GroupState
+
+if TYPE_CHECKING:
+    from darts.core import Core
+
+
+def describe(core: Core) -> str:
+    """One line, or "" if neither side waits."""
+    if core.requested_step is not None:
+        return f"learner waits for {_missing(core)}"
+    if core.admission_paused:
+        return "actors wait for the learner: the trajectory store is full"
+    if core.num_pending and core.policy_version >= 0 and not core.run_ended and _has_idle(core):
+        return (
+            f"actors wait for the learner: {core.num_outstanding} groups outstanding "
+            f"at version {core.policy_version}"
+        )
+    return ""
+
+
+def _missing(core: Core) -> str:
+    due = [g.group_id for g in core.outstanding.due() if g.state is GroupState.OPEN]
+    if due:
+        return f"group {due[0]} (lag bound), {len(due)} due in total"
+    if not core.engines.by_id:
+        return "actors: no engine has joined"
+    wanted = core.config.groups_per_step
+    return f"actors: {wanted - core.num_ready} of {wanted} groups missing"
+
+
+def _has_idle(core: Core) -> bool:
+    return any(engine.has_room for engine in core.engines.by_id.values())
