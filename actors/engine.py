@@ -204,7 +204,9 @@ class Engine:
             try:
                 await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
                 self._meter.interrupt()
-                await self._llm.collective_rpc("load_snapshot", args=(path,))
+                errors = await self._llm.collective_rpc("load_snapshot", args=(path,))
+                if wrong := [error for error in errors if error]:
+                    raise SwapFailed(wrong[0])
                 await self._llm.update_weight_version(str(version))
                 await self._llm.resume_generation()
             except EngineDeadError as error:

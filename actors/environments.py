@@ -1,4 +1,4 @@
-"""What scores a response, and how a prompt becomes tokens.
+"""Verifiers: what scores a response. (`actors.prompts` turns prompts into tokens.)
 
 Cheap verifiers that cannot hang run inline. The others (math_verify, reasoning_gym, a user's own) run in worker processes,
 `python -m actors.environments VERIFIER`, which are killed when they take too long: neither the engine nor its event loop
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, cast
 
+from actors.prompts import tokenise
 from buffer.data import tagged_sum
 from buffer.wire.messages import PromptPayload
 from configs.errors import one_line
@@ -81,17 +82,9 @@ class SingleTurn:
         )
 
     def render(self, prompt: PromptPayload, tokenizer: Any) -> list[int]:
-        """With the tokenizer's chat template where it has one and `data.chat_template` allows it; else as plain text."""
+        """See `actors.prompts.tokenise`."""
         messages = prompt.messages or [{"role": "user", "content": prompt.text}]
-        if self.data.system_prompt:
-            messages = [{"role": "system", "content": self.data.system_prompt}, *messages]
-        if self.data.chat_template == "auto" and getattr(tokenizer, "chat_template", None):
-            # The template writes the special tokens itself; encoding must not add them a second time.
-            text = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-            return list(tokenizer.encode(text, add_special_tokens=False))
-        return list(tokenizer.encode("\n\n".join(message["content"] for message in messages)))
+        return tokenise(messages, tokenizer, self.data)
 
     async def score(self, prompt: PromptPayload, response_text: str) -> float:
         if self._workers is not None:

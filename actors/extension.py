@@ -19,8 +19,10 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.platforms import current_platform
 
 FRONTEND_PID = "DARTS_FRONTEND_PID"
+HEAD = "lm_head.weight"
 
 
 class SnapshotLoader:
@@ -28,37 +30,60 @@ class SnapshotLoader:
 
     model_runner: Any
 
-    def load_snapshot(self, path: str) -> None:
-        """Replace the model's weights by those of the safetensors file `path`, named as Hugging Face names them.
+    def load_snapshot(self, path: str) -> str:
+        """Replace the model's weights by those of the safetensors file `path`, under checkpoint names.
 
-        Layerwise reload, because engines keep weights in a layout of their own (pre-packed on CPU). It keeps whatever it is not
-        given, so a snapshot that lacks a parameter raises `ValueError` instead of leaving a mixture of two policies.
+        Returns "" or, in one line, why the weights are now a mixture of two policies. (vLLM would
+        print an exception's traceback before handing it on.) Reloads layer by layer, because
+        engines keep weights in a layout of their own (pre-packed on a CPU).
         """
         model, model_config = self.model_runner.model, self.model_runner.model_config
+        tied = bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
         expected = {name for name, _ in model.named_parameters()}
-        with safe_open(path, framework="pt") as snapshot:
-            initialize_layerwise_reload(model)
-            loaded = model.load_weights(
-                _tensors(
-                    snapshot,
-                    bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False)),
-                )
-            )
-            finalize_layerwise_reload(model, model_config)
-        if loaded is not None and (missing := sorted(expected - loaded)):
-            raise ValueError(
-                f"the snapshot lacks {len(missing)} of the model's parameters, {missing[0]} among them"
-            )
+        try:
+            with safe_open(path, framework="pt") as snapshot:
+                forget_packed_experts(model)
+                initialize_layerwise_reload(model)
+                loaded = model.load_weights(_tensors(snapshot, model, tied))
+                finalize_layerwise_reload(model, model_config)
+        except Exception as error:  # each model's own loader raises as it likes
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        missing = sorted(expected - loaded) if loaded is not None else []
+        lacks = f"the snapshot lacks {len(missing)} of the model's parameters, such as "
+        return lacks + missing[0] if missing else ""
 
 
-def _tensors(snapshot: Any, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor, and with tied embeddings the head by its own name: without it a reload silently keeps the old head."""
+def forget_packed_experts(model: torch.nn.Module) -> None:
+    """Make the next reload pack the experts of a CPU engine as the first load did.
+
+    vLLM packs them only when it builds the kernel, and later loads would copy unpacked experts into
+    packed memory. On a GPU there is nothing to pack, and CUDA graphs hold on to the kernel.
+    """
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None  # type: ignore[union-attr]
+
+
+def _tensors(
+    snapshot: Any, model: torch.nn.Module, tied: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor; where embeddings are tied, with the head exactly if this engine keeps one.
+
+    Without it such an engine would silently keep its old head; an engine that keeps none refuses it.
+    """
+    has_head = any(name == "lm_head" for name, _ in model.named_children())
     names = list(snapshot.keys())
     for name in names:
-        yield name, snapshot.get_tensor(name)
-    if tied and "lm_head.weight" not in names:
-        embeddings = next(name for name in names if name.endswith("embed_tokens.weight"))
-        yield "lm_head.weight", snapshot.get_tensor(embeddings)
+        if name != HEAD or has_head or not tied:
+            yield name, snapshot.get_tensor(name)
+    if tied and has_head and HEAD not in names:
+        embeddings = [name for name in names if name.endswith("embed_tokens.weight")]
+        if not embeddings:
+            raise ValueError(f"the snapshot lacks {HEAD}")
+        yield HEAD, snapshot.get_tensor(embeddings[0])
 
 
 def _die_with(frontend_pid: int) -> None:

@@ -40,6 +40,13 @@ LINEAR: dict[str, Any] = {
 }
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MAMBA: dict[str, Any] = {"mamba_d_head": 32, "mamba_d_state": 32, "mamba_n_groups": 1}
+CONVOLUTION: dict[str, Any] = {
+    "layer_types": ["conv", "full_attention"],
+    "block_auto_adjust_ff_dim": False,
+    "block_dim": 64,  # engines read the sizes of a published LFM2, the model does not
+    "block_ff_dim": 128,
+    "conv_dim": 64,
+}
 WINDOW: dict[str, Any] = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -56,8 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {  # by model type, what differs from `SIZ
     "mistral": {"sliding_window": 16},
     "olmo2": {},
     "smollm3": {},
-    "gpt_neox": {},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "gpt_neox": {"num_key_value_heads": 2},  # engines read it, the model has no such thing
+    "lfm2": CONVOLUTION,
     "bamba": MAMBA | {"mamba_n_heads": 4, "attn_layer_indices": [1]},
     "falcon_h1": MAMBA | {"mamba_n_heads": 4, "mamba_d_ssm": 128},
     "qwen3_moe": EXPERTS,

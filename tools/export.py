@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
 from configs import cli
 from configs.command import run_command
 from configs.schema import Config
+
+GENERATION_FILE = "generation_config.json"
 
 
 def steps_saved(run: Path) -> list[int]:
@@ -61,10 +64,28 @@ def export(run: Path, target: Path, step: int | None = None) -> int:
 
     model = load_checkpoint(config, run, step)
     unfinished = target.with_name(f".{target.name}.partial")
-    model.to(DTYPES[config.model.dtype]).save_pretrained(unfinished)
+    _save(model.to(DTYPES[config.model.dtype]), config.model.path, unfinished)
     AutoTokenizer.from_pretrained(config.model.path).save_pretrained(unfinished)
     os.replace(unfinished, target)
     return step
+
+
+def _save(model: Any, source: str, folder: Path) -> None:
+    """Write the model, with the generation settings of `source` exactly as they are there.
+
+    transformers reads settings that contradict each other (a temperature beside do_sample=false,
+    as some published models have), and refuses to write them.
+    """
+    from transformers import GenerationConfig
+    from transformers.utils import cached_file
+
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder)
+    settings = cached_file(source, GENERATION_FILE, _raise_exceptions_for_missing_entries=False)
+    if settings is None:  # then config.json says it all
+        (folder / GENERATION_FILE).unlink()
+    else:
+        shutil.copyfile(settings, folder / GENERATION_FILE)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,22 +36,24 @@ def convert(folder: Path) -> bool:
         print(f"{folder}: already there")
         return False
     gguf = _find_gguf()
-    print(
-        f"converting {gguf.name} ({gguf.stat().st_size / 1e6:.0f} MB), about half a minute ...",
-        flush=True,
-    )
+    size_mb = gguf.stat().st_size / 1e6
+    print(f"reading {gguf.name} ({size_mb:.0f} MB), about half a minute ...", flush=True)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
+    print("reading its tokenizer ...", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # A model loaded from GGUF refuses to be saved; a fresh one with its weights does not.
+    # The weights are no longer quantised, but the configuration still says so, and then neither
+    # transformers would write this model nor an engine read it.
+    del loaded.config.quantization_config
     model = LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    print(f"writing {folder} ({model.num_parameters() * 4 / 1e6:.0f} MB) ...", flush=True)
     unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
     try:
         model.save_pretrained(unfinished)

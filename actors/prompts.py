@@ -1,0 +1,68 @@
+"""A prompt's way into tokens: exactly the ones that the engine is given and the learner trains on.
+
+Owns chat templates, system messages and the special tokens around a prompt. Never scores and never
+generates. Called by `actors.environments`, and by `tools.check` to show prompts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.schema import DataConfig
+
+Message = dict[str, str]
+
+
+def tokenise(messages: list[Message], tokenizer: Any, data: DataConfig) -> list[int]:
+    """The token ids of `messages` for a `transformers` tokenizer.
+
+    The prompt begins with at most one begin token and never ends with an end-of-sequence token: the
+    model would take it for the end of the conversation. Raises `ValueError` if no token is left,
+    and whatever a template or tokenizer raises.
+    """
+    if data.system_prompt:
+        messages = [{"role": "system", "content": data.system_prompt}, *messages]
+    if uses_template(tokenizer, data):
+        # The template writes the special tokens itself; encoding must not add them again.
+        text = _with_template(messages, tokenizer)
+        ids = list(tokenizer.encode(text, add_special_tokens=False))
+    else:
+        ids = list(tokenizer.encode("\n\n".join(message["content"] for message in messages)))
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    while len(ids) > 1 and ids[0] == ids[1] == begin:
+        del ids[0]
+    while ids and ids[-1] == end and ids != [begin]:  # one token may be both
+        del ids[-1]
+    if not ids:
+        raise ValueError("it has no tokens, and a response must follow something")
+    return ids
+
+
+def uses_template(tokenizer: Any, data: DataConfig) -> bool:
+    """Whether prompts are formatted by the tokenizer's own chat template."""
+    return data.chat_template == "auto" and bool(getattr(tokenizer, "chat_template", None))
+
+
+def _with_template(messages: list[Message], tokenizer: Any) -> str:
+    """The text of the template, with the system message in the user's turn if it has no place.
+
+    Some templates refuse a system message and some drop it silently; either way the model is
+    meant to see it.
+    """
+    if messages[0]["role"] != "system":
+        return _apply(tokenizer, messages)
+    system, others = messages[0], messages[1:]
+    if not others or others[0]["role"] != "user":
+        return _apply(tokenizer, messages)
+    try:
+        text = _apply(tokenizer, messages)
+    except Exception:  # a template raises as it likes; without the system message it may not
+        text = ""
+    if text and text != _apply(tokenizer, others):
+        return text
+    first = others[0] | {"content": f"{system['content']}\n\n{others[0]['content']}"}
+    return _apply(tokenizer, [first, *others[1:]])
+
+
+def _apply(tokenizer: Any, messages: list[Message]) -> str:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
