@@ -29,7 +29,7 @@ def prompts(config: Config, _: Path) -> object:
 class Tokenizer:
     """Shows the text that it is given."""
 
-    chat_template = "a template"
+    chat_template, bos_token_id, eos_token_id = "a template", None, None
 
     def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages)
