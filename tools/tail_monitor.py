@@ -3,7 +3,7 @@
     python tools/tail_monitor.py                       attach to the buffer of buffer.address' default
     python tools/tail_monitor.py --once                one frame as text
     python tools/tail_monitor.py --json                one JSON object per snapshot
-    python tools/tail_monitor.py --replay runs/<name>  play a finished run
+    python tools/tail_monitor.py --play runs/<name>    play a finished run
 
 Owns the keyboard and the screen; what is drawn is `tools.monitor.frame`'s. It only listens to what the buffer publishes anyway, on a
 socket that drops for slow listeners, so it cannot slow the run. Driven by a person.
@@ -201,7 +201,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--play",
-        "--replay",
         type=Path,
         metavar="RUN",
         help="play the run of this directory, such as runs/demo, instead of listening",

@@ -52,7 +52,7 @@ REDUCED: list[Reduction] = [  # the first pattern that matches counts
     (r"-m tools\.(evaluate|export)", helped, "needs a real checkpoint; tests/e2e/test_pipeline.py"),
     (r"-m tools\.smollm2", helped, "half a minute of conversion"),
     (r"-m tools\.figures", helped, "tests/unit/tools/test_figures.py compares what it writes"),
-    (r"tail_monitor\.py --replay", plus("--once"), "without --once it needs a terminal"),
+    (r"tail_monitor\.py --play", plus("--once"), "without --once it needs a terminal"),
     (r"tail_monitor\.py", helped, "needs a running buffer; tests/e2e/test_tail_monitor.py"),
 ]  # fmt: skip
 

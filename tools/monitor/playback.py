@@ -1,7 +1,7 @@
 """Plays a run's ledger back as snapshots, one learner step after the other. Owns the pace; reads only the run's directory.
 
 The ledger keeps how each rollout ended, not when it was how long: so a step shows its groups as they ended, and no engine states.
-Driven by `tools.tail_monitor --replay`.
+Driven by `tools.tail_monitor --play`.
 """
 
 from __future__ import annotations

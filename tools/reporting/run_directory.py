@@ -1,6 +1,6 @@
 """Reads what a run left in its directory, finished or not. Never writes, never raises over a half-written line.
 
-Driven by `tools.report` and by `tools.tail_monitor --replay`.
+Driven by `tools.report` and by `tools.tail_monitor --play`.
 """
 
 from __future__ import annotations
