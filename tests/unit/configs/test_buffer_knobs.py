@@ -137,18 +137,18 @@ def pauses(config: Config, own: Path) -> object:
 
 def patience_without_learner(config: Config, own: Path) -> object:
     running = Running(in_folder(config, own), learner=False)
-    status = running.wait(2.5)
+    status = running.wait(4)
     running.end()
     return status
 
 
 def patience_with_a_silent_engine(config: Config, own: Path) -> object:
-    """Engines that the service still counts on two seconds after its only one fell silent."""
+    """Engines that the service still counts on four seconds after its only one fell silent."""
     running = Running(in_folder(config, own), learner=False)
     while not running.service.run.peers.engines():
         time.sleep(0.01)
     running.engine.kill()
-    time.sleep(2.5)
+    time.sleep(4)
     known = len(running.service.run.peers.engines())
     running.end()
     return known
