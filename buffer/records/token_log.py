@@ -1,0 +1,257 @@
+"""The tokens of outstanding rollouts on disk: what a restarted buffer fills its `TrajectoryStore` from.
+
+Owns `tokens/`, a segmented log with one record per stored chunk. A record is about one rollout and tells its own place in
+it, so records may stand in any order: compaction moves those of outstanding rollouts from the oldest segments to the
+newest, and drops the rest. Disk use therefore follows what is outstanding. Decides nothing: its owner says which rollouts
+are wanted at a restart, and when one is discarded. Rollout ids are never used twice.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from buffer.records.files import DISK, Disk
+from buffer.records.segment_files import FRAME_BYTES, read_segment, read_segments
+from buffer.records.segments import SegmentLog
+from buffer.wire.messages import Chunk
+
+_BEGIN, _COPIED, _CHUNK, _SPOKE = range(4)
+_HEAD = struct.Struct("<B?qQQ")  # kind, sampled or continued, version, rollout, offset or group
+_SLACK_SEGMENTS = 4  # of garbage that is not worth moving live records for
+_MOVED_SEGMENTS = 2  # per rotation, so that moving outruns writing and no rotation takes long
+
+
+@dataclass
+class StoredRollout:
+    """One response so far, as `TrajectoryStore` holds it."""
+
+    group_id: int
+    tokens: bytearray = field(default_factory=bytearray)  # int32
+    logprobs: bytearray = field(default_factory=bytearray)  # float32, 0 where given
+    runs: list[tuple[bool, int, int]] = field(default_factory=list[tuple[bool, int, int]])
+    continued: bool = False  # its beginning was copied, and its engine has not spoken yet
+
+    def append(self, piece: _Piece) -> None:
+        num_tokens = len(piece.tokens) // 4
+        self.tokens += piece.tokens
+        self.logprobs += piece.logprobs
+        if self.runs and self.runs[-1][:2] == (piece.sampled, piece.version):
+            num_tokens += self.runs.pop()[2]
+        self.runs.append((piece.sampled, piece.version, num_tokens))
+
+
+class _Piece(NamedTuple):
+    """Consecutive tokens of one rollout."""
+
+    sampled: bool
+    version: int
+    tokens: bytes
+    logprobs: bytes
+
+
+@dataclass
+class _Pieces:
+    """The records of one rollout, in whatever order they stood."""
+
+    group_id: int | None = None  # None until its first record was seen
+    continued: bool = False
+    spoke: bool = False
+    by_offset: dict[int, _Piece] = field(default_factory=dict[int, _Piece])
+
+
+class TokenLog:
+    """Appends what the store takes. Open it with `TokenLog.open`. Each method takes `time_s`, kept with its record."""
+
+    def __init__(self, log: SegmentLog, segment_bytes: int, disk: Disk) -> None:
+        self.log = log  # to `poll`, and to wait for `synced_seq`
+        self._segment_bytes = segment_bytes
+        self._disk = disk
+        self._sizes: dict[int, dict[int, int]] = {}  # rollout -> segment -> bytes there
+        self._live: dict[int, set[int]] = {}  # segment -> outstanding rollouts with records there
+        self.live_bytes = 0  # on disk, of outstanding rollouts
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        wanted: Collection[int],
+        *,
+        segment_bytes: int = 4 << 20,
+        fsync_s: float = 0.05,
+        clock: Callable[[], float] = time.monotonic,
+        executor: Executor | None = None,
+        disk: Disk = DISK,
+    ) -> tuple[TokenLog, dict[int, StoredRollout]]:
+        """Open or start the log in `folder`, and return the `wanted` rollouts that it holds, bit for bit.
+
+        After a power cut a rollout may lack its newest tokens, and one begun within the last `fsync_s` may be
+        missing. Raises `ValueError` if the log is damaged.
+        """
+        inner, _ = SegmentLog.open(
+            folder, fsync_s=fsync_s, clock=clock, executor=executor, disk=disk
+        )
+        log = cls(inner, segment_bytes, disk)
+        rollouts = log._recover(wanted)
+        log._drop_dead()
+        return log, rollouts
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        return self.log.num_bytes
+
+    def begin(
+        self, rollout_id: int, group_id: int, time_s: float, copied: StoredRollout | None = None
+    ) -> None:
+        """A rollout begins; with the tokens of `copied`, if it continues a lost one."""
+        assert rollout_id not in self._sizes, f"rollout {rollout_id} was begun already"
+        self._sizes[rollout_id] = {}
+        continued = copied is not None and bool(copied.runs)
+        first = _HEAD.pack(_BEGIN, continued, -1, rollout_id, group_id)
+        try:
+            self._append(first, rollout_id, time_s)
+            for payload in _copied(rollout_id, copied) if copied is not None else ():
+                self._append(payload, rollout_id, time_s)
+        except OSError:
+            self.discard(rollout_id)
+            raise
+
+    def append(self, chunk: Chunk, offset: int, time_s: float) -> int:
+        """The chunk was stored behind `offset` tokens. Returns its record's number."""
+        version = chunk.version if chunk.sampled else -1
+        head = _HEAD.pack(_CHUNK, chunk.sampled, version, chunk.rollout_id, offset)
+        return self._append(head + chunk.tokens + chunk.logprobs, chunk.rollout_id, time_s)
+
+    def spoke(self, rollout_id: int, time_s: float) -> None:
+        """The engine of a continued rollout repeated the prompt, which was not stored again."""
+        self._append(_HEAD.pack(_SPOKE, False, -1, rollout_id, 0), rollout_id, time_s)
+
+    def discard(self, rollout_id: int) -> None:
+        """Its records may go. No-op if the rollout is not outstanding.
+
+        Call it once the event that ended the rollout is durable: a restart that has lost the event wants the tokens.
+        """
+        for segment, num_bytes in self._sizes.pop(rollout_id, {}).items():
+            self.live_bytes -= num_bytes
+            self._live[segment].discard(rollout_id)
+
+    def sync(self) -> None:
+        self.log.sync()
+
+    def close(self) -> None:
+        self.log.close()
+
+    def _append(self, payload: bytes, rollout_id: int, time_s: float) -> int:
+        assert rollout_id in self._sizes, f"rollout {rollout_id} is not outstanding"
+        if self.log.segment_bytes >= self._segment_bytes:
+            self.log.rotate(b"", time_s)
+            self._compact()
+        return self._put(payload, rollout_id, time_s)
+
+    def _put(self, payload: bytes, rollout_id: int, time_s: float) -> int:
+        seq = self.log.append(payload, time_s)
+        self._count(rollout_id, self.log.number, len(payload) + FRAME_BYTES)
+        return seq
+
+    def _count(self, rollout_id: int, segment: int, num_bytes: int) -> None:
+        sizes = self._sizes[rollout_id]
+        sizes[segment] = sizes.get(segment, 0) + num_bytes
+        self._live.setdefault(segment, set()).add(rollout_id)
+        self.live_bytes += num_bytes
+
+    def _compact(self) -> None:
+        """Drop old segments without outstanding rollouts; move live records if more than half of the log is garbage."""
+        self._drop_dead()
+        for _ in range(_MOVED_SEGMENTS):
+            oldest = min(self.log.sizes)
+            garbage = self.num_bytes - self.live_bytes
+            slack = _SLACK_SEGMENTS * self._segment_bytes
+            if garbage <= self.live_bytes + slack or oldest == self.log.number:
+                return
+            self._move(oldest)
+
+    def _move(self, segment: int) -> None:
+        """Append the live records of the oldest segment again, and remove it."""
+        live = self._live.get(segment, set())
+        for record in read_segment(self.log.folder, segment, self._disk).records:
+            rollout_id = _HEAD.unpack_from(record.payload)[3]
+            if rollout_id in live:
+                self._put(record.payload, rollout_id, record.time_s)
+        self.log.sync()
+        for rollout_id in live:
+            self.live_bytes -= self._sizes[rollout_id].pop(segment)
+        self._live.pop(segment, None)
+        self._drop_dead()
+
+    def _drop_dead(self) -> None:
+        number = min(self.log.sizes)
+        while number < self.log.number and not self._live.get(number):
+            self._live.pop(number, None)
+            number += 1
+        self.log.drop_before(number)
+
+    def _recover(self, wanted: Collection[int]) -> dict[int, StoredRollout]:
+        found: dict[int, _Pieces] = {}
+        for segment in read_segments(self.log.folder, self._disk):
+            for record in segment.records:
+                rollout_id = _HEAD.unpack_from(record.payload)[3]
+                if rollout_id not in wanted:
+                    continue
+                self._sizes.setdefault(rollout_id, {})
+                self._count(rollout_id, segment.number, len(record.payload) + FRAME_BYTES)
+                pieces = found.setdefault(rollout_id, _Pieces())
+                if not _add(record.payload, pieces):
+                    raise self._damage(rollout_id, "has two records of one place that differ")
+        return {rollout_id: self._join(rollout_id, pieces) for rollout_id, pieces in found.items()}
+
+    def _join(self, rollout_id: int, pieces: _Pieces) -> StoredRollout:
+        if pieces.group_id is None:
+            raise self._damage(rollout_id, "lacks its first record")
+        rollout = StoredRollout(
+            group_id=pieces.group_id, continued=pieces.continued and not pieces.spoke
+        )
+        for offset, piece in sorted(pieces.by_offset.items()):
+            if offset != len(rollout.tokens) // 4:
+                reason = f"has {len(rollout.tokens) // 4} tokens before token {offset}"
+                raise self._damage(rollout_id, reason)
+            rollout.append(piece)
+        return rollout
+
+    def _damage(self, rollout_id: int, reason: str) -> ValueError:
+        return ValueError(
+            f"token log {self.log.folder} is damaged: rollout {rollout_id} {reason}. "
+            f"Restore it from a copy, or start another run"
+        )
+
+
+def _add(payload: bytes, pieces: _Pieces) -> bool:
+    """Take a record; whether it agrees with those before it. A crash in mid-move leaves some of them twice."""
+    kind, flag, version, _, number = _HEAD.unpack_from(payload)
+    if kind == _BEGIN:
+        pieces.group_id, pieces.continued = number, flag
+        return True
+    if kind != _COPIED:
+        pieces.spoke = True
+    if kind == _SPOKE:
+        return True
+    data = payload[_HEAD.size :]
+    half = len(data) // 2 if flag else len(data)
+    logprobs = data[half:] if flag else bytes(half)
+    piece = _Piece(sampled=flag, version=version, tokens=data[:half], logprobs=logprobs)
+    return pieces.by_offset.setdefault(number, piece) == piece
+
+
+def _copied(rollout_id: int, rollout: StoredRollout) -> Iterator[bytes]:
+    """The records that hold a copied beginning, one per run."""
+    start = 0
+    for sampled, version, num_tokens in rollout.runs:
+        end = start + 4 * num_tokens
+        head = _HEAD.pack(_COPIED, sampled, version, rollout_id, start // 4)
+        yield head + rollout.tokens[start:end] + (rollout.logprobs[start:end] if sampled else b"")
+        start = end
