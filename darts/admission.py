@@ -38,7 +38,7 @@ class PromptQueue:
         self.training: deque[Waiting] = deque()
         self.held_out: deque[HeldOut] = deque()
         self._budgeter, self._max_reopens = budgeter, max_reopens
-        self._reopens: dict[str, int] = {}  # prompts dropped and put back, until they ship
+        self.reopens: dict[str, int] = {}  # prompts dropped and put back, until they ship
 
     def add_window(
         self,
@@ -62,12 +62,12 @@ class PromptQueue:
 
     def put_back(self, prompt: Prompt) -> bool:
         """Returns a dropped group's prompt to the head; False once it has had its last chance."""
-        reopens = self._reopens.pop(prompt.prompt_id, 0)
+        reopens = self.reopens.pop(prompt.prompt_id, 0)
         if reopens >= self._max_reopens:
             return False
-        self._reopens[prompt.prompt_id] = reopens + 1
+        self.reopens[prompt.prompt_id] = reopens + 1
         self.training.appendleft(Waiting(prompt, None))
         return True
 
     def shipped(self, prompt: Prompt) -> None:
-        self._reopens.pop(prompt.prompt_id, None)
+        self.reopens.pop(prompt.prompt_id, None)

@@ -21,9 +21,10 @@ log). It keeps these rules, each of them a property in `tests/properties`:
 from __future__ import annotations
 
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 from configs.schema import LongEnd
@@ -38,14 +39,14 @@ from darts.selection import select_dual_end, select_random
 from darts.staleness import OutstandingGroups
 
 NOTHING: list[ev.Decision] = []
+SKIPPED_IDS = 1_000_000  # after a restart: more than could have been launched and not recorded
 
 
 class Core:
-    """`handle(event) -> decisions`. `rng` breaks ties and draws the random control, nothing else does."""
+    """`handle(event) -> decisions`. `darts.checkpoint` saves and restores all that it knows."""
 
-    def __init__(self, config: CoreConfig, rng: random.Random | None = None) -> None:
+    def __init__(self, config: CoreConfig) -> None:
         self.config = config
-        self.rng = rng or random.Random(config.seed)
         self.engines = Engines()
         self.groups: dict[int, Group] = {}
         self.rollouts: dict[int, Rollout] = {}  # all that hold a slot
@@ -72,9 +73,9 @@ class Core:
             price=config.price,
             max_tokens=config.max_tokens,
         )
-        self._prompts = PromptQueue(self._budgeter, config.max_reopens)
-        self._next_group = 0
-        self._next_rollout = 0
+        self.prompts = PromptQueue(self._budgeter, config.max_reopens)
+        self.next_group = 0
+        self.next_rollout = 0
         self._decisions: list[ev.Decision] = []
 
     def handle(self, event: ev.Event) -> Sequence[ev.Decision]:
@@ -95,7 +96,7 @@ class Core:
     @property
     def num_pending(self) -> int:
         """Training prompts drawn and not yet opened. Drivers keep `groups_per_step` of them here."""
-        return len(self._prompts.training)
+        return len(self.prompts.training)
 
     @property
     def num_outstanding(self) -> int:
@@ -115,7 +116,7 @@ class Core:
 
     def _prompts_drawn(self, event: ev.PromptsDrawn) -> None:
         curve = next(iter(self.engines.curves.values()), None)
-        self._prompts.add_window(event.prompts, self.pool, curve, len(self.engines.by_id))
+        self.prompts.add_window(event.prompts, self.pool, curve, len(self.engines.by_id))
         self._admit()
 
     def _evaluation_requested(self, event: ev.EvaluationRequested) -> None:
@@ -123,7 +124,7 @@ class Core:
             raise ev.ProtocolError(
                 f"evaluation with {event.samples} samples per prompt: at least 1 is needed"
             )
-        self._prompts.add_evaluation(event)
+        self.prompts.add_evaluation(event)
         self._admit()
 
     def _pool_restored(self, event: ev.PoolRestored) -> None:
@@ -133,10 +134,31 @@ class Core:
         self.admission_paused = event.paused
         self._admit()
 
+    def _buffer_restarted(self, event: ev.BufferRestarted) -> None:
+        self.next_group += SKIPPED_IDS
+        self.next_rollout += SKIPPED_IDS
+
+    def _tokens_lost(self, event: ev.TokensLost) -> None:
+        rollout = self._recorded(event.rollout_id)
+        if rollout is None or event.num_tokens >= rollout.tokens:
+            return
+        if rollout.runs:
+            rollout.tokens = event.num_tokens
+        elif rollout.state is RolloutState.LOST:
+            rollout.tokens = event.num_tokens  # another continues from there
+        elif rollout.group.purpose == "train" and rollout.group.state is not GroupState.SHIPPED:
+            self._drop(rollout.group, "tokens_lost", requeue=True)
+            self._admit()
+
+    def _recorded(self, rollout_id: int) -> Rollout | None:
+        """A rollout of a group that has not closed, whether or not it still holds a slot."""
+        groups = self.groups.values()
+        return next((g.rollouts[rollout_id] for g in groups if rollout_id in g.rollouts), None)
+
     def _run_ended(self, event: ev.RunEnded) -> None:
         self.run_ended = True
         self.requested_step = None
-        self._prompts.training.clear()
+        self.prompts.training.clear()
         for group in [g for g in self.groups.values() if g.purpose == "train"]:
             self._drop(group, "run_ended", requeue=False)
         self._admit()
@@ -169,7 +191,7 @@ class Core:
         for rollout in engine.in_flight.values():
             del self.rollouts[rollout.rollout_id]
             if rollout.runs:
-                self._lose(rollout, keep_tokens=True)
+                self._lose(rollout, event.keep_tokens)
         self.orphaned.extend(
             group for group in groups.values() if group.state is GroupState.OPEN and group.planned
         )
@@ -311,9 +333,9 @@ class Core:
 
     def _holding_slot(self, rollout_id: int) -> Rollout | None:
         """None if the rollout is over, since late news of it is a legal race."""
-        if not 0 <= rollout_id < self._next_rollout:
+        if not 0 <= rollout_id < self.next_rollout:
             raise ev.ProtocolError(
-                f"rollout {rollout_id} was never launched (the last was {self._next_rollout - 1})"
+                f"rollout {rollout_id} was never launched (the last was {self.next_rollout - 1})"
             )
         return self.rollouts.get(rollout_id)
 
@@ -346,7 +368,7 @@ class Core:
         survivors.lose_survivor(group, rollout, replaced)
         if replaced:
             continues = rollout if keep_tokens and rollout.tokens else None
-            group.planned.appendleft(Planned(rollout.attempt + 1, continues))
+            group.planned.appendleft(Planned(rollout.index, rollout.attempt + 1, continues))
             self.engines.enqueue(group, first=True)
 
     def _count_overshoot(self, rollout: Rollout, num_tokens: int) -> None:
@@ -369,14 +391,15 @@ class Core:
             group, planned = launch
             before = planned.continues
             rollout = Rollout(
-                rollout_id=self._next_rollout,
+                rollout_id=self.next_rollout,
                 group=group,
+                index=planned.index,
                 engine_id=engine.engine_id,
                 attempt=planned.attempt,
                 tokens=before.tokens if before else 0,
                 oldest_version=before.oldest_version if before else engine.version,
             )
-            self._next_rollout += 1
+            self.next_rollout += 1
             group.add(rollout)
             engine.in_flight[rollout.rollout_id] = rollout
             self.rollouts[rollout.rollout_id] = rollout
@@ -387,6 +410,9 @@ class Core:
                     rollout_id=rollout.rollout_id,
                     group_id=group.group_id,
                     prompt_id=group.prompt.prompt_id,
+                    visit=group.prompt.visit,
+                    index=rollout.index,
+                    attempt=rollout.attempt,
                     purpose=group.purpose,
                     engine_id=engine.engine_id,
                     continues=before.rollout_id if before else None,
@@ -412,7 +438,7 @@ class Core:
 
         Training groups open only while they can still be trained within the lag bound.
         """
-        queue = self._prompts
+        queue = self.prompts
         while queue.held_out or queue.training:
             engine = self.engines.best_with_room(self.config.group_size)
             if engine is None:
@@ -460,7 +486,7 @@ class Core:
         long_end: LongEnd,
     ) -> None:
         group = Group(
-            group_id=self._next_group,
+            group_id=self.next_group,
             prompt=prompt,
             purpose=purpose,
             engine_id=engine.engine_id,
@@ -470,9 +496,9 @@ class Core:
             group_size=size,
             num_long=num_long,
             long_end=long_end,
-            planned=deque(Planned() for _ in range(budget)),
+            planned=deque(Planned(index) for index in range(budget)),
         )
-        self._next_group += 1
+        self.next_group += 1
         self.groups[group.group_id] = group
         if purpose == "train":
             self.outstanding.add(group)
@@ -500,7 +526,7 @@ class Core:
                 return self._settle(group, "group_full")
             group.review_above = survivors.short_cutoff(group)
             if group.review_above < math.inf:
-                for rollout in survivors.take_past_selection(group, self.rng):
+                for rollout in survivors.take_past_selection(group, self._rng(group)):
                     self._cancel(rollout, "past_selection")
         if group.all_ended:
             self._settle(group, "past_selection")
@@ -525,9 +551,18 @@ class Core:
     def _select(self, group: Group) -> None:
         seats = group.group_size, group.num_long, self.config.fill_truncated
         if self.config.policy == "random":
-            group.selection = select_random(group.finished, group.truncated, *seats, self.rng)
+            group.selection = select_random(
+                group.finished, group.truncated, *seats, self._rng(group)
+            )
         else:
             group.selection = select_dual_end(group.finished, group.truncated, *seats)
+
+    def _rng(self, group: Group) -> Random:
+        """Breaks the ties of one group and draws its random control.
+
+        It depends on the prompt's visit alone, so no generator has a state that would have to be saved.
+        """
+        return Random(f"{self.config.seed} {group.prompt.prompt_id} {group.prompt.visit}")
 
     def _cancel(self, rollout: Rollout, reason: ev.CancelReason) -> None:
         rollout.group.end(rollout, RolloutState.CANCELLED)
@@ -550,7 +585,7 @@ class Core:
         self.pool = lengths.update_pool(self.pool, stats)
         self._decisions.append(ev.RememberLengths(group.prompt.prompt_id, stats))
         self._decisions.append(ev.RememberLengths("", self.pool))
-        group.prompt = ev.Prompt(group.prompt.prompt_id, stats)
+        group.prompt = replace(group.prompt, lengths=stats)
 
     def _ship(self) -> None:
         """Answer the learner once a full batch is ready that contains every due group."""
@@ -562,7 +597,7 @@ class Core:
         step, self.requested_step = self.requested_step, None
         for group in batch:
             group.shipped_version = self.policy_version
-            self._prompts.shipped(group.prompt)
+            self.prompts.shipped(group.prompt)
             self._decisions.append(ev.Ship(step, group.record("shipped")))
 
     def _drop(self, group: Group, end: ev.GroupEnd, requeue: bool) -> None:
@@ -574,7 +609,7 @@ class Core:
             self.outstanding.remove(group)
         self._close(group)
         group.selection = None
-        requeued = requeue and not self.run_ended and self._prompts.put_back(group.prompt)
+        requeued = requeue and not self.run_ended and self.prompts.put_back(group.prompt)
         self._decisions.append(ev.Drop(group.record(end), requeued))
 
     def _close(self, group: Group) -> None:
@@ -587,6 +622,8 @@ HANDLERS: dict[type, Callable[[Core, Any], None]] = {
     ev.EvaluationRequested: Core._evaluation_requested,
     ev.PoolRestored: Core._pool_restored,
     ev.AdmissionPaused: Core._admission_changed,
+    ev.BufferRestarted: Core._buffer_restarted,
+    ev.TokensLost: Core._tokens_lost,
     ev.RunEnded: Core._run_ended,
     ev.EngineJoined: Core._engine_joined,
     ev.EngineLost: Core._engine_lost,

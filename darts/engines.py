@@ -133,6 +133,24 @@ class Engines:
             for entry in self._heaps[engine.engine_type]
         )
 
+    def save_offers(self) -> dict[str, tuple[tuple[int, int, str], ...]]:
+        """The entries by which engines of equal load take turns: load, serial, engine."""
+        return {
+            engine_type: tuple(
+                (load, serial, engine.engine_id)
+                for load, serial, engine in sorted(heap, key=lambda entry: entry[:2])
+                if self.by_id.get(engine.engine_id) is engine
+            )
+            for engine_type, heap in self._heaps.items()
+        }
+
+    def restore_offers(self, offers: dict[str, tuple[tuple[int, int, str], ...]]) -> None:
+        """Take over saved entries. Every engine that they name is in the table already."""
+        for engine_type, entries in offers.items():
+            heap = [(load, serial, self.by_id[name]) for load, serial, name in entries]
+            self._heaps[engine_type] = heap  # sorted, so a heap
+            self._serial = max([self._serial, *(serial for _, serial, _ in heap)])
+
     def _offer(self, engine: Engine) -> None:
         """Put the engine at its present load into its heap; entries of another load are void."""
         if not engine.has_room or engine.version < 0:

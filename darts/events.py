@@ -17,7 +17,9 @@ Purpose = Literal["train", "eval"]
 RolloutEnd = Literal[
     "selected_short", "selected_long", "discarded", "truncated", "cancelled", "lost"
 ]
-GroupEnd = Literal["shipped", "evaluated", "failed", "too_few", "deadline", "stale", "run_ended"]
+GroupEnd = Literal[
+    "shipped", "evaluated", "failed", "too_few", "deadline", "stale", "tokens_lost", "run_ended"
+]
 CancelReason = Literal["past_selection", "group_full", "deadline", "dropped"]
 
 
@@ -30,10 +32,14 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One task to answer. `lengths`: the journal's statistics of its response lengths, if any."""
+    """One task to answer. `lengths`: the journal's statistics of its response lengths, if any.
+
+    `visit` tells the draws of one prompt apart: it is the position in the prompt stream.
+    """
 
     prompt_id: str
     lengths: LengthStats | None = None
+    visit: int = 0
 
 
 # Events ---------------------------------------------------------------------------------------------
@@ -74,9 +80,14 @@ class EngineJoined:
 
 @dataclass(frozen=True, slots=True)
 class EngineLost:
-    """An engine is gone, together with everything that it had in flight."""
+    """An engine is gone, together with everything that it had in flight.
+
+    `keep_tokens`: other engines continue its rollouts from the tokens received so far. False for an
+    engine that broke the protocol, since its tokens cannot be trusted.
+    """
 
     engine_id: str
+    keep_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +187,22 @@ class AdmissionPaused:
 
 
 @dataclass(frozen=True, slots=True)
+class BufferRestarted:
+    """The buffer was started again and its state restored from the log.
+
+    Launches that were sent but whose records are lost may have used the next ids, so they are skipped.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class TokensLost:
+    """After a power cut, the buffer holds only `num_tokens` of a rollout's tokens."""
+
+    rollout_id: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunEnded:
     """No step will follow: every open training group is dropped, while evaluation goes on."""
 
@@ -183,7 +210,8 @@ class RunEnded:
 Event = Union[
     PromptsDrawn, EvaluationRequested, PoolRestored, EngineJoined, EngineLost, PolicyLoaded,
     LatencyReported, RolloutProgressed, RolloutFinished, RolloutFailed, RolloutStopped, LearnerJoined,
-    PolicyPublished, ShardsRequested, GroupTrained, AdmissionPaused, RunEnded,
+    PolicyPublished, ShardsRequested, GroupTrained, AdmissionPaused, BufferRestarted, TokensLost,
+    RunEnded,
 ]  # fmt: skip
 
 
@@ -251,11 +279,18 @@ class OpenGroup:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Start a rollout. `continues` names a lost rollout whose tokens so far are its beginning."""
+    """Start a rollout. `continues` names a lost rollout whose tokens so far are its beginning.
+
+    `visit`, `index` (of the response in its group) and `attempt` seed its sampling: a run that is
+    resumed draws the same again.
+    """
 
     rollout_id: int
     group_id: int
     prompt_id: str
+    visit: int
+    index: int
+    attempt: int
     purpose: Purpose
     engine_id: str
     continues: int | None

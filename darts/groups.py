@@ -55,6 +55,7 @@ class Rollout:
 
     rollout_id: int
     group: Group
+    index: int  # of the response in its group
     engine_id: str
     attempt: int
     tokens: int
@@ -72,6 +73,7 @@ class Rollout:
 class Planned:
     """A rollout to be launched: a fresh one, or one that continues where a lost one stopped."""
 
+    index: int
     attempt: int = 1
     continues: Rollout | None = None
 

@@ -18,6 +18,9 @@ MIN_SAMPLES = 3  # a bin with fewer waits, as soon as another has as many
 MIN_BATCH, MAX_BATCH, MAX_MS = 0.5, 1e6, 60_000.0
 
 
+SavedCurve = dict[int, list[tuple[float, float]]]
+
+
 class LatencyCurve:
     """Medians per quarter octave of batch size, made monotone by isotonic regression, joined by power laws.
 
@@ -45,6 +48,18 @@ class LatencyCurve:
                         f"latency point ({batch}, {ms}): the batch must lie in {MIN_BATCH}..{MAX_BATCH:g} and the ms per token "
                         f"in 0..{MAX_MS:g}; no engine can be modelled from it"
                     )
+        return curve
+
+    def save(self) -> SavedCurve:
+        """Everything that the curve knows, as plain data."""
+        return {index: list(samples) for index, samples in self._bins.items()}
+
+    @classmethod
+    def restore(cls, saved: SavedCurve) -> LatencyCurve:
+        curve = cls()
+        for index, samples in saved.items():
+            curve._bins[index] = deque(samples, maxlen=SAMPLES_PER_BIN)
+        curve._stale = bool(saved)
         return curve
 
     def observe(self, batch: float, ms_per_token: float) -> bool:

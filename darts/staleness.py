@@ -67,6 +67,10 @@ class OutstandingGroups:
         # A heap of (min_version, id, group). Groups that were dropped since are skipped.
         self._ready: list[tuple[int, int, Group]] = []
 
+    def __iter__(self) -> Iterator[Group]:
+        for same_version in self._by_min_version.values():
+            yield from same_version.values()
+
     def __contains__(self, group: Group) -> bool:
         return group.group_id in self._by_min_version.get(group.min_version, {})
 

@@ -8,8 +8,8 @@ seats. Under `long_end=survivor` the longest such rollouts keep running and take
 
 from __future__ import annotations
 
-import random
 from math import inf
+from random import Random
 
 from darts.groups import Group, Rollout
 
@@ -24,7 +24,7 @@ def short_cutoff(group: Group) -> float:
     return group.finished[num_short - 1].tokens
 
 
-def take_past_selection(group: Group, rng: random.Random) -> list[Rollout]:
+def take_past_selection(group: Group, rng: Random) -> list[Rollout]:
     """Rollouts above `group.review_above` to cancel, after the longest were made survivors."""
     past = [
         rollout

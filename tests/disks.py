@@ -57,7 +57,9 @@ class MemoryDisk(Disk):
     def after_kill(self) -> MemoryDisk:
         """The disk as the next start finds it when only the process died."""
         after = MemoryDisk()
-        after.files = {path: Inode(inode.data[:], inode.durable) for path, inode in self.files.items()}
+        after.files = {
+            path: Inode(inode.data[:], inode.durable) for path, inode in self.files.items()
+        }
         after._durable_files = {
             path: after.files[path] for path in self._durable_files if path in after.files
         }

@@ -41,6 +41,7 @@ class World:
     config: CoreConfig
     rng: random.Random
     core: Core = field(init=False)
+    twin: Core | None = None  # restored from `core`'s state: it must decide alike from then on
     now: float = 0.0
     version: int = -1
     engine_versions: dict[str, int] = field(default_factory=dict)
@@ -72,6 +73,8 @@ class World:
     def send(self, event: ev.Event) -> list[ev.Decision]:
         self.events.append(event)
         decisions = list(self.core.handle(event))
+        if self.twin is not None:
+            assert list(self.twin.handle(event)) == decisions
         self.decisions += decisions
         for decision in decisions:
             self.check(decision)

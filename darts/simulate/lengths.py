@@ -197,6 +197,7 @@ class PromptStream:
         self._max_tokens, self._seed = max_tokens, seed
         self._rng = random.Random(f"order {seed}")
         self._pass: list[str] = []
+        self._num_drawn = 0
         self._visits: Counter[str] = Counter()
         self._remembered: dict[str, lengths.LengthStats] = {}
 
@@ -208,7 +209,8 @@ class PromptStream:
                 self._pass = list(self._by_id)
                 self._rng.shuffle(self._pass)
             prompt_id = self._pass.pop()
-            drawn.append(Prompt(prompt_id, self._remembered.get(prompt_id)))
+            self._num_drawn += 1
+            drawn.append(Prompt(prompt_id, self._remembered.get(prompt_id), self._num_drawn))
         return tuple(drawn)
 
     def remember(self, prompt_id: str, stats: lengths.LengthStats) -> None:

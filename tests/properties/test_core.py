@@ -6,11 +6,13 @@ import pickle
 import random
 from math import nan
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from darts import checkpoint
 from darts import events as ev
 from darts.config import CoreConfig
 from darts.core import Core
@@ -123,6 +125,19 @@ class CoreMachine(RuleBasedStateMachine):
     @rule()
     def learner_dies_and_returns(self) -> None:
         self.world.rejoin_learner()
+
+    @rule()
+    def restart(self) -> None:
+        """A core restored from saved bytes has the same state, and decides alike from then on."""
+        state = checkpoint.save(self.world.core)
+        decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=checkpoint.CoreState)
+        self.world.twin = checkpoint.restore(self.world.config, decoded)
+        assert checkpoint.save(self.world.twin) == state == decoded
+        validate_state(self.world.twin)
+
+    @rule()
+    def skip_ids(self) -> None:
+        self.world.send(ev.BufferRestarted())
 
     @rule(paused=st.booleans())
     def pause(self, paused: bool) -> None:

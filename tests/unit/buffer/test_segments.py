@@ -139,7 +139,9 @@ def test_a_failed_sync_in_another_thread_promises_nothing(tmp_path: Path) -> Non
         assert log.synced_seq == -1
 
 
-def test_what_is_appended_while_another_thread_syncs_waits_for_the_next_sync(tmp_path: Path) -> None:
+def test_what_is_appended_while_another_thread_syncs_waits_for_the_next_sync(
+    tmp_path: Path,
+) -> None:
     now = [0.0]
     with ThreadPoolExecutor(1) as executor:
         log, _ = SegmentLog.open(tmp_path, fsync_s=1.0, clock=lambda: now[0], executor=executor)

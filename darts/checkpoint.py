@@ -1,0 +1,265 @@
+"""A core's whole state as plain data, from which another core goes on exactly as the first would have.
+
+Owns the translation in both directions, and nothing else: `save` changes nothing, `restore` decides
+nothing. The data holds no reference to the core and needs no pickle; the buffer writes it at the head
+of a segment of its event log. The configuration is not part of it: a run may be resumed with other
+settings.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from configs.schema import LongEnd
+from darts.admission import HeldOut, Waiting
+from darts.config import CoreConfig
+from darts.core import Core
+from darts.engines import Engine
+from darts.events import Prompt, Purpose
+from darts.groups import Group, GroupState, Planned, Rollout, RolloutState
+from darts.latency import LatencyCurve, SavedCurve
+from darts.lengths import LengthStats
+from darts.selection import Candidate, Selection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedRollout:
+    """A `darts.groups.Rollout`; its group is the one that holds it."""
+
+    rollout_id: int
+    index: int
+    engine_id: str
+    attempt: int
+    tokens: int
+    oldest_version: int
+    state: RolloutState
+    reward: float | None
+    overshoot: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedGroup:
+    """A `darts.groups.Group`. `planned`: index, attempt, and the rollout to continue, if any."""
+
+    group_id: int
+    prompt: Prompt
+    purpose: Purpose
+    engine_id: str
+    min_version: int
+    opened_version: int
+    budget: int
+    group_size: int
+    num_long: int
+    long_end: LongEnd
+    state: GroupState
+    planned: tuple[tuple[int, int, int | None], ...]
+    rollouts: tuple[SavedRollout, ...]
+    truncated: tuple[int, ...]
+    survivors: tuple[int, ...]
+    num_survivors_chosen: int
+    selection: Selection | None
+    review_above: float
+    at_deadline: bool
+    shipped_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedEngine:
+    """A `darts.engines.Engine`: rollouts in flight and groups in its backlog by id, in order."""
+
+    engine_id: str
+    engine_type: str
+    slots: int
+    version: int
+    in_flight: tuple[int, ...]
+    backlog: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreState:
+    """Everything that a `Core` knows. `groups` includes closed ones of which a rollout holds a slot."""
+
+    groups: tuple[SavedGroup, ...]
+    rollouts: tuple[int, ...]
+    engines: tuple[SavedEngine, ...]
+    offers: dict[str, tuple[tuple[int, int, str], ...]]
+    curves: dict[str, SavedCurve]
+    training: tuple[Waiting, ...]
+    held_out: tuple[HeldOut, ...]
+    reopens: dict[str, int]
+    orphaned: tuple[int, ...]
+    outstanding: tuple[int, ...]
+    learner_version: int
+    steps_left: int
+    pool: LengthStats
+    requested_step: int | None
+    admission_paused: bool
+    run_ended: bool
+    num_ignored_reports: int
+    next_group: int
+    next_rollout: int
+
+
+def save(core: Core) -> CoreState:
+    """The present state. The core must be between two events."""
+    held = {r.group.group_id: r.group for r in core.rollouts.values()}
+    return CoreState(
+        groups=tuple(_save_group(g) for g in (held | core.groups).values()),
+        rollouts=tuple(core.rollouts),
+        engines=tuple(_save_engine(engine) for engine in core.engines.by_id.values()),
+        offers=core.engines.save_offers(),
+        curves={name: curve.save() for name, curve in core.engines.curves.items()},
+        training=tuple(core.prompts.training),
+        held_out=tuple(core.prompts.held_out),
+        reopens=dict(core.prompts.reopens),
+        orphaned=tuple(group.group_id for group in core.orphaned),
+        outstanding=tuple(group.group_id for group in core.outstanding),
+        learner_version=core.outstanding.learner_version,
+        steps_left=core.outstanding.steps_left,
+        pool=core.pool,
+        requested_step=core.requested_step,
+        admission_paused=core.admission_paused,
+        run_ended=core.run_ended,
+        num_ignored_reports=core.num_ignored_reports,
+        next_group=core.next_group,
+        next_rollout=core.next_rollout,
+    )
+
+
+def restore(config: CoreConfig, state: CoreState) -> Core:
+    """A core that answers every event as the saved one would have, under `config`."""
+    core = Core(config)
+    groups: dict[int, Group] = {}
+    rollouts: dict[int, Rollout] = {}
+    for saved in state.groups:
+        group = groups[saved.group_id] = _restore_group(saved)
+        rollouts |= group.rollouts
+        if group.state is not GroupState.CLOSED:
+            core.groups[group.group_id] = group
+    core.groups = dict(sorted(core.groups.items()))
+    core.rollouts = {rollout_id: rollouts[rollout_id] for rollout_id in state.rollouts}
+    for name, curve in state.curves.items():
+        core.engines.curves[name] = LatencyCurve.restore(curve)
+    for saved in state.engines:
+        engine = Engine(saved.engine_id, saved.engine_type, saved.slots, saved.version)
+        engine.in_flight = {rollout_id: rollouts[rollout_id] for rollout_id in saved.in_flight}
+        engine.backlog = deque(groups[group_id] for group_id in saved.backlog)
+        core.engines.by_id[engine.engine_id] = engine
+    core.engines.restore_offers(state.offers)
+    core.prompts.training.extend(state.training)
+    core.prompts.held_out.extend(state.held_out)
+    core.prompts.reopens.update(state.reopens)
+    core.orphaned.extend(groups[group_id] for group_id in state.orphaned)
+    core.outstanding.published(state.learner_version)
+    core.outstanding.steps_left = state.steps_left
+    for group_id in state.outstanding:
+        core.outstanding.add(groups[group_id])
+    core.pool = state.pool
+    core.requested_step = state.requested_step
+    core.admission_paused = state.admission_paused
+    core.run_ended = state.run_ended
+    core.num_ignored_reports = state.num_ignored_reports
+    core.next_group, core.next_rollout = state.next_group, state.next_rollout
+    return core
+
+
+def _save_engine(engine: Engine) -> SavedEngine:
+    return SavedEngine(
+        engine_id=engine.engine_id,
+        engine_type=engine.engine_type,
+        slots=engine.slots,
+        version=engine.version,
+        in_flight=tuple(engine.in_flight),
+        backlog=tuple(group.group_id for group in engine.backlog),
+    )
+
+
+def _save_group(group: Group) -> SavedGroup:
+    return SavedGroup(
+        group_id=group.group_id,
+        prompt=group.prompt,
+        purpose=group.purpose,
+        engine_id=group.engine_id,
+        min_version=group.min_version,
+        opened_version=group.opened_version,
+        budget=group.budget,
+        group_size=group.group_size,
+        num_long=group.num_long,
+        long_end=group.long_end,
+        state=group.state,
+        planned=tuple(
+            (p.index, p.attempt, p.continues.rollout_id if p.continues else None)
+            for p in group.planned
+        ),
+        rollouts=tuple(_save_rollout(rollout) for rollout in group.rollouts.values()),
+        truncated=tuple(candidate.rollout_id for candidate in group.truncated),
+        survivors=tuple(sorted(group.survivors)),
+        num_survivors_chosen=group.num_survivors_chosen,
+        selection=group.selection,
+        review_above=group.review_above,
+        at_deadline=group.at_deadline,
+        shipped_version=group.shipped_version,
+    )
+
+
+def _save_rollout(rollout: Rollout) -> SavedRollout:
+    return SavedRollout(
+        rollout_id=rollout.rollout_id,
+        index=rollout.index,
+        engine_id=rollout.engine_id,
+        attempt=rollout.attempt,
+        tokens=rollout.tokens,
+        oldest_version=rollout.oldest_version,
+        state=rollout.state,
+        reward=rollout.reward,
+        overshoot=rollout.overshoot,
+    )
+
+
+def _restore_group(saved: SavedGroup) -> Group:
+    group = Group(
+        group_id=saved.group_id,
+        prompt=saved.prompt,
+        purpose=saved.purpose,
+        engine_id=saved.engine_id,
+        min_version=saved.min_version,
+        opened_version=saved.opened_version,
+        budget=saved.budget,
+        group_size=saved.group_size,
+        num_long=saved.num_long,
+        long_end=saved.long_end,
+        planned=deque(),
+        state=saved.state,
+        review_above=saved.review_above,
+        at_deadline=saved.at_deadline,
+        shipped_version=saved.shipped_version,
+        survivors=set(saved.survivors),
+        num_survivors_chosen=saved.num_survivors_chosen,
+        selection=saved.selection,
+    )
+    for row in saved.rollouts:
+        group.rollouts[row.rollout_id] = Rollout(
+            rollout_id=row.rollout_id,
+            group=group,
+            index=row.index,
+            engine_id=row.engine_id,
+            attempt=row.attempt,
+            tokens=row.tokens,
+            oldest_version=row.oldest_version,
+            state=row.state,
+            reward=row.reward,
+            overshoot=row.overshoot,
+        )
+    group.running = {r.rollout_id: r for r in group.rollouts.values() if r.runs}
+    group.finished = sorted(
+        Candidate(r.tokens, r.rollout_id)
+        for r in group.rollouts.values()
+        if r.state is RolloutState.FINISHED
+    )
+    group.truncated = [Candidate(group.rollouts[i].tokens, i) for i in saved.truncated]
+    group.planned.extend(
+        Planned(index, attempt, None if continues is None else group.rollouts[continues])
+        for index, attempt, continues in saved.planned
+    )
+    return group
