@@ -11,7 +11,7 @@ def opened(group_id: int, rollout_id: int) -> list[ev.Decision]:
     prompt_id = f"prompt {group_id}"
     return [
         ev.OpenGroup(group_id, prompt_id, "train", "pool/0", 2, "survivor"),
-        ev.Launch(rollout_id, group_id, prompt_id, "train", "pool/0", None),
+        ev.Launch(rollout_id, group_id, prompt_id, 0, 0, 1, "train", "pool/0", None),
     ]
 
 
