@@ -13,6 +13,7 @@ from typing import NoReturn
 from configs.command import run_command
 from tools.reporting.svg import Svg
 from tools.reporting.worked_examples import (
+    GroupBar,
     LagExample,
     RolloutBar,
     SelectionExample,
@@ -70,28 +71,33 @@ def draw_lag(example: LagExample) -> str:
     _axis(svg, top, bottom, scale, range(0, 161, 20), "time")
     for step in example.steps[1:]:
         _marker(svg, LEFT + step.requested * scale, top, bottom, f"v{step.version}")
-    svg.text(LEFT - 10, top + 17, "learner", text_anchor="end")
-    for number, step in enumerate(example.steps):
-        waited = (step.served - step.requested) * scale
-        after = example.steps[number + 1].requested if step is not example.steps[-1] else None
-        svg.rect(LEFT + step.requested * scale, top + 5, waited, BAR, fill=FAINT)
-        if waited:
-            svg.text(LEFT + step.requested * scale + 4, top + 17, "waits", fill=MUTED)
-        if after is not None:
-            trained = (after - step.served) * scale
-            svg.rect(LEFT + step.served * scale, top + 5, trained, BAR, fill=MUTED)
-            svg.text(LEFT + step.served * scale + 4, top + 17, "step", fill="#ffffff")
+    _learner(svg, top + 5, example, scale)
     for row, (number, bar) in enumerate(bars.items(), start=1):
-        y, colour = top + ROW * row + 5, VERSION_COLOURS[bar.min_version]
-        opened, finished, handed = (
-            LEFT + t * scale for t in (bar.opened, bar.finished, bar.handed)
-        )
-        svg.text(LEFT - 10, y + 12, f"group {number}", text_anchor="end")
-        svg.rect(finished, y, handed - finished, BAR, fill=colour, fill_opacity=0.25)
-        svg.rect(opened, y, finished - opened, BAR, fill=colour)
-        svg.text(opened + 4, y + 12, f"from {bar.min_version}", fill="#ffffff")
-        svg.text(handed + 5, y + 12, f"lag {bar.lag}")
+        _group(svg, top + ROW * row + 5, number, bar, scale)
     return svg.render()
+
+
+def _learner(svg: Svg, y: int, example: LagExample, scale: float) -> None:
+    """The learner waits for each batch, then trains on it until it publishes."""
+    svg.text(LEFT - 10, y + 12, "learner", text_anchor="end")
+    for step, after in zip(example.steps, [*example.steps[1:], None], strict=True):
+        requested, served = LEFT + step.requested * scale, LEFT + step.served * scale
+        svg.rect(requested, y, served - requested, BAR, fill=FAINT)
+        if served > requested:
+            svg.text(requested + 4, y + 12, "waits", fill=MUTED)
+        if after is not None:
+            svg.rect(served, y, LEFT + after.requested * scale - served, BAR, fill=MUTED)
+            svg.text(served + 4, y + 12, "step", fill="#ffffff")
+
+
+def _group(svg: Svg, y: int, number: int, bar: GroupBar, scale: float) -> None:
+    colour = VERSION_COLOURS[bar.min_version]
+    opened, finished, handed = (LEFT + t * scale for t in (bar.opened, bar.finished, bar.handed))
+    svg.text(LEFT - 10, y + 12, f"group {number}", text_anchor="end")
+    svg.rect(finished, y, handed - finished, BAR, fill=colour, fill_opacity=0.25)
+    svg.rect(opened, y, finished - opened, BAR, fill=colour)
+    svg.text(opened + 4, y + 12, f"from {bar.min_version}", fill="#ffffff")
+    svg.text(handed + 5, y + 12, f"lag {bar.lag}")
 
 
 def _axis(svg: Svg, top: int, bottom: int, scale: float, ticks: range, label: str) -> None:
