@@ -41,6 +41,7 @@ class RunState:
         self.config = config
         self.folder = Path(config.run.dir) / config.run.name
         sources = make_sources(config)
+        self._trackers = run_files.load_trackers(config.run.trackers)
         self.router = Router(config.buffer.address, msg.Inbound, config.buffer.keys)
         self.publisher = Publisher(next_port(self.router.address), config.buffer.keys)
         self.last_row: dict[str, Any] = {}
@@ -51,7 +52,7 @@ class RunState:
         self.prompts = OutstandingPrompts(sources.train, cursor)
         self.eval_payloads = {p.prompt_id: p for p in sources.eval_prompts}
         self.store = TrajectoryStore(config.buffer.max_bytes)
-        self.files = run_files.RunFiles(self.folder)
+        self.files = run_files.RunFiles(self.folder, self._trackers)
         self.metrics = Metrics()
         self.metrics.restore(self.last_row)
         self.core = Core(core_config(config))
@@ -162,7 +163,7 @@ class RunState:
             )
         self.files.close()
         self.last_row = run_files.resume(self.folder, step, self.config.batch.groups)
-        self.files = run_files.RunFiles(self.folder)
+        self.files = run_files.RunFiles(self.folder, self._trackers)
         self.say(
             f"the learner resumes at step {step}; "
             f"records of steps {step}..{self.step - 1} are withdrawn"

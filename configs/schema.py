@@ -75,6 +75,12 @@ class RunConfig(SharedRun):
         "Continue the run of this name from its newest complete checkpoint. By default an existing "
         "run is never touched.",
     )
+    trackers: list[str] = key(
+        ["tensorboard"],
+        "Experiment trackers that get every row of metrics: tensorboard writes to <run>/tb and needs "
+        "the extra trackers. [] turns them off.",
+        choices=["tensorboard"],
+    )
 
 
 @dataclass

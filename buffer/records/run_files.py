@@ -7,26 +7,27 @@ checkpoints beside it belong to the learner, `report.html` to `tools.report`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tensorboard.summary import Writer
-
+from configs.extras import import_extra
 from darts.events import GroupRecord
 
 Row = dict[str, Any]
+Tracker = Callable[[str], Any]  # opens a writer in a folder
 
 
 class RunFiles:
-    """Appends to the files of one run. `folder` must exist."""
+    """Appends to the files of one run. `folder` must exist; `trackers` come from `load_trackers`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trackers: Sequence[Tracker] = ()) -> None:
         self.folder = folder
         self._metrics = (folder / "metrics.jsonl").open("a")
         self._groups = (folder / "groups.jsonl").open("a")
         self._samples = (folder / "samples.jsonl").open("a")
-        self._tensorboard = Writer(str(folder / "tb"))
+        self._trackers = [open_tracker(str(folder / "tb")) for open_tracker in trackers]
 
     def group(self, record: GroupRecord) -> None:
         row = asdict(record)
@@ -42,7 +43,8 @@ class RunFiles:
         _write(self._metrics, row)
         for name, value in row.items():
             if "/" in name:
-                self._tensorboard.add_scalar(name, value, row["step"])
+                for tracker in self._trackers:
+                    tracker.add_scalar(name, value, row["step"])
         self.flush()
 
     def flush(self) -> None:
@@ -52,7 +54,14 @@ class RunFiles:
     def close(self) -> None:
         for file in (self._metrics, self._groups, self._samples):
             file.close()
-        self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def load_trackers(names: Sequence[str]) -> list[Tracker]:
+    """The constructors of the trackers in `run.trackers`. Raises ValueError if a package is missing."""
+    needed_by = "run.trackers=[tensorboard] ([] does without it)"
+    return [import_extra("tensorboard.summary", needed_by, "trackers").Writer for _ in names]
 
 
 def start(folder: Path, config_yaml: str) -> None:

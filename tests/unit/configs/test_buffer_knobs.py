@@ -85,6 +85,11 @@ def folder_made(config: Config, own: Path) -> object:
         return sorted(str(path.relative_to(own).parent) for path in own.rglob("config.yaml"))
 
 
+def files_written(config: Config, own: Path) -> object:
+    with opened(in_folder(config, own)):
+        return sorted(path.name for path in own.rglob("tb"))
+
+
 def begins_again(config: Config, own: Path) -> object:
     """Whether a second service takes over the directory of a first one."""
     with opened(in_folder(config, own)):
@@ -172,6 +177,7 @@ TURNS = {
     "eval.samples_per_prompt": Turn("1", "3", steps_and_responses, EVALUATED),
     "run.name": Turn("a", "b", folder_made, TINY),
     "run.dir": Turn("x", "y/z", folder_made, TINY),
+    "run.trackers": Turn("[]", "[tensorboard]", files_written, TINY),
     "run.resume": Turn("false", "true", begins_again, TINY),
     "data.on_error": Turn("stop", "skip", outcome_of_failures, TINY),
     "buffer.max_bytes": Turn("1000000", "2000000000", pauses, FULL),

