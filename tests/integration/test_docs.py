@@ -6,7 +6,9 @@ hours, GPUs, a network or several machines are reduced by `REDUCED`, which gives
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -90,8 +92,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(sys.prefix)
     (folder / "run.yaml").write_text(blocks(ROOT / "README.md", "yaml")[0])
-    settings = ["run.steps=3", "batch.groups=3", "darts.group_size=4", "sampling.max_tokens=64", "data.num_prompts=200",
-                "eval.num_prompts=4", f"buffer.address=tcp://127.0.0.1:{free_port()}"]  # fmt: skip
+    settings = [
+        "run.steps=3",
+        "batch.groups=3",
+        "darts.group_size=4",
+        "redundancy.rule=fixed",
+        "sampling.max_tokens=64",
+        "data.num_prompts=200",
+        "eval.num_prompts=4",
+        f"buffer.address=tcp://127.0.0.1:{free_port()}",
+    ]
     service = Service(cli.load([f"run.dir={folder / 'runs'}", "run.name=demo", *settings]))
     address = service.run.router.address
     for peer in (FakeLearner(address, 3), FakeEngine(address, "engine", slots=16)):
@@ -157,7 +167,7 @@ def is_module(package: str, name: str) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_and_links_exist(page: Path) -> None:
-    for span in spans(page):
+    for span in set(spans(page)) - explained_metrics():
         path = span.partition("::")[0]
         if re.fullmatch(r"[\w./-]+", path) and path.partition("/")[0] in TOP_LEVEL and "/" in path:
             assert (ROOT / path).exists(), span
@@ -173,3 +183,42 @@ def anchors(page: Path) -> set[str]:
     """As GitHub makes them from headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def explained_metrics() -> set[str]:
+    """The first column of the table in docs/run-files.md; `_p50` after a name replaces its last part."""
+    explained: set[str] = set()
+    text = (ROOT / "docs" / "run-files.md").read_text()
+    for row in re.findall(r"^\| (`[a-z]+/[a-z].*?) \|", text, re.M):
+        stem = ""
+        for name in re.findall(r"`([^`]+)`", row):
+            if not name.startswith("_"):
+                stem = name.rpartition("_")[0]
+            explained.add(stem + name if name.startswith("_") else name)
+    return explained
+
+
+def metrics_in_the_source() -> set[str]:
+    """String literals of the form of a metric's name, but not the parts of an f-string."""
+    found: set[str] = set()
+    for path in [*(ROOT / "buffer").rglob("*.py"), *(ROOT / "learner").rglob("*.py")]:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        parts = {
+            id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values
+        }
+        found |= {
+            node.value
+            for node in nodes
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in parts
+            if re.fullmatch(r"[a-z]+/[a-z][a-z0-9_]*", node.value)
+        }
+    return found
+
+
+def test_every_metric_is_explained_and_exists(folder: Path) -> None:
+    lines = (folder / "runs/demo/metrics.jsonl").read_text().splitlines()
+    written = {name for line in lines for name in json.loads(line) if "/" in name}
+    assert written and (written | metrics_in_the_source()) - explained_metrics() == set()
+    assert explained_metrics() - written - metrics_in_the_source() == set()
