@@ -154,7 +154,6 @@ class Engine:
     ) -> None:
         params = SamplingParams(
             temperature=self._sampling.temperature,
-            top_p=self._sampling.top_p,
             max_tokens=max_tokens,
             seed=seed,
             logprobs=0,

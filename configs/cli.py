@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.checks import check
 from configs.errors import one_line
-from configs.schema import RENAMED, Config
+from configs.schema import REFUSED, RENAMED, Config
 
 C = TypeVar("C")
 PRESETS = Path(__file__).parent
@@ -225,6 +225,8 @@ def _assign(
     if path not in known:
         if (new := RENAMED.get(path)) in known:
             raise ValueError(f"{path} ({where}): is now called {new}; use that name")
+        if path in REFUSED:
+            raise ValueError(f"{path} ({where}): there is no such key: {REFUSED[path]}")
         inside = [key for key in known if key.startswith(path + ".")]
         if inside:
             raise ValueError(

@@ -29,6 +29,27 @@ RENAMED = {  # the old name is refused with the new one in the message
     "weights.every": "weights.publish_every",
 }
 
+WHOLE_DISTRIBUTION = (
+    "responses are sampled from the whole distribution, because the learner has to know the "
+    "probability of every token that it trains on. An engine's truncation or penalty depends on its "
+    "own weights, so the ratio of learner to actor would be wrong or undefined; use "
+    "sampling.temperature"
+)
+REFUSED = {  # keys that a user of another system looks for, and why there are none
+    f"sampling.{name}": WHOLE_DISTRIBUTION
+    for name in (
+        "bad_words",
+        "frequency_penalty",
+        "logit_bias",
+        "min_p",
+        "min_tokens",
+        "presence_penalty",
+        "repetition_penalty",
+        "top_k",
+        "top_p",
+    )
+}
+
 
 def key(
     default: T,
@@ -275,8 +296,12 @@ class SharedSampling:
 
 @dataclass
 class SamplingConfig(SharedSampling):
-    temperature: float = key(1.0, "Sampling temperature, in training and in evaluation.", gt=0)
-    top_p: float = key(1.0, "Nucleus sampling threshold (top-p); 1 disables it.", gt=0, le=1)
+    temperature: float = key(
+        1.0,
+        "Sampling temperature, in training and in evaluation. vLLM raises anything below 0.01 to "
+        "it, and the learner would train another distribution.",
+        ge=0.01,
+    )
 
 
 @dataclass
@@ -440,6 +465,13 @@ class LearnerConfig:
         20, "Number of steps between two checkpoints. The last step always writes one.", ge=1
     )
     keep_checkpoints: int = key(2, "Number of newest checkpoints that are kept.", ge=1)
+    max_logprob_diff: float = key(
+        0.0,
+        "Largest difference between engine and learner, in nats per token at equal weights; a run "
+        "above it stops. 0: 0.005 in float32, 0.05 in float16, 0.1 in bfloat16. Raise it only for "
+        "an engine that is known to round more.",
+        ge=0,
+    )
 
 
 @dataclass

@@ -141,7 +141,7 @@ def main() -> NoReturn:
         "The learner: trains on the groups that the buffer ships and publishes the weights.",
         run,
         schema=Config,
-        errors=(TransportError, ProtocolError, RunStopped, RankDied, FloatingPointError),
+        errors=(TransportError, ProtocolError, RunStopped, RankDied, ArithmeticError),
     )
 
 

@@ -15,6 +15,8 @@ def group_advantage(reward: float, group_rewards: Sequence[float], kind: str = "
     Differs: the population's standard deviation, because the group is all there is, not a sample of it.
     `kind` "dr_grpo" leaves out the division, which favours prompts that are nearly always or nearly never answered (arXiv 2503.20783).
     """
+    if all(other == reward for other in group_rewards):
+        return 0.0  # exactly, where a rounded mean would leave a trace
     mean = math.fsum(group_rewards) / len(group_rewards)
     if kind == "dr_grpo":
         return reward - mean

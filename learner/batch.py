@@ -30,6 +30,7 @@ class Pack:
     actor_logprobs_S: torch.Tensor  # float32
     advantages_S: torch.Tensor  # float32
     current_S: torch.Tensor  # bool: sampled by the very weights that are about to be trained
+    fresh_S: torch.Tensor  # bool: current, in a response that is so from first to last
     lengths: tuple[int, ...]  # of the sequences, summing to T
 
     def to(self, device: torch.device) -> Pack:
@@ -44,19 +45,20 @@ TENSORS = tuple(column.name for column in fields(Pack) if column.name != "length
 def make_packs(
     shard: Shard, max_tokens: int, train_truncated: bool, current_version: int, kind: str = "grpo"
 ) -> list[Pack]:
-    """Micro-batches of at most `max_tokens` input tokens, in which every trained trajectory of `shard` appears once.
+    """Micro-batches of at most `max_tokens` input tokens, in which every trajectory of `shard` that moves the weights appears once.
 
     A trajectory longer than `max_tokens` has a pack to itself. `current_version` is the policy version whose weights the learner holds
     now (one that no actor can have, such as -1, if it holds unpublished ones). Truncated trajectories are left out unless
-    `train_truncated`: they count in their group's advantages only (`kind`: see `group_advantage`). Raises `ProtocolError` for a malformed
-    trajectory.
+    `train_truncated`: they count in their group's advantages only (`kind`: see `group_advantage`). Trajectories without an advantage, of
+    groups whose rewards are all equal, are left out, too: they have no gradient, and their tokens stay in the loss's denominator.
+    Raises `ProtocolError` for a malformed trajectory.
     """
-    trained = [
-        trajectory
+    sequences = [
+        _sequence(trajectory, advantage, current_version)
         for trajectory in shard.trajectories
-        if train_truncated or not trajectory.truncated
+        if (train_truncated or not trajectory.truncated)
+        and (advantage := group_advantage(trajectory.reward, trajectory.group_rewards, kind))
     ]
-    sequences = [_sequence(trajectory, current_version, kind) for trajectory in trained]
     bins = first_fit([len(sequence.input_ids_T) for sequence in sequences], max_tokens)
     return [concatenate(sequences[index] for index in members) for members in bins]
 
@@ -72,6 +74,7 @@ def empty_pack() -> Pack:
         nothing.long(),
         nothing,
         nothing,
+        nothing.bool(),
         nothing.bool(),
         (2,),
     )
@@ -93,7 +96,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _sequence(trajectory: Trajectory, current_version: int, kind: str) -> Pack:
+def _sequence(trajectory: Trajectory, advantage: float, current_version: int) -> Pack:
     tokens_T = np.frombuffer(trajectory.tokens, dtype="<i4")
     sampled_T = np.frombuffer(trajectory.sampled, dtype=np.uint8).astype(bool)
     logprobs_T = np.frombuffer(trajectory.actor_logprobs, dtype="<f4")
@@ -101,17 +104,16 @@ def _sequence(trajectory: Trajectory, current_version: int, kind: str) -> Pack:
         [version for version, _ in trajectory.versions], [count for _, count in trajectory.versions]
     )
     _check(trajectory, tokens_T, sampled_T, logprobs_T, versions_S)
-    predicts_S = np.flatnonzero(sampled_T[1:])
+    predicts_S, current_S = np.flatnonzero(sampled_T[1:]), versions_S == current_version
     return Pack(
         input_ids_T=torch.from_numpy(tokens_T[:-1].astype(np.int64)),
         position_ids_T=torch.arange(len(tokens_T) - 1),
         predicts_S=torch.from_numpy(predicts_S),
         targets_S=torch.from_numpy(tokens_T[predicts_S + 1].astype(np.int64)),
         actor_logprobs_S=torch.from_numpy(logprobs_T[predicts_S + 1].copy()),
-        advantages_S=torch.full(
-            (len(predicts_S),), group_advantage(trajectory.reward, trajectory.group_rewards, kind)
-        ),
-        current_S=torch.from_numpy(versions_S == current_version),
+        advantages_S=torch.full((len(predicts_S),), advantage),
+        current_S=torch.from_numpy(current_S),
+        fresh_S=torch.from_numpy(current_S & current_S.all()),
         lengths=(len(tokens_T) - 1,),
     )
 

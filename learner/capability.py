@@ -285,6 +285,7 @@ def _sequence(ids: torch.Tensor, num_tokens: int, generator: torch.Generator) ->
         actor_logprobs_S=torch.zeros(num_tokens - 1),
         advantages_S=torch.randn(num_tokens - 1, generator=generator),
         current_S=torch.zeros(num_tokens - 1, dtype=torch.bool),
+        fresh_S=torch.zeros(num_tokens - 1, dtype=torch.bool),
         lengths=(num_tokens - 1,),
     )
 

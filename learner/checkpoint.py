@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from configs.errors import one_line
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save(
@@ -76,7 +76,6 @@ def load_latest(
     source = folder / latest.read_text().strip()
     try:
         meta = json.loads((source / "meta.json").read_text())
-        _create_moments(optimizer, float(meta["step"]))
         dcp.load(_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(source)))
     except (OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException) as error:
         raise ValueError(
@@ -108,23 +107,25 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Everything that must survive, as sharded tensors by name. Tied weights appear once."""
     tensors: dict[str, Any] = {}
+    _create_state(optimizer)
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
-        for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+        for part in ADAMW_STATE:
+            tensors[f"{part}.{name}"] = optimizer.state[parameter][part]
     return tensors
 
 
-def _create_moments(optimizer: torch.optim.Optimizer, num_steps: float) -> None:
-    """AdamW's state as it is after `num_steps`, zero until loaded: an optimizer that has not stepped has none to load into."""
+def _create_state(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's state as it is before its first step, for parameters that have none: not stepped yet, or never given a gradient."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            if optimizer.state[parameter]:
+                continue
             step_device = parameter.device if group["fused"] else "cpu"
             optimizer.state[parameter] = {
-                "step": torch.tensor(num_steps, dtype=torch.float32, device=step_device)
-            }
-            optimizer.state[parameter] |= {
-                moment: torch.zeros_like(parameter) for moment in MOMENTS
+                "step": torch.zeros((), dtype=torch.float32, device=step_device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
             }
 
 

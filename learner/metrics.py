@@ -23,8 +23,10 @@ class TokenSums:
     capped: float = 0.0
     ratio: float = 0.0
     logprob_diff: float = 0.0
-    current: float = 0.0  # sampled by the very weights that were trained
+    current: float = 0.0  # sampled by the very weights that are trained
     current_logprob_diff: float = 0.0
+    fresh: float = 0.0  # of those, in responses that were sampled by them from first to last
+    fresh_logprob_diff: float = 0.0
 
     def as_list(self) -> list[float]:
         return list(vars(self).values())
@@ -45,6 +47,8 @@ class TokenSums:
             diff_S,
             pack.current_S,
             diff_S * pack.current_S,
+            pack.fresh_S,
+            diff_S * pack.fresh_S,
         ]
         sums = (
             torch.stack(per_token).sum(1, dtype=torch.float64).tolist()
@@ -54,21 +58,35 @@ class TokenSums:
         ):
             setattr(self, name, getattr(self, name) + value)
 
-    def metrics(self, num_trained: int, seconds: float) -> dict[str, float]:
-        """`num_trained`: the loss's denominator. `train/logprob_diff` is missing where no token came from the current weights."""
-        trained = max(1.0, self.trained)
+    def current_difference(self) -> tuple[float | None, bool]:
+        """Mean |learner - actor| at equal weights, and whether it is of responses that were in flight across a swap.
+
+        Those keep a key-value cache of older weights, and count only if there are no others. None without tokens of the current weights.
+        """
+        if self.fresh:
+            return self.fresh_logprob_diff / self.fresh, False
+        return (self.current_logprob_diff / self.current if self.current else None), True
+
+    def metrics(self, num_in_loss: int, seconds: float) -> dict[str, float]:
+        """`num_in_loss`: the loss's denominator. What nothing was measured of is missing."""
         metrics = {
-            "train/loss": self.loss / num_trained,
-            "train/entropy": self.entropy / trained,
-            "train/clip_frac": self.clipped / trained,
-            "train/tis_clip_frac": self.capped / trained,
-            "train/ratio_mean": self.ratio / trained,
-            "train/logprob_diff_all": self.logprob_diff / trained,
+            "train/loss": self.loss / num_in_loss,
+            "train/tokens": self.trained,
+            "train/skipped": float(not self.trained),
             "train/tokens_per_s": self.inputs / seconds,
             "train/step_s": seconds,
         }
-        if self.current:  # same weights on both sides: what remains is how far engine and learner differ numerically
-            metrics["train/logprob_diff"] = self.current_logprob_diff / self.current
+        if self.trained:
+            metrics |= {
+                "train/entropy": self.entropy / self.trained,
+                "train/clip_frac": self.clipped / self.trained,
+                "train/tis_clip_frac": self.capped / self.trained,
+                "train/ratio_mean": self.ratio / self.trained,
+                "train/logprob_diff_all": self.logprob_diff / self.trained,
+            }
+        difference, _ = self.current_difference()
+        if difference is not None:
+            metrics["train/logprob_diff"] = difference
         return metrics
 
 

@@ -43,6 +43,7 @@ from configs.errors import one_line
 from configs.schema import Config
 from darts.events import ProtocolError
 from learner import RunStopped, checkpoint, fsdp
+from learner.agreement import Agreement
 from learner.batch import Pack, empty_pack, make_packs
 from learner.boundaries import Boundaries
 from learner.capability import Packing, probe_packing
@@ -53,6 +54,7 @@ from learner.publish import Publisher
 POLL_S = 1.0
 SURVIVOR_GRACE_S = 5.0
 UNPUBLISHED = -1  # no actor ever samples with this version
+NOTHING_TO_TRAIN_ON = "nothing to train on, the weights stay as they are: every response is truncated, or has the reward of all others in its group"
 
 
 @dataclass
@@ -66,6 +68,7 @@ class LearnerState:
     boundaries: Boundaries  # the model, as a function of packs
     packing: Packing
     optimizer: torch.optim.AdamW
+    agreement: Agreement
     step: int = 0  # next to train
     policy_version: int = -1  # newest published
     saved_step: int = 0  # of the newest checkpoint; there is nothing to save before the first step
@@ -144,34 +147,43 @@ def build_state(
         weight_decay=config.optimizer.weight_decay,
         fused=True,
     )
-    return LearnerState(config, device, rank, num_ranks, boundaries, packing, optimizer)
+    return LearnerState(
+        config, device, rank, num_ranks, boundaries, packing, optimizer, Agreement(config)
+    )
 
 
 def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
     """One update on this rank's shard; afterwards `state.step` is one higher. Returns the step's metrics, equal on every rank.
 
-    The loss is the sum of the surrogate over trained tokens, divided by their number on all ranks: neither the packing nor the number of
-    ranks changes the gradient. Raises `FloatingPointError` before the weights are touched if the gradient is not finite.
+    The loss is the sum of the surrogate over tokens, divided by the number of tokens in the loss on all ranks: neither the packing nor
+    the number of ranks changes the gradient. A step in which no trajectory has an advantage leaves weights and optimizer as they are:
+    AdamW would otherwise move on by momentum and decay. Raises `FloatingPointError` if the gradient is not finite and `Disagreement` if
+    engines and learner are not the same policy, both before the weights are touched.
     """
     started = time.monotonic()
     config = state.config
     truncated = config.loss.train_truncated
     current = state.policy_version if state.published else UNPUBLISHED
-    packs = make_packs(shard, config.batch.max_tokens, truncated, current, config.loss.kind)
+    capacity = state.packing.capacity(config.batch.max_tokens)
+    packs = make_packs(shard, capacity, truncated, current, config.loss.kind)
     # Ranks short of a micro-batch take part in the collectives of the others with an empty one.
-    packs += [empty_pack()] * (int(fsdp.all_max(len(packs), state.device)) - len(packs))
-    num_trained = max(1, shard.step_sampled_tokens if truncated else shard.step_trained_tokens)
+    num_packs = int(fsdp.all_max(len(packs), state.device))
+    packs += [empty_pack()] * (num_packs - len(packs))
+    num_in_loss = max(1, shard.step_sampled_tokens if truncated else shard.step_trained_tokens)
     lr = learning_rate(config, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     totals = TokenSums()
     for pack in packs:
-        micro_batch_loss(state, pack.to(state.device), num_trained, totals).backward()
-    grad_norm = update(state)
+        micro_batch_loss(state, pack.to(state.device), num_in_loss, totals).backward()
     sums = TokenSums(*fsdp.all_sum(totals.as_list(), state.device))
+    state.agreement.judge(state.step, sums)
+    grad_norm = update(state) if num_packs else 0.0
+    if state.rank == 0 and not num_packs:
+        print(f"learner: step {state.step}: {NOTHING_TO_TRAIN_ON}", file=sys.stderr, flush=True)
     state.step += 1
     state.published = False
-    return sums.metrics(num_trained, time.monotonic() - started) | {
+    return sums.metrics(num_in_loss, time.monotonic() - started) | {
         "train/grad_norm": grad_norm,
         "train/lr": lr,
         "memory/learner_peak_bytes": fsdp.all_max(peak_bytes(state.device), state.device),
@@ -179,7 +191,7 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
 
 
 def micro_batch_loss(
-    state: LearnerState, pack: Pack, num_trained: int, totals: TokenSums
+    state: LearnerState, pack: Pack, num_in_loss: int, totals: TokenSums
 ) -> torch.Tensor:
     """This pack's part of the step's loss, a scalar to call `backward` on; what it measured is added to `totals`."""
     logprobs_S, entropy_S = token_logprobs(
@@ -189,7 +201,7 @@ def micro_batch_loss(
         logprobs_S, pack.actor_logprobs_S, pack.advantages_S, state.config.loss
     )
     totals.add(pack, logprobs_S, entropy_S, surrogate)
-    return surrogate.loss_S.sum() / num_trained
+    return surrogate.loss_S.sum() / num_in_loss
 
 
 def update(state: LearnerState) -> float:

@@ -66,6 +66,7 @@ def make_config(model: Path, run: Path, **changes: Any) -> Config:
     config = Config()
     config.model.path, config.run.dir, config.run.name = str(model), str(run.parent), run.name
     config.batch.max_tokens, config.optimizer.lr, config.learner.device = 64, 1e-3, "cpu"
+    config.learner.max_logprob_diff = 9.0  # the actors' log-probabilities are drawn
     for name, value in changes.items():
         section, key = name.split("__")
         assert hasattr(getattr(config, section), key), name

@@ -6,6 +6,7 @@ The model is tiny, random and made here, so that it never says <eos> unless its 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -30,6 +31,17 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 EOS, VOCABULARY, SLOTS = 2, 64, 4
 PROMPT = [5 + i % 50 for i in range(100)]  # three full blocks of the key-value cache
 BOUND = 1e-4  # of a log-probability in float32, between vLLM and transformers; 5e-6 is what is seen
+
+
+# What a model's folder may suggest. Applied, each would change the distribution or the probabilities.
+UNWANTED_DEFAULTS = {
+    "do_sample": True,
+    "temperature": 0.3,
+    "top_p": 0.5,
+    "top_k": 3,
+    "min_p": 0.2,
+    "repetition_penalty": 2.0,
+}
 
 
 def make_model(tied: bool, seed: int, eos_logit: float = -60) -> Qwen3ForCausalLM:
@@ -70,13 +82,19 @@ def save_model(model: Qwen3ForCausalLM, folder: Path) -> None:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     ).save_pretrained(folder)
     model.save_pretrained(folder)
+    generation_config = folder / "generation_config.json"
+    generation_config.write_text(
+        json.dumps(json.loads(generation_config.read_text()) | UNWANTED_DEFAULTS)
+    )
 
 
-def logprobs_of(model: Qwen3ForCausalLM, tokens: list[int]) -> torch.Tensor:
+def logprobs_of(
+    model: Qwen3ForCausalLM, tokens: list[int], temperature: float = 1.0
+) -> torch.Tensor:
     """A plain forward pass: the log-probability of each of `tokens` after `PROMPT`."""
     ids = torch.tensor([PROMPT + tokens])
     with torch.no_grad():
-        logprobs = model(ids, use_cache=False).logits[0].log_softmax(-1)
+        logprobs = (model(ids, use_cache=False).logits[0] / temperature).log_softmax(-1)
     return logprobs[len(PROMPT) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
 
@@ -169,17 +187,24 @@ def test_the_base_weights_sample_under_version_minus_one(served: Served) -> None
 
 
 @untied_only
-def test_a_narrow_nucleus_leaves_one_response(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 2.0])
+def test_a_model_s_own_sampling_defaults_are_not_applied(
+    served: Served, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    async def generate(seed: int) -> list[int]:
-        generation = served.launch(40, seed)
-        await generation.finished
-        return list(generation.tokens)
+    """Neither its `UNWANTED_DEFAULTS` nor a clamp of the lowest temperature that `sampling` allows."""
+    monkeypatch.setattr(served.engine._sampling, "temperature", temperature)
 
-    assert served.run(generate(1)) != served.run(generate(2))
-    monkeypatch.setattr(served.engine._sampling, "top_p", 1e-6)
-    assert served.run(generate(1)) == served.run(generate(2))
+    async def generate() -> Run:
+        generation = served.launch(40)
+        await generation.finished
+        (run,) = generation.take()
+        return run
+
+    run, model = served.run(generate()), make_model(False, seed=0)
+    expected = logprobs_of(model, list(run.tokens), temperature)
+    torch.testing.assert_close(
+        torch.tensor(list(run.logprobs)), expected, rtol=0, atol=BOUND / min(1, temperature)
+    )
 
 
 @tied_only

@@ -46,7 +46,7 @@ def started(
     """`python -m learner`; whatever is left of it at the end is killed."""
     keys = [
         f"model.path={model}", f"run.dir={run.parent}", f"run.name={run.name}", f"run.steps={NUM_STEPS}", f"buffer.address={address}",
-        "learner.device=cpu", "batch.max_tokens=64", "optimizer.lr=1e-3", "weights.transport=file", *overrides,
+        "learner.device=cpu", "batch.max_tokens=64", "optimizer.lr=1e-3", "weights.transport=file", "learner.max_logprob_diff=9", *overrides,
     ]  # fmt: skip
     with subprocess.Popen(
         [sys.executable, "-m", "learner", *keys], cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -133,7 +133,7 @@ def test_the_conversation_of_a_run(reference: FakeBuffer) -> None:
     assert [message.step for message in reference.of(Pull)] == list(range(NUM_STEPS))
     expected = {
         "train/loss", "train/grad_norm", "train/entropy", "train/clip_frac", "train/ratio_mean", "train/tis_clip_frac",
-        "train/tokens_per_s", "train/lr", "train/logprob_diff", "train/logprob_diff_all", "train/step_s", "publish/seconds",
+        "train/tokens_per_s", "train/lr", "train/tokens", "train/skipped", "train/logprob_diff", "train/logprob_diff_all", "train/step_s", "publish/seconds",
         "publish/bytes", "memory/learner_peak_bytes", "wait/pull_s",
     }  # fmt: skip
     assert all(set(metrics) == expected for metrics in reference.trained.values())

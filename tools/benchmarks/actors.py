@@ -175,7 +175,6 @@ class BareEngine:
                     ids,
                     SamplingParams(
                         temperature=sampling.temperature,
-                        top_p=sampling.top_p,
                         max_tokens=min(config.model.max_context - len(ids), sampling.max_tokens),
                         detokenize=False,
                         output_kind=RequestOutputKind.FINAL_ONLY,

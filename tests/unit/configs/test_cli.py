@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from configs.cli import keys, load, presets, to_yaml
-from configs.schema import RENAMED, Config, key
+from configs.schema import REFUSED, RENAMED, Config, key
 from darts.simulate.schema import SimulateConfig
 
 ROOT = Path(__file__).parents[3]
@@ -134,7 +134,8 @@ def test_a_wrong_type_names_key_value_and_type(override: str, expected: str) -> 
         ("optimizer.lr=0", "must be > 0"),
         ("optimizer.lr=nan", "must be > 0"),
         ("redundancy.upper=9", "must be >= 1 and <= 8"),
-        ("sampling.top_p=1.1", "must be > 0 and <= 1"),
+        ("sampling.temperature=0.009", "must be >= 0.01"),
+        ("loss.clip_low=1.1", "must be > 0 and < 1"),
         ("optimizer.betas=[0.9,1.0]", "must be >= 0 and < 1"),
         ("darts.policy=dart", "must be one of darts, plain, first_finished, random"),
     ],
@@ -155,6 +156,11 @@ def test_the_old_name_of_a_key_is_refused_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "old.yaml").write_text("darts: {long: 2}\n")
     message = refusal("--config", str(tmp_path / "old.yaml"))
     assert "old.yaml" in message and "darts.num_long" in message
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_a_key_that_cannot_be_is_refused_with_the_reason(path: str) -> None:
+    assert REFUSED[path] in refusal(f"{path}=0.9")
 
 
 @pytest.mark.parametrize(

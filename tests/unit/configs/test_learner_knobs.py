@@ -16,6 +16,7 @@ from buffer.wire.client import LearnerLink
 from buffer.wire.transport import TransportError
 from configs.schema import Config
 from learner import fsdp
+from learner.agreement import Disagreement
 from learner.publish import Publisher
 from learner.train import run_rank, train_step
 from tests.knobs import Turn, check_turn
@@ -67,6 +68,17 @@ def device(config: Config, own: Path) -> object:
         return "refused"
 
 
+def stops(config: Config, own: Path) -> object:
+    """Whether a step stops the run whose actors' log-probabilities are drawn, and so disagree."""
+    with single_rank(config) as state:
+        state.policy_version, state.published = 0, True
+        try:
+            train_step(state, make_shards(make_trajectories(seed=0))[0])
+        except Disagreement:
+            return True
+    return False
+
+
 def published(config: Config, own: Path) -> object:
     """Where a snapshot can be had: an address, or the folder of its file."""
     config.run.dir = str(own)
@@ -110,6 +122,7 @@ MODEL = (
     "batch.max_tokens=64",
     "buffer.address=tcp://127.0.0.1:{port}",
     f"run.steps={STEPS}",
+    "learner.max_logprob_diff=9",  # the trajectories' log-probabilities are drawn
 )
 FILES = (*MODEL, "weights.transport=file")
 KEEP_ALL = (*FILES, "learner.keep_checkpoints=9")
@@ -134,6 +147,7 @@ TURNS = {
     "learner.activation_checkpointing": Turn("false", "true", passes, MODEL),
     "learner.device": Turn("cpu", "cuda", device, MODEL),
     "learner.checkpoint_every": Turn("1", "3", checkpoints, KEEP_ALL),
+    "learner.max_logprob_diff": Turn("0", "9", stops, MODEL),
     "learner.keep_checkpoints": Turn("1", "2", checkpoints, EVERY_STEP),
     "weights.transport": Turn("file", "zmq", published, SERVED),
     "weights.address": Turn("tcp://127.0.0.1:{port}", "tcp://127.0.0.1:{port2}", published, MODEL),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -16,12 +17,20 @@ from transformers import AutoModelForCausalLM
 
 from buffer.wire.transport import TransportError
 from learner import checkpoint, publish
+from learner.agreement import Disagreement
 from learner.batch import make_packs
 from learner.fsdp import load_model, whole
 from learner.metrics import TokenSums
 from learner.train import LearnerState, learning_rate, micro_batch_loss, run_rank, save, train_step
 from tests.families import save_family
-from tests.learner_cases import make_config, make_shards, make_trajectories, save_model, single_rank
+from tests.learner_cases import (
+    make_config,
+    make_shards,
+    make_trajectories,
+    num_sampled,
+    save_model,
+    single_rank,
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +103,57 @@ def test_the_gradient_is_that_of_the_written_out_loss(model_path: Path, tmp_path
         torch.testing.assert_close(measured[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_groups_of_equal_rewards_cost_no_pass_and_change_no_gradient(
+    model_path: Path, tmp_path: Path
+) -> None:
+    """Three groups, one of which is right throughout: its tokens count in the mean, and are not run."""
+    mixed, uniform = (
+        make_trajectories(seed=0, num_groups=2),
+        make_trajectories(seed=1, num_groups=1),
+    )
+    uniform = [msgspec.structs.replace(t, reward=0.1, group_rewards=[0.1] * 3) for t in uniform]
+    shard = make_shards([*uniform, *mixed])[0]
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    for trajectory in shard.trajectories:
+        tokens_T = torch.tensor(np.frombuffer(trajectory.tokens, "<i4").astype(np.int64))
+        sampled_T = torch.tensor(np.frombuffer(trajectory.sampled, np.uint8).astype(bool))
+        actor_T = torch.tensor(np.frombuffer(trajectory.actor_logprobs, "<f4"))
+        logprobs_TV = model(input_ids=tokens_T[None]).logits[0].log_softmax(-1)
+        logprobs_T = logprobs_TV[:-1].gather(1, tokens_T[1:, None])[:, 0]
+        ratio_S = (logprobs_T - actor_T[1:]).exp()[sampled_T[1:]]
+        rewards = np.array(trajectory.group_rewards)
+        advantage = (trajectory.reward - rewards.mean()) / (rewards.std() + 1e-6)
+        surrogate_S = torch.min(ratio_S * advantage, ratio_S.clamp(0.8, 1.28) * advantage)
+        (-surrogate_S.sum() / num_sampled([*uniform, *mixed])).backward()
+    config = make_config(
+        model_path, tmp_path / "run", loss__tis_cap=1e9, optimizer__max_grad_norm=1e9
+    )
+    with single_rank(config) as state:
+        captured: dict[str, torch.Tensor] = {}
+        state.optimizer.register_step_pre_hook(
+            lambda *_: captured.update(
+                {n: whole(p.grad) for n, p in state.model.named_parameters()}
+            )
+        )
+        metrics = train_step(state, shard)
+    assert metrics["train/tokens"] == num_sampled(mixed)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(captured[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_disagreement_stops_before_the_weights_are_touched(
+    model_path: Path, tmp_path: Path
+) -> None:
+    config = make_config(model_path, tmp_path / "run", learner__max_logprob_diff=0.0)
+    shard = make_shards(make_trajectories(seed=0, version=3))[0]
+    with single_rank(config) as state:
+        state.policy_version, state.published = 3, True
+        before = weights(state)
+        with pytest.raises(Disagreement, match=r"step 0: .* nats .*max_logprob_diff allows 0.005"):
+            train_step(state, shard)
+        assert all(torch.equal(weights(state)[name], tensor) for name, tensor in before.items())
+
+
 def test_activation_checkpointing_changes_nothing_but_memory(
     model_path: Path, tmp_path: Path
 ) -> None:
@@ -118,18 +178,52 @@ def test_only_tokens_of_the_current_weights_are_compared(model_path: Path, tmp_p
         )  # updated, not yet published: version 3 is no longer what it holds
 
 
-def test_a_step_without_trainable_tokens_has_finite_metrics(
+@pytest.mark.parametrize("signal", ["all truncated", "all rewards equal"])
+def test_a_step_without_signal_moves_nothing(
+    model_path: Path, tmp_path: Path, signal: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not even by momentum and decay, and it is not counted as trained."""
+    mute = [
+        msgspec.structs.replace(t, truncated=True)
+        if signal == "all truncated"
+        else msgspec.structs.replace(t, reward=1.0, group_rewards=[1.0] * 4)
+        for t in make_trajectories(seed=0)
+    ]
+    with single_rank(
+        make_config(model_path, tmp_path / "run", optimizer__weight_decay=0.1)
+    ) as state:
+        assert train_step(state, make_shards(make_trajectories(seed=1))[0])["train/skipped"] == 0.0
+        before = weights(state)
+        metrics = train_step(state, make_shards(mute)[0])
+        assert metrics["train/loss"] == metrics["train/grad_norm"] == metrics["train/tokens"] == 0.0
+        assert metrics["train/skipped"] == 1.0
+        assert "train/entropy" not in metrics
+        assert state.step == 2
+        assert all(torch.equal(weights(state)[name], tensor) for name, tensor in before.items())
+    assert capfd.readouterr().err.count("learner: step 1: nothing to train on") == 1
+
+
+def test_a_checkpoint_before_any_update_can_be_saved_and_resumed(
     model_path: Path, tmp_path: Path
 ) -> None:
-    cut = [
-        msgspec.structs.replace(trajectory, truncated=True)
-        for trajectory in make_trajectories(seed=0)
-    ]
-    with single_rank(make_config(model_path, tmp_path / "run")) as state:
-        before = weights(state)
-        metrics = train_step(state, make_shards(cut)[0])
-        assert metrics["train/loss"] == metrics["train/grad_norm"] == 0.0
-        assert all(torch.equal(weights(state)[name], tensor) for name, tensor in before.items())
+    config = make_config(model_path, tmp_path / "run")
+    cut = [msgspec.structs.replace(t, truncated=True) for t in make_trajectories(seed=0)]
+    shards = [make_shards(make_trajectories(seed=step), step)[0] for step in (1, 2)]
+    with single_rank(config) as state:
+        assert train_step(state, make_shards(cut)[0])["train/skipped"] == 1.0
+        save(state)
+        for shard in shards:
+            train_step(state, shard)
+        final = weights(state)
+    with single_rank(config) as state:
+        meta = checkpoint.load_latest(
+            tmp_path / "run" / "checkpoints", state.model, state.optimizer
+        )
+        assert meta is not None and meta["step"] == 1
+        state.step = 1
+        for shard in shards:
+            train_step(state, shard)
+        assert all(torch.equal(weights(state)[name], tensor) for name, tensor in final.items())
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
