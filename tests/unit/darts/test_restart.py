@@ -1,0 +1,78 @@
+"""After a restart of the buffer: ids are never used twice, and groups whose tokens a power cut took are drawn again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from darts import events as ev
+from darts.config import CoreConfig
+from darts.core import Core
+
+
+def make_core(num_prompts: int = 1) -> tuple[Core, list[ev.Decision]]:
+    """Groups of two, one per step, on an engine with two slots; with the decisions so far."""
+    core = Core(CoreConfig(groups_per_step=1, group_size=2, redundancy="none"))
+    decisions: list[ev.Decision] = []
+    for event in (
+        ev.PolicyPublished(0),
+        ev.EngineJoined("a", "cpu", 2, 0),
+        ev.PromptsDrawn(tuple(ev.Prompt(f"p{n}") for n in range(num_prompts))),
+    ):
+        decisions += core.handle(event)
+    return core, decisions
+
+
+def finish(core: Core, *rollout_ids: int) -> None:
+    for rollout_id in rollout_ids:
+        core.handle(ev.RolloutFinished(rollout_id, 9, False, 1.0, 0))
+
+
+def drops(decisions: Sequence[ev.Decision]) -> list[tuple[int, str, bool]]:
+    return [
+        (one.record.group_id, one.record.end, one.requeued)
+        for one in decisions
+        if isinstance(one, ev.Drop)
+    ]
+
+
+def test_a_restarted_buffer_skips_ids_that_may_have_been_sent() -> None:
+    core, first = make_core(num_prompts=1)
+    core.handle(ev.BufferRestarted())
+    finish(core, 0, 1)
+    opened = core.handle(ev.PromptsDrawn((ev.Prompt("next"),)))
+    launched = {one.rollout_id for one in [*first, *opened] if isinstance(one, ev.Launch)}
+    groups = {one.group_id for one in [*first, *opened] if isinstance(one, ev.OpenGroup)}
+    assert len(launched) == 4 and len(groups) == 2
+    assert min(launched - {0, 1}) > 100_000 and max(groups) > 100_000
+
+
+def test_a_rollout_in_flight_goes_on_from_the_tokens_that_are_left() -> None:
+    core, _ = make_core()
+    core.handle(ev.RolloutProgressed(0, 20))
+    assert not core.handle(ev.TokensLost(0, 12))
+    core.handle(ev.RolloutProgressed(0, 13))
+    assert core.rollouts[0].tokens == 13
+
+
+def test_a_ready_group_that_lost_tokens_is_dropped_and_its_prompt_returns() -> None:
+    core, _ = make_core()
+    finish(core, 0, 1)
+    decisions = core.handle(ev.TokensLost(1, 3))
+    assert drops(decisions) == [(0, "tokens_lost", True)]
+    reopened = [one for one in decisions if isinstance(one, ev.OpenGroup)]
+    assert [one.prompt_id for one in reopened] == ["p0"]
+
+
+def test_tokens_lost_after_the_hand_over_change_nothing() -> None:
+    core, _ = make_core()
+    finish(core, 0, 1)
+    shipped = core.handle(ev.ShardsRequested(0))
+    assert any(isinstance(one, ev.Ship) for one in shipped)
+    assert not core.handle(ev.TokensLost(1, 3))
+
+
+def test_losing_none_or_knowing_no_such_rollout_changes_nothing() -> None:
+    core, _ = make_core()
+    core.handle(ev.RolloutProgressed(0, 20))
+    assert not core.handle(ev.TokensLost(0, 20)) and core.rollouts[0].tokens == 20
+    assert not core.handle(ev.TokensLost(99, 0))
