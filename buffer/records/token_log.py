@@ -213,14 +213,14 @@ class TokenLog:
     def _join(self, rollout_id: int, pieces: _Pieces) -> StoredRollout:
         if pieces.group_id is None:
             raise self._damage(rollout_id, "lacks its first record")
-        rollout = StoredRollout(
-            group_id=pieces.group_id, continued=pieces.continued and not pieces.spoke
-        )
+        rollout = StoredRollout(group_id=pieces.group_id)
         for offset, piece in sorted(pieces.by_offset.items()):
             if offset != len(rollout.tokens) // 4:
                 reason = f"has {len(rollout.tokens) // 4} tokens before token {offset}"
                 raise self._damage(rollout_id, reason)
             rollout.append(piece)
+        # A power cut may have taken all that was copied, and then nothing is continued.
+        rollout.continued = pieces.continued and not pieces.spoke and bool(rollout.runs)
         return rollout
 
     def _damage(self, rollout_id: int, reason: str) -> ValueError:

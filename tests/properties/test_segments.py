@@ -282,3 +282,23 @@ def test_a_missing_segment_is_refused_by_name() -> None:
     del disk.files[FOLDER / "000002.log"]
     with pytest.raises(ValueError, match="lacks 000002.log"):
         SegmentLog.open(FOLDER, disk=disk)
+
+
+@given(num_steps=st.integers(0, 10), seed=st.integers(0, 2**16))
+def test_a_kill_within_a_rotation_and_a_power_cut_after_the_restart(num_steps, seed) -> None:
+    disk = MemoryDisk()
+    log, _ = SegmentLog.open(FOLDER, first_checkpoint=b"0", disk=disk)
+    log.append(b"first", 0.0)
+    disk.fuse = num_steps
+    try:
+        log.rotate(b"1", 0.0)
+    except PowerCutError:
+        pass
+    disk = disk.after_kill()
+    log, _ = SegmentLog.open(FOLDER, disk=disk)
+    log.append(b"second", 0.0)
+    log.sync()
+    disk = disk.after_power_cut(random.Random(seed))
+    _, found = SegmentLog.open(FOLDER, disk=disk)
+    kept = [b"first", b"second"][int(found.checkpoint) :]
+    assert [record.payload for record in found.records] == kept

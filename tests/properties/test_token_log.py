@@ -1,0 +1,235 @@
+"""The token log gives back a `TrajectoryStore`'s content, bit for bit, through rotations, compaction, kills and power cuts."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from buffer.records.token_log import StoredRollout, TokenLog
+from buffer.records.trajectories import TrajectoryStore
+from buffer.wire.messages import Chunk
+from tests.disks import MemoryDisk, PowerCutError
+
+FOLDER = Path("/run/tokens")
+SEGMENT_BYTES = 300
+
+
+def chunk(rollout_id: int, sampled: bool, version: int, num_tokens: int, start: int) -> Chunk:
+    tokens = np.arange(start, start + num_tokens, dtype="<i4")
+    logprobs = (-tokens / 7).astype("<f4") if sampled else np.empty(0, "<f4")
+    return Chunk(
+        rollout_id=rollout_id,
+        sampled=sampled,
+        version=version,
+        tokens=tokens.tobytes(),
+        logprobs=logprobs.tobytes(),
+    )
+
+
+def content(store: TrajectoryStore, rollout_id: int) -> StoredRollout:
+    held = store._rollouts[rollout_id]
+    return StoredRollout(
+        held.group_id, held.tokens[:], held.logprobs[:], held.runs[:], held.continued
+    )
+
+
+def is_beginning(found: StoredRollout, whole: StoredRollout) -> bool:
+    size = len(found.tokens)
+    tokens = sum(run[2] for run in found.runs)
+    flags = [run[:2] for run in found.runs for _ in range(run[2])]
+    return (
+        found.group_id == whole.group_id
+        and found.tokens == whole.tokens[:size]
+        and found.logprobs == whole.logprobs[:size]
+        and tokens == size // 4
+        and flags == [run[:2] for run in whole.runs for _ in range(run[2])][:tokens]
+    )
+
+
+class TokenMachine(RuleBasedStateMachine):
+    """A store and its log, told the same things. `promised`: tokens per rollout that were durable."""
+
+    @initialize()
+    def start(self) -> None:
+        self.disk, self.next_id, self.next_token = MemoryDisk(), 0, 0
+        self.at_fuse: random.Random | None = None
+        self.store = TrajectoryStore(max_bytes=1 << 30)
+        self.promised: dict[int, int] = {}
+        self.log, found = TokenLog.open(FOLDER, set(), segment_bytes=SEGMENT_BYTES, disk=self.disk)
+        assert found == {}
+
+    @property
+    def outstanding(self) -> list[int]:
+        return sorted(self.store._rollouts)
+
+    @rule(group_id=st.integers(0, 5), data=st.data())
+    def begin(self, group_id: int, data: st.DataObject) -> None:
+        continues = data.draw(st.sampled_from([None, *self.outstanding]))
+        rollout_id, self.next_id = self.next_id, self.next_id + 1
+        self.store.open(rollout_id, group_id, continues)
+        copied = None if continues is None else content(self.store, continues)
+        self.attempt(lambda: self.log.begin(rollout_id, group_id, 0.0, copied), rollout_id)
+
+    @precondition(lambda self: self.outstanding)
+    @rule(
+        data=st.data(),
+        sampled=st.booleans(),
+        version=st.integers(0, 2),
+        num_tokens=st.integers(1, 12),
+    )
+    def decode(self, data, sampled: bool, version: int, num_tokens: int) -> None:
+        rollout_id = data.draw(st.sampled_from(self.outstanding))
+        before = content(self.store, rollout_id)
+        start, self.next_token = self.next_token, self.next_token + num_tokens
+        new = chunk(rollout_id, sampled, version, num_tokens, start)
+        if before.continued and not sampled and not before.runs[0][0]:  # it repeats the prompt
+            size = 4 * before.runs[0][2]
+            new = Chunk(
+                rollout_id=rollout_id,
+                sampled=False,
+                version=0,
+                tokens=bytes(before.tokens[:size]),
+                logprobs=b"",
+            )
+        self.store.append(new)
+        if len(content(self.store, rollout_id).tokens) == len(before.tokens):
+            self.attempt(lambda: self.log.spoke(rollout_id, 0.0))
+        else:
+            self.attempt(lambda: self.log.append(new, len(before.tokens) // 4, 0.0))
+
+    @precondition(lambda self: self.outstanding)
+    @rule(data=st.data())
+    def discard(self, data: st.DataObject) -> None:
+        rollout_id = data.draw(st.sampled_from(self.outstanding))
+        self.store.discard(rollout_id)
+        self.log.discard(rollout_id)
+        self.promised.pop(rollout_id, None)
+
+    @rule()
+    def sync(self) -> None:
+        self.attempt(self.log.sync)
+
+    @rule(num_steps=st.integers(0, 20), kills=st.booleans(), seed=st.integers(0, 2**32))
+    def light_fuse(self, num_steps: int, kills: bool, seed: int) -> None:
+        self.disk.fuse, self.at_fuse = num_steps, None if kills else random.Random(seed)
+
+    @rule(num_bytes=st.integers(0, 200))
+    def fill_disk(self, num_bytes: int) -> None:
+        self.disk.free_bytes = num_bytes
+
+    @rule()
+    def free_disk(self) -> None:
+        self.disk.free_bytes = 1 << 40
+
+    @rule(seed=st.integers(0, 2**32))
+    def power_cut(self, seed: int) -> None:
+        self.at_fuse = random.Random(seed)
+        self.stop()
+
+    @rule()
+    def close_and_open(self) -> None:
+        self.disk.free_bytes = 1 << 40
+        self.attempt(self.log.close)
+        self.at_fuse = None
+        before = {rollout_id: content(self.store, rollout_id) for rollout_id in self.outstanding}
+        self.stop()
+        assert {r: content(self.store, r) for r in self.outstanding} == before
+
+    def attempt(self, act, new: int | None = None) -> None:
+        """Do it, or stop as the disk says. After a full disk the buffer would end, and be started again."""
+        try:
+            act()
+        except OSError:
+            self.at_fuse = None
+            self.stop()
+        except PowerCutError:
+            self.stop()
+        else:
+            if self.log.log.synced_seq == self.log.log.next_seq - 1:
+                self.promised = {r: len(content(self.store, r).tokens) for r in self.outstanding}
+
+    def stop(self) -> None:
+        """The store is lost; the log fills another one."""
+        rng = self.at_fuse
+        self.disk = self.disk.after_kill() if rng is None else self.disk.after_power_cut(rng)
+        wanted = set(self.outstanding)
+        self.log, found = TokenLog.open(FOLDER, wanted, segment_bytes=SEGMENT_BYTES, disk=self.disk)
+        assert wanted >= found.keys() >= self.promised.keys()
+        for rollout_id, rollout in found.items():
+            whole = content(self.store, rollout_id)
+            assert is_beginning(rollout, whole)
+            assert len(rollout.tokens) >= self.promised.get(rollout_id, 0)
+            if len(rollout.tokens) == len(whole.tokens) and rng is None:
+                assert rollout.runs == whole.runs
+        restored = TrajectoryStore(max_bytes=1 << 30)
+        for rollout_id, rollout in found.items():
+            restored.open(rollout_id, rollout.group_id, None)
+            held = restored._rollouts[rollout_id]
+            held.tokens, held.logprobs = rollout.tokens, rollout.logprobs
+            held.runs, held.continued = rollout.runs, rollout.continued
+        self.store = restored
+
+    @invariant()
+    def live_bytes_are_on_disk(self) -> None:
+        assert 0 <= self.log.live_bytes <= self.log.num_bytes
+        assert self.outstanding or self.log.live_bytes == 0
+
+    def teardown(self) -> None:
+        if hasattr(self, "log"):
+            self.disk.fuse = None
+            self.close_and_open()
+
+
+TestTokens = TokenMachine.TestCase
+TestTokens.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_disk_use_follows_what_is_outstanding(seed: int) -> None:
+    """Long rollouts among short ones: each old segment holds a few live records, and most of the log is garbage."""
+    rng, disk = random.Random(seed), MemoryDisk()
+    log, _ = TokenLog.open(FOLDER, set(), segment_bytes=4000, disk=disk)
+    left: dict[int, int] = {}
+    offsets: dict[int, int] = {}
+    peak_bytes = written = largest = next_id = 0
+    for _ in range(15_000):
+        if len(left) < 12:
+            left[next_id] = rng.choice([1, 2, 3, 60])
+            offsets[next_id] = 0
+            log.begin(next_id, 0, 0.0)
+            next_id += 1
+        rollout_id = rng.choice(list(left))
+        log.append(chunk(rollout_id, True, 0, 8, offsets[rollout_id]), offsets[rollout_id], 0.0)
+        written += 64
+        offsets[rollout_id] += 8
+        left[rollout_id] -= 1
+        if not left[rollout_id]:
+            log.discard(rollout_id)
+            del left[rollout_id], offsets[rollout_id]
+        peak_bytes = max(peak_bytes, log.live_bytes)
+        largest = max(largest, log.num_bytes)
+    assert written > 4 * largest, "the bound would hold without compaction"
+    assert largest <= 2 * peak_bytes + 8 * 4000
+    _, found = TokenLog.open(FOLDER, set(left), disk=disk)
+    assert {r: len(rollout.tokens) // 4 for r, rollout in found.items()} == offsets
+
+
+def test_damage_to_a_wanted_rollout_is_refused() -> None:
+    disk = MemoryDisk()
+    log, _ = TokenLog.open(FOLDER, set(), disk=disk)
+    log.begin(1, 0, 0.0)
+    log.append(chunk(1, True, 0, 4, 0), 0, 0.0)
+    log.append(chunk(1, True, 0, 4, 0), 5, 0.0)
+    log.close()
+    with pytest.raises(ValueError, match="rollout 1 has 4 tokens before token 5"):
+        TokenLog.open(FOLDER, {1}, disk=disk)
+    assert TokenLog.open(FOLDER, {2}, disk=disk)[1] == {}
