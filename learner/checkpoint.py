@@ -9,7 +9,6 @@ Left out: the random state (training draws nothing) and the learning rate's sche
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from buffer.records.files import UNFINISHED, atomic_write, replace_folder
 from configs.errors import one_line
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -34,13 +34,14 @@ def save(
 ) -> None:
     """Write the checkpoint of `meta["step"]`, point `latest` at it, and remove all but the newest `keep`. A collective.
 
-    All is written under a temporary name and renamed when complete, so whoever dies at any moment leaves the previous one intact.
+    It is written under another name and gets its own once it is complete and durable, so a rank killed or a power
+    cut at any moment leaves the previous checkpoint intact.
     """
     name = f"step_{meta['step']:06d}"
-    partial = folder / f".{name}.partial"
+    partial = folder / f".{name}{UNFINISHED}"
     leads = dist.get_rank() == 0
     if leads:
-        for leftover in folder.glob(".step_*.partial"):
+        for leftover in folder.glob(f".step_*{UNFINISHED}"):
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     dist.barrier()
@@ -52,10 +53,8 @@ def save(
     dist.barrier()
     if leads:
         (partial / "meta.json").write_text(json.dumps(meta) + "\n")
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
-        partial.rename(folder / name)
-        _replace_text(folder / "latest", name + "\n")
+        replace_folder(partial, folder / name)
+        atomic_write(folder / "latest", name + "\n")
         for old in sorted(path for path in folder.glob("step_*") if path.name != name)[
             : -(keep - 1) or None
         ]:
@@ -127,9 +126,3 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -108,7 +108,17 @@ def pipeline(options: Sequence[str]) -> None:
     pipeline.main(options)
 
 
-SUBJECTS: dict[str, Callable[[Sequence[str]], None]] = {"core": core, "pipeline": pipeline}
+def buffer(_: Sequence[str]) -> None:
+    from tools.benchmarks import records
+
+    records.main()
+
+
+SUBJECTS: dict[str, Callable[[Sequence[str]], None]] = {
+    "buffer": buffer,
+    "core": core,
+    "pipeline": pipeline,
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NoReturn
 
+from buffer.records.files import atomic_write
 from configs import cli
 from configs.command import run_command
 from configs.schema import key
@@ -155,15 +156,14 @@ def run(config: CompareConfig) -> None:
         by_variant[name].append(result)
     rows = table(by_variant, config.margin)
     written = {"seeds": config.seeds, "variants": variants, "rows": rows, "results": by_variant}
-    (out / "table.json").write_text(json.dumps(written, indent=1) + "\n")
+    atomic_write(out / "table.json", json.dumps(written, indent=1) + "\n", durable=False)
     kind = (
         "Real runs"
         if config.live
         else "Simulated: accuracy is not modelled, and lengths, latencies and learning are assumptions"
     )
-    (out / "table.html").write_text(
-        html(rows, config.set, f"{kind}. {config.base}, seeds {config.seeds}. Means over seeds.")
-    )
+    page = html(rows, config.set, f"{kind}. {config.base}, seeds {config.seeds}. Means over seeds.")
+    atomic_write(out / "table.html", page, durable=False)
     plot_table(rows, out / "table.png")
     if config.live:
         plot_curves(by_variant, out / "curves.png")

@@ -19,6 +19,7 @@ import numpy as np
 from actors import weights
 from actors.environments import Environment, make_environment
 from buffer.data.sources import make_sources
+from buffer.records.files import atomic_write
 from buffer.wire.messages import PromptPayload
 from configs.command import run_command
 from configs.schema import Config
@@ -49,14 +50,11 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
         ),
     )
     rows = []
-    unfinished = run / f"{EVALUATIONS}.partial"
-    with unfinished.open("w") as file:
-        for row in _judge(config, run, steps):
-            rows.append(row)
-            file.write(json.dumps(row) + "\n")
-            print(f"step {row['step']:>6,.0f}: accuracy {100 * row['accuracy']:.1f} %, mean length {row['length_mean']:.1f}, "
-                  f"p99 {row['length_p99']:.0f}", flush=True)  # fmt: skip
-    unfinished.replace(run / EVALUATIONS)
+    for row in _judge(config, run, steps):
+        rows.append(row)
+        print(f"step {row['step']:>6,.0f}: accuracy {100 * row['accuracy']:.1f} %, mean length {row['length_mean']:.1f}, "
+              f"p99 {row['length_p99']:.0f}", flush=True)  # fmt: skip
+    atomic_write(run / EVALUATIONS, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

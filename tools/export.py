@@ -6,11 +6,11 @@ Owns the folder that it writes, and nothing of the run. Driven by hand; `tools.e
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
+from buffer.records.files import atomic_folder
 from configs import cli
 from configs.command import run_command
 from configs.schema import Config
@@ -63,10 +63,9 @@ def export(run: Path, target: Path, step: int | None = None) -> int:
     from learner.publish import DTYPES
 
     model = load_checkpoint(config, run, step)
-    unfinished = target.with_name(f".{target.name}.partial")
-    _save(model.to(DTYPES[config.model.dtype]), config.model.path, unfinished)
-    AutoTokenizer.from_pretrained(config.model.path).save_pretrained(unfinished)
-    os.replace(unfinished, target)
+    with atomic_folder(target) as folder:
+        _save(model.to(DTYPES[config.model.dtype]), config.model.path, folder)
+        AutoTokenizer.from_pretrained(config.model.path).save_pretrained(folder)
     return step
 
 

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from omegaconf import OmegaConf
 
+from buffer.records.files import atomic_write
 from configs.command import run_command
 from tools.reporting.plots import FIGURES, compact, evaluations
 from tools.reporting.run_directory import FILES, Row, RunDirectory, is_number
@@ -87,9 +88,7 @@ def write_report(run_dir: Path) -> Path:
         f"<title>{escape(run.name)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
     )
     target = run_dir / "report.html"
-    unfinished = target.with_suffix(".html.tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(target)  # who reloads the page sees the old one or the new one, never half
+    atomic_write(target, page, durable=False)  # a browser may reload it at any time
     return target
 
 

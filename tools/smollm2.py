@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import shutil
 from pathlib import Path
 from typing import NoReturn
 
+from buffer.records.files import atomic_folder
 from configs.command import run_command
 
 COMPLETE = (
@@ -54,13 +53,9 @@ def convert(folder: Path) -> bool:
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     print(f"writing {folder} ({model.num_parameters() * 4 / 1e6:.0f} MB) ...", flush=True)
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    try:
+    with atomic_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{folder}: SmolLM2-135M-Instruct, {model.num_parameters():,} parameters")
     return True
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +40,7 @@ from buffer.data.tagged_sum import (
     draw_problem,
     draw_trace,
 )
+from buffer.records.files import atomic_folder
 from configs.command import run_command
 
 RECIPE_FILE = "recipe.json"
@@ -112,16 +112,10 @@ def warm_start(folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) 
     tokenizer, model = build_tokenizer(), build_model(seed)
     train(model, tokenizer, phases, seed, ProgressLine(sum(phase.steps for phase in phases)))
     transformers_logging.disable_progress_bar()  # a tenth of a second needs none
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    try:
+    with atomic_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         (unfinished / RECIPE_FILE).write_text(json.dumps(recipe, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     print(
         f"{folder}: {model.num_parameters():,} parameters, trained in {time.monotonic() - started:.0f} s"
     )

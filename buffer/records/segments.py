@@ -66,7 +66,7 @@ class SegmentLog:
         self._clock, self._executor, self._disk = clock, executor, disk
         self._handle = -1
         self._key = 0
-        self._unsynced_since: float | None = None
+        self._sync_at: float | None = None  # when the window of the oldest unsynced record ends
         self._syncing: tuple[Future[None], int] | None = None  # what it will have made durable
         self._closed_at = -1  # `next_seq` when it was last closed
         self._broken: OSError | None = None
@@ -119,8 +119,8 @@ class SegmentLog:
         seq = self.next_seq
         self._write(RECORD, seq, time_s, payload)
         self.next_seq += 1
-        if self._unsynced_since is None:
-            self._unsynced_since = self._clock()
+        if self._sync_at is None:
+            self._sync_at = self._clock() + self.fsync_s
         if self.fsync_s == 0:
             self.sync()
         return seq
@@ -129,11 +129,7 @@ class SegmentLog:
         """Sync if the window has passed. Returns `synced_seq`: what waited for records up to it may be done now."""
         if self._syncing is not None and self._syncing[0].done():
             self._end_sync()
-        if (
-            self._syncing is None
-            and self._unsynced_since is not None
-            and self._clock() - self._unsynced_since >= self.fsync_s
-        ):
+        if self._syncing is None and self._sync_at is not None and self._clock() >= self._sync_at:
             self._begin_sync(self._executor)
         return self.synced_seq
 
@@ -141,15 +137,13 @@ class SegmentLog:
         """Seconds until `poll` has something to do; None if all is durable."""
         if self._syncing is not None:
             return _POLL_S
-        if self._unsynced_since is None:
-            return None
-        return max(0.0, self._unsynced_since + self.fsync_s - self._clock())
+        return None if self._sync_at is None else max(0.0, self._sync_at - self._clock())
 
     def sync(self) -> None:
         """Make every record durable before returning."""
         if self._syncing is not None:
             self._end_sync()
-        if self._unsynced_since is not None:
+        if self._sync_at is not None:
             self._begin_sync(None)
 
     def rotate(self, checkpoint: bytes, time_s: float) -> int:
@@ -238,7 +232,7 @@ class SegmentLog:
 
     def _begin_sync(self, executor: Executor | None) -> None:
         self._check_usable()
-        self._unsynced_since = None
+        self._sync_at = None
         future: Future[None]
         if executor is None:
             future = Future()

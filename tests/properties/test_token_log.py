@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -193,34 +193,87 @@ TestTokens.settings = settings(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_disk_use_follows_what_is_outstanding(seed: int) -> None:
-    """Long rollouts among short ones: each old segment holds a few live records, and most of the log is garbage."""
-    rng, disk = random.Random(seed), MemoryDisk()
-    log, _ = TokenLog.open(FOLDER, set(), segment_bytes=4000, disk=disk)
-    left: dict[int, int] = {}
-    offsets: dict[int, int] = {}
-    peak_bytes = written = largest = next_id = 0
+class Traffic:
+    """Three rollouts that never end among short ones, so that most of each old segment is garbage."""
+
+    def __init__(self, seed: int, segment_bytes: int) -> None:
+        self.rng, self.disk = random.Random(seed), MemoryDisk()
+        self.log, _ = TokenLog.open(FOLDER, (), segment_bytes=segment_bytes, disk=self.disk)
+        self.offsets: dict[int, int] = {}  # by outstanding rollout
+        self.next_id = 0
+
+    def step(self) -> None:
+        while len(self.offsets) < 12:
+            rollout_id, self.next_id = self.next_id, self.next_id + 1
+            self.offsets[rollout_id] = 0
+            self.log.begin(rollout_id, 0, 0.0)
+        rollout_id = self.rng.choice(list(self.offsets)[3:])
+        if self.rng.random() < 0.02:
+            rollout_id = self.rng.randrange(3)
+        offset = self.offsets[rollout_id]
+        self.offsets[rollout_id] += 8
+        self.log.append(chunk(rollout_id, True, 0, 8, offset), offset, 0.0)
+        if rollout_id >= 3 and offset == 24:
+            self.log.discard(rollout_id)
+            del self.offsets[rollout_id]
+
+
+def sizes(found: dict[int, StoredRollout]) -> dict[int, int]:
+    return {rollout_id: len(rollout.tokens) // 4 for rollout_id, rollout in found.items()}
+
+
+def test_disk_use_follows_what_is_outstanding() -> None:
+    segment_bytes = 4000
+    traffic = Traffic(seed=0, segment_bytes=segment_bytes)
+    peak_live = peak = 0
     for _ in range(15_000):
-        if len(left) < 12:
-            left[next_id] = rng.choice([1, 2, 3, 60])
-            offsets[next_id] = 0
-            log.begin(next_id, 0, 0.0)
-            next_id += 1
-        rollout_id = rng.choice(list(left))
-        log.append(chunk(rollout_id, True, 0, 8, offsets[rollout_id]), offsets[rollout_id], 0.0)
-        written += 64
-        offsets[rollout_id] += 8
-        left[rollout_id] -= 1
-        if not left[rollout_id]:
-            log.discard(rollout_id)
-            del left[rollout_id], offsets[rollout_id]
-        peak_bytes = max(peak_bytes, log.live_bytes)
-        largest = max(largest, log.num_bytes)
-    assert written > 4 * largest, "the bound would hold without compaction"
-    assert largest <= 2 * peak_bytes + 8 * 4000
-    _, found = TokenLog.open(FOLDER, set(left), disk=disk)
-    assert {r: len(rollout.tokens) // 4 for r, rollout in found.items()} == offsets
+        traffic.step()
+        peak_live = max(peak_live, traffic.log.live_bytes)
+        peak = max(peak, traffic.log.num_bytes)
+    assert peak <= 2 * peak_live + 6 * segment_bytes
+    _, found = TokenLog.open(FOLDER, traffic.offsets.keys(), disk=traffic.disk)
+    assert sizes(found) == traffic.offsets
+
+
+@given(fuse=st.integers(0, 400), seed=st.integers(0, 2**16))
+@settings(max_examples=100, deadline=None)
+def test_a_power_cut_in_the_middle_of_compaction_loses_nothing_durable(fuse, seed) -> None:
+    traffic = Traffic(seed, segment_bytes=500)
+    for _ in range(150):  # from here on each rotation moves records
+        traffic.step()
+    traffic.disk.fuse = fuse
+    durable: dict[int, int] = {}
+    try:
+        while True:
+            traffic.step()
+            if traffic.rng.random() < 0.1:
+                traffic.log.sync()
+            if traffic.log.log.synced_seq == traffic.log.log.next_seq - 1:
+                durable = dict(traffic.offsets)
+    except PowerCutError:
+        disk = traffic.disk.after_power_cut(traffic.rng)
+    _, found = TokenLog.open(FOLDER, traffic.offsets.keys(), disk=disk)
+    for rollout_id, num_tokens in durable.items():
+        if rollout_id in traffic.offsets:
+            rollout = found[rollout_id]
+            expected = chunk(rollout_id, True, 0, len(rollout.tokens) // 4, 0)
+            assert len(rollout.tokens) // 4 >= num_tokens
+            assert rollout.tokens == expected.tokens and rollout.logprobs == expected.logprobs
+
+
+def test_a_rollout_that_lost_all_it_had_copied_continues_nothing() -> None:
+    disk = MemoryDisk()
+    log, _ = TokenLog.open(FOLDER, (), disk=disk)
+    prompt = StoredRollout(0, bytearray(400), bytearray(400), [(False, -1, 100)])
+    disk.free_bytes = 100
+    with pytest.raises(OSError, match="No space left"):
+        log.begin(1, 7, 0.0, prompt)
+    _, found = TokenLog.open(FOLDER, {1}, disk=disk.after_kill())
+    assert found == {1: StoredRollout(7)}
+    disk.free_bytes = 1 << 40
+    log.begin(1, 7, 0.0, prompt)  # tried again
+    _, found = TokenLog.open(FOLDER, {1}, disk=disk.after_kill())
+    assert found == {1: StoredRollout(7, prompt.tokens, prompt.logprobs, prompt.runs, True)}
 
 
 def test_damage_to_a_wanted_rollout_is_refused() -> None:

@@ -273,7 +273,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
 def test_the_newest_checkpoints_are_kept_and_latest_names_a_complete_one(
     model_path: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / ".step_000001.partial").mkdir()  # left by a learner that was killed while saving
+    (tmp_path / ".step_000001.unfinished").mkdir()  # left by a learner that was killed while saving
     with single_rank(make_config(model_path, tmp_path / "run")) as state:
         train_step(state, make_shards(make_trajectories(seed=0))[0])
         for step in (1, 2, 3):

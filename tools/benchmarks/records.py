@@ -1,0 +1,128 @@
+"""`python -m tools.bench buffer`: how fast the buffer's logs take records, durable within the window of group commit and not.
+
+Owns the measurement; prints rates and their ratio, and judges nothing. The loop polls after each record, as the buffer's
+does after each message.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from math import inf
+from pathlib import Path
+from statistics import median
+
+from buffer.records.segments import SegmentLog
+from buffer.records.token_log import TokenLog
+from buffer.wire.messages import Chunk
+
+FSYNC_S = 0.05
+ROUNDS, RECORDS, EVENT_BYTES = 5, 100_000, 100
+ROLLOUTS, MAX_TOKENS, CHUNK_TOKENS = 256, 2000, 8
+WARM_UP_ROUNDS = 1
+
+Append = Callable[[int], object]
+
+
+def append_rates(folder: Path) -> None:
+    """Print appends per second to logs in `folder`, whose disk is thereby measured."""
+    print(f"{RECORDS:,} appends per round, median of {ROUNDS} rounds, in {folder}")
+    for name, run in (("events", _events), ("chunks", _chunks)):
+        durable, free = [], []
+        for index in range(
+            WARM_UP_ROUNDS + ROUNDS
+        ):  # in turn, so that the machine's noise meets both
+            rates = [
+                run(folder / f"{name}-{index}-{fsync_s}", fsync_s) for fsync_s in (FSYNC_S, inf)
+            ]
+            if index >= WARM_UP_ROUNDS:
+                durable.append(rates[0])
+                free.append(rates[1])
+        ratio = median(a / b for a, b in zip(durable, free, strict=True))
+        size = f"{EVENT_BYTES} bytes" if name == "events" else f"{CHUNK_TOKENS} tokens"
+        print(
+            f"{name} of {size}: {median(durable):,.0f}/s with fsync every {1000 * FSYNC_S:.0f} ms, "
+            f"{median(free):,.0f}/s without ({ratio:.2f} of it)"
+        )
+
+
+def _events(folder: Path, fsync_s: float) -> float:
+    payload = bytes(EVENT_BYTES)
+    with ThreadPoolExecutor(1) as executor:
+        log, _ = SegmentLog.open(folder, fsync_s=fsync_s, executor=executor)
+        rate = _rate(lambda index: log.append(payload, 0.0), log)
+        log.close()
+    return rate
+
+
+def _chunks(folder: Path, fsync_s: float) -> float:
+    """Rollouts take turns; each is replaced after 2,000 tokens at most, so that segments die and are dropped."""
+    sampled = bytes(4 * CHUNK_TOKENS)
+    current = list(range(ROLLOUTS))
+    offsets = [0] * ROLLOUTS
+    limits = [MAX_TOKENS * (slot + 1) // ROLLOUTS for slot in range(ROLLOUTS)]
+    with ThreadPoolExecutor(1) as executor:
+        log, _ = TokenLog.open(folder, (), fsync_s=fsync_s, executor=executor)
+        for rollout_id in current:
+            log.begin(rollout_id, 0, 0.0)
+
+        def append(index: int) -> None:
+            slot = index % ROLLOUTS
+            if offsets[slot] >= limits[slot]:
+                log.discard(current[slot])
+                current[slot] += ROLLOUTS
+                offsets[slot], limits[slot] = 0, MAX_TOKENS
+                log.begin(current[slot], 0, 0.0)
+            chunk = Chunk(
+                rollout_id=current[slot],
+                sampled=True,
+                version=0,
+                tokens=sampled,
+                logprobs=sampled,
+            )
+            log.append(chunk, offsets[slot], 0.0)
+            offsets[slot] += CHUNK_TOKENS
+
+        rate = _rate(append, log.log)
+        log.close()
+    return rate
+
+
+def restart_time(folder: Path) -> None:
+    """Print how long a restarted buffer needs to read the tokens of outstanding rollouts."""
+    sampled = bytes(4 * CHUNK_TOKENS)
+    log, _ = TokenLog.open(folder, ())
+    for rollout_id in range(ROLLOUTS):
+        log.begin(rollout_id, 0, 0.0)
+    for offset in range(0, MAX_TOKENS, CHUNK_TOKENS):
+        for rollout_id in range(ROLLOUTS):
+            chunk = Chunk(
+                rollout_id=rollout_id, sampled=True, version=0, tokens=sampled, logprobs=sampled
+            )
+            log.append(chunk, offset, 0.0)
+    log.close()
+    began = time.perf_counter()
+    log, found = TokenLog.open(folder, range(ROLLOUTS))
+    elapsed_s = time.perf_counter() - began
+    num_tokens = sum(len(rollout.tokens) // 4 for rollout in found.values())
+    print(
+        f"restart: {elapsed_s:.2f} s to read {num_tokens:,} tokens of {len(found)} rollouts "
+        f"({log.num_bytes / 1e6:.0f} MB)"
+    )
+    log.close()
+
+
+def _rate(append: Append, log: SegmentLog) -> float:
+    began = time.perf_counter()
+    for index in range(RECORDS):
+        append(index)
+        log.poll()
+    return RECORDS / (time.perf_counter() - began)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=Path.cwd()) as folder:
+        append_rates(Path(folder))
+        restart_time(Path(folder) / "restart")
