@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from actors.pool import EngineFailed, Pool
+from buffer.processes.private_folder import private_folder
 from configs.command import run_command
 from configs.schema import Config
 
 
 def run(config: Config) -> int:
-    return Pool(config).run()
+    with private_folder():
+        return Pool(config).run()
 
 
 if __name__ == "__main__":

@@ -1,66 +1,60 @@
-"""The engines of one node: starts a process for each, restarts those that die, and leaves nothing behind.
+"""The engines of one node: starts a process for each, restarts those that die, and ends all with it.
 
-Owns those processes, each the leader of a group that holds its vLLM processes too. Never speaks to the buffer: each engine does, and
-its hello after a restart, before its model is loaded, says that what its predecessor had in flight is lost. Driven by `python -m actors`.
+Owns those processes, and how often each is restarted. An engine that fails is its own loss: the
+others go on. Never speaks to the buffer: each engine does, and its hello after a restart, before its
+model is loaded, says that its predecessor's rollouts are lost. Driven by `python -m actors`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import signal
-import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from actors.device import engine_device
 from actors.process import DONE, GAVE_UP, RUN_FAILED
+from buffer.processes.child import Child, forward, given_reason, stop
+from buffer.processes.restarts import Restarts
+from buffer.processes.stop_request import AGAIN, StopRequest
 from configs import cli
+from configs.errors import ExitStatus
 from configs.schema import Config
 
+FINAL = (DONE, GAVE_UP, RUN_FAILED, ExitStatus.INTERRUPTED)  # after these, no other attempt is made
 POLL_S = 0.1
-STOP_S = 10.0  # vLLM's processes end within three seconds as a rule; then they are killed
-ROOT = Path(__file__).resolve().parents[1]
+STOP_S = 10.0  # vLLM's processes usually end within three seconds; then they are killed
 
 
 class EngineFailed(Exception):
-    """An engine that cannot run, or a run that failed. One line that names the engine and says why."""
+    """No engine of the pool is left to work. One line that says why."""
 
 
 @dataclass
-class EngineProcess:
-    """One engine's process. `errors`: the pipe on which it says why it ends."""
+class Engine:
+    """One engine: its present process, and how often it may still be restarted."""
 
     engine_id: str
     index: int
-    process: subprocess.Popen[bytes]
-    errors: int
-    restarts: int
+    process: Child
+    restarts: Restarts
 
-    def ended(self) -> bool:
-        """Whether it is dead. Leaves it unburied, so that its group can still be killed by its id."""
+    def why_it_ended(self) -> str:
+        return given_reason(self.process.last_lines) or self.process.how_it_ended()
+
+    def parting(self) -> str:
+        """A sentence on its end for good."""
+        status, why = self.process.status(), self.why_it_ended()
+        if status == RUN_FAILED:
+            return f"the run failed for engine {self.engine_id}: {why}"
+        if status in FINAL:
+            return f"engine {self.engine_id} {why}"
         return (
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        )
-
-    def bury(self) -> tuple[int, str]:
-        """Kill what is left of its group, and return its status and its last words."""
-        with contextlib.suppress(ProcessLookupError):  # it left nothing
-            os.killpg(self.process.pid, signal.SIGKILL)
-        status = self.process.wait()
-        os.set_blocking(self.errors, False)
-        try:
-            words = os.read(self.errors, 1 << 16).decode(errors="replace").strip()
-        except BlockingIOError:
-            words = ""
-        os.close(self.errors)
-        return status, words or (
-            f"killed by {signal.Signals(-status).name}"
-            if status < 0
-            else f"exited with status {status}"
+            f"engine {self.engine_id} died {self.restarts.most + 1} times within "
+            f"{self.restarts.window_s:g} s (actors.max_restarts={self.restarts.most}); last: {why}"
         )
 
 
@@ -69,95 +63,84 @@ class Pool:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._signal = 0  # the one that stops the pool
-        self._engines: list[EngineProcess] = []
-        self._config_fd = os.memfd_create(
-            "config.yaml"
-        )  # read by the engines' processes; vanishes with us
-        os.write(self._config_fd, cli.to_yaml(config).encode())
+        self._engines: list[Engine] = []
+        self._config_file = ""  # for the engines
 
     def run(self) -> int:
-        """Returns 0 when the buffer ended the run, 128 + N when signal N stopped the pool.
-
-        Raises `EngineFailed`, or `ValueError` for `model.path`.
+        """Returns 0 once the run has ended well, 130 if the pool or its last engine was asked to
+        leave. Raises `EngineFailed`, or `ValueError` for `model.path`.
         """
         check_model(self._config.model.path)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask_to_stop)
-        try:
-            self._engines = [self._start(index) for index in range(self._config.actors.num_engines)]
-            while self._engines and not self._signal:
-                time.sleep(POLL_S)
-                for engine in [engine for engine in self._engines if engine.ended()]:
-                    self._engines.remove(engine)
-                    status, words = engine.bury()
-                    if status != DONE:
-                        self._engines.append(self._successor(engine, status, words))
-            return 128 + self._signal if self._signal else 0
-        finally:
-            self._stop()
+        with (
+            StopRequest(self._answer) as request,
+            tempfile.NamedTemporaryFile("w", suffix=".yaml") as file,
+        ):
+            file.write(cli.to_yaml(self._config))
+            file.flush()
+            self._config_file = file.name
+            try:
+                self._engines = [self._engine(i) for i in range(self._config.actors.num_engines)]
+                last_status = DONE
+                while self._engines and not request.requested:
+                    time.sleep(POLL_S)
+                    last_status = self._look_after_engines()
+            finally:
+                processes = [engine.process for engine in self._engines]
+                stop(processes, STOP_S, hurry=lambda: request.repeated)
+        return ExitStatus.INTERRUPTED if request.requested else last_status
 
-    def _ask_to_stop(self, number: int, frame: object) -> None:
-        self._signal = number
+    def _answer(self) -> None:
+        line = f"stopping: the engines leave, up to {STOP_S:g} s; {AGAIN}"
+        print(line, file=sys.stderr, flush=True)
 
-    def _command(self, index: int, errors: int) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "actors.process",
-            str(index),
-            f"/proc/self/fd/{self._config_fd}",
-            str(errors),
-            str(os.getpid()),
-        ]
+    def _look_after_engines(self) -> int:
+        """Restart engines that died, and part with those that have ended for good.
 
-    def _start(self, index: int, restarts: int = 0) -> EngineProcess:
-        read, write = os.pipe()
-        process = subprocess.Popen(
-            self._command(index, write),
-            stdin=subprocess.DEVNULL,
-            pass_fds=(self._config_fd, write),
-            start_new_session=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(
-                    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-                ),
-                **engine_gpus(self._config, index, os.environ.get("CUDA_VISIBLE_DEVICES", "")),
-            },
+        Returns the status of the last one of those. `EngineFailed` if it failed and none is left.
+        """
+        status, partings = DONE, list[str]()
+        for engine in list(self._engines):
+            forward(engine.process)
+            if engine.process.status() is None or self._restart(engine):
+                continue
+            status = engine.process.status() or DONE
+            self._engines.remove(engine)
+            if status != DONE:
+                partings.append(engine.parting())
+        if partings and not self._engines and status not in (DONE, ExitStatus.INTERRUPTED):
+            raise EngineFailed(partings[-1])
+        left = len(self._engines)
+        for parting in partings:
+            say(f"{parting}; " + (f"the pool goes on with {left}" if left else "none is left"))
+        return status
+
+    def _restart(self, engine: Engine) -> bool:
+        """Start an engine again that has ended, unless it is known to end the same way."""
+        if engine.process.status() in FINAL or not (number := engine.restarts.take()):
+            return False
+        say(
+            f"engine {engine.engine_id} died ({engine.why_it_ended()}); "
+            f"restart {number} of {engine.restarts.most}"
         )
-        os.close(write)
-        return EngineProcess(f"{self._config.actors.name}/{index}", index, process, read, restarts)
+        engine.process = self._start(engine.index)
+        return True
 
-    def _successor(self, engine: EngineProcess, status: int, words: str) -> EngineProcess:
-        """A fresh process for an engine that died. `EngineFailed` where another would end the same way."""
-        most = self._config.actors.max_restarts
-        if status == GAVE_UP:
-            raise EngineFailed(f"engine {engine.engine_id} {words}")
-        if status == RUN_FAILED:
-            raise EngineFailed(f"the run failed: {words}")
-        if engine.restarts >= most:
-            raise EngineFailed(
-                f"engine {engine.engine_id} died {most + 1} times (actors.max_restarts={most}); last: {words}"
-            )
-        print(
-            f"actors: engine {engine.engine_id} died ({words}); restart {engine.restarts + 1} of {most}",
-            file=sys.stderr,
-            flush=True,
-        )
-        return self._start(engine.index, engine.restarts + 1)
+    def _engine(self, index: int) -> Engine:
+        actors = self._config.actors
+        restarts = Restarts(actors.max_restarts, actors.restart_window_s)
+        return Engine(f"{actors.name}/{index}", index, self._start(index), restarts)
 
-    def _stop(self) -> None:
-        """End every engine and all its processes, in seconds."""
-        for engine in self._engines:
-            engine.process.terminate()
-        deadline = time.monotonic() + STOP_S
-        while time.monotonic() < deadline and not all(engine.ended() for engine in self._engines):
-            time.sleep(POLL_S)
-        for engine in self._engines:
-            engine.bury()
-        self._engines = []
-        os.close(self._config_fd)
+    def _start(self, index: int) -> Child:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus = engine_gpus(self._config, index, visible)
+        return Child(f"engine {index}", self._command(index), gpus)
+
+    def _command(self, index: int) -> list[str]:
+        return [sys.executable, "-m", "actors.process", str(index), self._config_file]
+
+
+def say(line: str) -> None:
+    print(f"actors: {line}", file=sys.stderr, flush=True)
 
 
 def engine_gpus(config: Config, index: int, visible: str) -> dict[str, str]:

@@ -7,12 +7,10 @@ Owns the process: its signals, its status, the one line that it leaves. Never re
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,12 +19,13 @@ from actors.environments import Environment, make_environment
 from actors.generation import EngineDied
 from actors.weights import SwapFailed, in_thread
 from actors.worker import PolicyUnavailable, Worker
+from buffer.processes.child import ERROR
 from buffer.wire.client import EngineLink
 from buffer.wire.messages import EngineHello, Shutdown, SnapshotRef, Welcome
 from buffer.wire.snapshots import fetch
 from buffer.wire.transport import TransportError
 from configs import cli
-from configs.errors import one_line
+from configs.errors import ExitStatus, one_line
 from configs.schema import Config
 
 if TYPE_CHECKING:
@@ -37,10 +36,9 @@ logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
 
 # How this process ends, for its pool. GAVE_UP: another attempt would end the same way.
 DONE, DIED, RUN_FAILED, GAVE_UP = 0, 1, 3, 4
-PR_SET_PDEATHSIG = 1
 
 
-def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
+def serve(config: Config, engine_id: str) -> int:
     """Run one worker; returns its status, having said why in one line unless it is `DONE`.
 
     It joins the buffer before it loads the model, so that a wrong address shows at once; with policy -1 nothing is launched on it.
@@ -56,7 +54,7 @@ def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
 
         engine = Engine(config)
     except Exception as error:  # whatever it is, another attempt would end the same way
-        say(f"could not start: {one_line(error)}")
+        fail(f"could not start: {one_line(error)}")
         return GAVE_UP
     else:
         try:
@@ -68,13 +66,13 @@ def serve(config: Config, engine_id: str, say: Callable[[str], None]) -> int:
             SwapFailed,
             PolicyUnavailable,
         ) as error:  # TransportError: and the buffer did not come back
-            say(one_line(error))
+            fail(one_line(error))
             return GAVE_UP
         except EngineDied as error:
-            say(one_line(error))
+            fail(one_line(error))
             return DIED
         if shutdown.error:
-            say(shutdown.error)
+            fail(shutdown.error)
         return RUN_FAILED if shutdown.error else DONE
     finally:
         link.close()
@@ -120,27 +118,25 @@ def _hello(config: Config, engine_id: str, policy_version: int) -> EngineHello:
 
 
 def _stop_while_loading(number: int, frame: object) -> None:
-    """Raising here could be swallowed, deep inside vLLM; so end at once, with all that vLLM has started so far."""
-    os.killpg(0, signal.SIGKILL)
+    """Raising here could be swallowed, deep inside vLLM. The pool ends what vLLM has started."""
+    os._exit(ExitStatus.INTERRUPTED)
+
+
+def fail(line: str) -> None:
+    """Say why this process ends, for its pool."""
+    print(f"{ERROR}{line}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> int:
-    """`python -m actors.process INDEX CONFIG_FILE ERROR_FD POOL_PID`."""
-    index, config_file, error_fd, pool_pid = argv
+    """`python -m actors.process INDEX CONFIG_FILE`."""
+    index, config_file = argv
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool's to answer
     signal.signal(signal.SIGTERM, _stop_while_loading)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(pool_pid):
-        return DONE  # the pool ended before we could ask to be told
     config = cli.load(["--config", config_file])
-
-    def say(line: str) -> None:
-        os.write(int(error_fd), line.encode()[:4000])
-
     try:
-        return serve(config, f"{config.actors.name}/{index}", say)
+        return serve(config, f"{config.actors.name}/{index}")
     except asyncio.CancelledError:
-        return DONE
+        return ExitStatus.INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import signal
+import sys
 
+from buffer.processes.stop_request import AGAIN, StopRequest
 from buffer.service import Service
 from buffer.wire.transport import TransportError
 from configs.command import run_command
-from configs.errors import ExitStatus
 from configs.schema import Config
+
+CLOSE_S = 5.0  # to tell the peers and close the files, once the learner has had its time
 
 
 def run(config: Config) -> int:
-    service, signals = Service(config), []
+    service = Service(config)
 
-    def stop(number: int, frame: object) -> None:
-        signals.append(number)
-        service.stop()
+    def answer() -> None:
+        print(f"stopping: {service.stop()}; {AGAIN}", file=sys.stderr, flush=True)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    status = service.serve()
-    return 128 + signals[0] if status == ExitStatus.INTERRUPTED else status
+    with StopRequest(answer, config.run.stop_s + CLOSE_S):
+        return service.serve()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from darts import events as ev
 POLL_S = 0.05
 HEARTBEAT_S = 1.0
 LIVE_STATE_S = 0.5
-FAREWELL_S = 15.0  # for the learner to end its step when the buffer is asked to stop
 
 
 class Service:
@@ -77,13 +76,14 @@ class Service:
             run.close(self.error)
         return 130 if self._stopping and run.phase != "done" else int(bool(self.error))
 
-    def stop(self) -> None:
-        """Ask `serve` to end the run, from a signal handler or another thread.
-
-        It waits for a step that is in the learner's hands.
-        """
+    def stop(self) -> str:
+        """Have `serve` end the run, from any thread. Returns what it waits for, and how long."""
+        limit_s = self.config.run.stop_s
+        self._stop_by_s = time.monotonic() + limit_s
         self._stopping = True
-        self._stop_by_s = time.monotonic() + FAREWELL_S
+        if not self.learner.trains:
+            return "no step is in the learner's hands"
+        return f"the learner ends step {self.run.step + 1}, up to {limit_s:g} s"
 
     def _stopped(self) -> bool:
         return self._stopping and (not self.learner.trains or time.monotonic() >= self._stop_by_s)

@@ -12,13 +12,14 @@ MAX_CHARS = 1000
 
 
 class ExitStatus(IntEnum):
-    """The exit statuses of every command. A signal N that stops a command gives 128 + N."""
+    """The exit statuses of every command."""
 
     OK = 0
     FAILED = 1
     REFUSED = 2
+    TRY_AGAIN = 75  # EX_TEMPFAIL
+    INTERRUPTED = 130  # 128 + SIGINT, whichever signal asked it to stop
     READER_GONE = 141  # 128 + SIGPIPE
-    INTERRUPTED = 130  # 128 + SIGINT
 
 
 EXIT_STATUSES = """\
@@ -26,7 +27,8 @@ exit status:
   0     it ended well
   1     it failed; a line "error: ..." on stderr says why
   2     the command line, the configuration or an input that they name was refused
-  130   it was interrupted by Ctrl-C (128 + N for any other signal N)"""
+  75    it failed because it was cut off; started again with run.resume=true it may succeed
+  130   it was asked to stop, by Ctrl-C or SIGTERM"""
 
 
 def one_line(error: BaseException, with_type: bool = False) -> str:

@@ -102,6 +102,12 @@ class RunConfig(SharedRun):
         "the extra trackers. [] turns them off.",
         choices=["tensorboard"],
     )
+    stop_s: float = key(
+        30.0,
+        "Seconds that Ctrl-C gives the learner to end its step and save it, and the others to "
+        "leave; then all are killed. Raise it if a step takes longer.",
+        gt=0,
+    )
 
 
 @dataclass
@@ -343,7 +349,16 @@ class ActorsConfig:
         gt=0,
     )
     max_restarts: int = key(
-        5, "How many times the pool restarts an engine that died before it gives up.", ge=0
+        5,
+        "How many times the pool restarts an engine that died, within actors.restart_window_s, "
+        "before it gives that engine up.",
+        ge=0,
+    )
+    restart_window_s: float = key(
+        600.0,
+        "Seconds after which a restart no longer counts towards actors.max_restarts. Raise it if "
+        "an engine takes minutes to load.",
+        gt=0,
     )
 
 
@@ -501,6 +516,18 @@ class LaunchConfig:
         [],
         "Further actor pools that tools.launch starts, each a string of overrides such as "
         "'actors.name=b actors.slots=32'.",
+    )
+    max_restarts: int = key(
+        3,
+        "How many times tools.launch restarts a learner or a pool that was killed, within "
+        "launch.restart_window_s, before the run fails. 0: never.",
+        ge=0,
+    )
+    restart_window_s: float = key(
+        600.0,
+        "Seconds after which a restart no longer counts towards launch.max_restarts. Raise it if "
+        "the learner takes minutes to load.",
+        gt=0,
     )
     progress: Literal["auto", "live", "plain", "none"] = key(
         "auto",

@@ -1,5 +1,16 @@
-"""The FSDP learner: pulls shards of bounded staleness, trains, publishes versioned weights."""
+"""The FSDP learner: pulls shards of bounded staleness, trains, publishes versioned weights.
+
+Its exceptions are here, so that catching them needs no torch.
+"""
+
+from buffer.wire.transport import TransportError
 
 
 class RunStopped(Exception):
-    """The buffer ended the run with an error; the message is its reason. Here, so that catching it needs no torch."""
+    """The buffer ended the run with an error, or the learner was asked to stop."""
+
+
+class BufferLost(TransportError):
+    """Several ranks have lost the buffer, perhaps at different points of a step. Only a resume brings
+    them together again.
+    """

@@ -1,139 +1,160 @@
 """`python -m learner key=value ...`: the learner of one node.
 
-Owns the rank processes: one rank runs right here; several are started as torchrun would start them (and torchrun may, over several nodes),
-watched, and ended together. Never trains.
+Owns the rank processes: a single rank runs in this process. Several are started as torchrun would
+start them (and torchrun may, over several nodes), watched, and ended together. Never trains.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
+from buffer.processes.child import (
+    ERROR,
+    Child,
+    forward,
+    given_reason,
+    may_succeed_again,
+    stop,
+)
+from buffer.processes.private_folder import private_folder
+from buffer.processes.stop_request import AGAIN, StopRequest
 from buffer.wire.transport import TransportError
 from configs import cli
 from configs.command import run_command
+from configs.errors import ExitStatus
 from configs.schema import Config
 from darts.events import ProtocolError
-from learner import RunStopped
+from learner import BufferLost, RunStopped
 
 WATCH_S = 0.1
-STOP_TIMEOUT_S = 10.0
-PARENT_VARIABLE = "LEARNER_PARENT_PID"
-PR_SET_PDEATHSIG = 1
+LEAVE_S = 10.0  # for the other ranks, once one has failed
 
 
-class RankDied(Exception):
-    """A rank process ended before its time."""
+class RankFailed(Exception):
+    """A rank process ended for a reason that it would find again."""
 
 
 def run(config: Config) -> int:
     """One rank, or all of this node's."""
-    if "RANK" in os.environ:
-        # SIGTERM keeps its default here: a collective never returns to Python to see a signal, and nothing is ever half-written.
-        _die_with_parent()
-        return _train(
-            config,
-            int(os.environ["RANK"]),
-            int(os.environ["WORLD_SIZE"]),
-            int(os.environ.get("LOCAL_RANK", "0")),
-        )
-    signal.signal(signal.SIGTERM, _terminated)
+    variables = os.environ
+    if "RANK" in variables:
+        rank, num_ranks = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+        return _train(config, rank, num_ranks, int(variables.get("LOCAL_RANK", "0")))
     if config.learner.num_ranks == 1:
         return _train(config, 0, 1, 0)
-    return supervise(config)
+    with private_folder(config.run.stop_s):
+        return supervise(config)
 
 
 def _train(config: Config, rank: int, num_ranks: int, local_rank: int) -> int:
-    from learner.train import run_rank  # here: --help need not wait for torch
+    limit_s = config.run.stop_s
 
-    return run_rank(config, rank, num_ranks, local_rank)
+    def answer() -> None:
+        if num_ranks == 1:  # otherwise the supervisor does
+            _say_stopping(limit_s)
+
+    with StopRequest(answer, limit_s) as request:
+        from learner.train import run_rank  # here: it takes seconds to import
+
+        try:
+            return run_rank(config, rank, num_ranks, local_rank, lambda: request.requested)
+        except RunStopped:
+            if not request.requested:
+                raise
+            return ExitStatus.INTERRUPTED
+        except BufferLost as error:
+            print(f"{ERROR}{error}", file=sys.stderr)
+            return ExitStatus.TRY_AGAIN
 
 
 def supervise(config: Config) -> int:
-    """Start `learner.num_ranks` processes and wait for all; the first to fail ends the others. Raises `RankDied`, which names it."""
-    processes: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="learner-") as folder:
+    """Start `learner.num_ranks` processes and wait for all. The first one to fail ends the others.
+
+    Returns `TRY_AGAIN`, having named it, if it was killed. Raises `RankFailed` otherwise.
+    """
+    limit_s = config.run.stop_s
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        StopRequest(lambda: _say_stopping(limit_s)) as request,
+    ):
         file = Path(folder) / "config.yaml"
         file.write_text(cli.to_yaml(config))
         command = [sys.executable, "-m", "learner", "--config", str(file)]
+        ranks: list[Child] = []
         try:
             for rank in range(config.learner.num_ranks):
-                environment = os.environ | _rank_environment(
-                    rank, config.learner.num_ranks, Path(folder) / "rendezvous"
-                )
-                processes.append(subprocess.Popen(command, env=environment))
-            _watch(processes)
+                environment = _rank_environment(rank, config.learner.num_ranks, folder)
+                ranks.append(Child(f"rank {rank}", command, environment, signal.SIGKILL))
+            culprit = _watch(ranks, request)
+            if culprit is not None:
+                _wait_for_the_others(ranks, culprit)
         finally:
-            _stop(processes)
-    return 0
+            stop(ranks, limit_s if request.requested else 0.0, lambda: request.repeated)
+    if request.requested:
+        return ExitStatus.INTERRUPTED
+    return 0 if culprit is None else _report(culprit)
 
 
-def _rank_environment(rank: int, num_ranks: int, rendezvous: Path) -> dict[str, str]:
-    """What torchrun would set, but for the rendezvous: a file, because torch's own store listens on every interface."""
+def _rank_environment(rank: int, num_ranks: int, folder: str) -> dict[str, str]:
+    """torchrun's variables, but for the rendezvous: a file, because torch's own store listens on
+    every interface.
+    """
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
-        "LEARNER_RENDEZVOUS": f"file://{rendezvous}",
-        "GLOO_SOCKET_IFNAME": os.environ.get(
-            "GLOO_SOCKET_IFNAME", "lo"
-        ),  # a host name that does not resolve cannot hurt
-        PARENT_VARIABLE: str(os.getpid()),
+        "LEARNER_RENDEZVOUS": f"file://{folder}/rendezvous",
+        # A host name that does not resolve must not matter.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     }
 
 
-def _watch(processes: list[subprocess.Popen[bytes]]) -> None:
-    while True:
-        codes = [process.poll() for process in processes]
-        for rank, code in enumerate(codes):
-            if code:
-                how = (
-                    f"was killed by {signal.Signals(-code).name}"
-                    if code < 0
-                    else f"failed with status {code}, its error is above"
-                )
-                raise RankDied(
-                    f"learner rank {rank} (pid {processes[rank].pid}) {how}; run.resume=true continues from the last checkpoint"
-                )
-        if all(code == 0 for code in codes):
-            return
+def _watch(ranks: list[Child], request: StopRequest) -> Child | None:
+    """The first rank to fail; None once all have ended well, or a signal came."""
+    while not request.requested:
+        for rank in ranks:
+            forward(rank)
+        statuses = [rank.status() for rank in ranks]
+        for rank, status in zip(ranks, statuses, strict=True):
+            if status:
+                return rank
+        if all(status == 0 for status in statuses):
+            return None
+        time.sleep(WATCH_S)
+    return None
+
+
+def _wait_for_the_others(ranks: list[Child], culprit: Child) -> None:
+    """A run that was stopped ends all ranks, one after the other. A kill leaves the others hanging,
+    or lets them fail as if the fault were theirs.
+    """
+    deadline = time.monotonic() + (0.0 if may_succeed_again(culprit.status()) else LEAVE_S)
+    while time.monotonic() < deadline and any(rank.status() is None for rank in ranks):
+        for rank in ranks:
+            forward(rank)
         time.sleep(WATCH_S)
 
 
-def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """End what still runs: politely, then for certain."""
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + STOP_TIMEOUT_S
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _report(culprit: Child) -> int:
+    reason = given_reason(culprit.last_lines)
+    error = f"learner {culprit.name} ({culprit.where}) {culprit.how_it_ended()}"
+    error += f": {reason}" if reason else "; run.resume=true continues from the last checkpoint"
+    if not may_succeed_again(culprit.status()):
+        raise RankFailed(error)
+    print(f"{ERROR}{error}", file=sys.stderr)
+    return ExitStatus.TRY_AGAIN
 
 
-def _die_with_parent() -> None:
-    """A rank whose supervisor is killed must not live on as an orphan that holds a GPU."""
-    parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None:
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it died before we asked
-        sys.exit(1)
-
-
-def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + signum)
+def _say_stopping(limit_s: float) -> None:
+    line = f"stopping: the learner ends its step and saves it, up to {limit_s:g} s; {AGAIN}"
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> NoReturn:
@@ -141,7 +162,7 @@ def main() -> NoReturn:
         "The learner: trains on the groups that the buffer ships and publishes the weights.",
         run,
         schema=Config,
-        errors=(TransportError, ProtocolError, RunStopped, RankDied, ArithmeticError),
+        errors=(TransportError, ProtocolError, RunStopped, RankFailed, ArithmeticError),
     )
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from buffer.wire.transport import TransportError
 from configs.errors import one_line
 from configs.schema import Config
 from darts.events import ProtocolError
-from learner import RunStopped, checkpoint, fsdp
+from learner import BufferLost, RunStopped, checkpoint, fsdp
 from learner.agreement import Agreement
 from learner.batch import Pack, empty_pack, make_packs
 from learner.boundaries import Boundaries
@@ -73,22 +73,30 @@ class LearnerState:
     policy_version: int = -1  # newest published
     saved_step: int = 0  # of the newest checkpoint; there is nothing to save before the first step
     published: bool = False  # whether the weights are exactly those of `policy_version`
+    stop_requested: Callable[[], bool] = lambda: False
 
     @property
     def model(self) -> PreTrainedModel:
         return self.boundaries.model
 
 
-def run_rank(config: Config, rank: int = 0, num_ranks: int = 1, local_rank: int = 0) -> int:
+def run_rank(
+    config: Config,
+    rank: int = 0,
+    num_ranks: int = 1,
+    local_rank: int = 0,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> int:
     """Train until the buffer says that the run is over; 0 if it ended well.
 
-    Raises `RunStopped` (the buffer's error), `TransportError` (no buffer), `ValueError` (configuration), or whatever broke.
+    Raises `RunStopped` (the buffer's error, or `stop_requested`), `TransportError` (no buffer), `ValueError` (configuration), or whatever broke.
     """
     with (
         fsdp.process_group(config, rank, num_ranks, local_rank) as device,
         _link(config, rank) as link,
     ):
         state = build_state(config, device, rank, num_ranks)
+        state.stop_requested = stop_requested
         if config.run.resume:
             _resume(state)
         with Publisher(config, rank) as publisher:
@@ -118,7 +126,7 @@ def _train(state: LearnerState, link: LearnerLink, publisher: Publisher) -> None
             link.send(Trained(step=shard.step, metrics=metrics))
         if not last and state.step % config.learner.checkpoint_every == 0:
             save(state)
-    _receive(link)  # serves the last snapshot while the run is evaluated
+    _receive(state, link)  # serves the last snapshot while the run is evaluated
     raise ProtocolError(
         f"rank {state.rank} was handed a shard after the last step, {config.run.steps - 1}"
     )
@@ -252,7 +260,7 @@ def _join(state: LearnerState, link: LearnerLink) -> None:
 def _rejoin(state: LearnerState, link: LearnerLink, lost: TransportError) -> None:
     """Wait for a buffer that was restarted: trained weights are worth more than a clean start. Raises if it does not come back."""
     if state.num_ranks > 1:
-        raise lost  # ranks may have lost it at different points of a step: only a resume brings them together again
+        raise BufferLost(str(lost)) from lost
     print(f"learner: {lost}; waiting for it", file=sys.stderr, flush=True)
     _join(state, link)
 
@@ -261,7 +269,7 @@ def _pull(state: LearnerState, link: LearnerLink) -> tuple[Shard, float]:
     """This rank's shard of the next step, and the seconds it took to come."""
     started = time.monotonic()
     link.send(Pull(rank=state.rank, step=state.step))
-    shard = _receive(link)
+    shard = _receive(state, link)
     if shard.step != state.step:
         raise ProtocolError(
             f"rank {state.rank} asked for step {state.step} and was handed step {shard.step}"
@@ -269,9 +277,11 @@ def _pull(state: LearnerState, link: LearnerLink) -> tuple[Shard, float]:
     return shard, time.monotonic() - started
 
 
-def _receive(link: LearnerLink) -> Shard:
+def _receive(state: LearnerState, link: LearnerLink) -> Shard:
     """The next shard, however long the buffer gathers it: its heartbeat is the deadline. Raises what a `Shutdown` means."""
     while True:
+        if state.stop_requested() and state.num_ranks == 1:
+            raise RunStopped("the learner was asked to stop")
         message = link.receive(POLL_S)
         if isinstance(message, Shard):
             return message

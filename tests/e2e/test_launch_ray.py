@@ -20,15 +20,15 @@ DRIVER = """
 import sys
 from configs import cli
 from tools import launch
-from tools.launching.processes import Command, guarded
+from tools.launching.processes import Command
 from tools.launching.ray_cluster import RayCluster
 overrides = [f"run.dir={sys.argv[1]}", f"buffer.address=tcp://127.0.0.1:{sys.argv[2]}", "launch.progress=plain"]
 config = cli.load([*overrides, "launch.launcher=ray"])
 note = "import os, sys, time; open(os.path.join(%r, str(os.getpid())), 'w').close(); " % sys.argv[1]
 stubs = {"buffer": "time.sleep(300)", "actors": "time.sleep(300)", "learner": "time.sleep(1); sys.exit('error: broke')"}
-commands = [(name, Command(name, ("-c", note + code))) for name, code in stubs.items()]
+commands = [(name, Command(name, name, ("-c", note + code))) for name, code in stubs.items()]
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: launch.conduct(config, RayCluster(config, commands), commands)))
+    sys.exit(launch.conduct(config, RayCluster(config, commands), commands))
 """
 
 

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 from buffer.wire.messages import LearnerHello, Published, Pull, Shard, Trained
+from configs.errors import ExitStatus
 from tests.families import save_family
 from tests.learner_cases import FakeBuffer, make_shards, make_trajectories, save_model
 
@@ -224,17 +225,32 @@ def test_who_is_killed_takes_all_along(
         _, stderr = learner.communicate(timeout=30)
         assert wait_until(lambda: not any(is_alive(pid) for pid in pids.values()), 10)
     if victim == "rank":
-        assert learner.returncode == 1
+        assert learner.returncode == ExitStatus.TRY_AGAIN
         assert "rank 1" in stderr.splitlines()[-1]
 
 
 def test_sigterm_ends_all_ranks(
     learners: Start, model_path: Path, tmp_path: Path, address: str
 ) -> None:
-    with FakeBuffer(address, {}, last_step=0) as buffer:
-        learner = learners(model_path, tmp_path / "run", address, "learner.num_ranks=2")
+    with FakeBuffer(address, {}, last_step=0) as buffer:  # never answers a pull
+        learner = learners(
+            model_path, tmp_path / "run", address, "learner.num_ranks=2", "run.stop_s=1"
+        )
         assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
         learner.terminate()
         learner.communicate(timeout=30)
-        assert learner.returncode == 128 + signal.SIGTERM
+        assert learner.returncode == ExitStatus.INTERRUPTED
         assert not any(is_alive(hello.pid) for hello in buffer.of(LearnerHello))
+
+
+def test_a_learner_that_is_told_to_stop_saves_the_step_that_it_has_ended(
+    learners: Start, model_path: Path, tmp_path: Path, address: str
+) -> None:
+    run = tmp_path / "run"
+    with FakeBuffer(address, {0: steps_for(None)[0]}, last_step=NUM_STEPS) as buffer:
+        learner = learners(model_path, run, address)
+        assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
+        learner.terminate()
+        learner.communicate(timeout=30)
+        assert learner.returncode == ExitStatus.INTERRUPTED
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_000001"

@@ -30,30 +30,32 @@ DRIVER = """
 import json, sys
 from configs import cli
 from tools import launch
-from tools.launching import processes
-from tools.launching.processes import Command, LocalHost, guarded
-stop_s, config, commands = float(sys.argv[1]), cli.load(json.loads(sys.argv[2])), json.loads(sys.argv[3])
-launch.STOP_S, launch.FAREWELL_S, launch.SETTLE_S, launch.LEAVE_S, processes.ADOPTED_GRACE_S = stop_s, 1.0, 0.5, 2.0, 1.0
-table = [(role, Command(name, ("-c", code))) for role, name, code in commands]
-if __name__ == "__main__":
-    sys.exit(guarded(lambda: launch.conduct(config, LocalHost(cli.to_yaml(config)), table)))
+from tools.launching import supervision
+from tools.launching.processes import Command, LocalHost
+config, commands = cli.load(json.loads(sys.argv[1])), json.loads(sys.argv[2])
+supervision.SETTLE_S, supervision.LEAVE_S = 0.5, 2.0
+table = [Command(role, name, ("-c", code)) for role, name, code in commands]
+sys.exit(launch.conduct(config, LocalHost(cli.to_yaml(config), config.run.stop_s), table))
 """
 
 
 class Launched:
     """A launcher of stubs in a process of its own."""
 
-    def __init__(self, folder: Path, port: int, stubs: dict[str, str], stop_s: float) -> None:
+    def __init__(self, folder: Path, port: int, stubs: dict[str, str], *overrides: str) -> None:
         self.pids, self.run_dir = folder / "pids", folder / "runs" / "run"
         self.pids.mkdir()
         commands = [(name.split()[0], name, NOTE + code) for name, code in stubs.items()]
-        overrides = [
+        keys = [
             f"run.dir={folder / 'runs'}",
             f"buffer.address=tcp://127.0.0.1:{port}",
             "launch.progress=plain",
+            "run.stop_s=5",
+            "launch.max_restarts=0",
+            *overrides,
         ]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(stop_s), json.dumps(overrides), json.dumps(commands)],
+            [sys.executable, "-c", DRIVER, json.dumps(keys), json.dumps(commands)],
             cwd=ROOT, env=os.environ | {"PIDS": str(self.pids)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -67,9 +69,10 @@ class Launched:
             time.sleep(0.02)
         return [int(file.name) for file in self.pids.iterdir()]
 
-    def supervisor(self) -> psutil.Process:
-        """The process that does the work; `process` is its guard."""
-        return psutil.Process(self.process.pid).children()[0]
+    def line_with(self, text: str) -> str:
+        """The next line of its output that holds `text`."""
+        assert self.process.stdout is not None
+        return next(line for line in self.process.stdout if text in line)
 
     def ended(self) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=WAIT_S)
@@ -88,8 +91,8 @@ def alive(pids: list[int]) -> list[int]:
 def launched(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Callable[..., Launched]]:
     all_launched: list[Launched] = []
 
-    def start(stubs: dict[str, str], stop_s: float = 5.0) -> Launched:
-        all_launched.append(Launched(tmp_path, free_port(), stubs, stop_s))
+    def start(stubs: dict[str, str], *overrides: str) -> Launched:
+        all_launched.append(Launched(tmp_path, free_port(), stubs, *overrides))
         return all_launched[-1]
 
     yield start
@@ -157,7 +160,7 @@ def test_a_learner_that_leaves_early_is_no_success(launched: Callable[..., Launc
 def test_ctrl_c_ends_everything_grandchildren_included(launched: Callable[..., Launched]) -> None:
     parent = PARENT.format(child=NOTE + STUBBORN + SLEEP)
     run = launched(
-        {"buffer": SLEEP, "actors": parent + STUBBORN + SLEEP, "learner": SLEEP}, stop_s=0.5
+        {"buffer": SLEEP, "actors": parent + STUBBORN + SLEEP, "learner": SLEEP}, "run.stop_s=0.5"
     )
     pids = run.started(4)
     run.process.send_signal(signal.SIGINT)
@@ -165,27 +168,122 @@ def test_ctrl_c_ends_everything_grandchildren_included(launched: Callable[..., L
     assert alive(pids) == []
 
 
-def test_a_second_ctrl_c_does_not_wait(launched: Callable[..., Launched]) -> None:
-    run = launched({"buffer": SLEEP, "actors": STUBBORN + SLEEP, "learner": SLEEP}, stop_s=3600)
-    run.started(3)
-    time.sleep(0.3)  # for the stub to have become stubborn
+def test_ctrl_c_is_answered_at_once_and_a_second_one_kills(
+    launched: Callable[..., Launched],
+) -> None:
+    stubs = {"buffer": SLEEP, "actors": STUBBORN + "print('actors: deaf');" + SLEEP}
+    run = launched(stubs, "run.stop_s=3600")
+    pids = run.started(2)
+    run.line_with("deaf")
     run.process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    assert "up to 3600 s; Ctrl-C again to kill" in run.line_with("stopping: ")
     run.process.send_signal(signal.SIGINT)
     assert run.ended()[0] == 130
+    assert alive(pids) == []
 
 
-@pytest.mark.parametrize("victim", ["guard", "supervisor"])
-def test_a_killed_launcher_leaves_nothing(launched: Callable[..., Launched], victim: str) -> None:
+def test_the_buffer_is_told_to_stop_before_the_others(launched: Callable[..., Launched]) -> None:
+    tell = "signal.signal(signal.SIGTERM, lambda *_: (print('{role}: told'), {then}sys.exit(130)));"
+    stubs = {
+        "buffer": tell.format(role="buffer", then="time.sleep(0.5), print('buffer: ends'), "),
+        "learner": tell.format(role="learner", then=""),
+    }
     run = launched(
-        {"buffer": SLEEP, "actors": PARENT.format(child=NOTE + SLEEP) + SLEEP, "learner": SLEEP},
-        stop_s=1,
+        {role: f"{code} print('{role}: ready');" + SLEEP for role, code in stubs.items()}
+    )
+    run.line_with("ready"), run.line_with("ready")
+    run.process.send_signal(signal.SIGTERM)
+    status, out, err = run.ended()
+    assert status == 130, err
+    lines = [line for line in out.splitlines() if " | " in line]
+    assert lines == ["buffer | told", "buffer | ends", "learner | told"]
+
+
+DIES_ONCE = (
+    "[os.kill(os.getpid(), 9) for _ in range(1) if len(os.listdir(os.environ['PIDS'])) < {n}];"
+)
+
+
+def test_a_killed_learner_is_started_again_with_resume(launched: Callable[..., Launched]) -> None:
+    dies = DIES_ONCE.format(n=3)
+    run = launched(
+        {
+            "buffer": "time.sleep(3)",
+            "learner": dies + "print('learner: has', sys.argv[1:]); time.sleep(3)",
+        },
+        "launch.max_restarts=1",
+    )
+    assert "['run.resume=true']" in run.line_with("learner | has")
+    assert len(run.started(3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("stub", "status"), [("os.kill(os.getpid(), 9)", "SIGKILL"), ("sys.exit(75)", "75")]
+)
+def test_a_learner_that_keeps_dying_ends_the_run(
+    launched: Callable[..., Launched], stub: str, status: str
+) -> None:
+    run = launched({"buffer": SLEEP, "actors": SLEEP, "learner": stub}, "launch.max_restarts=2")
+    code, _, err = run.ended()
+    assert code == 1
+    assert status in err and "launch.max_restarts=2" in err
+    assert len(run.started(0)) == 5
+
+
+def test_restarts_of_the_learner_count_within_their_window(
+    launched: Callable[..., Launched],
+) -> None:
+    stub = "time.sleep(0.6);" + DIES_ONCE.format(n=6) + "sys.exit('error: enough')"
+    run = launched(
+        {"buffer": SLEEP, "actors": SLEEP, "learner": stub},
+        "launch.max_restarts=1",
+        "launch.restart_window_s=0.4",
+    )
+    assert run.ended()[2].startswith("error: learner (pid") and len(run.started(0)) == 6
+
+
+@pytest.mark.parametrize("signal_or_status", ["sys.exit(1)", "os.kill(os.getpid(), 15)"])
+def test_a_learner_that_failed_or_was_told_to_stop_is_not_started_again(
+    launched: Callable[..., Launched], signal_or_status: str
+) -> None:
+    run = launched(
+        {"buffer": SLEEP, "actors": SLEEP, "learner": signal_or_status}, "launch.max_restarts=2"
+    )
+    assert run.ended()[0] == 1
+    assert len(run.started(0)) == 3
+
+
+def test_a_killed_pool_is_started_again_and_a_killed_buffer_is_not(
+    launched: Callable[..., Launched],
+) -> None:
+    run = launched(
+        {
+            "buffer": "time.sleep(2); os.kill(os.getpid(), 9)",
+            "actors": DIES_ONCE.format(n=4) + SLEEP,
+            "learner": SLEEP,
+        },
+        "launch.max_restarts=2",
+    )
+    assert "buffer (pid" in run.ended()[2]
+    assert len(run.started(0)) == 4
+
+
+def test_a_killed_launcher_leaves_nothing(launched: Callable[..., Launched]) -> None:
+    run = launched(
+        {
+            "buffer": STUBBORN + SLEEP,
+            "actors": PARENT.format(child=NOTE + SLEEP) + SLEEP,
+            "learner": SLEEP,
+        },
+        "run.stop_s=1",
     )
     pids = run.started(4)
-    killed = run.process if victim == "guard" else run.supervisor()
-    killed.kill()
+    folder = next(
+        value for value in psutil.Process(pids[0]).environ().items() if value[0] == "TMPDIR"
+    )
+    run.process.kill()
     deadline = time.monotonic() + WAIT_S
-    while left := alive(pids):
+    while (left := alive(pids)) or Path(folder[1]).parent.exists():
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 

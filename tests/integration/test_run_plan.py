@@ -56,7 +56,7 @@ def test_an_existing_run_is_left_alone(config: Config, tmp_path: Path) -> None:
 
 def test_every_pool_gets_the_run_s_configuration_and_its_own_overrides(config: Config) -> None:
     config = replace(config, launch=replace(config.launch, pools=["actors.name=b actors.slots=32"]))
-    arguments = {command.name: command.arguments for _, command in commands_of(config)}
+    arguments = {command.name: command.arguments for command in commands_of(config)}
     assert list(arguments) == ["buffer", "actors pool", "actors b", "learner"]
     assert arguments["actors pool"] == ("-m", "actors", "--config", CONFIG)
     assert arguments["actors b"][-2:] == ("actors.name=b", "actors.slots=32")
@@ -70,13 +70,13 @@ def test_a_pool_that_cannot_work_is_refused(config: Config, entry: str) -> None:
 
 def test_gpus_are_split_where_there_are_enough_and_shared_where_not() -> None:
     table = [
-        ("buffer", Command("buffer", ())),
-        ("actors", Command("actors", (), 2)),
-        ("learner", Command("learner", (), 1)),
+        Command("buffer", "buffer", ()),
+        Command("actors", "actors", (), 2),
+        Command("learner", "learner", (), 1),
     ]
     split = [
         command.environment.get("CUDA_VISIBLE_DEVICES")
-        for _, command in share_gpus(table, ["4", "5", "6"])
+        for command in share_gpus(table, ["4", "5", "6"])
     ]
     assert split == [None, "4,5", "6"]
     assert share_gpus(table, ["0"]) == table

@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -35,12 +33,12 @@ from actors.engine import Engine
 from actors.environments import make_environment
 from actors.worker import Worker
 from buffer.data.sources import make_sources
+from buffer.processes.child import Child, stop
 from buffer.wire import messages as msg
 from buffer.wire.client import EngineLink, LearnerLink
 from buffer.wire.snapshots import SnapshotServer, fetch
 from configs.cli import to_yaml
 from configs.schema import Config
-from tools.launching.processes import ROOT, die_with
 
 BARE, ONE_POLICY, SWAPS = "bare vLLM", "one policy", "a swap each step"
 WAITED = "(its wait for a processor)"
@@ -328,17 +326,11 @@ def _buffer(config: Config) -> Iterator[int]:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(to_yaml(config))
         file.flush()
-        command = [sys.executable, "-m", "buffer", "--config", file.name]
-        with subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            preexec_fn=die_with(os.getpid(), signal.SIGTERM),
-        ) as process:
-            try:
-                yield process.pid
-            finally:
-                process.terminate()
+        process = Child("buffer", [sys.executable, "-m", "buffer", "--config", file.name])
+        try:
+            yield process.pid
+        finally:
+            stop([process], config.run.stop_s)
 
 
 def _free_address() -> str:

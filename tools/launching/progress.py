@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from buffer.processes.stop_request import AGAIN
 from buffer.wire.messages import LiveState
 
 PLAIN_STEPS, PLAIN_S = (
@@ -83,6 +84,14 @@ def state(snapshot: LiveState) -> str:
     missing = ["the learner's first weights"] if snapshot.policy_version < 0 else []
     missing += ["engines to load the model"] if snapshot.engines else ["engines to join"]
     return f"starting: waiting for {' and '.join(missing)}"
+
+
+def stopping(snapshot: LiveState | None, limit_s: float) -> str:
+    """The answer to a request to stop: what goes on now, and how long it may take."""
+    doing = "the processes end"
+    if snapshot is not None and state(snapshot) == "training" and snapshot.step < snapshot.steps:
+        doing = f"the learner ends step {snapshot.step + 1} and saves it"
+    return f"stopping: {doing}, up to {limit_s:g} s; {AGAIN}"
 
 
 def told(snapshot: LiveState, evaluations: dict[int, float]) -> tuple[list[str], list[str], str]:

@@ -10,18 +10,23 @@ import os
 import re
 import signal
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Self
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from buffer.processes.child import ERROR, NUM_LAST_LINES, in_words, python_path
+from buffer.processes.private_folder import private_folder
 from buffer.wire.transport import TransportError
 from configs import cli
 from configs.errors import one_line
 from configs.schema import Config
-from tools.launching.processes import ROOT, Command, LocalHost
+from tools.launching.processes import Command, LocalHost, Role
 
 LOOPBACK = re.compile(r"tcp://(127\.|localhost:|\[::1\])")
 START_S = 120.0  # for Ray to find the resources and start a worker
@@ -32,30 +37,41 @@ FEW_CPUS = (
 )
 
 
+@dataclass
+class Poll:
+    """The news of a process: `lines` since the last time."""
+
+    status: int | None
+    how_it_ended: str
+    lines: list[str]
+    peaks: dict[str, int]
+
+
 class Runner:
     """In a Ray actor: one command on its node."""
 
-    def __init__(self, command: Command, config_yaml: str) -> None:
+    def __init__(self, command: Command, config_yaml: str, grace_s: float) -> None:
         os.environ.pop(
             "OMP_NUM_THREADS", None
         )  # Ray's own guess, 1, would bind the learner to one core
-        self._host = LocalHost(config_yaml)
+        self._host = LocalHost(config_yaml, grace_s).__enter__()
         self._process = self._host.start(command)
 
     def where(self) -> str:
         return f"{self._process.where} on {ray.util.get_node_ip_address()}"
 
-    def poll(self) -> tuple[int | None, list[str], dict[str, int]]:
-        """Status, new lines, peaks. The status is read first: what is read after it is complete once there is one."""
+    def poll(self) -> Poll:
+        """The status is read first, so that the lines are complete once there is one."""
         status = self._process.status()
-        return status, self._process.lines(), self._process.peaks()
+        how = "" if status is None else self._process.how_it_ended()
+        return Poll(status, how, self._process.lines(), self._process.peaks())
 
     def terminate(self) -> None:
         self._process.terminate()
 
     def kill(self) -> None:
         self._process.kill()
-        self._host.close()
+        self._host.__exit__()
 
 
 class RayProcess:
@@ -64,7 +80,9 @@ class RayProcess:
     def __init__(self, name: str, runner: Any) -> None:
         self.name, self._runner = name, runner
         self.where = ray.get(runner.where.remote(), timeout=START_S)
+        self.last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
         self._status: int | None = None
+        self._how_it_ended = ""
         self._lines: list[str] = []
         self._peaks: dict[str, int] = {}
 
@@ -77,6 +95,9 @@ class RayProcess:
         lines, self._lines = self._lines, []
         return lines
 
+    def how_it_ended(self) -> str:
+        return self._how_it_ended
+
     def peaks(self) -> dict[str, int]:
         return self._peaks
 
@@ -86,11 +107,21 @@ class RayProcess:
     def kill(self) -> None:
         self._ask(lambda: ray.get(self._runner.kill.remote(), timeout=CALL_S))
         ray.kill(self._runner)
-        self._status = -signal.SIGKILL if self._status is None else self._status
+        if self._status is None:
+            self._end_as_killed()
 
     def _poll(self) -> None:
-        self._status, lines, self._peaks = ray.get(self._runner.poll.remote(), timeout=CALL_S)
+        poll: Poll = ray.get(self._runner.poll.remote(), timeout=CALL_S)
+        self._status, self._how_it_ended, self._peaks = poll.status, poll.how_it_ended, poll.peaks
+        self._say(poll.lines)
+
+    def _say(self, lines: list[str]) -> None:
         self._lines += lines
+        self.last_lines += lines
+
+    def _end_as_killed(self) -> None:
+        self._status = -signal.SIGKILL
+        self._how_it_ended = in_words(self._status)
 
     def _ask(self, call: Callable[[], object]) -> None:
         """A Ray actor that died took its process with it, which the kernel sees to."""
@@ -99,8 +130,8 @@ class RayProcess:
         except (RayActorError, GetTimeoutError) as error:
             if self._status is None:
                 what = "died" if isinstance(error, RayActorError) else "does not answer"
-                self._lines.append(f"error: its Ray actor {what}: {one_line(error)}")
-                self._status = -signal.SIGKILL
+                self._say([f"{ERROR}its Ray actor {what}: {one_line(error)}"])
+                self._end_as_killed()
 
 
 def _require_listener(address: str) -> None:
@@ -119,50 +150,43 @@ def _require_listener(address: str) -> None:
 class RayCluster:
     """Starts processes through Ray: on launch.ray_address, or on a cluster of this machine alone that ends with the run."""
 
-    def __init__(self, config: Config, commands: Sequence[tuple[str, Command]]) -> None:
+    def __init__(self, config: Config, commands: Sequence[Command]) -> None:
         self._config, self._commands = config, commands
+        self._exit = ExitStack()
 
     def __enter__(self) -> Self:
         address = self._config.launch.ray_address
-        environment = {
-            "env_vars": {
-                "PYTHONPATH": os.pathsep.join(
-                    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-                )
-            }
-        }
         local = {} if address else {"include_dashboard": False}
         _require_listener(address)
-        try:
-            ray.init(
-                address or "local",
-                log_to_driver=False,
-                logging_level="error",
-                runtime_env=environment,
-                **local,
-            )
-        except Exception as error:  # Ray raises bare ones here
-            ray.shutdown()
-            what = (
-                f"the Ray cluster launch.ray_address={address} could not be joined"
-                if address
-                else "Ray did not start on this machine"
-            )
-            raise TransportError(f"{what}: {one_line(error)}") from error
-        try:
+        with ExitStack() as opened:
+            opened.enter_context(private_folder(self._config.run.stop_s))  # Ray's own files too
+            opened.callback(ray.shutdown)
+            try:
+                ray.init(
+                    address or "local",
+                    log_to_driver=False,
+                    logging_level="error",
+                    runtime_env={"env_vars": python_path()},
+                    **local,
+                )
+            except Exception as error:  # Ray raises bare ones here
+                what = (
+                    f"the Ray cluster launch.ray_address={address} could not be joined"
+                    if address
+                    else "Ray did not start on this machine"
+                )
+                raise TransportError(f"{what}: {one_line(error)}") from error
             self._check_gpus()
-            self._places = {role: self._node_of(role) for role in ("buffer", "learner", "actors")}
-        except BaseException:
-            ray.shutdown()
-            raise
+            roles: tuple[Role, ...] = ("buffer", "learner", "actors")
+            self._places = {role: self._node_of(role) for role in roles}
+            self._exit = opened.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        ray.shutdown()
+        self._exit.close()
 
     def start(self, command: Command) -> RayProcess:
-        role = next(role for role, known in self._commands if known == command)
-        node = self._places[role]
+        node = self._places[command.role]
         options: dict[str, Any] = {
             "num_cpus": FEW_CPUS,
             "num_gpus": command.num_gpus,
@@ -172,7 +196,8 @@ class RayCluster:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
                 node_id=node, soft=False
             )
-        runner = ray.remote(Runner).options(**options).remote(command, cli.to_yaml(self._config))
+        config_yaml, grace_s = cli.to_yaml(self._config), self._config.run.stop_s
+        runner = ray.remote(Runner).options(**options).remote(command, config_yaml, grace_s)
         try:
             return RayProcess(command.name, runner)
         except (RayActorError, GetTimeoutError) as error:
@@ -182,9 +207,7 @@ class RayCluster:
             ) from None
 
     def _check_gpus(self) -> None:
-        needed = {
-            command.name: command.num_gpus for _, command in self._commands if command.num_gpus
-        }
+        needed = {command.name: command.num_gpus for command in self._commands if command.num_gpus}
         there = int(ray.cluster_resources().get("GPU", 0))
         if sum(needed.values()) > there:
             wanted = ", ".join(f"{name} {count}" for name, count in needed.items())

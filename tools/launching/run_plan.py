@@ -61,35 +61,32 @@ def free_name(config: Config) -> str:
     return name
 
 
-def commands_of(config: Config) -> list[tuple[str, Command]]:
-    """(role, command) of every process, in the order of their start. `ValueError` where an entry of launch.pools cannot work."""
+def commands_of(config: Config) -> list[Command]:
+    """Every process, in the order of their start. `ValueError` if an entry of launch.pools cannot work."""
     pools, names = [(config, ())], [config.actors.name]
     for entry in config.launch.pools:
         pool, overrides = with_overrides(config, entry)
         if pool.actors.name in names:
             raise ValueError(
-                f"launch.pools={entry!r}: a pool named {pool.actors.name} is there already; add actors.name=ANOTHER"
+                f"launch.pools={entry!r}: a pool named {pool.actors.name} is there already; "
+                "add actors.name=ANOTHER"
             )
         names.append(pool.actors.name)
         pools.append((pool, overrides))
-    commands = [("buffer", Command("buffer", ("-m", "buffer", "--config", CONFIG)))]
+    commands = [Command("buffer", "buffer", ("-m", "buffer", "--config", CONFIG))]
     for pool, overrides in pools:
-        gpus = (
-            pool.actors.num_engines * pool.actors.tensor_parallel
-            if engine_device(pool) == "cuda"
-            else 0
-        )
-        label = "actors" if len(pools) == 1 else f"actors {pool.actors.name}"
+        gpus = pool.actors.num_engines * pool.actors.tensor_parallel
         commands.append(
-            ("actors", Command(label, ("-m", "actors", "--config", CONFIG, *overrides), gpus))
+            Command(
+                "actors",
+                "actors" if len(pools) == 1 else f"actors {pool.actors.name}",
+                ("-m", "actors", "--config", CONFIG, *overrides),
+                gpus if engine_device(pool) == "cuda" else 0,
+            )
         )
     device = engine_device(config) if config.learner.device == "auto" else config.learner.device
-    learner = Command(
-        "learner",
-        ("-m", "learner", "--config", CONFIG),
-        config.learner.num_ranks if device == "cuda" else 0,
-    )
-    return [*commands, ("learner", learner)]
+    ranks = config.learner.num_ranks if device == "cuda" else 0
+    return [*commands, Command("learner", "learner", ("-m", "learner", "--config", CONFIG), ranks)]
 
 
 def with_overrides(config: Config, entry: str) -> tuple[Config, tuple[str, ...]]:
@@ -104,23 +101,15 @@ def with_overrides(config: Config, entry: str) -> tuple[Config, tuple[str, ...]]
             raise ValueError(f"launch.pools={entry!r}: {error}") from None
 
 
-def share_gpus(
-    commands: list[tuple[str, Command]], gpus: Sequence[str]
-) -> list[tuple[str, Command]]:
-    """Gives each process GPUs of its own where there are enough for all; else everyone sees them all."""
+def share_gpus(commands: list[Command], gpus: Sequence[str]) -> list[Command]:
+    """Gives each process GPUs of its own if there are enough for all; otherwise all see every one."""
     left, shared = list(gpus), []
-    if sum(command.num_gpus for _, command in commands) > len(left):
+    if sum(command.num_gpus for command in commands) > len(left):
         return commands
-    for role, command in commands:
+    for command in commands:
         own, left = left[: command.num_gpus], left[command.num_gpus :]
-        shared.append(
-            (
-                role,
-                replace(command, environment={"CUDA_VISIBLE_DEVICES": ",".join(own)})
-                if own
-                else command,
-            )
-        )
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+        shared.append(replace(command, environment=visible) if own else command)
     return shared
 
 

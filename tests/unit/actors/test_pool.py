@@ -7,7 +7,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,56 +17,61 @@ from actors import pool
 from actors.pool import EngineFailed, Pool, check_model, engine_gpus
 from actors.process import DIED, DONE, GAVE_UP, RUN_FAILED
 from configs import cli
+from configs.errors import ExitStatus
 from configs.schema import Config
 
 
 class ScriptedPool(Pool):
-    """Engine `index` runs the shell script that the test gives; `$ERRORS` is where it says why it ends."""
+    """Engine `index` runs the shell script that the test gives, with the index as `$0`."""
 
     def __init__(self, config: Config, script: str) -> None:
         super().__init__(config)
         self.script = script
         self.num_started = 0
 
-    def _command(self, index: int, errors: int) -> list[str]:
+    def _command(self, index: int) -> list[str]:
         self.num_started += 1
-        return ["sh", "-c", f"ERRORS=/proc/self/fd/{errors}; {self.script}"]
+        return ["sh", "-c", self.script, str(index)]
 
 
 @pytest.fixture
-def make_pool(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., ScriptedPool]]:
+def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ScriptedPool]:
     monkeypatch.setattr(pool, "POLL_S", 0.005)
     monkeypatch.setattr(pool, "STOP_S", 0.3)
     (tmp_path / "config.json").write_text("{}")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def make(script: str, engines: int = 1, max_restarts: int = 2) -> ScriptedPool:
+    def make(script: str, engines: int = 1, max_restarts: int = 2, **actors: Any) -> ScriptedPool:
         config = Config()
-        config.model.path, config.actors.num_engines, config.actors.max_restarts = (
-            str(tmp_path),
-            engines,
-            max_restarts,
-        )
+        config.model.path = str(tmp_path)
+        config.actors.num_engines, config.actors.max_restarts = engines, max_restarts
+        for name, value in actors.items():
+            setattr(config.actors, name, value)
         return ScriptedPool(config, script)
 
-    yield make
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return make
 
 
-def dies(pid: int) -> bool:
-    """Whether a process is gone, or about to be: a kill takes a moment to arrive."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        try:
-            if "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text():
-                return True
-        except FileNotFoundError:
-            return True
+def lives(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(path: Path) -> str:
+    deadline = time.monotonic() + 10
+    while not (path.exists() and path.read_text().endswith("\n")) and time.monotonic() < deadline:
         time.sleep(0.005)
-    return False
+    return path.read_text()
+
+
+@contextmanager
+def once_written(path: Path, act: Callable[[str], object]) -> Iterator[None]:
+    """Does `act` with the content of `path` as soon as an engine has written it."""
+    actor = threading.Thread(target=lambda: act(wait_for(path)))
+    actor.start()
+    yield
+    actor.join()
 
 
 def test_engines_that_are_done_end_the_pool(make_pool: Callable[..., ScriptedPool]) -> None:
@@ -82,51 +89,112 @@ def test_a_dead_engine_is_restarted(make_pool: Callable[..., ScriptedPool], tmp_
 
 
 def test_an_engine_that_keeps_dying_is_given_up(make_pool: Callable[..., ScriptedPool]) -> None:
-    scripted = make_pool(f"echo out of memory > $ERRORS; exit {DIED}", max_restarts=2)
-    with pytest.raises(
-        EngineFailed,
-        match=r"engine pool/0 died 3 times \(actors.max_restarts=2\); last: out of memory",
-    ):
+    scripted = make_pool(f"echo error: out of memory; exit {DIED}", max_restarts=2)
+    with pytest.raises(EngineFailed, match=r"pool/0 died 3 times .*; last: out of memory"):
         scripted.run()
     assert scripted.num_started == 3
 
 
+def test_restarts_count_within_their_window(
+    make_pool: Callable[..., ScriptedPool], tmp_path: Path
+) -> None:
+    deaths = tmp_path / "deaths"
+    script = f"echo x >> {deaths}; sleep 0.15; test $(wc -l < {deaths}) = 4 && exit {DONE}; exit 1"
+    scripted = make_pool(script, max_restarts=1, restart_window_s=0.1)
+    assert scripted.run() == 0
+    assert scripted.num_started == 4
+
+
 @pytest.mark.parametrize("status", [GAVE_UP, RUN_FAILED])
-def test_what_another_attempt_cannot_mend_is_not_tried_again(
+def test_an_engine_that_would_end_the_same_way_is_not_started_again(
     make_pool: Callable[..., ScriptedPool], status: int
 ) -> None:
-    scripted = make_pool(f"echo no such model > $ERRORS; exit {status}")
+    scripted = make_pool(f"echo error: no such model; exit {status}")
     with pytest.raises(EngineFailed, match="no such model"):
         scripted.run()
     assert scripted.num_started == 1
+
+
+@pytest.mark.parametrize("status", [GAVE_UP, RUN_FAILED, DIED])
+def test_one_engine_s_failure_is_not_that_of_the_pool(
+    make_pool: Callable[..., ScriptedPool],
+    tmp_path: Path,
+    status: int,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    survivor = tmp_path / "survivor"
+    script = f"test $0 = 0 && exit {status}; sleep 0.3; echo $$ > {survivor}; exit {DONE}"
+    scripted = make_pool(script, engines=2, max_restarts=0)
+    assert scripted.run() == 0
+    assert survivor.exists()
+    assert "pool/0" in (said := capfd.readouterr().err) and "goes on with 1" in said
+
+
+def test_the_last_engine_s_failure_is_that_of_the_pool(
+    make_pool: Callable[..., ScriptedPool],
+) -> None:
+    script = f"test $0 = 1 && sleep 0.2; echo error: reason $0; exit {GAVE_UP}"
+    with pytest.raises(EngineFailed, match="engine pool/1 reason 1"):
+        make_pool(script, engines=2).run()
+
+
+def test_an_engine_that_is_told_to_leave_is_not_started_again(
+    make_pool: Callable[..., ScriptedPool], tmp_path: Path
+) -> None:
+    leaver, stayer = tmp_path / "leaver", tmp_path / "stayer"
+    script = (
+        f"trap 'exit {ExitStatus.INTERRUPTED}' TERM; test $0 = 0 && echo $$ > {leaver}; "
+        f"while true; do sleep 0.01; test $0 = 1 -a -e {stayer} && exit {DONE}; done"
+    )
+    scripted = make_pool(script, engines=2)
+
+    def act(pid: str) -> None:
+        os.kill(int(pid), signal.SIGTERM)
+        while lives(int(pid)):
+            time.sleep(0.005)
+        stayer.touch()
+
+    with once_written(leaver, act):
+        assert scripted.run() == 0
+    assert scripted.num_started == 2
 
 
 def test_the_processes_of_a_dead_engine_die_with_it(
     make_pool: Callable[..., ScriptedPool], tmp_path: Path
 ) -> None:
     with pytest.raises(EngineFailed):
-        make_pool(f"sleep 60 & echo $! > {tmp_path}/child; exit {GAVE_UP}").run()
-    assert dies(int((tmp_path / "child").read_text()))
+        make_pool(f"setsid sleep 60 & echo $! > {tmp_path}/child; exit {GAVE_UP}").run()
+    assert not lives(int((tmp_path / "child").read_text()))
+
+
+STUBBORN = "trap : TERM; echo $$ > {leader}; while true; do sleep 0.05; done"
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_a_signal_stops_all_engines(
     make_pool: Callable[..., ScriptedPool], tmp_path: Path, stubborn: bool
 ) -> None:
-    scripted = make_pool(
-        f"{'trap : TERM;' if stubborn else ''} echo $$ > {tmp_path}/leader; while true; do sleep 0.05; done"
-    )
+    leader = tmp_path / "leader"
+    script = STUBBORN.format(leader=leader).removeprefix("" if stubborn else "trap : TERM; ")
+    with once_written(leader, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
+        assert make_pool(script).run() == ExitStatus.INTERRUPTED
+    assert not lives(int(leader.read_text()))
 
-    def stop() -> None:
-        while not ((tmp_path / "leader").exists() and (tmp_path / "leader").read_text().strip()):
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    stopper = threading.Thread(target=stop)
-    stopper.start()
-    assert scripted.run() == 128 + signal.SIGTERM
-    stopper.join()
-    assert dies(int((tmp_path / "leader").read_text()))
+def test_a_second_signal_does_not_wait(
+    make_pool: Callable[..., ScriptedPool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "STOP_S", 3600.0)
+    leader = tmp_path / "leader"
+
+    def act(_: str) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    with once_written(leader, act):
+        assert make_pool(STUBBORN.format(leader=leader)).run() == ExitStatus.INTERRUPTED
+    assert not lives(int(leader.read_text()))
 
 
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -49,21 +47,19 @@ def allowed_tokens(config: Config, _: Path) -> object:
 
 
 @pytest.fixture
-def scripted_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Engines are a script that notes its GPUs and ends with the status in `status`."""
+def scripted_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are a script that notes its GPUs and ends with the status in `status`, or well if it
+    is the fifth.
+    """
     script = tmp_path / "engine"
     script.write_text(
         f'#!/bin/sh\necho "gpus ${{CUDA_VISIBLE_DEVICES-none}}" >> {tmp_path}/started\n'
-        f"exit $(cat {tmp_path}/status)\n"
+        f"test $(wc -l < {tmp_path}/started) -gt 4 && exit 0; exit $(cat {tmp_path}/status)\n"
     )
     script.chmod(0o755)
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def pool(config: Config, own: Path, status: int) -> tuple[list[str], str]:
@@ -112,6 +108,7 @@ TURNS = {
     "actors.device": Turn("cpu", "cuda", ended_pool, (MODEL,)),
     "actors.tensor_parallel": Turn("1", "2", ended_pool, (MODEL, CUDA)),
     "actors.max_restarts": Turn("0", "1", dying_pool, (MODEL,)),
+    "actors.restart_window_s": Turn("600", "0.001", dying_pool, (MODEL, "actors.max_restarts=1")),
     "actors.name": Turn("a", "b", dying_pool, (MODEL, "actors.max_restarts=0")),
 }
 VLLM_TURNS = {

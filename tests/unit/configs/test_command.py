@@ -25,7 +25,8 @@ from configs.schema import Config, key
 
 ROOT = Path(__file__).parents[3]
 PRODUCT = ("actors", "buffer", "configs", "darts", "learner", "tools")
-INTERNAL = {"actors.environments", "actors.process"}  # started by us alone, with pipes
+# Started by us alone, with pipes.
+INTERNAL = {"actors.environments", "actors.process", "buffer.processes.janitor"}
 
 
 def is_main_guard(node: ast.stmt) -> bool:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections import deque
 from pathlib import Path
+from typing import cast
 from unittest.mock import patch
 
 import pytest
 
+from buffer.wire.client import MonitorLink
 from configs.schema import Config
 from tests.knobs import Turn, check_turn
 from tools import launch
+from tools.launching.processes import Command
+from tools.launching.progress import make_view
 from tools.launching.run_plan import commands_of
+from tools.launching.supervision import Run
 
 
 class Stop(Exception):
@@ -61,6 +72,85 @@ def view(config: Config, own: Path) -> object:
     return chosen
 
 
+# A run of processes that are played ---------------------------------------------------------------
+
+
+class PlayedProcess:
+    """Dies when it is started, or, if `ends_s` is given, ends so long after it was told to."""
+
+    def __init__(self, name: str, ends_s: float | None) -> None:
+        self.name, self.where, self.last_lines = name, "nowhere", deque[str]()
+        self._ends_s = ends_s
+        self._ended = ends_s is None
+        self.killed = False
+
+    def lines(self) -> list[str]:
+        return []
+
+    def status(self) -> int | None:
+        return -signal.SIGKILL if self._ended else None
+
+    def how_it_ended(self) -> str:
+        return "ended"
+
+    def peaks(self) -> dict[str, int]:
+        return {}
+
+    def terminate(self) -> None:
+        assert self._ends_s is not None
+        threading.Timer(self._ends_s, self._end).start()
+
+    def _end(self) -> None:
+        self._ended = True
+
+    def kill(self) -> None:
+        self.killed = self._ended = True
+
+
+class Played:
+    """A host, and a link to no buffer."""
+
+    def __init__(self, learner_ends_s: float | None) -> None:
+        self.learners: list[PlayedProcess] = []
+        self._learner_ends_s = learner_ends_s
+
+    def start(self, command: Command) -> PlayedProcess:
+        ends_s = self._learner_ends_s if command.role == "learner" else 0.01
+        process = PlayedProcess(command.name, ends_s)
+        if command.role == "learner":
+            self.learners.append(process)
+        return process
+
+    def receive(self, timeout_s: float) -> None:
+        time.sleep(0.01)
+        if len(self.learners) > MANY:
+            raise Stop
+
+
+def play(config: Config, learner_ends_s: float | None, signalled: bool) -> list[PlayedProcess]:
+    """The processes of the learner, one after the other, until the run ended."""
+    played = Played(learner_ends_s)
+    run = Run(config, make_view("none"), cast(MonitorLink, played))
+    with run.request, contextlib.suppress(Stop):
+        run.start(played, commands_of(config))
+        if signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        run.watch()
+    run.stop()
+    return played.learners
+
+
+def restarts(config: Config, own: Path) -> object:
+    """How often a learner is started that is killed at once."""
+    return len(play(config, None, signalled=False))
+
+
+def patience(config: Config, own: Path) -> object:
+    """Whether a learner is killed that takes a while to end."""
+    return [process.killed for process in play(config, 0.4, signalled=True)]
+
+
+MANY = 5
 RAY = ("launch.launcher=ray",)
 TURNS = {
     "learner.num_ranks": Turn("1", "2", plan, ("learner.device=cuda",)),
@@ -68,6 +158,9 @@ TURNS = {
     "launch.launcher": Turn("local", "ray", host, ("buffer.address=tcp://127.0.0.1:{port}",)),
     "launch.ray_address": Turn('""', "10.0.0.1:6379", cluster_joined, RAY),
     "launch.progress": Turn("plain", "none", view),
+    "launch.max_restarts": Turn("0", "2", restarts),
+    "launch.restart_window_s": Turn("600", "0.001", restarts, ("launch.max_restarts=1",)),
+    "run.stop_s": Turn("0.1", "20", patience),
 }
 
 

@@ -1,0 +1,51 @@
+"""Which living processes belong to a supervisor, however deep they are and whichever session they moved to.
+
+Each child is started with a folder of its own in its environment, and all of its descendants inherit that; the children of a descendant
+that supervises others get folders below it. Uses nothing but `/proc`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+OWNER = "DARTS_PROCESS_FOLDER"
+KILL_S = 5.0  # a process inside the kernel, writing to a dead disk say, is not waited for longer
+
+
+def marks(folder: Path) -> dict[str, str]:
+    """The environment that makes a process and its descendants those of `folder`."""
+    # setproctitle, which vLLM and Ray use, would otherwise overwrite the environment that /proc shows.
+    return {OWNER: str(folder), "TMPDIR": str(folder), "SPT_NOENV": "1"}
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Pids of the living processes whose folder is `folder` or one below it, the caller's left out."""
+    own = f"{OWNER}={folder}".encode()
+    found = []
+    for pid in all_pids():
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended, or belongs to another user
+        if pid != os.getpid() and any(v == own or v.startswith(own + b"/") for v in variables):
+            found.append(pid)
+    return found
+
+
+def kill_processes_of(folder: Path) -> None:
+    """Kill them all, those that they start meanwhile included."""
+    deadline = time.monotonic() + KILL_S
+    while (left := processes_of(folder)) and time.monotonic() < deadline:
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.01)
+
+
+def all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]

@@ -1,0 +1,85 @@
+"""Requests to stop: the first Ctrl-C is answered at once, the second one kills. SIGTERM and SIGHUP count as Ctrl-C.
+
+A thread answers, because the main thread may be in a call that takes seconds, a backward pass say. Never ends anything but its own
+process; a supervisor looks at `repeated` and kills its children.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from buffer.processes.child import REQUESTS
+from configs.errors import ExitStatus
+
+AGAIN = "Ctrl-C again to kill"
+
+
+class StopRequest:
+    """Entered in the main thread, around everything that a signal may interrupt."""
+
+    def __init__(self, answer: Callable[[], None], limit_s: float | None = None) -> None:
+        """`answer` tells the user what goes on now and how long it may take, in another thread.
+
+        With `limit_s`, this process ends with status 130 so long after the first signal, or at the
+        second one. Without, its main thread sees to that, and only a third signal ends it here.
+        """
+        self.num_signals = 0
+        self._answer, self._limit_s = answer, limit_s
+        self._handlers: dict[int, Any] = {}
+        self._wakeup_fd = -1
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+
+    @property
+    def requested(self) -> bool:
+        return self.num_signals > 0
+
+    @property
+    def repeated(self) -> bool:
+        return self.num_signals > 1
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        self._handlers = {number: signal.getsignal(number) for number in REQUESTS}
+        self._wakeup_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self.take_signals()
+        return self
+
+    def take_signals(self) -> None:
+        """Once more, when a library may have taken them for itself."""
+        for number in REQUESTS:
+            signal.signal(number, lambda *_: None)  # the interpreter writes them to the socket
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        signal.set_wakeup_fd(self._wakeup_fd)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._writer.close()  # which ends the thread
+
+    def _listen(self) -> None:
+        try:
+            while number := self._reader.recv(1):
+                if number[0] not in REQUESTS:
+                    continue
+                self.num_signals += 1
+                if self.num_signals == 1:
+                    self._reader.settimeout(self._limit_s)
+                    with contextlib.suppress(OSError):  # the terminal may be gone
+                        self._answer()
+                elif self._limit_s is not None or self.num_signals > 2:
+                    os._exit(ExitStatus.INTERRUPTED)
+        except TimeoutError:
+            os._exit(ExitStatus.INTERRUPTED)
+        self._reader.close()

@@ -1,0 +1,258 @@
+"""`buffer.processes`: whatever is killed, no process, temporary file or shared memory of a run is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import shared_memory
+from pathlib import Path
+
+import pytest
+
+from buffer.processes.child import Child, given_reason, in_words, stop
+from buffer.processes.restarts import Restarts
+from buffer.processes.shared_memory import FOLDER
+
+WAIT_S = 20.0
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+# A process that ignores SIGTERM, in a session of its own.
+GRANDCHILD = f"subprocess.Popen([sys.executable, '-c', {STUBBORN + '; time.sleep(300)'!r}], start_new_session=True)"
+
+# Leaves as much behind as it can: it prints its pid and that of a stubborn process, the name of its shared memory, and a temporary file.
+MESSY = f"""
+import os, subprocess, sys, tempfile
+from multiprocessing import resource_tracker, shared_memory
+{STUBBORN}
+resource_tracker.register = lambda *_: None  # it would remove the shared memory
+segment = shared_memory.SharedMemory(create=True, size=64)
+_, path = tempfile.mkstemp()
+grandchild = {GRANDCHILD}
+time.sleep(0.6)  # for the janitor to see the shared memory
+print(os.getpid(), grandchild.pid, segment.name, path, flush=True)
+time.sleep(300)
+"""
+
+SUPERVISOR = f"""
+import sys, time
+from buffer.processes.child import Child
+from buffer.processes.private_folder import private_folder
+with private_folder(grace_s=0.5):
+    child = Child("messy", [sys.executable, "-c", {MESSY!r}])
+    while not (lines := child.lines()):
+        time.sleep(0.02)
+    print(lines[0], flush=True)
+    sys.stdin.read()
+"""
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def lives(pid: int) -> bool:
+    """Whether it runs: a dead process that is not reaped yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], object]) -> bool:
+    deadline = time.monotonic() + WAIT_S
+    while not (held := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(held)
+
+
+def ended(child: Child) -> int:
+    assert wait_until(lambda: child.status() is not None)
+    status = child.status()
+    assert status is not None
+    return status
+
+
+# A child -----------------------------------------------------------------------------------------------------------
+
+
+def test_output_is_taken_line_by_line_and_the_last_lines_are_kept() -> None:
+    child = Child("talker", python("print('x\\ry'); [print(n) for n in range(30)]; print(end='?')"))
+    ended(child)
+    lines = child.lines()
+    assert lines == ["y", *map(str, range(30)), "?"]
+    assert list(child.last_lines) == lines[-20:]
+
+
+def test_nothing_that_a_child_started_outlives_it() -> None:
+    child = Child("parent", python(f"import subprocess, sys; print({GRANDCHILD}.pid)"))
+    assert ended(child) == 0
+    assert not lives(int(child.lines()[0]))
+
+
+def test_a_killed_child_takes_along_what_it_started_and_its_temporary_files() -> None:
+    child = Child("messy", python(MESSY))
+    assert wait_until(child.lines)
+    pid, grandchild, name, path = child.last_lines[0].split()
+    child.kill()
+    assert child.status() == -signal.SIGKILL
+    assert not lives(int(pid)) and not lives(int(grandchild)) and not Path(path).exists()
+    (FOLDER / name).unlink()  # there was no janitor
+
+
+def test_children_are_asked_first_and_killed_when_the_time_is_up() -> None:
+    polite = Child("polite", python("import time; print(1, flush=True); time.sleep(300)"))
+    stubborn = Child("stubborn", python(f"{STUBBORN}; print(1, flush=True); time.sleep(300)"))
+    assert wait_until(polite.lines) and wait_until(stubborn.lines)
+    assert stop([polite, stubborn], limit_s=0.5) == [stubborn]
+    assert (polite.status(), stubborn.status()) == (-signal.SIGTERM, -signal.SIGKILL)
+
+
+def test_a_hurry_cuts_the_wait_short() -> None:
+    stubborn = Child("stubborn", python(f"{STUBBORN}; print(1, flush=True); time.sleep(300)"))
+    assert wait_until(stubborn.lines)
+    assert stop([stubborn], limit_s=3600, hurry=lambda: True) == [stubborn]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (-signal.SIGSEGV, "was killed by SIGSEGV"),
+        (1, "ended with exit status 1"),
+        (130, "was asked to stop from outside (exit status 130)"),
+    ],
+)
+def test_an_end_in_words(status: int, words: str) -> None:
+    assert in_words(status) == words
+
+
+def test_the_reason_of_a_failure_is_the_last_one_given() -> None:
+    assert given_reason(["error: first", "error: second", "Traceback"]) == "second"
+    assert given_reason(["Traceback"]) == ""
+
+
+# A supervisor ------------------------------------------------------------------------------------------------------
+
+
+class Supervisor:
+    """A supervisor of a messy child, in a process of its own."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            python(SUPERVISOR), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        pid, grandchild, name, path = self.process.stdout.readline().split()
+        self.pids = [int(pid), int(grandchild)]
+        self.shared = FOLDER / name
+        self.file = Path(path)
+        self.folder = self.file.parents[1]
+
+    def janitor(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        (janitor,) = (int(pid) for pid in children.split() if int(pid) not in self.pids)
+        return janitor
+
+    def left(self) -> list[object]:
+        files = [path for path in (self.shared, self.file, self.folder) if path.exists()]
+        return [*filter(lives, self.pids), *files]
+
+
+@pytest.fixture
+def supervisor() -> Iterator[Supervisor]:
+    one = Supervisor()
+    yield one
+    one.process.kill()
+    one.process.communicate()
+    one.shared.unlink(missing_ok=True)
+
+
+def test_a_killed_supervisor_leaves_nothing(supervisor: Supervisor) -> None:
+    janitor = supervisor.janitor()
+    assert len(supervisor.left()) == 5
+    supervisor.process.kill()
+    assert wait_until(lambda: not supervisor.left() and not lives(janitor)), supervisor.left()
+
+
+def test_a_supervisor_that_ends_by_itself_leaves_nothing(supervisor: Supervisor) -> None:
+    janitor = supervisor.janitor()
+    supervisor.process.communicate()  # its input ends, and so does it
+    assert not supervisor.left() and not lives(janitor)
+
+
+def test_a_killed_janitor_leaves_no_process_and_no_file(supervisor: Supervisor) -> None:
+    os.kill(supervisor.janitor(), signal.SIGKILL)
+    supervisor.process.communicate()
+    assert supervisor.left() == [supervisor.shared]  # which only the janitor knew
+
+
+def test_shared_memory_of_a_dead_child_is_removed_while_the_supervisor_goes_on(
+    supervisor: Supervisor,
+) -> None:
+    os.kill(supervisor.pids[0], signal.SIGKILL)
+    assert wait_until(lambda: not supervisor.shared.exists())
+    assert supervisor.process.poll() is None
+
+
+def test_shared_memory_of_others_is_left_alone(supervisor: Supervisor) -> None:
+    foreign = shared_memory.SharedMemory(create=True, size=64)
+    foreign.close()  # now no process holds it
+    time.sleep(0.6)
+    supervisor.process.communicate()
+    assert (FOLDER / foreign.name).exists()
+    foreign.unlink()
+
+
+# Restarts and requests to stop -------------------------------------------------------------------------------------
+
+
+def test_restarts_count_within_their_window() -> None:
+    now = [0.0]
+    restarts = Restarts(most=2, window_s=60, clock_s=lambda: now[0])
+    assert [restarts.take() for _ in range(3)] == [1, 2, 0]
+    now[0] = 61.0
+    assert [restarts.take() for _ in range(3)] == [1, 2, 0]
+
+
+REQUEST = """
+import hashlib, sys, time
+from buffer.processes.stop_request import StopRequest
+with StopRequest(lambda: print("stopping", flush=True), limit_s={limit_s}) as stop:
+    print("ready", flush=True)
+    {busy}
+sys.exit(7)
+"""
+POLITE = "while not stop.requested: time.sleep(0.01)"
+IN_A_LONG_CALL = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+
+
+def requesting(busy: str, limit_s: float) -> subprocess.Popen[str]:
+    code = REQUEST.format(busy=busy, limit_s=limit_s)
+    process = subprocess.Popen(python(code), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_lets_the_process_end_in_its_own_way(number: int) -> None:
+    process = requesting(POLITE, 3600)
+    process.send_signal(number)
+    assert process.communicate(timeout=WAIT_S)[0] == "stopping\n"
+    assert process.returncode == 7
+
+
+def test_the_first_signal_is_answered_in_the_middle_of_a_call_and_the_second_kills() -> None:
+    process = requesting(IN_A_LONG_CALL, 3600)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None and process.stdout.readline() == "stopping\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(WAIT_S) == 130
+
+
+def test_a_process_that_does_not_end_in_time_is_ended() -> None:
+    process = requesting(IN_A_LONG_CALL, 0.2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=WAIT_S)
+    assert process.returncode == 130
