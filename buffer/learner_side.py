@@ -38,6 +38,8 @@ class LearnerSide:
         self._shards: dict[int, msg.Shard] = {}  # rank -> its shard, until it has asked for it
         self._shipped: list[ev.GroupRecord] = []  # the groups of the step in the learner's hands
         self._closed: list[ev.GroupRecord] = []  # those of them that were trained
+        self._num_loss_tokens = 0  # of that step
+        self._num_trained = 0
         self._trained_metrics: dict[str, float] = {}
         self._waited_s = 0.0
         self._row_s = time.monotonic()
@@ -97,8 +99,10 @@ class LearnerSide:
             self._answer()
 
     def _make_shards(self, step: int) -> None:
-        trajectories = [t for record in self._shipped for t in self._trajectories(record)]
-        sampled = [t.sampled.count(1) for t in trajectories]
+        selected = [t for record in self._shipped for t in self._trajectories(record)]
+        whole = self.run.config.loss.train_truncated
+        trajectories = [t for t in selected if whole or not t.truncated]
+        self._num_loss_tokens = sum(t.sampled.count(1) for t in trajectories)
         self._waited_s = time.monotonic() - self._pulls[0][1]
         costs = [len(t.tokens) // 4 for t in trajectories]
         for rank, indices in enumerate(balance(costs, self._num_ranks)):
@@ -106,10 +110,7 @@ class LearnerSide:
                 step=step,
                 policy_version=self.run.core.policy_version,
                 trajectories=[trajectories[i] for i in indices],
-                step_sampled_tokens=sum(sampled),
-                step_trained_tokens=sum(
-                    n for n, t in zip(sampled, trajectories, strict=True) if not t.truncated
-                ),
+                step_loss_tokens=self._num_loss_tokens,
             )
 
     def _trajectories(self, record: ev.GroupRecord) -> list[msg.Trajectory]:
@@ -148,6 +149,7 @@ class LearnerSide:
             "time_s": run.now(),
             "policy_version": records[0].shipped_version,
         }
+        run.metrics.trained(self._num_trained)
         row |= run.metrics.row(records) | self._trained_metrics
         row["wait/learner_s"] = self._waited_s
         row["wait/learner_frac"] = min(1.0, self._waited_s / max(1e-9, now - self._row_s))
@@ -216,8 +218,13 @@ class LearnerSide:
                 f"{peer.name} trained step {message.step}, which it was not handed "
                 f"(step {run.step} is next)"
             )
+        if not 0 <= message.num_tokens <= self._num_loss_tokens:
+            raise ev.ProtocolError(
+                f"{peer.name} trained on {message.num_tokens} tokens of step {message.step}, which "
+                f"has {self._num_loss_tokens}"
+            )
         records, self._shipped = self._shipped, []
-        self._trained_metrics = message.metrics
+        self._num_trained, self._trained_metrics = message.num_tokens, message.metrics
         return [ev.GroupTrained(record.group_id) for record in records]
 
     def _failed(self, peer: Peer, message: msg.LearnerFailed) -> list[ev.Event]:

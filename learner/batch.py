@@ -43,21 +43,19 @@ TENSORS = tuple(column.name for column in fields(Pack) if column.name != "length
 
 
 def make_packs(
-    shard: Shard, max_tokens: int, train_truncated: bool, current_version: int, kind: str = "grpo"
+    shard: Shard, max_tokens: int, current_version: int, kind: str = "grpo"
 ) -> list[Pack]:
     """Micro-batches of at most `max_tokens` input tokens, in which every trajectory of `shard` that moves the weights appears once.
 
     A trajectory longer than `max_tokens` has a pack to itself. `current_version` is the policy version whose weights the learner holds
-    now (one that no actor can have, such as -1, if it holds unpublished ones). Truncated trajectories are left out unless
-    `train_truncated`: they count in their group's advantages only (`kind`: see `group_advantage`). Trajectories without an advantage, of
-    groups whose rewards are all equal, are left out, too: they have no gradient, and their tokens stay in the loss's denominator.
-    Raises `ProtocolError` for a malformed trajectory.
+    now (one that no actor can have, such as -1, if it holds unpublished ones). Trajectories without an advantage (`kind`: see
+    `group_advantage`), as those of groups whose rewards are all equal, are left out: they have no gradient, and their tokens stay in the
+    loss's denominator. Raises `ProtocolError` for a malformed trajectory.
     """
     sequences = [
         _sequence(trajectory, advantage, current_version)
         for trajectory in shard.trajectories
-        if (train_truncated or not trajectory.truncated)
-        and (advantage := group_advantage(trajectory.reward, trajectory.group_rewards, kind))
+        if (advantage := group_advantage(trajectory.reward, trajectory.group_rewards, kind))
     ]
     bins = first_fit([len(sequence.input_ids_T) for sequence in sequences], max_tokens)
     return [concatenate(sequences[index] for index in members) for members in bins]

@@ -54,7 +54,10 @@ from learner.publish import Publisher
 POLL_S = 1.0
 SURVIVOR_GRACE_S = 5.0
 UNPUBLISHED = -1  # no actor ever samples with this version
-NOTHING_TO_TRAIN_ON = "nothing to train on, the weights stay as they are: every response is truncated, or has the reward of all others in its group"
+NOTHING_TO_TRAIN_ON = (
+    "nothing to train on, the weights stay as they are: every response is truncated, or has the "
+    "reward of all others in its group"
+)
 
 
 @dataclass
@@ -123,7 +126,8 @@ def _train(state: LearnerState, link: LearnerLink, publisher: Publisher) -> None
         if last:  # before its acknowledgement, which may end the run
             save(state)
         if state.rank == 0:
-            link.send(Trained(step=shard.step, metrics=metrics))
+            num_tokens = int(metrics["train/tokens"])
+            link.send(Trained(step=shard.step, num_tokens=num_tokens, metrics=metrics))
         if not last and state.step % config.learner.checkpoint_every == 0:
             save(state)
     _receive(state, link)  # serves the last snapshot while the run is evaluated
@@ -170,14 +174,13 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
     """
     started = time.monotonic()
     config = state.config
-    truncated = config.loss.train_truncated
     current = state.policy_version if state.published else UNPUBLISHED
     capacity = state.packing.capacity(config.batch.max_tokens)
-    packs = make_packs(shard, capacity, truncated, current, config.loss.kind)
+    packs = make_packs(shard, capacity, current, config.loss.kind)
     # Ranks short of a micro-batch take part in the collectives of the others with an empty one.
     num_packs = int(fsdp.all_max(len(packs), state.device))
     packs += [empty_pack()] * (num_packs - len(packs))
-    num_in_loss = max(1, shard.step_sampled_tokens if truncated else shard.step_trained_tokens)
+    num_in_loss = max(1, shard.step_loss_tokens)
     lr = learning_rate(config, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = lr

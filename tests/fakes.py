@@ -450,7 +450,10 @@ class FakeLearner(threading.Thread):
                 time.sleep(self.step_s)
                 version += 1
                 self.publish(link, version)
-                link.send(msg.Trained(step=self.step, metrics={"train/loss": 0.0}))
+                num_tokens = max(0, shard.step_loss_tokens - 1)  # one has no signal
+                link.send(
+                    msg.Trained(step=self.step, num_tokens=num_tokens, metrics={"train/loss": 0.0})
+                )
                 self.step += 1
             self.wait(link)
 

@@ -135,8 +135,7 @@ def make_shards(
                 step=step,
                 policy_version=version,
                 trajectories=trajectories[start : start + part],
-                step_sampled_tokens=num_sampled(trajectories),
-                step_trained_tokens=num_sampled([t for t in trajectories if not t.truncated]),
+                step_loss_tokens=num_sampled(trajectories),
             )
         )
         start += part

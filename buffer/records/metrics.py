@@ -2,7 +2,7 @@
 
 Owns the sums; never decides anything. Driven by the service: `shipped`, `dropped`, `evaluated` and the `note_*` methods as
 things happen, `row` once per step. Lengths and tokens count sampled tokens. *Generated* is every rollout of a step's groups,
-a cancelled one at the length where it was cut; *selected* is what was trained on. `tokens/*` are cumulative over the run.
+a cancelled one at the length where it was cut; *selected* is what was shipped to the learner, which trains on most of it. `tokens/*` are cumulative over the run.
 """
 
 from __future__ import annotations
@@ -78,6 +78,11 @@ class Metrics:
         if record.end != "shipped":
             self._dropped[record.end] += 1
 
+    def trained(self, num_tokens: int) -> None:
+        """So many tokens of the groups that were just closed contributed to the gradient."""
+        self.tokens["trained"] += num_tokens
+        self.tokens["without_signal"] -= num_tokens
+
     def count_overshoot(self, late: CountOvershoot) -> None:
         """A rollout of a group that was recorded already decoded on until its cancel arrived."""
         self.tokens["generated"] += late.num_tokens
@@ -128,7 +133,7 @@ class Metrics:
             **_lengths("selected", [r.tokens for _, r in selected]),
             **{
                 f"tokens/{name}": self.tokens[name]
-                for name in ("generated", "trained", "discarded", "cancelled")
+                for name in ("generated", "trained", "without_signal", "discarded", "cancelled")
             },
             "darts/budget_mean": float(np.mean([record.budget for record in records])),
             "darts/cancelled_frac": _frac(r.end == "cancelled" for r in rollouts),
@@ -180,7 +185,7 @@ class Metrics:
 
 def _fate_of_tokens(rollout: RolloutRecord) -> str:
     if rollout.end.startswith("selected"):
-        return "trained"
+        return "without_signal"  # until the learner has said how many of a step's it trained on
     return "cancelled" if rollout.end == "cancelled" else "discarded"
 
 

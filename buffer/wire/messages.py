@@ -195,6 +195,7 @@ class Trained(Message):
     """`step` is done (rank 0 says so): its groups may be forgotten. Metrics under their `metrics.jsonl` names."""
 
     step: int
+    num_tokens: int  # over all ranks, those that contributed to the gradient
     metrics: dict[str, float]
 
 
@@ -251,19 +252,18 @@ class Trajectory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
 class Shard(Message):
     """One rank's part of a step. Shards of a step have about equal numbers of tokens.
 
+    Only trajectories that are trained on are in it: a truncated one, unless loss.train_truncated,
+    counts in its group's rewards alone.
+
     Example: rank 0 of 2, in a step of 2 groups of 3, of which one trajectory was truncated.
 
-        Shard(
-            step=12, policy_version=5, trajectories=[t0, t3, t4],
-            step_sampled_tokens=610, step_trained_tokens=482,
-        )
+        Shard(step=12, policy_version=5, trajectories=[t0, t3], step_loss_tokens=482)
     """
 
     step: int
     policy_version: int
     trajectories: list[Trajectory]
-    step_sampled_tokens: int  # over all ranks: the loss is a mean over these
-    step_trained_tokens: int  # of those, the ones that are not truncated
+    step_loss_tokens: int  # sampled tokens over all ranks: the loss is a mean over these
 
 
 LearnerCommand = Union[LearnerWelcome, Shard, Heartbeat, Shutdown]

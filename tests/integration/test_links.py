@@ -297,8 +297,7 @@ def test_a_learner_gets_its_shard(router):
         step=0,
         policy_version=3,
         trajectories=[trajectory] * 4,
-        step_sampled_tokens=1,
-        step_trained_tokens=1,
+        step_loss_tokens=1,
     )
     with Serving(router) as serving, LearnerLink(router.address, "learner/0") as link:
         assert link.connect(

@@ -91,12 +91,25 @@ def test_every_step_has_one_metrics_row_within_the_lag_bound(finished: Any) -> N
     assert all(0 <= row["lag/max"] <= 2 for row in metrics)
     assert all(
         row["tokens/generated"]
-        == row["tokens/trained"] + row["tokens/discarded"] + row["tokens/cancelled"]
+        == sum(
+            row[f"tokens/{fate}"]
+            for fate in ("trained", "without_signal", "discarded", "cancelled")
+        )
         for row in metrics
     )
     assert [row["tokens/trained"] for row in metrics] == sorted(
         row["tokens/trained"] for row in metrics
     )
+
+
+def test_tokens_are_trained_if_the_learner_says_so(finished: Any) -> None:
+    """The fake learner leaves out one token a step; of truncated responses it is told nothing."""
+    metrics, shards = rows(finished[0], "metrics.jsonl"), finished[1].shards
+    assert not any(t.truncated for shard in shards for t in shard.trajectories)
+    in_loss = np.cumsum([shard.step_loss_tokens for shard in shards])
+    for row, cumulative in zip(metrics, in_loss, strict=True):
+        assert row["tokens/trained"] == cumulative - (row["step"] + 1)
+        assert row["tokens/without_signal"] >= row["step"] + 1
 
 
 def test_evaluations_stand_before_during_and_after(finished: Any) -> None:
@@ -126,7 +139,7 @@ def test_shards_hold_whole_groups_of_sampled_tokens(finished: Any) -> None:
         assert all(
             sorted(t.group_rewards) == sorted(by_group[t.group_id]) for t in shard.trajectories
         )
-        assert shard.step_sampled_tokens == sum(t.sampled.count(1) for t in shard.trajectories)
+        assert shard.step_loss_tokens == sum(t.sampled.count(1) for t in shard.trajectories)
 
 
 def test_ledger_has_each_group_once_with_selected_rollouts(finished: Any) -> None:

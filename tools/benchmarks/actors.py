@@ -317,7 +317,7 @@ def _acknowledge(
                 if (step + 1) % config.weights.publish_every == 0:
                     version = (step + 1) // config.weights.publish_every
                     link.send(msg.Published(policy=server.publish(version, snapshot), seconds=0.0))
-                link.send(msg.Trained(step=step, metrics={}))
+                link.send(msg.Trained(step=step, num_tokens=0, metrics={}))
 
 
 @contextmanager

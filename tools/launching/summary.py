@@ -40,11 +40,14 @@ def facts(run: RunDirectory, peaks: Mapping[str, int]) -> Iterator[tuple[str, st
     last = run.metrics[-1] if run.metrics else {}
     tokens = {
         fate: last[key]
-        for fate in ("generated", "trained", "cancelled", "discarded")
+        for fate in ("generated", "trained", "without_signal", "cancelled", "discarded")
         if is_number(last.get(key := f"tokens/{fate}"))
     }
     if tokens:
-        yield "tokens", ", ".join(f"{count:,.0f} {fate}" for fate, count in tokens.items())
+        yield (
+            "tokens",
+            ", ".join(f"{count:,.0f} {fate.replace('_', ' ')}" for fate, count in tokens.items()),
+        )
     if peaks:
         yield (
             "peak memory",

@@ -12,6 +12,7 @@ COLUMNS = {
     "step_s": "s per step",
     "tokens/generated": "generated",
     "tokens/trained": "trained",
+    "tokens/without_signal": "without signal",
     "tokens/discarded": "discarded",
     "tokens/cancelled": "cancelled",
     "busy_frac": "engines busy",
@@ -98,11 +99,12 @@ def plot_table(rows: Sequence[Row], path: Path) -> None:
     start = [0.0] * len(rows)
     for fate, colour in (
         ("trained", "#12876f"),
+        ("without_signal", "#7a5cc4"),
         ("discarded", "#e3a11f"),
         ("cancelled", "#9aa3ad"),
     ):
-        values = [row[f"tokens/{fate}"] / 1e6 for row in rows]
-        right.barh(names, values, left=start, color=colour, label=fate)
+        values = [row.get(f"tokens/{fate}", 0) / 1e6 for row in rows]
+        right.barh(names, values, left=start, color=colour, label=fate.replace("_", " "))
         start = [a + b for a, b in zip(start, values, strict=True)]
     right.set_xlabel("tokens generated, millions")
     right.legend()

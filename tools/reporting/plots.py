@@ -168,7 +168,12 @@ def prompts(run: RunDirectory) -> str:
 
 def tokens(run: RunDirectory) -> str:
     """Where the generated tokens went, cumulatively; and what redundancy was bought and taken back."""
-    kinds = {"trained": TEAL, "discarded": AMBER, "cancelled": FATES["cancelled"].on_paper}
+    kinds = {
+        "trained": TEAL,
+        "without_signal": VIOLET,
+        "discarded": AMBER,
+        "cancelled": FATES["cancelled"].on_paper,
+    }
     columns = {kind: run.series(f"tokens/{kind}") for kind in kinds}
     steps = columns["trained"][0]
     if not steps or any(column[0] != steps for column in columns.values()):
@@ -177,7 +182,12 @@ def tokens(run: RunDirectory) -> str:
         figure, (areas, fractions, budgets) = _figure(1, 3, height=2.9, widths=(1.7, 1, 1))
         heights = [columns[kind][1] for kind in kinds]
         areas.stackplot(
-            steps, heights, colors=list(kinds.values()), labels=list(kinds), alpha=0.85, linewidth=0
+            steps,
+            heights,
+            colors=list(kinds.values()),
+            labels=[kind.replace("_", " ") for kind in kinds],
+            alpha=0.85,
+            linewidth=0,
         )
         areas.plot(
             *run.series("tokens/generated"),

@@ -70,6 +70,12 @@ def steps_and_responses(config: Config, own: Path) -> object:
     return len(rows), [row["eval/responses"] for row in rows if "eval/step" in row]
 
 
+def tokens_trained(config: Config, own: Path) -> object:
+    """Tokens of one step of truncated responses that were trained on."""
+    assert Running(in_folder(config, own)).wait() == 0
+    return metrics(config)[-1]["tokens/trained"]
+
+
 @contextmanager
 def opened(config: Config) -> Iterator[None]:
     """A service that has taken its directory and its ports, and serves nothing."""
@@ -172,7 +178,9 @@ TINY = (
 FULL = (*TINY, "run.steps=2", "batch.groups=4")
 EVALUATED = (*TINY, "eval.every=1", "eval.num_prompts=2")
 NETWORK = (*TINY, "buffer.address=tcp://0.0.0.0:{port}")
+TRUNCATED = (*TINY, "sampling.max_tokens=2")
 TURNS = {
+    "loss.train_truncated": Turn("false", "true", tokens_trained, TRUNCATED),
     "run.steps": Turn("1", "2", steps_and_responses, TINY),
     "eval.samples_per_prompt": Turn("1", "3", steps_and_responses, EVALUATED),
     "run.name": Turn("a", "b", folder_made, TINY),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 
@@ -24,7 +23,6 @@ from tests.learner_cases import (
     FakeBuffer,
     make_shards,
     make_trajectories,
-    make_trajectory,
     save_model,
     single_rank,
 )
@@ -33,13 +31,10 @@ STEPS = 4
 
 
 def weights(config: Config, own: Path) -> object:
-    """All weights after two steps on the same trajectories, one of them truncated."""
+    """All weights after two steps on the same trajectories."""
     with single_rank(config) as state:
         for step in range(2):
-            trajectories = make_trajectories(seed=step)
-            rng = np.random.default_rng(step)
-            trajectories.append(make_trajectory(rng, 4, 20, 0.0, [0.0, 1.0], truncated=True))
-            train_step(state, make_shards(trajectories, step)[0])
+            train_step(state, make_shards(make_trajectories(seed=step), step)[0])
         parameters = [fsdp.whole(p.detach()).flatten() for p in state.model.parameters()]
         return torch.cat(parameters).tolist()
 
@@ -133,7 +128,6 @@ TURNS = {
     "loss.clip_low": Turn("0.2", "0.01", weights, MODEL),
     "loss.clip_high": Turn("0.28", "0.01", weights, MODEL),
     "loss.tis_cap": Turn("2", "0.5", weights, MODEL),
-    "loss.train_truncated": Turn("false", "true", weights, MODEL),
     "optimizer.lr": Turn("1e-3", "1e-2", weights, MODEL),
     "optimizer.betas": Turn("[0.9,0.95]", "[0.5,0.5]", weights, MODEL),
     "optimizer.weight_decay": Turn("0", "0.1", weights, MODEL),

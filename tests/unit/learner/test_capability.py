@@ -35,8 +35,8 @@ def load(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> PreTr
 def step_gradients(state: LearnerState, capacity: int) -> dict[str, torch.Tensor]:
     """Those of a training step's loss, with packs of `capacity` tokens."""
     shard = make_shards(make_trajectories(seed=0))[0]
-    for pack in make_packs(shard, capacity, False, 0):
-        micro_batch_loss(state, pack, shard.step_sampled_tokens, TokenSums()).backward()
+    for pack in make_packs(shard, capacity, 0):
+        micro_batch_loss(state, pack, shard.step_loss_tokens, TokenSums()).backward()
     named = {
         n: p.grad.full_tensor() for n, p in state.model.named_parameters() if p.grad is not None
     }  # type: ignore[attr-defined]
@@ -72,9 +72,7 @@ def test_what_no_layer_can_be_blamed_for_is_packed_one_by_one(tmp_path: Path) ->
         assert packing.one_per_pack and packing.split_kinds == ()
         assert packing.unaided.logprob > 0.1
         assert packing.difference.logprob < 1e-5
-        packs = make_packs(
-            make_shards(make_trajectories(seed=0))[0], packing.capacity(64), False, 0
-        )
+        packs = make_packs(make_shards(make_trajectories(seed=0))[0], packing.capacity(64), 0)
         assert {len(pack.lengths) for pack in packs} == {1}
         assert "forward and a backward pass per response" in str(packing)
 

@@ -48,8 +48,8 @@ def weights(state: LearnerState) -> dict[str, torch.Tensor]:
 def gradients(state: LearnerState, max_tokens: int) -> dict[str, torch.Tensor]:
     shard = make_shards(make_trajectories(seed=0))[0]
     state.model.zero_grad()
-    for pack in make_packs(shard, max_tokens, False, 0):
-        micro_batch_loss(state, pack, shard.step_sampled_tokens, TokenSums()).backward()
+    for pack in make_packs(shard, max_tokens, 0):
+        micro_batch_loss(state, pack, shard.step_loss_tokens, TokenSums()).backward()
     return {
         name: whole(parameter.grad)
         for name, parameter in state.model.named_parameters()
@@ -87,14 +87,14 @@ def test_the_gradient_is_that_of_the_written_out_loss(model_path: Path, tmp_path
     config = make_config(model_path, tmp_path / "run", loss__tis_cap=1e9, sampling__temperature=0.7)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     shard = make_shards(trajectories)[0]
-    for pack in make_packs(shard, 1, False, 0):
+    for pack in make_packs(shard, 1, 0):
         logits_TV = model(input_ids=pack.input_ids_T[None]).logits[0] / 0.7
         logprobs_S = torch.log_softmax(logits_TV, -1)[pack.predicts_S, pack.targets_S]
         ratio_S = (logprobs_S - pack.actor_logprobs_S).exp()
         clipped_S = ratio_S.clamp(0.8, 1.28)
         (
             -torch.min(ratio_S * pack.advantages_S, clipped_S * pack.advantages_S).sum()
-            / shard.step_sampled_tokens
+            / shard.step_loss_tokens
         ).backward()
     with single_rank(config) as state:
         measured = gradients(state, max_tokens=256)
@@ -184,14 +184,12 @@ def test_a_step_without_signal_moves_nothing(
 ) -> None:
     """Not even by momentum and decay, and it is not counted as trained."""
     mute = [
-        msgspec.structs.replace(t, truncated=True)
-        if signal == "all truncated"
-        else msgspec.structs.replace(t, reward=1.0, group_rewards=[1.0] * 4)
+        msgspec.structs.replace(t, reward=1.0, group_rewards=[1.0] * 4)
         for t in make_trajectories(seed=0)
+        if signal != "all truncated"  # the buffer hands over none of those
     ]
-    with single_rank(
-        make_config(model_path, tmp_path / "run", optimizer__weight_decay=0.1)
-    ) as state:
+    config = make_config(model_path, tmp_path / "run", optimizer__weight_decay=0.1)
+    with single_rank(config) as state:
         assert train_step(state, make_shards(make_trajectories(seed=1))[0])["train/skipped"] == 0.0
         before = weights(state)
         metrics = train_step(state, make_shards(mute)[0])
@@ -207,10 +205,9 @@ def test_a_checkpoint_before_any_update_can_be_saved_and_resumed(
     model_path: Path, tmp_path: Path
 ) -> None:
     config = make_config(model_path, tmp_path / "run")
-    cut = [msgspec.structs.replace(t, truncated=True) for t in make_trajectories(seed=0)]
     shards = [make_shards(make_trajectories(seed=step), step)[0] for step in (1, 2)]
     with single_rank(config) as state:
-        assert train_step(state, make_shards(cut)[0])["train/skipped"] == 1.0
+        assert train_step(state, make_shards([])[0])["train/skipped"] == 1.0
         save(state)
         for shard in shards:
             train_step(state, shard)

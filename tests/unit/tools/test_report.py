@@ -33,7 +33,7 @@ def metrics_row(step: int) -> dict:
     }
     row |= {
         f"tokens/{kind}": 1000.0 * (step + 1)
-        for kind in ("generated", "trained", "discarded", "cancelled")
+        for kind in ("generated", "trained", "without_signal", "discarded", "cancelled")
     }
     row |= {
         "darts/budget_mean": 10.0,
