@@ -19,4 +19,11 @@ def test_tokens_decoded_after_a_cancel_are_generated_and_cancelled() -> None:
         )
     )
     metrics.count_overshoot(ev.CountOvershoot(0, 1, 2))
-    assert metrics.tokens == {"generated": 35, "trained": 10, "cancelled": 25}
+    assert metrics.tokens == {"generated": 35, "without_signal": 10, "cancelled": 25}
+
+
+def test_selected_tokens_are_trained_once_the_learner_has_said_so() -> None:
+    metrics = Metrics()
+    metrics.closed(record(ev.RolloutRecord(0, "e", 10, 1.0, "selected_short", 0)))
+    metrics.trained(4)
+    assert metrics.tokens == {"generated": 10, "trained": 4, "without_signal": 6}
