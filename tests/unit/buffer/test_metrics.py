@@ -26,4 +26,4 @@ def test_selected_tokens_are_trained_once_the_learner_has_said_so() -> None:
     metrics = Metrics()
     metrics.closed(record(ev.RolloutRecord(0, "e", 10, 1.0, "selected_short", 0)))
     metrics.trained(4)
-    assert metrics.tokens == {"generated": 10, "trained": 4, "without_signal": 6}
+    assert metrics.tokens == {"generated": 10, "trained": 4, "without_signal": 6, "cancelled": 0}
