@@ -12,6 +12,7 @@ Driven by `buffer.service`.
 from __future__ import annotations
 
 import time
+import zlib
 from collections import defaultdict
 from typing import Any
 
@@ -74,6 +75,11 @@ class EngineSide:
         )
         return [ev.EngineLost(peer.engine_id)]
 
+    def restore(self, now_s: float) -> None:
+        """After a restart of the buffer: engines in the core's table are expected to join again."""
+        for engine_id in self.run.core.engines.by_id:
+            self.run.peers.add(Peer(b"\0" + engine_id.encode(), now_s, engine_id))
+
     # Decisions ----------------------------------------------------------------------------------------
 
     def launch(self, decision: ev.Launch) -> None:
@@ -125,12 +131,12 @@ class EngineSide:
         run, first = self.run, launches[0]
         held_out = first.purpose == "eval"
         prompt = (
-            run.eval_payloads[first.prompt_id] if held_out else run.prompts.payload(first.prompt_id)
+            run.eval_payloads[first.prompt_id] if held_out else run.prompts.payload(first.visit)
         )
         rollouts = [
             msg.LaunchedRollout(
                 rollout_id=launch.rollout_id,
-                seed=(run.config.run.seed * 1_000_003 + launch.rollout_id) % 2**31,
+                seed=sampling_seed(run.config.run.seed, launch),
                 prefix=run.store.prefix(launch.rollout_id),
             )
             for launch in launches
@@ -217,3 +223,9 @@ class EngineSide:
         self.run.metrics.note_report(peer.engine_id, message)
         self.run.metrics.latest.reports[peer.engine_id] = message
         return [ev.LatencyReported(peer.engine_id, message.batch, message.ms_per_token)]
+
+
+def sampling_seed(run_seed: int, launch: ev.Launch) -> int:
+    """Of the prompt's visit, not of the rollout's number: a resumed run draws the same responses."""
+    place = (run_seed, launch.prompt_id, launch.visit, launch.index, launch.attempt)
+    return zlib.crc32(repr(place).encode()) >> 1

@@ -28,9 +28,13 @@ class Evaluation:
         if not run.eval_payloads or self.step is not None:
             return []
         self.step = run.step
-        prompts = tuple(ev.Prompt(prompt_id) for prompt_id in run.eval_payloads)
+        prompts = tuple(ev.Prompt(i, visit=run.step) for i in run.eval_payloads)
         samples = run.config.eval.samples_per_prompt
         return [ev.EvaluationRequested(prompts, samples, run.core.policy_version)]
+
+    def requested(self, step: int) -> None:
+        """During recovery: the log holds the request."""
+        self.step, self._records = step, []
 
     def group_ended(self, record: ev.GroupRecord) -> int | None:
         """Take a held-out group. Returns the step of its evaluation once that is complete."""

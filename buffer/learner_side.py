@@ -14,12 +14,14 @@ import time
 from typing import Any
 
 from buffer.peers import Peer
+from buffer.records.event_log import Learner, Policy, Trained
 from buffer.run_state import RunFailed, RunState
 from buffer.shards import balance
 from buffer.wire import messages as msg
 from darts import events as ev
 
 SAMPLED_GROUPS = 2  # per step, written to samples.jsonl
+ALIVE_S = 3.0  # a learner heard within this time is alive: it sends a heartbeat each second
 
 
 class LearnerSide:
@@ -33,13 +35,11 @@ class LearnerSide:
             msg.Published: self._published,
             msg.LearnerFailed: self._failed,
         }
-        self._num_ranks = 0
         self._pulls: dict[int, tuple[int, float]] = {}  # rank -> step asked for, and since when
-        self._shards: dict[int, msg.Shard] = {}  # rank -> its shard, until it has asked for it
         self._shipped: list[ev.GroupRecord] = []  # the groups of the step in the learner's hands
-        self._closed: list[ev.GroupRecord] = []  # those of them that were trained
-        self._num_loss_tokens = 0  # of that step
-        self._num_trained = 0
+        self._shards: list[msg.Shard] = []  # of that step by rank, once a rank has asked for it
+        self._closed: list[ev.GroupRecord] = []  # those of its groups that were trained
+        self._num_trained = 0  # tokens of that step, as the learner reported
         self._trained_metrics: dict[str, float] = {}
         self._waited_s = 0.0
         self._row_s = time.monotonic()
@@ -52,66 +52,136 @@ class LearnerSide:
     # Peers --------------------------------------------------------------------------------------------
 
     def hello(self, identity: bytes, hello: msg.LearnerHello) -> list[ev.Event]:
-        """Rank 0 says hello last: then a whole learner is there, and an earlier one is gone."""
+        """A rank joins, over a first connection or another one.
+
+        Rank 0 of a new learner says hello last: then the whole learner is there, and an earlier one gone.
+        """
         run = self.run
-        if (
-            not 0
-            <= hello.rank
-            < hello.num_ranks
-            <= run.config.batch.groups * run.config.darts.group_size
-        ):
+        known = run.peers.rank(hello.rank)
+        is_same = run.learner is not None and hello.incarnation == run.learner.incarnation
+        events: list[ev.Event] = []
+        if known is None or known.identity != identity:
+            self._check_hello(hello, is_same)
+            if known is not None:
+                error = f"process {hello.pid} has joined as learner rank {hello.rank}"
+                run.send(known, msg.Shutdown(error=error))
+                run.peers.remove(known)
+            if hello.rank == 0 and not is_same:
+                events += self._new_learner(hello)
+            run.peers.add(Peer(identity, time.monotonic(), rank=hello.rank))
+        version = run.core.policy_version
+        run.router.send(identity, msg.LearnerWelcome(policy_version=version, run=run.run_id))
+        return events
+
+    def _check_hello(self, hello: msg.LearnerHello, is_same: bool) -> None:
+        run = self.run
+        most = run.config.batch.groups * run.config.darts.group_size
+        if not 0 <= hello.rank < hello.num_ranks <= most:
             raise ev.ProtocolError(
                 f"a learner's rank {hello.rank} of {hello.num_ranks}: "
                 "each rank trains on at least one trajectory"
             )
         run.require_own(hello.run)
+        if is_same:
+            return
+        if not hello.resumed and (run.step or self._shipped):
+            raise ev.ProtocolError(
+                f"this learner starts from the beginning, but {run.folder} is at step {run.step}: "
+                "start it with run.resume=true"
+            )
+        if hello.step > run.step + bool(self._is_shipped):
+            raise ev.ProtocolError(
+                f"this learner has trained {hello.step} steps, and {run.folder} records {run.step}: "
+                "its checkpoint is from another folder, or the folder is from an older copy"
+            )
+        alive = [
+            peer
+            for peer in run.peers.ranks()
+            if time.monotonic() - peer.heard_s < ALIVE_S and run.send(peer, msg.Heartbeat())
+        ]
+        if hello.rank == 0 and alive and not hello.take_over and not self._is_replacing(hello):
+            raise ev.ProtocolError(
+                f"{alive[0].name} is training this run already; stop that learner, "
+                "or start this one with learner.take_over=true"
+            )
+
+    def _is_replacing(self, hello: msg.LearnerHello) -> bool:
+        """Whether the ranks that are alive are this very learner's, which said hello before rank 0."""
+        return all(p.rank != 0 for p in self.run.peers.ranks())
+
+    def _new_learner(self, hello: msg.LearnerHello) -> list[ev.Event]:
+        run = self.run
         events: list[ev.Event] = []
-        known = run.peers.rank(hello.rank)
-        if known is None or known.identity != identity:
-            if known is not None:
-                error = f"process {hello.pid} has joined as learner rank {hello.rank}"
-                run.send(known, msg.Shutdown(error=error))
-                run.peers.remove(known)
-            run.peers.add(Peer(identity, time.monotonic(), rank=hello.rank))
-            if hello.rank == 0:
-                if hello.step != run.step:
-                    run.rewind(hello.step)
-                self._num_ranks = hello.num_ranks
-                for held in (self._shards, self._shipped, self._pulls):
-                    held.clear()
-                events.append(ev.LearnerJoined())
-                run.say(f"learner joined with {hello.num_ranks} rank(s) at step {hello.step}")
-        version = max(run.core.policy_version, run.base_version)
-        run.router.send(identity, msg.LearnerWelcome(policy_version=version, run=run.run_id))
-        return events
+        if hello.step == run.step + 1:  # it trained the batch, and its report was lost
+            events += [ev.GroupTrained(record.group_id) for record in self._shipped]
+        elif hello.step < run.step:
+            run.rewind(hello.step)
+        self.forget_step()
+        self._trained_metrics = {}
+        run.learner = Learner(hello.incarnation, hello.num_ranks)
+        run.log.note(run.learner, run.now())
+        run.say(f"learner joined with {hello.num_ranks} rank(s) at step {hello.step}")
+        return [*events, ev.LearnerJoined()]
+
+    def forget_step(self) -> None:
+        """A new learner joins: nothing is in its hands yet."""
+        self._closed, self._shipped, self._shards = [], [], []
+        self._pulls.clear()
 
     def lose(self, peer: Peer, reason: str) -> list[ev.Event]:
         self.run.peers.remove(peer)
         self.run.warn(f"{peer.name} is lost ({reason}); restart the learner with run.resume=true")
         return []
 
+    def restore(self) -> None:
+        """After a restart of the buffer: the groups in the learner's hands are those that shipped."""
+        groups = self.run.core.groups
+        self._shipped = [record for record in self._shipped if record.group_id in groups]
+
     # Decisions ----------------------------------------------------------------------------------------
+
+    @property
+    def _is_shipped(self) -> bool:
+        """Whether a whole batch is in the learner's hands, or was when some of its groups closed."""
+        return len(self._shipped) + len(self._closed) == self.run.config.batch.groups
 
     def ship(self, decision: ev.Ship) -> None:
         self._shipped.append(decision.record)
-        if len(self._shipped) == self.run.config.batch.groups:
-            self._make_shards(decision.step)
+        if self._is_shipped and not self.run.replaying:
             self._answer()
 
-    def _make_shards(self, step: int) -> None:
+    def _answer(self) -> None:
+        """Send each rank that has asked for it its shard, as often as it asks."""
+        run = self.run
+        if run.learner is None or not self._is_shipped or self._closed:
+            return
+        for peer in run.peers.ranks():
+            step, since_s = self._pulls.get(peer.rank, (-1, 0.0))
+            if step == run.step and peer.rank < run.learner.num_ranks:
+                if not self._shards:
+                    self._waited_s = time.monotonic() - since_s
+                    self._shards = self._make_shards(run.learner.num_ranks)
+                del self._pulls[peer.rank]
+                run.send(peer, self._shards[peer.rank])
+
+    def _make_shards(self, num_ranks: int) -> list[msg.Shard]:
+        """The same for the same batch, whenever they are asked for."""
+        run = self.run
+        run.make_durable()
         selected = [t for record in self._shipped for t in self._trajectories(record)]
-        whole = self.run.config.loss.train_truncated
+        whole = run.config.loss.train_truncated
         trajectories = [t for t in selected if whole or not t.truncated]
-        self._num_loss_tokens = sum(t.sampled.count(1) for t in trajectories)
-        self._waited_s = time.monotonic() - self._pulls[0][1]
+        num_loss_tokens = sum(t.sampled.count(1) for t in trajectories)
         costs = [len(t.tokens) // 4 for t in trajectories]
-        for rank, indices in enumerate(balance(costs, self._num_ranks)):
-            self._shards[rank] = msg.Shard(
-                step=step,
-                policy_version=self.run.core.policy_version,
+        return [
+            msg.Shard(
+                step=run.step,
+                policy_version=self._shipped[0].shipped_version,
                 trajectories=[trajectories[i] for i in indices],
-                step_loss_tokens=self._num_loss_tokens,
+                step_loss_tokens=num_loss_tokens,
             )
+            for indices in balance(costs, num_ranks)
+        ]
 
     def _trajectories(self, record: ev.GroupRecord) -> list[msg.Trajectory]:
         selected = [r for r in record.rollouts if r.end.startswith("selected")]
@@ -122,20 +192,18 @@ class LearnerSide:
             for r, reward in zip(selected, rewards, strict=True)
         ]
 
-    def _answer(self) -> None:
-        for peer in self.run.peers.ranks():
-            shard = self._shards.get(peer.rank)
-            if shard is not None and self._pulls.get(peer.rank, (-1, 0.0))[0] == shard.step:
-                self.run.send(peer, self._shards.pop(peer.rank))
+    def note_trained(self, note: Trained) -> None:
+        """The learner reported the step that its groups are about to close."""
+        self._num_trained, self._trained_metrics = note.num_tokens, note.metrics
 
     def group_trained(self, record: ev.GroupRecord) -> dict[str, Any] | None:
         """Record a group that was trained. Returns the row of its step once all of them are in."""
         run = self.run
-        if len(self._closed) < SAMPLED_GROUPS:
+        if len(self._closed) < SAMPLED_GROUPS and not run.replaying:
             self._write_samples(record)
         self._closed.append(record)
         run.forget(record)
-        run.prompts.done(record.prompt_id)
+        run.prompts.done(record.visit)
         run.record(record)
         if len(self._closed) < run.config.batch.groups:
             return None
@@ -156,16 +224,16 @@ class LearnerSide:
         row["engine/ignored_reports"] = run.core.num_ignored_reports
         row["wire/refused_frames"] = run.router.num_rejected
         self._row_s = now
+        self._shipped = []
         run.step += 1
-        run.journal.save_cursor(run.step, run.prompts.cursor)
-        run.log.flush()
         return row
 
     def _write_samples(self, record: ev.GroupRecord) -> None:
-        payload = self.run.prompts.payload(record.prompt_id)
+        payload = self.run.prompts.payload(record.visit)
         prompt = payload.text or "\n".join(f"{m['role']}: {m['content']}" for m in payload.messages)
         for r in record.rollouts:
-            if r.end.startswith("selected"):
+            # The text of a response that finished before the buffer was restarted is gone.
+            if r.end.startswith("selected") and r.rollout_id in self.run.texts:
                 self.run.files.sample(
                     {
                         "step": self.run.step,
@@ -188,7 +256,7 @@ class LearnerSide:
         return handler(peer, message)
 
     def _pull(self, peer: Peer, message: msg.Pull) -> list[ev.Event]:
-        """Rank 0 publishes and acknowledges before it pulls; another rank may be early by one step."""
+        """Rank 0 publishes and reports before it pulls; another rank may be early by one step."""
         step = self.run.step
         if not step <= message.step <= step + (peer.rank > 0):
             raise ev.ProtocolError(
@@ -207,25 +275,47 @@ class LearnerSide:
                 f"{peer.name} published version {version} after {run.core.policy_version}: versions grow"
             )
         run.policy = message.policy
+        run.log.note(Policy(message.policy), run.now())
         for engine in run.peers.engines():
             run.send(engine, msg.PolicyPublished(policy=message.policy))
         return [ev.PolicyPublished(version)]
 
     def _trained(self, peer: Peer, message: msg.Trained) -> list[ev.Event]:
         run = self.run
-        if message.step != run.step or len(self._shipped) != run.config.batch.groups:
+        if peer.rank != 0:
+            raise ev.ProtocolError(f"{peer.name} reports a step; rank 0 speaks for all")
+        if message.step < run.step:
+            self.acknowledge(message.step)
+            return []
+        if message.step != run.step or not self._is_shipped:
             raise ev.ProtocolError(
                 f"{peer.name} trained step {message.step}, which it was not handed "
                 f"(step {run.step} is next)"
             )
-        if not 0 <= message.num_tokens <= self._num_loss_tokens:
+        most = sum(
+            r.tokens
+            for record in [*self._shipped, *self._closed]
+            for r in record.rollouts
+            if r.end.startswith("selected")
+        )
+        if not 0 <= message.num_tokens <= most:
             raise ev.ProtocolError(
                 f"{peer.name} trained on {message.num_tokens} tokens of step {message.step}, which "
-                f"has {self._num_loss_tokens}"
+                f"has {most}"
             )
-        records, self._shipped = self._shipped, []
-        self._num_trained, self._trained_metrics = message.num_tokens, message.metrics
+        note = Trained(message.step, message.num_tokens, message.metrics)
+        self.note_trained(note)
+        run.log.note(note, run.now())
+        records, self._shipped, self._shards = self._shipped, [], []
         return [ev.GroupTrained(record.group_id) for record in records]
+
+    def acknowledge(self, step: int) -> None:
+        """Tell the learner that the step is recorded, durably."""
+        run = self.run
+        rank0 = run.peers.rank(0)
+        if rank0 is not None and not run.replaying:
+            run.make_durable()
+            run.send(rank0, msg.Acknowledged(step=step))
 
     def _failed(self, peer: Peer, message: msg.LearnerFailed) -> list[ev.Event]:
         raise RunFailed(f"learner rank {message.rank} failed: {message.error}")

@@ -2,14 +2,17 @@
 
 Owns the core and its event log, the records on disk, the trajectories held, the prompts drawn and the
 peers connected; opens and closes all of them. `handle` is the only way to the core, and logs each event
-before the core sees it. Decides nothing. Driven by `buffer.service`.
+before the core sees it. After a restart, `buffer.recovery` brings all of it back from the logs. Decides
+nothing. Driven by `buffer.service`.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,17 @@ from buffer.data.outstanding_prompts import OutstandingPrompts
 from buffer.data.sources import make_sources
 from buffer.peers import Peer, Peers
 from buffer.records import run_files
-from buffer.records.event_log import EventLog
+from buffer.records.event_log import BufferState, Checkpoint, EventLog, Learner, Rewound
+from buffer.records.files import RunLock, atomic_write
+from buffer.records.journal import Journal
 from buffer.records.metrics import Metrics
-from buffer.records.trajectories import Journal, TrajectoryStore
+from buffer.records.trajectories import TrajectoryStore
 from buffer.wire import messages as msg
 from buffer.wire.transport import Publisher, Router, next_port
 from configs.cli import to_yaml
 from configs.schema import Config
 from darts import events as ev
+from darts.checkpoint import restore, save
 from darts.config import core_config
 from darts.core import Core
 from darts.lengths import LengthStats, spread
@@ -44,45 +50,96 @@ class RunState:
         self._trackers = run_files.load_trackers(config.run.trackers)
         self.router = Router(config.buffer.address, msg.Inbound, config.buffer.keys)
         self.publisher = Publisher(next_port(self.router.address), config.buffer.keys)
-        self.last_row: dict[str, Any] = {}
-        self.step, self.base_version = self._open_folder()
+        self._disk_thread = ThreadPoolExecutor(1, "fsync")
+        self.lock = self._open_folder()
         self.journal = Journal(self.folder / "journal.sqlite")
         self.run_id = self.journal.run_id()
-        cursor = self.journal.cursor(self.step) if self.step else None
-        self.prompts = OutstandingPrompts(sources.train, cursor)
+        fsync_s = config.buffer.fsync_s
+        self.log, self.recovered = EventLog.open(
+            self.folder / "events", core_config(config), fsync_s, self._disk_thread
+        )
+        state = self.recovered.checkpoint.buffer
+        self.step = state.step if state else 0
+        self.policy: msg.SnapshotRef | None = state.policy if state else None
+        self.learner: Learner | None = state.learner if state else None
+        self.prompts = OutstandingPrompts(sources.train, state.cursor if state else None)
         self.eval_payloads = {p.prompt_id: p for p in sources.eval_prompts}
         self.store = TrajectoryStore(config.buffer.max_bytes)
+        self.rows = run_files.repair(self.folder, state.groups_bytes if state else 0)
         self.files = run_files.RunFiles(self.folder, self._trackers)
         self.metrics = Metrics()
-        self.metrics.restore(self.last_row)
-        self.core = Core(core_config(config))
-        self.log = EventLog(self.folder / "events.msgpack", self.core.config)
+        self.metrics.tokens.update(state.tokens if state else {})
+        core_state = self.recovered.checkpoint.core
+        self.core = (
+            restore(core_config(config), core_state) if core_state else Core(core_config(config))
+        )
         self.peers = Peers()
-        self.policy: msg.SnapshotRef | None = None
         self.phase = "starting"
+        self.replaying = False  # during recovery: record, and send nothing
+        self.last_row: dict[str, Any] = self.rows[-1] if self.rows else {}
         self.texts: dict[int, str] = {}  # responses of finished rollouts
         self.errors: dict[int, str] = {}  # group -> its most recent failure
         self.learned: dict[str, LengthStats] = {}  # not yet in the journal
-        self._started_s = time.monotonic() - self.last_row.get("time_s", 0.0)
+        self._released: deque[tuple[int, int]] = deque()  # (record of its end, rollout)
+        last_s = self.recovered.entries[-1][0] if self.recovered.entries else 0.0
+        self.started_s = time.monotonic() - max(last_s, self.last_row.get("time_s", 0.0))
 
-    def _open_folder(self) -> tuple[int, int]:
-        """The steps done, and the policy version from which the learner resumes."""
-        if not (self.config.run.resume and (self.folder / "config.yaml").exists()):
-            run_files.start(self.folder, to_yaml(self.config))
-            return 0, -1
-        step, version = run_files.checkpoint_step(self.folder)
-        self.last_row = run_files.resume(self.folder, step, self.config.batch.groups)
-        return step, version
+    def _open_folder(self) -> RunLock:
+        """Start the run's folder, or go on in it; one buffer at a time."""
+        exists = (self.folder / "config.yaml").exists()
+        if self.config.run.resume and not exists:
+            raise ValueError(run_files.no_such_run(self.folder))
+        if exists and not self.config.run.resume:
+            raise ValueError(
+                f"run directory {self.folder} holds a run already: "
+                "set run.resume=true to continue it, or choose another run.name"
+            )
+        lock = RunLock(self.folder)
+        if not exists:
+            atomic_write(self.folder / "config.yaml", to_yaml(self.config))
+        return lock
 
     # The core ---------------------------------------------------------------------------------------
 
     def handle(self, event: ev.Event) -> Sequence[ev.Decision]:
         """Log `event` and let the core decide. Raises `ProtocolError`, with the core unchanged."""
-        self.log.event(event, self.now())
+        now_s = self.now()
+        self.log.event(event, now_s)
         decisions = self.core.handle(event)
-        for decision in decisions:
-            self.log.decision(decision)
+        self.log.decisions(decisions, now_s)
         return decisions
+
+    def poll_disk(self) -> None:
+        """Make older records durable, and let go of tokens whose end is durable."""
+        ended, self.store.ended = self.store.ended, []
+        self._released.extend((self.log.log.next_seq - 1, rollout_id) for rollout_id in ended)
+        assert self.store.log is not None
+        self.store.log.log.poll()
+        synced_seq = self.log.log.poll()
+        while self._released and self._released[0][0] <= synced_seq:
+            self.store.log.discard(self._released.popleft()[1])
+
+    def make_durable(self) -> None:
+        """Return once everything so far would survive a power cut: before a shard or an acknowledgement."""
+        assert self.store.log is not None
+        self.store.log.sync()
+        self.log.log.sync()
+
+    def rotate_log(self) -> None:
+        """At the end of a step: begin a segment of the log once the present one is large."""
+        if self.log.log.segment_bytes < self.config.buffer.segment_bytes:
+            return
+        self.save_learned()
+        state = BufferState(
+            step=self.step,
+            cursor=self.prompts.cursor,
+            tokens=dict(self.metrics.tokens),
+            groups_bytes=self.files.groups_bytes(),
+            policy=self.policy,
+            learner=self.learner,
+        )
+        checkpoint = Checkpoint(config=self.core.config, core=save(self.core), buffer=state)
+        self.log.rotate(checkpoint, self.now(), self.config.buffer.keep_event_bytes)
 
     def due_events(self) -> list[ev.Event]:
         """Events that this side owes the core: a window of prompts, a pause while the store is full."""
@@ -93,22 +150,19 @@ class RunState:
             and not self.core.run_ended
             and self.core.policy_version >= 0
         ):
-            payloads = self.prompts.draw(self.config.batch.groups)
-            known = self.journal.lengths(p.prompt_id for p in payloads)
+            drawn = self.prompts.draw(self.config.batch.groups)
+            known = self.journal.lengths(payload.prompt_id for _, payload in drawn)
             due.append(
                 ev.PromptsDrawn(
-                    tuple(ev.Prompt(p.prompt_id, known.get(p.prompt_id)) for p in payloads)
+                    tuple(
+                        ev.Prompt(p.prompt_id, known.get(p.prompt_id), visit) for visit, p in drawn
+                    )
                 )
             )
-            num_pending += len(payloads)
+            num_pending += len(drawn)
         if self.store.full != self.core.admission_paused:
             due.append(ev.AdmissionPaused(self.store.full))
         return due
-
-    def first_events(self) -> list[ev.Event]:
-        """Events that tell a fresh core about the earlier life of a resumed run."""
-        pool = self.journal.lengths([""]).get("") if self.step else None
-        return [] if pool is None else [ev.PoolRestored(pool)]
 
     # Groups that end ----------------------------------------------------------------------------------
 
@@ -133,11 +187,13 @@ class RunState:
         if record.end != "run_ended":
             self.record(record)
         if not drop.requeued:
-            self.prompts.done(record.prompt_id)
+            self.prompts.done(record.visit)
         self.check_failures(record)
 
     def check_failures(self, record: ev.GroupRecord) -> None:
         """A rollout that failed for good stops the run unless it may be skipped; it is never scored 0."""
+        if self.replaying:
+            return
         error = self.errors.pop(record.group_id, None)
         gave_up = record.end == "failed" or (
             record.end == "evaluated" and any(r.reward is None for r in record.rollouts)
@@ -155,20 +211,26 @@ class RunState:
             self.learned.clear()
 
     def rewind(self, step: int) -> None:
-        """A learner came back with an older checkpoint: withdraw the records of later steps."""
-        if step > self.step:
-            raise RunFailed(
-                f"the learner is at step {step}, the buffer at {self.step}: "
-                "start both with the same run.name and run.resume"
-            )
+        """A learner came back with an older checkpoint: withdraw the records of later steps.
+
+        Their prompts are drawn again before anything new.
+        """
         self.files.close()
-        self.last_row = run_files.resume(self.folder, step, self.config.batch.groups)
+        withdrawn = run_files.withdraw_groups(self.folder, step, self.config.batch.groups)
+        if not self.replaying:  # after a replay, the other files tell how it went on
+            self.rows = run_files.withdraw_rows(self.folder, step)
+        self.last_row = self.rows[step - 1] if step else {}
         self.files = run_files.RunFiles(self.folder, self._trackers)
+        self.metrics.tokens.clear()
+        self.metrics.restore(self.last_row)
+        self.prompts.put_back(withdrawn)
         self.say(
-            f"the learner resumes at step {step}; "
-            f"records of steps {step}..{self.step - 1} are withdrawn"
+            f"the learner resumes at step {step}; records of steps {step}..{self.step - 1} are "
+            f"withdrawn, and {len(withdrawn)} prompts return to the stream"
         )
         self.step = step
+        if not self.replaying:
+            self.log.note(Rewound(step=step), self.now())
 
     # Peers and the terminal ---------------------------------------------------------------------------
 
@@ -179,15 +241,17 @@ class RunState:
                 f"it belongs to another run than {self.folder}: it outlived the buffer of that run"
             )
 
-    def send(self, peer: Peer, message: msg.Message) -> None:
-        """Nothing is sent to a peer that is gone; its silence will end it."""
-        self.router.send(peer.identity, message)
+    def send(self, peer: Peer, message: msg.Message) -> bool:
+        """False if the peer is gone; its silence will end it."""
+        return self.router.send(peer.identity, message)
 
     def now(self) -> float:
         """Seconds that this run has lasted, including those before a resume."""
-        return time.monotonic() - self._started_s
+        return time.monotonic() - self.started_s
 
     def say(self, line: str) -> None:
+        if self.replaying:
+            return
         print(f"buffer: {line}", flush=True)
 
     def warn(self, line: str) -> None:
@@ -199,7 +263,11 @@ class RunState:
             self.send(peer, msg.Shutdown(error=error))
         self.save_learned()
         self.log.close()
+        if self.store.log is not None:
+            self.store.log.close()
         self.files.close()
         self.journal.close()
         self.router.close()
         self.publisher.close()
+        self._disk_thread.shutdown()
+        self.lock.release()

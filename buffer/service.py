@@ -25,6 +25,7 @@ from buffer.engine_side import EngineSide
 from buffer.evaluation import Evaluation
 from buffer.learner_side import LearnerSide
 from buffer.records.live_state import live_state
+from buffer.recovery import replay, restore_tokens
 from buffer.run_state import RunFailed, RunState
 from buffer.wire import messages as msg
 from configs.schema import Config
@@ -57,7 +58,7 @@ class Service:
         run = self.run
         run.say(f"listening on {run.router.address}, run directory {run.folder}")
         try:
-            self._apply(run.first_events())
+            self._recover()
             while run.phase != "done" and not self._stopped():
                 for identity, message in run.router.receive(POLL_S):
                     self._receive(identity, message)
@@ -65,6 +66,7 @@ class Service:
                 self._apply(run.due_events())
                 self._apply(self.engines.flush())
                 run.save_learned()
+                run.poll_disk()
                 self._tick(time.monotonic())
         except RunFailed as error:
             self.error = str(error)
@@ -109,6 +111,56 @@ class Service:
         if now_s >= self._next_live_state_s:
             self._next_live_state_s = now_s + LIVE_STATE_S
             self.run.publisher.publish(b"state", live_state(self.run))
+
+    # Recovery -----------------------------------------------------------------------------------------
+
+    def _recover(self) -> None:
+        """Continue where an earlier life of this buffer stopped; a fresh run has nothing to continue."""
+        run = self.run
+        replay(run, self._replayed, self._record_again, self.learner.note_trained)
+        lost = restore_tokens(run)
+        if run.recovered.is_new:
+            return
+        self._apply([ev.BufferRestarted(), *lost])
+        self.learner.restore()
+        self.engines.restore(time.monotonic())
+        if run.core.policy_version >= 0:
+            run.phase = "training"
+        if run.step == self.config.run.steps:
+            self._apply(self._finish_again())
+        run.say(
+            f"continues at step {run.step} with {len(run.core.groups)} groups outstanding; "
+            f"{len(run.core.engines.by_id)} engines have {self.config.buffer.peer_timeout_s:g} s "
+            "to join again"
+        )
+
+    def _replayed(self, event: ev.Event) -> None:
+        if isinstance(event, ev.EvaluationRequested):
+            self.evaluation.requested(self.run.step)
+        elif isinstance(event, ev.LearnerJoined):
+            self.learner.forget_step()
+
+    def _record_again(self, decision: ev.Decision) -> None:
+        """A decision of an earlier life: only its records are made again."""
+        if isinstance(
+            decision, (ev.Ship, ev.Close, ev.Drop, ev.CountOvershoot, ev.RememberLengths)
+        ):
+            self._perform(decision)
+        elif isinstance(decision, ev.Evaluated):
+            self.evaluation.group_ended(decision.record)
+
+    def _finish_again(self) -> list[ev.Event]:
+        """The last step is done: the run ends once its evaluation is complete."""
+        run = self.run
+        if len(run.rows) == self.config.run.steps:
+            run.phase = "done"
+            return []
+        run.phase = "evaluating"
+        if run.core.run_ended and self.evaluation.step is None:
+            self._end()
+            return []
+        events: list[ev.Event] = [] if run.core.run_ended else [ev.RunEnded()]
+        return events + self.evaluation.request()
 
     # Messages -----------------------------------------------------------------------------------------
 
@@ -183,15 +235,23 @@ class Service:
     def _step_done(self, row: dict[str, Any]) -> list[ev.Event]:
         """Write a step's row of metrics; the last one waits for the last evaluation."""
         run = self.run
+        self.learner.acknowledge(row["step"])
         if run.step == self.config.run.steps:
             self._final_row = row
             run.phase = "evaluating"
+            if run.replaying:
+                return []
             evaluation = self.evaluation.request()
             if not evaluation and self.evaluation.step is None:
                 self._end()
             return [ev.RunEnded(), *evaluation]
         run.last_row = row
-        run.files.metrics(row)
+        if not run.replaying or run.step > len(run.rows):
+            run.files.metrics(row)
+        if run.replaying:
+            return []
+        if self.evaluation.step is None:
+            run.rotate_log()
         return self.evaluation.request() if self.evaluation.due_after(run.step) else []
 
     def _held_out_group_ended(self, record: ev.GroupRecord) -> list[ev.Event]:

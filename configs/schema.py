@@ -373,6 +373,23 @@ class BufferConfig:
         "Folder of the CURVE keys, made by `python -m tools.keys FOLDER`. They are required as "
         "soon as an address is not on the loopback interface.",
     )
+    fsync_s: float = key(
+        0.05,
+        "Records become durable together this often, in seconds; 0: each one at once. A power cut "
+        "loses at most the tokens streamed meanwhile; a killed process loses nothing.",
+        ge=0,
+    )
+    segment_bytes: int = key(
+        64_000_000,
+        "Size at which a segment of the event log ends, in bytes. A restarted buffer reads one "
+        "segment; lower it if restarts take long.",
+        ge=1,
+    )
+    keep_event_bytes: int = key(
+        1_000_000_000,
+        "Size of the event log that is kept for tools.replay, in bytes; older segments are removed.",
+        ge=0,
+    )
     max_bytes: int = key(
         2_000_000_000,
         "Memory for trajectories, in bytes. While it is full, no new group is opened.",
@@ -471,6 +488,11 @@ class LearnerConfig:
         1, "Number of data-parallel (FSDP) processes on this node, one per GPU.", ge=1
     )
     device: Device = key("auto", "Device of the ranks; auto uses CUDA if there is a GPU.")
+    take_over: bool = key(
+        False,
+        "Replace a learner of this run that is still alive. Without it a second learner is refused; "
+        "set it if the first one hangs where you cannot stop it.",
+    )
     activation_checkpointing: bool = key(
         False,
         "Recompute activations in the backward pass. It saves memory and costs about a third more "

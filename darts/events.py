@@ -263,6 +263,7 @@ class GroupRecord:
     long_end: LongEnd
     end: GroupEnd
     rollouts: tuple[RolloutRecord, ...]
+    visit: int = 0
 
 
 @dataclass(frozen=True, slots=True)

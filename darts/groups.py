@@ -169,6 +169,7 @@ class Group:
             long_end=self.long_end,
             end=end,
             rollouts=rows,
+            visit=self.prompt.visit,
         )
 
 

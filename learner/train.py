@@ -17,7 +17,7 @@ Left out: several updates per shard, a KL penalty and its reference model, a cri
 
 from __future__ import annotations
 
-import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,21 +28,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from buffer.wire.client import LearnerLink
-from buffer.wire.messages import (
-    LearnerFailed,
-    LearnerHello,
-    Published,
-    Pull,
-    Shard,
-    Shutdown,
-    Trained,
-)
+from buffer.wire.messages import LearnerFailed, Shard
 from buffer.wire.transport import TransportError
 from configs.errors import one_line
 from configs.schema import Config
-from darts.events import ProtocolError
-from learner import BufferLost, RunStopped, checkpoint, fsdp
+from learner import RunStopped, checkpoint, fsdp
 from learner.agreement import Agreement
 from learner.batch import Pack, empty_pack, make_packs
 from learner.boundaries import Boundaries
@@ -50,8 +40,8 @@ from learner.capability import Packing, probe_packing
 from learner.loss import clipped_surrogate, token_logprobs
 from learner.metrics import TokenSums, peak_bytes
 from learner.publish import Publisher
+from learner.session import BufferSession, RunEnded
 
-POLL_S = 1.0
 SURVIVOR_GRACE_S = 5.0
 UNPUBLISHED = -1  # no actor ever samples with this version
 NOTHING_TO_TRAIN_ON = (
@@ -76,7 +66,6 @@ class LearnerState:
     policy_version: int = -1  # newest published
     saved_step: int = 0  # of the newest checkpoint; there is nothing to save before the first step
     published: bool = False  # whether the weights are exactly those of `policy_version`
-    stop_requested: Callable[[], bool] = lambda: False
 
     @property
     def model(self) -> PreTrainedModel:
@@ -94,46 +83,38 @@ def run_rank(
 
     Raises `RunStopped` (the buffer's error, or `stop_requested`), `TransportError` (no buffer), `ValueError` (configuration), or whatever broke.
     """
-    with (
-        fsdp.process_group(config, rank, num_ranks, local_rank) as device,
-        _link(config, rank) as link,
-    ):
+    with fsdp.process_group(config, rank, num_ranks, local_rank) as device:
         state = build_state(config, device, rank, num_ranks)
-        state.stop_requested = stop_requested
         if config.run.resume:
             _resume(state)
-        with Publisher(config, rank) as publisher:
-            _join(state, link)
-            with _until_told_to_stop(state, link):
-                while True:
-                    try:
-                        _train(state, link, publisher)
-                    except TransportError as error:
-                        _rejoin(state, link, error)
+        incarnation = draw_incarnation(device, rank)
+        with (
+            BufferSession(config, rank, num_ranks, incarnation, stop_requested) as session,
+            Publisher(config, rank) as publisher,
+        ):
+            _join(state, session)
+            with _until_told_to_stop(state, session):
+                _train(state, session, publisher)
     return 0
 
 
-def _train(state: LearnerState, link: LearnerLink, publisher: Publisher) -> None:
-    """Every step that is left. Leaves by an exception only: what a `Shutdown` means, or a lost buffer."""
+def _train(state: LearnerState, session: BufferSession, publisher: Publisher) -> None:
+    """Take every step that is left. Ends with an exception only, which says how the run ended."""
     config = state.config
-    _publish(state, publisher, link)
+    _publish(state, publisher, session)
     while state.step < config.run.steps:
-        shard, pull_s = _pull(state, link)
+        shard, pull_s = session.pull(state.step)
         metrics = train_step(state, shard) | {"wait/pull_s": pull_s}
         last = state.step == config.run.steps
         if last or state.step % config.weights.publish_every == 0:
-            metrics |= _publish(state, publisher, link)
+            metrics |= _publish(state, publisher, session)
         if last:  # before its acknowledgement, which may end the run
             save(state)
         if state.rank == 0:
-            num_tokens = int(metrics["train/tokens"])
-            link.send(Trained(step=shard.step, num_tokens=num_tokens, metrics=metrics))
+            session.trained(shard.step, int(metrics["train/tokens"]), metrics)
         if not last and state.step % config.learner.checkpoint_every == 0:
             save(state)
-    _receive(state, link)  # serves the last snapshot while the run is evaluated
-    raise ProtocolError(
-        f"rank {state.rank} was handed a shard after the last step, {config.run.steps - 1}"
-    )
+    session.wait_for_the_end()  # serves the last snapshot while the run is evaluated
 
 
 def build_state(
@@ -238,65 +219,22 @@ def learning_rate(config: Config, step: int) -> float:
 # With the buffer ---------------------------------------------------------------------------------------------------
 
 
-class _RunEnded(Exception):
-    """The buffer says that the run ended well."""
-
-
-def _link(config: Config, rank: int) -> LearnerLink:
-    return LearnerLink(
-        config.buffer.address, f"learner/{rank}", config.buffer.keys, config.buffer.peer_timeout_s
-    )
-
-
-def _join(state: LearnerState, link: LearnerLink) -> None:
+def _join(state: LearnerState, session: BufferSession) -> None:
     """Greet the buffer. Rank 0 goes last, so its hello means that every rank is ready."""
-    hello = LearnerHello(
-        rank=state.rank, num_ranks=state.num_ranks, step=state.step, pid=os.getpid()
-    )
     if state.rank == 0:
         fsdp.barrier()
-    state.policy_version = link.connect(hello, state.config.buffer.connect_timeout_s).policy_version
+    state.policy_version = session.join(state.step)
     if state.rank != 0:
         fsdp.barrier()
 
 
-def _rejoin(state: LearnerState, link: LearnerLink, lost: TransportError) -> None:
-    """Wait for a buffer that was restarted: trained weights are worth more than a clean start. Raises if it does not come back."""
-    if state.num_ranks > 1:
-        raise BufferLost(str(lost)) from lost
-    print(f"learner: {lost}; waiting for it", file=sys.stderr, flush=True)
-    _join(state, link)
+def draw_incarnation(device: torch.device, rank: int) -> str:
+    """A name that all ranks of this learner share, and no other learner has. A collective."""
+    drawn = secrets.randbits(48) if rank == 0 else -1
+    return f"{int(fsdp.all_max(drawn, device)):012x}"
 
 
-def _pull(state: LearnerState, link: LearnerLink) -> tuple[Shard, float]:
-    """This rank's shard of the next step, and the seconds it took to come."""
-    started = time.monotonic()
-    link.send(Pull(rank=state.rank, step=state.step))
-    shard = _receive(state, link)
-    if shard.step != state.step:
-        raise ProtocolError(
-            f"rank {state.rank} asked for step {state.step} and was handed step {shard.step}"
-        )
-    return shard, time.monotonic() - started
-
-
-def _receive(state: LearnerState, link: LearnerLink) -> Shard:
-    """The next shard, however long the buffer gathers it: its heartbeat is the deadline. Raises what a `Shutdown` means."""
-    while True:
-        if state.stop_requested() and state.num_ranks == 1:
-            raise RunStopped("the learner was asked to stop")
-        message = link.receive(POLL_S)
-        if isinstance(message, Shard):
-            return message
-        if isinstance(message, Shutdown):
-            raise (
-                RunStopped(f"the buffer stopped the run: {message.error}")
-                if message.error
-                else _RunEnded
-            )
-
-
-def _publish(state: LearnerState, publisher: Publisher, link: LearnerLink) -> dict[str, float]:
+def _publish(state: LearnerState, publisher: Publisher, session: BufferSession) -> dict[str, float]:
     started = time.monotonic()
     snapshot = publisher.publish(state.model, state.policy_version + 1)
     state.policy_version += 1
@@ -304,16 +242,16 @@ def _publish(state: LearnerState, publisher: Publisher, link: LearnerLink) -> di
     if snapshot is None:
         return {}
     seconds = time.monotonic() - started
-    link.send(Published(policy=snapshot, seconds=seconds))
+    session.announce(snapshot, seconds)
     return {"publish/seconds": seconds, "publish/bytes": float(snapshot.num_bytes)}
 
 
 @contextmanager
-def _until_told_to_stop(state: LearnerState, link: LearnerLink) -> Iterator[None]:
+def _until_told_to_stop(state: LearnerState, session: BufferSession) -> Iterator[None]:
     """Leave quietly when the run ended well; tell the buffer of any exception of ours before it ends this process."""
     try:
         yield
-    except _RunEnded:
+    except RunEnded:
         return
     except RunStopped:
         save(state)  # every rank stands at the same step, waiting for its shard
@@ -324,7 +262,7 @@ def _until_told_to_stop(state: LearnerState, link: LearnerLink) -> Iterator[None
         if state.num_ranks > 1 and isinstance(error, RuntimeError):
             # A dead rank breaks the collectives of all others: let whoever watches us find it, before we are taken for the cause.
             time.sleep(SURVIVOR_GRACE_S)
-        link.send(LearnerFailed(rank=state.rank, error=one_line(error, with_type=True)))
+        session.link.send(LearnerFailed(rank=state.rank, error=one_line(error, with_type=True)))
         raise
 
 

@@ -435,7 +435,14 @@ class FakeLearner(threading.Thread):
         self.shutdown: msg.Shutdown | None = None
 
     def run(self) -> None:
-        hello = msg.LearnerHello(rank=0, num_ranks=1, step=self.step, pid=id(self) % 10**6)
+        hello = msg.LearnerHello(
+            rank=0,
+            num_ranks=1,
+            step=self.step,
+            pid=id(self) % 10**6,
+            incarnation=f"{id(self):x}",
+            resumed=True,
+        )
         with LearnerLink(self.address, "learner/0", peer_timeout_s=10) as link:
             version = link.connect(hello, 20).policy_version + 1
             self.publish(link, version)

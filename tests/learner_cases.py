@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from buffer.wire.messages import (
+    Acknowledged,
     Heartbeat,
     LearnerFailed,
     LearnerHello,
@@ -199,6 +200,7 @@ class FakeBuffer:
                         self._router.send(peer, self.steps[message.step][message.rank])
                 elif isinstance(message, Trained):
                     self.trained[message.step] = message.metrics
+                    self._router.send(peer, Acknowledged(step=message.step))
                     if message.step == self.last_step:
                         self._shut_down(peers)
                 elif isinstance(message, LearnerFailed | Published):

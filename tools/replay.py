@@ -17,6 +17,7 @@ from buffer.records.event_log import LoggedEvent, read_sessions
 from configs.command import run_command
 from configs.errors import ExitStatus
 from darts import events as ev
+from darts.checkpoint import CoreState, restore
 from darts.config import CoreConfig
 from darts.core import Core
 from tools.reporting.group_story import Story
@@ -39,9 +40,9 @@ class Replayed(NamedTuple):
     difference: Difference | None
 
 
-def replay(config: CoreConfig, logged: Iterable[LoggedEvent]) -> Replayed:
-    """Drive a fresh core with the recorded events of one session, up to the first difference."""
-    core = Core(config)
+def replay(config: CoreConfig, state: CoreState | None, logged: Iterable[LoggedEvent]) -> Replayed:
+    """Drive a core with the recorded events of one segment, up to the first difference."""
+    core = Core(config) if state is None else restore(config, state)
     num_events = num_decisions = 0
     for _, event, recorded, complete in logged:
         try:
@@ -60,15 +61,15 @@ def replay(config: CoreConfig, logged: Iterable[LoggedEvent]) -> Replayed:
 
 
 def compare(path: Path) -> int:
-    """Replay every session of the log at `path` and print the result. Returns the exit status."""
+    """Replay every segment of the log in `path` and print the result. Returns the exit status."""
     started = time.perf_counter()
     num_events = num_decisions = 0
-    for session, (config, logged) in enumerate(read_sessions(path)):
-        result = replay(config, logged)
+    for number, session in enumerate(read_sessions(path), 1):
+        result = replay(*session)
         if result.difference is not None:
-            number, event, recorded, replayed = result.difference
+            place, event, recorded, replayed = result.difference
             print(
-                f"error: session {session}, event {number} {event}\n"
+                f"error: segment {number}, event {place} {event}\n"
                 f"  recorded {recorded}\n  replayed {replayed}",
                 file=sys.stderr,
             )
@@ -83,9 +84,9 @@ def compare(path: Path) -> int:
 def tell(path: Path, group_id: int | None, prompt_id: str | None) -> int:
     """Print the life of one group, or of all groups of a prompt. Returns the exit status."""
     num_lines = 0
-    for _, logged in read_sessions(path):
-        story = Story(group_id, prompt_id)
-        for entry in logged:
+    story = Story(group_id, prompt_id)
+    for session in read_sessions(path):
+        for entry in session.events:
             for line in story.lines(entry):
                 num_lines += 1
                 print(line)
@@ -103,8 +104,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    path: Path = given.run / "events.msgpack"
-    if not path.is_file():
+    path: Path = given.run / "events"
+    if not path.is_dir():
         raise ValueError(f"{path} does not exist: give the directory of a run, such as runs/demo")
     if given.group is not None or given.prompt is not None:
         return tell(path, given.group, given.prompt)

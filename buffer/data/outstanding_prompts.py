@@ -1,12 +1,14 @@
-"""Prompts that were drawn from the stream and have not been trained on yet.
+"""Prompts that were drawn from the stream and whose groups have not ended for good.
 
 Owns the payloads of prompts that the core knows, and the cursor by which a resumed run skips none and
-repeats none. Driven by `buffer.run_state`.
+repeats none. A draw is known by its *visit*, its position in the stream, since a small source may have
+the same prompt outstanding twice. Driven by `buffer.run_state`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import heapq
+from collections.abc import Iterable
 
 import msgspec
 
@@ -15,52 +17,67 @@ from buffer.wire.messages import PromptPayload
 
 
 class Cursor(msgspec.Struct, frozen=True):
-    """Where the stream stands: prompts drawn, and the positions of those that are outstanding."""
+    """Where the stream stands: prompts drawn so far, visits that are outstanding, visits put back."""
 
     position: int
-    unfinished: list[int]
+    outstanding: list[int]
+    again: list[int]
 
 
 class OutstandingPrompts:
-    """Draws prompts and remembers each, by its id, until its group has ended for good."""
+    """Draws prompts and remembers each, by its visit, until its group has ended for good."""
 
     def __init__(self, stream: PromptStream, cursor: Cursor | None = None) -> None:
         self._stream = stream
-        self._again = sorted(cursor.unfinished) if cursor else []
-        self._payloads: dict[str, PromptPayload] = {}
-        # A small source may have the same prompt outstanding twice.
-        self._positions: dict[str, list[int]] = defaultdict(list)
+        self._again: list[int] = []  # a heap of visits to draw before anything new
+        self._payloads: dict[int, PromptPayload] = {}
         if cursor:
             stream.seek(cursor.position)
+            self.restore(cursor.outstanding)
+            self.put_back(cursor.again)
 
-    def draw(self, num_prompts: int) -> list[PromptPayload]:
-        """The next window. Prompts that an earlier life left unfinished come first."""
-        return [self._draw_one() for _ in range(num_prompts)]
+    def draw(self, num_prompts: int) -> list[tuple[int, PromptPayload]]:
+        """The next window, as (visit, payload). Prompts that were put back come first."""
+        drawn: list[tuple[int, PromptPayload]] = []
+        for _ in range(num_prompts):
+            if self._again:
+                visit = heapq.heappop(self._again)
+                self._payloads[visit] = self._at(visit)
+            else:
+                visit = self._stream.position
+                self._payloads[visit] = self._stream.draw(1)[0]
+            drawn.append((visit, self._payloads[visit]))
+        return drawn
 
-    def _draw_one(self) -> PromptPayload:
-        if self._again:
-            position, resume_at = self._again.pop(0), self._stream.position
-            self._stream.seek(position)
-            payload = self._stream.draw(1)[0]
-            self._stream.seek(resume_at)
-        else:
-            position = self._stream.position
-            payload = self._stream.draw(1)[0]
-        self._payloads[payload.prompt_id] = payload
-        self._positions[payload.prompt_id].append(position)
-        return payload
+    def restore(self, visits: Iterable[int]) -> None:
+        """These were drawn in an earlier life of the buffer and are outstanding."""
+        for visit in visits:
+            if visit in self._again:
+                self._again.remove(visit)
+                heapq.heapify(self._again)
+            self._payloads[visit] = self._at(visit)
+            self._stream.seek(max(self._stream.position, visit + 1))
 
-    def payload(self, prompt_id: str) -> PromptPayload:
-        return self._payloads[prompt_id]
+    def put_back(self, visits: Iterable[int]) -> None:
+        """Draw these again before anything new. Outstanding ones are left alone."""
+        for visit in visits:
+            if visit not in self._payloads and visit not in self._again:
+                heapq.heappush(self._again, visit)
 
-    def done(self, prompt_id: str) -> None:
-        """One group of this prompt was trained on, or dropped and not put back."""
-        positions = self._positions[prompt_id]
-        positions.pop(0)
-        if not positions:
-            del self._positions[prompt_id], self._payloads[prompt_id]
+    def payload(self, visit: int) -> PromptPayload:
+        return self._payloads[visit]
+
+    def done(self, visit: int) -> None:
+        """The group of this visit was trained, or dropped and not put back."""
+        del self._payloads[visit]
 
     @property
     def cursor(self) -> Cursor:
-        unfinished = [position for positions in self._positions.values() for position in positions]
-        return Cursor(self._stream.position, sorted(unfinished + self._again))
+        return Cursor(self._stream.position, sorted(self._payloads), sorted(self._again))
+
+    def _at(self, visit: int) -> PromptPayload:
+        position = self._stream.position
+        self._stream.seek(visit)
+        payload = self._stream.draw(1)[0]
+        self._stream.seek(position)
+        return payload

@@ -1,21 +1,27 @@
-"""The core's event log, `events.msgpack`: every event before it is handled, its decisions after it.
+"""The buffer's event log, `events/`: every event before it is handled, its decisions after it, and notes.
 
-A stream of msgpack arrays [name, time_s, values], named by the type of the event or decision. Only an
-event has a time, in seconds since the run began. A session starts with the core's configuration; a
-resumed run has several sessions. A log that a kill cut short is readable up to its last whole entry.
+A segmented log (`segments`). A segment starts with a `Checkpoint` and continues with records: an event
+of the core, the decisions that followed it, or a note about a fact outside the core that a restarted
+buffer needs. A restart reads the newest segment; `tools.replay` reads all that are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
-import msgpack
 import msgspec
 
+from buffer.data.outstanding_prompts import Cursor
+from buffer.records.files import DISK
+from buffer.records.segment_files import Record, read_segments
+from buffer.records.segments import SegmentLog
+from buffer.wire.messages import SnapshotRef
 from darts import events as ev
+from darts.checkpoint import CoreState
 from darts.config import CoreConfig
 
 EVENT_TYPES: dict[str, type] = {t.__name__: t for t in get_args(ev.Event)}
@@ -23,14 +29,63 @@ DECISION_TYPES: dict[str, type] = {t.__name__: t for t in get_args(ev.Decision)}
 _FIELDS = {
     t: tuple(f.name for f in fields(t)) for t in (*EVENT_TYPES.values(), *DECISION_TYPES.values())
 }
-_SESSION = "core"
+_DECISIONS = "decisions"
+
+
+class Learner(msgspec.Struct, frozen=True, tag=True):
+    """A note, and part of a checkpoint: the learner that trains this run."""
+
+    incarnation: str
+    num_ranks: int
+
+
+class BufferState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the buffer knows besides its core, at the end of a step with no evaluation under way."""
+
+    step: int
+    cursor: Cursor
+    tokens: dict[str, int]  # the cumulative sums of `metrics.jsonl`
+    groups_bytes: int  # of groups.jsonl
+    policy: SnapshotRef | None
+    learner: Learner | None
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """The head of a segment. A fresh run's first one has no state yet."""
+
+    config: CoreConfig
+    core: CoreState | None = None
+    buffer: BufferState | None = None
+
+
+class Trained(msgspec.Struct, frozen=True, tag=True):
+    """A note: the learner trained `step`, on so many tokens, and reported these metrics."""
+
+    step: int
+    num_tokens: int
+    metrics: dict[str, float]
+
+
+class Policy(msgspec.Struct, frozen=True, tag=True):
+    """A note: the policy that engines are to load."""
+
+    policy: SnapshotRef
+
+
+class Rewound(msgspec.Struct, frozen=True, tag=True):
+    """A note: a learner resumed at `step`, so later steps were withdrawn."""
+
+    step: int
+
+
+Note = Trained | Policy | Rewound | Learner
 
 
 class LoggedEvent(NamedTuple):
     """An event, the time at which it was logged, and the decisions that followed it.
 
-    `complete` is False for the last event of a session: a killed buffer may have logged only some of
-    its decisions.
+    `complete` is False for the last event of a segment: a killed buffer may not have logged its
+    decisions.
     """
 
     time_s: float
@@ -39,90 +94,118 @@ class LoggedEvent(NamedTuple):
     complete: bool
 
 
-Session = tuple[CoreConfig, Iterator[LoggedEvent]]
+class Session(NamedTuple):
+    """One segment: the configuration and state of the core at its head, and the events after it."""
+
+    config: CoreConfig
+    state: CoreState | None
+    events: Iterator[LoggedEvent]
+
+
+class Recovered(NamedTuple):
+    """What a restarted buffer reads: the newest checkpoint, and (time, event or note) after it."""
+
+    checkpoint: Checkpoint
+    entries: list[tuple[float, ev.Event | Note]]
+    is_new: bool
 
 
 class EventLog:
-    """Appends to a run's log. The file is buffered until `flush`."""
+    """Appends to the log of a run. A record is in the file at once, and durable after `sync`."""
 
-    def __init__(self, path: Path, config: CoreConfig) -> None:
-        self._file: BinaryIO = path.open("ab")
+    def __init__(self, log: SegmentLog) -> None:
+        self.log = log
         self._encode = msgspec.msgpack.Encoder().encode
-        self._file.write(self._encode((_SESSION, None, asdict(config))))
+
+    @classmethod
+    def open(
+        cls, folder: Path, config: CoreConfig, fsync_s: float, executor: Executor | None = None
+    ) -> tuple[EventLog, Recovered]:
+        """Open or start the log in `folder`. Raises ValueError if it is damaged or of another version."""
+        is_new = not folder.is_dir() or not any(folder.glob("*.log"))
+        first = msgspec.msgpack.encode(Checkpoint(config=config))
+        log, found = SegmentLog.open(
+            folder, first_checkpoint=first, fsync_s=fsync_s, executor=executor
+        )
+        checkpoint = _checkpoint(folder, found.checkpoint)
+        entries = [
+            (record.time_s, entry)
+            for record in found.records
+            if not isinstance(entry := _decode(folder, record), list)
+        ]
+        return cls(log), Recovered(checkpoint, entries, is_new)
 
     def event(self, event: ev.Event, time_s: float) -> None:
-        self._write(event, time_s)
+        self.log.append(self._encode(_named(event)), time_s)
 
-    def decision(self, decision: ev.Decision) -> None:
-        self._write(decision, None)
+    def decisions(self, decisions: Sequence[ev.Decision], time_s: float) -> None:
+        if decisions:
+            self.log.append(self._encode((_DECISIONS, [_named(d) for d in decisions])), time_s)
 
-    def _write(self, entry: ev.Event | ev.Decision, time_s: float | None) -> None:
-        kind = type(entry)
-        values = [getattr(entry, name) for name in _FIELDS[kind]]
-        self._file.write(self._encode((kind.__name__, time_s, values)))
+    def note(self, note: Note, time_s: float) -> None:
+        self.log.append(self._encode(("note", note)), time_s)
 
-    def flush(self) -> None:
-        self._file.flush()
+    def rotate(self, checkpoint: Checkpoint, time_s: float, keep_bytes: int) -> None:
+        """Start a segment from which a restart begins, and drop the oldest ones above `keep_bytes`."""
+        self.log.rotate(self._encode(checkpoint), time_s)
+        self.log.retain(keep_bytes)
 
     def close(self) -> None:
-        self._file.close()
+        self.log.close()
 
 
-def read_sessions(path: Path) -> Iterator[Session]:
-    """Each life of the buffer in turn: its core's configuration and its events.
-
-    Use up the events of one session before asking for the next. Raises ValueError if the file is not an
-    event log of this version.
-    """
-    with path.open("rb") as file:
-        reader = _Reader(path, msgpack.Unpacker(file, raw=False, strict_map_key=False))
-        while (config := reader.next_session()) is not None:
-            yield config, reader.events()
+def read_sessions(folder: Path) -> Iterator[Session]:
+    """Every segment that is kept, oldest first. Raises ValueError if the folder holds no event log."""
+    segments = read_segments(folder, DISK) if folder.is_dir() else []
+    for segment in segments:
+        checkpoint = _checkpoint(folder, segment.checkpoint.payload)
+        yield Session(checkpoint.config, checkpoint.core, _events(folder, segment.records))
 
 
-class _Reader:
-    def __init__(self, path: Path, raw: Any) -> None:
-        self._path = path
-        self._raw: Iterator[Any] = iter(raw)
-        self._header: Any = next(self._raw, None)
-
-    def next_session(self) -> CoreConfig | None:
-        header = self._header
-        if header is None:
-            return None
-        if not (isinstance(header, list) and len(cast("list[Any]", header)) == 3):
-            raise self._foreign(header)
-        name, _, config = cast("list[Any]", header)
-        if name != _SESSION:
-            raise self._foreign(header)
-        return CoreConfig(**config)
-
-    def events(self) -> Iterator[LoggedEvent]:
-        """The events up to the next session's header."""
-        self._header = None
-        time_s, event = 0.0, None
-        decisions: list[ev.Decision] = []
-        for entry in self._raw:
-            name, entry_time_s, values = entry
-            if name == _SESSION:
-                self._header = entry
-                break
-            if name in DECISION_TYPES:
-                decisions.append(_decoded(DECISION_TYPES[name], values))
-                continue
-            if name not in EVENT_TYPES:
-                raise self._foreign(entry)
-            if event is not None:
-                yield LoggedEvent(time_s, event, decisions, complete=True)
-            time_s, event, decisions = entry_time_s, _decoded(EVENT_TYPES[name], values), []
-        if event is not None:
-            yield LoggedEvent(time_s, event, decisions, complete=False)
-
-    def _foreign(self, entry: Any) -> ValueError:
-        return ValueError(
-            f"{self._path} is not an event log of this version: it contains {str(entry)[:80]!r}"
-        )
+def _events(folder: Path, records: Sequence[Record]) -> Iterator[LoggedEvent]:
+    pending: tuple[float, ev.Event] | None = None
+    for record in records:
+        entry = _decode(folder, record)
+        if isinstance(entry, list):
+            assert pending is not None, "decisions without an event"
+            yield LoggedEvent(*pending, entry, complete=True)
+            pending = None
+        elif not isinstance(entry, Note):
+            if pending is not None:
+                yield LoggedEvent(*pending, [], complete=True)
+            pending = (record.time_s, entry)
+    if pending is not None:
+        yield LoggedEvent(*pending, [], complete=False)
 
 
-def _decoded(kind: type, values: list[Any]) -> Any:
-    return msgspec.convert(dict(zip(_FIELDS[kind], values, strict=True)), kind, strict=False)
+def _named(entry: ev.Event | ev.Decision) -> tuple[str, list[Any]]:
+    kind = type(entry)
+    return kind.__name__, [getattr(entry, name) for name in _FIELDS[kind]]
+
+
+def _checkpoint(folder: Path, payload: bytes) -> Checkpoint:
+    try:
+        return msgspec.msgpack.decode(payload, type=Checkpoint)
+    except msgspec.MsgspecError as error:
+        raise _foreign(folder, str(error)) from error
+
+
+def _decode(folder: Path, record: Record) -> ev.Event | Note | list[ev.Decision]:
+    try:
+        name, values = msgspec.msgpack.decode(record.payload, type=tuple[str, Any])
+        if name == "note":
+            return msgspec.convert(values, Note)
+        if name == _DECISIONS:
+            return [_typed(DECISION_TYPES[kind], fields) for kind, fields in values]
+        return _typed(EVENT_TYPES[name], values)
+    except (msgspec.MsgspecError, KeyError, ValueError) as error:
+        raise _foreign(folder, str(error)) from error
+
+
+def _typed(kind: type, values: Sequence[Any]) -> Any:
+    named = dict(zip(_FIELDS[kind], cast("Sequence[Any]", values), strict=True))
+    return msgspec.convert(named, kind, strict=False)
+
+
+def _foreign(folder: Path, reason: str) -> ValueError:
+    return ValueError(f"{folder} is not an event log of this version: {reason[:200]}")

@@ -1,7 +1,7 @@
-"""A run's directory as the buffer writes it: config, metrics, ledger, samples, TensorBoard.
+"""A run's directory as the buffer writes it: metrics, ledger, samples, TensorBoard.
 
-One writer, whole lines, flushed per step, so a kill leaves at most one half-written line, which `resume` removes. The
-checkpoints beside it belong to the learner, `report.html` to `tools.report`.
+One writer appends whole lines and flushes them at each step. After a kill, `repair` makes the files
+whole again. The checkpoints beside them belong to the learner, `report.html` to `tools.report`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from buffer.records.files import atomic_write, cut_torn_line
 from configs.extras import import_extra
 from darts.events import GroupRecord
 
@@ -47,6 +48,11 @@ class RunFiles:
                     tracker.add_scalar(name, value, row["step"])
         self.flush()
 
+    def groups_bytes(self) -> int:
+        """Size of groups.jsonl."""
+        self.flush()
+        return self._groups.tell()
+
     def flush(self) -> None:
         for file in (self._metrics, self._groups, self._samples):
             file.flush()
@@ -64,41 +70,50 @@ def load_trackers(names: Sequence[str]) -> list[Tracker]:
     return [import_extra("tensorboard.summary", needed_by, "trackers").Writer for _ in names]
 
 
-def start(folder: Path, config_yaml: str) -> None:
-    """Makes a fresh run's directory. ValueError if a run is there already."""
-    if (folder / "config.yaml").exists():
-        raise ValueError(
-            f"run directory {folder} holds a run already: set run.resume=true to continue it, or choose another run.name"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config_yaml)
+def repair(folder: Path, groups_bytes: int) -> list[Row]:
+    """Make a killed run's files whole. Returns the rows of metrics.jsonl.
+
+    groups.jsonl is cut back to `groups_bytes`, since the event log tells all that follows. A row of
+    metrics or a sample is kept if its line is whole.
+    """
+    groups = folder / "groups.jsonl"
+    if groups.exists() and groups.stat().st_size > groups_bytes:
+        with groups.open("r+b") as file:
+            file.truncate(groups_bytes)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        cut_torn_line(folder / name)
+    return _read(folder / "metrics.jsonl")
 
 
-def resume(folder: Path, num_steps: int, groups_per_step: int) -> Row:
-    """Cuts the records of a killed run back to its first `num_steps` steps. Returns the last metrics row kept, or {}."""
-    rows = [row for row in _read(folder / "metrics.jsonl") if row["step"] < num_steps]
-    _rewrite(folder / "metrics.jsonl", rows)
-    kept, num_shipped = [], 0
-    for row in _read(folder / "groups.jsonl"):
+def withdraw_rows(folder: Path, num_steps: int) -> list[Row]:
+    """Cut metrics and samples back to the first `num_steps` steps. Returns the rows of metrics."""
+    kept: dict[str, list[Row]] = {}
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rows = _read(folder / name)
+        kept[name] = [row for row in rows if row["step"] < num_steps]
+        if len(kept[name]) < len(rows):
+            _rewrite(folder / name, kept[name])
+    return kept["metrics.jsonl"]
+
+
+def withdraw_groups(folder: Path, num_steps: int, groups_per_step: int) -> list[int]:
+    """Cut the ledger back to the first `num_steps` steps. Returns the visits withdrawn."""
+    groups = _read(folder / "groups.jsonl")
+    kept, num_shipped = 0, 0
+    for row in groups:
         if num_shipped == num_steps * groups_per_step:
             break
         num_shipped += row["end"] == "shipped"
-        kept.append(row)
-    _rewrite(folder / "groups.jsonl", kept)
-    _rewrite(
-        folder / "samples.jsonl",
-        [row for row in _read(folder / "samples.jsonl") if row["step"] < num_steps],
-    )
-    return rows[-1] if rows else {}
+        kept += 1
+    _rewrite(folder / "groups.jsonl", groups[:kept])
+    return sorted({row["visit"] for row in groups[kept:]})
 
 
-def checkpoint_step(folder: Path) -> tuple[int, int]:
-    """Steps done and policy version of the newest complete checkpoint; (0, -1) where there is none."""
-    latest = folder / "checkpoints" / "latest"
-    if not latest.exists():
-        return 0, -1
-    meta = json.loads((latest.parent / latest.read_text().strip() / "meta.json").read_text())
-    return int(meta["step"]), int(meta["policy_version"])
+def no_such_run(folder: Path) -> str:
+    """Why a run cannot be resumed, naming those that can be."""
+    runs = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
+    known = ", ".join(runs) if runs else "none"
+    return f"run.resume=true: there is no run {folder} (runs in {folder.parent}: {known})"
 
 
 def _write(file: Any, row: Row) -> None:
@@ -113,6 +128,4 @@ def _read(path: Path) -> list[Row]:
 
 
 def _rewrite(path: Path, rows: list[Row]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -37,6 +37,21 @@ class StoredRollout:
     runs: list[tuple[bool, int, int]] = field(default_factory=list[tuple[bool, int, int]])
     continued: bool = False  # its beginning was copied, and its engine has not spoken yet
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self.tokens) + len(self.logprobs)
+
+    def copy(self, group_id: int) -> StoredRollout:
+        """The beginning of a rollout that continues this one."""
+        return StoredRollout(
+            group_id, self.tokens[:], self.logprobs[:], self.runs[:], continued=bool(self.runs)
+        )
+
+    def append_chunk(self, chunk: Chunk) -> None:
+        logprobs = chunk.logprobs if chunk.sampled else bytes(len(chunk.tokens))
+        version = chunk.version if chunk.sampled else -1
+        self.append(_Piece(chunk.sampled, version, chunk.tokens, logprobs))
+
     def append(self, piece: _Piece) -> None:
         num_tokens = len(piece.tokens) // 4
         self.tokens += piece.tokens

@@ -1,60 +1,18 @@
-"""What the buffer keeps: the tokens of every rollout (in memory), and what it learned of prompts' lengths (on disk).
+"""The tokens of every outstanding rollout, in memory and in a log on disk.
 
-Owns validation of what engines send, and exact accounting of the bytes held. Decides nothing: the core says which rollouts
-are kept. Driven by the service's loop, on one thread.
+Owns the validation of chunks and an exact account of the bytes held. Decides nothing: the core says
+which rollouts are kept. Driven by the buffer's loop, on one thread.
 """
 
 from __future__ import annotations
 
-import secrets
-import sqlite3
 from collections.abc import Iterable
-from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-import msgspec
 import numpy as np
 
-from buffer.data.outstanding_prompts import Cursor
+from buffer.records.token_log import StoredRollout, TokenLog
 from buffer.wire.messages import Chunk, Trajectory
 from darts.events import ProtocolError
-from darts.lengths import LengthStats
-
-KEPT_CURSORS = 10_000  # steps; a learner resumes from one of its newest checkpoints
-
-
-class _Rollout:
-    """One response so far, growing in place: millions of small appends cost no objects of their own."""
-
-    __slots__ = ("continued", "group_id", "logprobs", "runs", "tokens")
-
-    def __init__(self, group_id: int) -> None:
-        self.group_id = group_id
-        self.tokens = bytearray()  # int32
-        self.logprobs = bytearray()  # float32, 0 where given
-        self.runs: list[
-            tuple[bool, int, int]
-        ] = []  # (sampled, version or -1, number of tokens), in order
-        self.continued = False  # its beginning was copied, and its engine has not spoken yet
-
-    def append(self, chunk: Chunk) -> None:
-        num_tokens, version = len(chunk.tokens) // 4, chunk.version if chunk.sampled else -1
-        self.tokens += chunk.tokens
-        self.logprobs += chunk.logprobs if chunk.sampled else bytes(len(chunk.tokens))
-        if self.runs and self.runs[-1][:2] == (chunk.sampled, version):
-            num_tokens += self.runs.pop()[2]
-        self.runs.append((chunk.sampled, version, num_tokens))
-
-    def copy(self, group_id: int) -> _Rollout:
-        twin = _Rollout(group_id)
-        twin.tokens, twin.logprobs, twin.runs = self.tokens[:], self.logprobs[:], self.runs[:]
-        twin.continued = bool(self.runs)
-        return twin
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.tokens) + len(self.logprobs)
 
 
 class TrajectoryStore:
@@ -64,10 +22,12 @@ class TrajectoryStore:
     it would waste what was already decoded.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, log: TokenLog | None = None) -> None:
         self.max_bytes = max_bytes
+        self.log = log
+        self.ended: list[int] = []  # discarded here, and to be discarded in the log
         self.bytes_held = 0  # payload bytes of tokens and log-probabilities, exactly
-        self._rollouts: dict[int, _Rollout] = {}
+        self._rollouts: dict[int, StoredRollout] = {}
 
     @property
     def full(self) -> bool:
@@ -83,7 +43,9 @@ class TrajectoryStore:
         """Begin a rollout; with what `continues` had so far, if that is still held. That one must be discarded by the caller."""
         assert rollout_id not in self._rollouts, f"rollout {rollout_id} is open already"
         lost = None if continues is None else self._rollouts.get(continues)
-        rollout = _Rollout(group_id) if lost is None else lost.copy(group_id)
+        rollout = StoredRollout(group_id) if lost is None else lost.copy(group_id)
+        if self.log is not None:
+            self.log.begin(rollout_id, group_id, 0.0, rollout if lost is not None else None)
         self._rollouts[rollout_id] = rollout
         self.bytes_held += rollout.num_bytes
 
@@ -102,9 +64,18 @@ class TrajectoryStore:
         if rollout.continued:
             rollout.continued = False
             if not chunk.sampled and not rollout.runs[0][0]:
+                if self.log is not None:
+                    self.log.spoke(chunk.rollout_id, 0.0)
                 return  # the new engine repeats the prompt, which is held already
-        rollout.append(chunk)
+        if self.log is not None:
+            self.log.append(chunk, len(rollout.tokens) // 4, 0.0)
+        rollout.append_chunk(chunk)
         self.bytes_held += 2 * len(chunk.tokens)
+
+    def restore(self, rollouts: dict[int, StoredRollout]) -> None:
+        """Take over what the log held when the buffer was started again."""
+        self._rollouts |= rollouts
+        self.bytes_held += sum(rollout.num_bytes for rollout in rollouts.values())
 
     def num_sampled(self, rollout_id: int) -> int:
         """Sampled tokens so far: the rollout's length, as the core counts it."""
@@ -131,6 +102,7 @@ class TrajectoryStore:
         rollout = self._rollouts.pop(rollout_id, None)
         if rollout is not None:
             self.bytes_held -= rollout.num_bytes
+            self.ended.append(rollout_id)
 
     def trajectory(
         self, rollout_id: int, reward: float, truncated: bool, group_rewards: list[float]
@@ -158,7 +130,7 @@ class TrajectoryStore:
             group_rewards=group_rewards,
         )
 
-    def _rollout(self, rollout_id: int) -> _Rollout:
+    def _rollout(self, rollout_id: int) -> StoredRollout:
         rollout = self._rollouts.get(rollout_id)
         if rollout is None:
             raise ProtocolError(
@@ -166,7 +138,7 @@ class TrajectoryStore:
             )
         return rollout
 
-    def _check_same_prompt(self, rollout: _Rollout, chunk: Chunk) -> None:
+    def _check_same_prompt(self, rollout: StoredRollout, chunk: Chunk) -> None:
         held = bytes(rollout.tokens[: 4 * rollout.runs[0][2]])
         if held != chunk.tokens:
             raise ProtocolError(
@@ -175,7 +147,7 @@ class TrajectoryStore:
             )
 
 
-def _spans(rollout: _Rollout) -> Iterable[tuple[bytearray, bool]]:
+def _spans(rollout: StoredRollout) -> Iterable[tuple[bytearray, bool]]:
     start = 0
     for sampled, _, num_tokens in rollout.runs:
         yield rollout.tokens[start : start + 4 * num_tokens], sampled
@@ -208,103 +180,3 @@ def _check(chunk: Chunk) -> None:
             raise ProtocolError(
                 f"{where} logprobs hold a value that is not finite; training on it would destroy the policy"
             )
-
-
-class Journal:
-    """What outlives the buffer: length statistics per prompt, "" being the pool of all. SQLite in WAL mode, nothing cached.
-
-    Each call commits once, so a kill loses at most the call under way and never damages the file. (A power cut may lose the
-    last commits: they are statistics, not worth an fsync each.)
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(
-            self.path, isolation_level=None, timeout=10, check_same_thread=False
-        )  # used by one thread at a time
-        try:
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS lengths (prompt_id TEXT PRIMARY KEY, stats BLOB NOT NULL) WITHOUT ROWID"
-            )
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS cursors (step INTEGER PRIMARY KEY, cursor BLOB NOT NULL)"
-            )
-            self._db.execute("CREATE TABLE IF NOT EXISTS run (id TEXT NOT NULL)")
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            raise ValueError(
-                f"journal {self.path} cannot be used ({error}): move it away to start without length statistics"
-            ) from error
-
-    def run_id(self) -> str:
-        """A name drawn when this journal was made: the same across resumes, another for every other run."""
-        if self._db.execute("SELECT id FROM run").fetchone() is None:
-            self._db.execute("INSERT INTO run VALUES (?)", (secrets.token_hex(8),))
-        return self._db.execute("SELECT id FROM run").fetchone()[0]
-
-    def remember_lengths(self, items: Iterable[tuple[str, LengthStats]]) -> None:
-        """Keep the newest statistics of these prompts, in one commit."""
-        rows = [(prompt_id, msgspec.msgpack.encode(stats)) for prompt_id, stats in items]
-        if not rows:
-            return
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            self._db.executemany("INSERT OR REPLACE INTO lengths VALUES (?, ?)", rows)
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
-
-    def lengths(self, prompt_ids: Iterable[str]) -> dict[str, LengthStats]:
-        """What is remembered of these prompts; those never seen are left out."""
-        found: dict[str, LengthStats] = {}
-        asked = list(prompt_ids)
-        for start in range(0, len(asked), 500):  # SQLite bounds the number of parameters
-            some = asked[start : start + 500]
-            marks = ",".join("?" * len(some))
-            for prompt_id, stats in self._db.execute(
-                f"SELECT prompt_id, stats FROM lengths WHERE prompt_id IN ({marks})", some
-            ):
-                found[prompt_id] = self._decode(stats)
-        return found
-
-    def save_cursor(self, num_steps: int, cursor: Cursor) -> None:
-        """Where the prompt stream stood when `num_steps` steps were done; `KEPT_CURSORS` of them are kept."""
-        self._db.execute(
-            "INSERT OR REPLACE INTO cursors VALUES (?, ?)",
-            (num_steps, msgspec.msgpack.encode(cursor)),
-        )
-        self._db.execute("DELETE FROM cursors WHERE step <= ?", (num_steps - KEPT_CURSORS,))
-
-    def cursor(self, num_steps: int) -> Cursor | None:
-        """Where the stream stood then, or at the last step before that was recorded."""
-        row = self._db.execute(
-            "SELECT cursor FROM cursors WHERE step <= ? ORDER BY step DESC LIMIT 1", (num_steps,)
-        ).fetchone()
-        return msgspec.msgpack.decode(row[0], type=Cursor) if row else None
-
-    def _decode(self, stats: bytes) -> LengthStats:
-        try:
-            return msgspec.msgpack.decode(stats, type=LengthStats)
-        except msgspec.MsgspecError as error:
-            raise ValueError(
-                f"journal {self.path} was written by another version ({error}): move it away to start without it"
-            ) from error
-
-    def close(self) -> None:
-        """May be called twice."""
-        self._db.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -62,6 +62,10 @@ SentT = TypeVar("SentT")
 ReceivedT = TypeVar("ReceivedT", bound=Message)
 
 
+class Refused(TransportError):
+    """The buffer answered a hello with a refusal; to ask again would not help."""
+
+
 class _Connection:
     """One stream with the buffer, from hello to close or failure: the socket, its thread, and the queues to both sides."""
 
@@ -265,7 +269,7 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
             if answer is None:
                 raise TransportError(self._unanswered(timeout_s))
             if isinstance(answer, Shutdown):
-                raise TransportError(
+                raise Refused(
                     f"the buffer at {self.address} does not let {self._identity} join: {answer.error or 'the run is over'}"
                 )
         except BaseException:

@@ -175,12 +175,20 @@ EngineCommand = Union[Welcome, Launch, Cancel, PolicyPublished, Heartbeat, Shutd
 
 
 class LearnerHello(Message):
-    """A learner rank is ready to train `step` (0 for a fresh run). Rank 0 waits for the others before it says so."""
+    """A learner rank is ready to train `step` (0 for a fresh run). Rank 0 says so after all others.
+
+    incarnation: of this learner, the same over all its connections and ranks.
+    resumed: it was started with run.resume, so it may continue records that exist.
+    take_over: it replaces a learner that is still alive.
+    """
 
     rank: int
     num_ranks: int
     step: int
     pid: int
+    incarnation: str = ""
+    resumed: bool = False
+    take_over: bool = False
     run: str = ""  # as in `EngineHello`
 
 
@@ -192,7 +200,7 @@ class Pull(Message):
 
 
 class Trained(Message):
-    """`step` is done (rank 0 says so): its groups may be forgotten. Metrics under their `metrics.jsonl` names."""
+    """Rank 0: `step` is done. Repeated until `Acknowledged`. Metrics by their `metrics.jsonl` names."""
 
     step: int
     num_tokens: int  # over all ranks, those that contributed to the gradient
@@ -266,7 +274,13 @@ class Shard(Message):
     step_loss_tokens: int  # sampled tokens over all ranks: the loss is a mean over these
 
 
-LearnerCommand = Union[LearnerWelcome, Shard, Heartbeat, Shutdown]
+class Acknowledged(Message):
+    """`step` is recorded as trained. Repeated for each repetition of its `Trained`."""
+
+    step: int
+
+
+LearnerCommand = Union[LearnerWelcome, Shard, Acknowledged, Heartbeat, Shutdown]
 
 
 # all that the buffer receives, and all that it sends to its peers

@@ -102,7 +102,7 @@ def test_run_ends_well_and_reports(trained: tuple[Path, int, str]) -> None:
         "config.yaml",
         "metrics.jsonl",
         "groups.jsonl",
-        "events.msgpack",
+        "events",
         "samples.jsonl",
         "checkpoints",
         "tb",

@@ -36,7 +36,7 @@ def test_a_signal_ends_a_buffer(
     number: signal.Signals, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     command = ["buffer", f"run.dir={tmp_path}", f"buffer.address=tcp://127.0.0.1:{free_port()}"]
-    assert status_after(command, tmp_path / "run" / "events.msgpack", number) == 128 + number
+    assert status_after(command, tmp_path / "run" / "events", number) == 128 + number
 
 
 def test_ctrl_c_ends_a_simulation(tmp_path: Path) -> None:

@@ -194,12 +194,12 @@ def test_a_buffer_that_returns_finds_the_learner_where_it_was(
         learner = learners(model_path, tmp_path / "run", address)
         assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
     with FakeBuffer(
-        address, steps_for(None, first=1), last_step=NUM_STEPS - 1, policy_version=7
+        address, steps_for(None, first=1), last_step=NUM_STEPS - 1, policy_version=1
     ) as buffer:
         learner.communicate(timeout=START_TIMEOUT_S)
         assert learner.returncode == 0
     assert [hello.step for hello in buffer.of(LearnerHello)] == [1]
-    assert [message.policy.version for message in buffer.of(Published)] == [8, 9, 10]
+    assert [message.policy.version for message in buffer.of(Published)] == [2, 3]
 
 
 def test_a_run_that_the_buffer_stops_with_an_error_fails(

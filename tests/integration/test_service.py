@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +158,7 @@ def test_ledger_has_each_group_once_with_selected_rollouts(finished: Any) -> Non
             "long_end",
             "end",
             "rollouts",
+            "visit",
         }
 
 
@@ -167,20 +167,20 @@ def test_slots_are_never_exceeded(finished: Any) -> None:
 
 
 def test_log_replays_to_the_same_decisions(finished: Any) -> None:
-    for config, entries in read_sessions(finished[0] / "r" / "events.msgpack"):
-        result = replay(config, entries)
+    for config, state, entries in read_sessions(finished[0] / "r" / "events"):
+        result = replay(config, state, entries)
         assert result.difference is None and result.num_events > 100 and result.num_decisions > 50
 
 
 def test_replay_notices_a_decision_that_was_not_made(finished: Any) -> None:
     [(config, entries)] = [
-        (c, list(e)) for c, e in read_sessions(finished[0] / "r" / "events.msgpack")
+        (s.config, list(s.events)) for s in read_sessions(finished[0] / "r" / "events")
     ]
     at = next(
         i for i, e in enumerate(entries) if any(isinstance(d, ev.Launch) for d in e.decisions)
     )
     entries[at].decisions.pop()
-    assert replay(config, iter(entries)).difference is not None
+    assert replay(config, None, iter(entries)).difference is not None
 
 
 @pytest.mark.slow
@@ -240,13 +240,7 @@ def test_resumed_run_draws_what_was_unfinished_and_repeats_nothing(
         learner.join(0.01)
     running.service.stop()
     assert running.wait() == 130
-    checkpoint = tmp_path / "r" / "checkpoints" / "step_000002"
-    os.makedirs(checkpoint)
-    (checkpoint / "meta.json").write_text('{"step": 2, "policy_version": 2}')
-    (checkpoint.parent / "latest").write_text("step_000002\n")
-
     running = Running(make_config(tmp_path, port, "data.num_prompts=60", "run.resume=true"))
-    assert running.service.run.step == 2
     engine, learner = (
         FakeEngine(running.service.run.router.address, "e"),
         FakeLearner(running.service.run.router.address, STEPS, start=2),
@@ -325,12 +319,9 @@ def test_a_full_store_pauses_admission(tmp_path: Path, free_port: Callable[[], i
     engine.start()
     learner.start()
     assert running.wait() == 0
-    events = [
-        entry
-        for _, entries in read_sessions(tmp_path / "r" / "events.msgpack")
-        for entry in entries
-    ]
-    assert any(isinstance(entry, ev.AdmissionPaused) and entry.paused for entry in events)
+    sessions = read_sessions(tmp_path / "r" / "events")
+    events = [logged.event for session in sessions for logged in session.events]
+    assert any(isinstance(event, ev.AdmissionPaused) and event.paused for event in events)
 
 
 @pytest.mark.slow

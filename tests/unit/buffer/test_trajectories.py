@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buffer.records.trajectories import Journal, TrajectoryStore
+from buffer.records.journal import Journal
+from buffer.records.trajectories import TrajectoryStore
 from buffer.wire.messages import Chunk
 from darts.events import ProtocolError
 from darts.lengths import LengthStats
@@ -302,7 +303,7 @@ def test_a_failed_call_leaves_nothing_behind(tmp_path):
 def test_a_kill_loses_nothing_that_was_committed(tmp_path):
     path = tmp_path / "journal.sqlite"
     program = (
-        "import sys\nfrom buffer.records.trajectories import Journal\nfrom darts.lengths import LengthStats\n"
+        "import sys\nfrom buffer.records.journal import Journal\nfrom darts.lengths import LengthStats\n"
         "journal, number = Journal(sys.argv[1]), 0\n"
         "while True:\n"
         "    journal.remember_lengths([(f'a{number}', LengthStats(1.0, number, 1.0)), (f'b{number}', LengthStats(1.0, number, 1.0))])\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from buffer.records.event_log import read_sessions
+from buffer.run_state import RunState
 from buffer.service import Service
 from buffer.wire.transport import TransportError
 from configs.schema import Config
@@ -86,6 +88,32 @@ def opened(config: Config) -> Iterator[None]:
         service.run.close("")
 
 
+@contextmanager
+def recovered(config: Config, own: Path) -> Iterator[RunState]:
+    """The state of a service that has restored its logs, and serves nothing."""
+    service = Service(in_folder(config, own))
+    service._recover()
+    try:
+        yield service.run
+    finally:
+        service.run.close("")
+
+
+def durable_at_once(config: Config, own: Path) -> object:
+    """Whether an event is durable as soon as it is logged."""
+    with recovered(config, own) as run:
+        run.handle(ev.BufferRestarted())
+        return run.log.log.synced_seq == run.log.log.next_seq - 1
+
+
+def segments(config: Config, own: Path) -> object:
+    """Segments of the event log that are kept after five steps' ends."""
+    with recovered(config, own) as run:
+        for _ in range(5):
+            run.rotate_log()
+        return len(list((run.folder / "events").glob("*.log")))
+
+
 def folder_made(config: Config, own: Path) -> object:
     with opened(in_folder(config, own)):
         return sorted(str(path.relative_to(own).parent) for path in own.rglob("config.yaml"))
@@ -98,10 +126,11 @@ def files_written(config: Config, own: Path) -> object:
 
 def begins_again(config: Config, own: Path) -> object:
     """Whether a second service takes over the directory of a first one."""
-    with opened(in_folder(config, own)):
+    again = in_folder(config, own)
+    with opened(dataclasses.replace(again, run=dataclasses.replace(again.run, resume=False))):
         pass
     try:
-        with opened(config):
+        with opened(again):
             return "resumed"
     except (ValueError, OSError) as error:
         return type(error)
@@ -141,8 +170,8 @@ def pauses(config: Config, own: Path) -> object:
     """Whether engines waited for memory, in a store smaller than configuration allows."""
     config.buffer.max_bytes //= 1000
     assert Running(in_folder(config, own)).wait() == 0
-    log = Path(config.run.dir) / config.run.name / "events.msgpack"
-    events = [logged.event for _, session in read_sessions(log) for logged in session]
+    log = Path(config.run.dir) / config.run.name / "events"
+    events = [logged.event for session in read_sessions(log) for logged in session.events]
     return any(isinstance(event, ev.AdmissionPaused) and event.paused for event in events)
 
 
@@ -188,6 +217,9 @@ TURNS = {
     "run.trackers": Turn("[]", "[tensorboard]", files_written, TINY),
     "run.resume": Turn("false", "true", begins_again, TINY),
     "data.on_error": Turn("stop", "skip", outcome_of_failures, TINY),
+    "buffer.fsync_s": Turn("0", "300", durable_at_once, TINY),
+    "buffer.segment_bytes": Turn("1", "64000000", segments, TINY),
+    "buffer.keep_event_bytes": Turn("0", "1000000", segments, (*TINY, "buffer.segment_bytes=1")),
     "buffer.max_bytes": Turn("1000000", "2000000000", pauses, FULL),
     "buffer.address": Turn("tcp://127.0.0.1:{port}", "tcp://127.0.0.1:{port2}", listens, TINY),
     "buffer.keys": Turn('""', "{folder}/keys", serves_the_network, NETWORK),

@@ -17,6 +17,7 @@ from configs.schema import Config
 from learner import fsdp
 from learner.agreement import Disagreement
 from learner.publish import Publisher
+from learner.session import BufferSession
 from learner.train import run_rank, train_step
 from tests.knobs import Turn, check_turn
 from tests.learner_cases import (
@@ -47,6 +48,14 @@ def passes(config: Config, own: Path) -> object:
         mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         train_step(state, make_shards(make_trajectories(seed=0))[0])
     return len(calls)
+
+
+def asks_to_take_over(config: Config, own: Path) -> object:
+    """Whether its hello asks the buffer to dismiss a learner that is alive."""
+    session = BufferSession(config, rank=0, num_ranks=1, incarnation="a")
+    with patch.object(session.link, "connect") as connect:
+        session.join(0)
+    return connect.call_args[0][0].take_over
 
 
 def model(config: Config, own: Path) -> object:
@@ -124,6 +133,7 @@ KEEP_ALL = (*FILES, "learner.keep_checkpoints=9")
 EVERY_STEP = (*FILES, "learner.checkpoint_every=1")
 SERVED = (*MODEL, "weights.address=tcp://127.0.0.1:{port}")
 TURNS = {
+    "learner.take_over": Turn("false", "true", asks_to_take_over, MODEL),
     "loss.kind": Turn("grpo", "dr_grpo", weights, MODEL),
     "loss.clip_low": Turn("0.2", "0.01", weights, MODEL),
     "loss.clip_high": Turn("0.28", "0.01", weights, MODEL),

@@ -1,0 +1,88 @@
+"""A buffer that was killed is started again: its state comes back from the logs.
+
+The event log is replayed into the core from its newest checkpoint, and every decision about a record is
+performed again (the ledger was cut back to the checkpoint); nothing is sent. Then the tokens of
+outstanding rollouts are read from their log. Engines and learner stay in the core's tables: they have
+`buffer.peer_timeout_s` to say hello again. Driven once, by `buffer.service`, before its loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from buffer.records import run_files
+from buffer.records.event_log import Learner, Policy, Rewound, Trained
+from buffer.records.token_log import TokenLog
+from buffer.run_state import RunState
+from darts import events as ev
+from darts.core import Core
+from darts.groups import RolloutState
+
+HELD = (RolloutState.RUNNING, RolloutState.FINISHED, RolloutState.TRUNCATED)
+
+
+def replay(
+    run: RunState,
+    replayed: Callable[[ev.Event], None],
+    perform: Callable[[ev.Decision], None],
+    trained: Callable[[Trained], None],
+) -> None:
+    """Bring back the core, the prompts and the records."""
+    run.replaying = True
+    for _, entry in run.recovered.entries:
+        match entry:
+            case Policy(policy):
+                run.policy = policy
+            case Learner():
+                run.learner = entry
+            case Trained():
+                trained(entry)
+            case Rewound(step):
+                run.rewind(step)
+            case _:
+                _replay_event(run, entry, perform)
+                replayed(entry)
+    run.replaying = False
+    run.recovered.entries.clear()
+    run.rows = run_files.withdraw_rows(run.folder, run.step)
+
+
+def _replay_event(run: RunState, event: ev.Event, perform: Callable[[ev.Decision], None]) -> None:
+    if isinstance(event, ev.PromptsDrawn):
+        run.prompts.restore(prompt.visit for prompt in event.prompts)
+    try:
+        decisions = run.core.handle(event)
+    except ev.ProtocolError:
+        return  # a peer's mistake, which the core refused then as well
+    for decision in decisions:
+        perform(decision)
+
+
+def restore_tokens(run: RunState) -> list[ev.Event]:
+    """Bring back the tokens of outstanding rollouts. Returns events about those that a power cut took."""
+    expected = _expected_tokens(run.core)
+    log, held = TokenLog.open(
+        run.folder / "tokens", expected.keys(), fsync_s=run.config.buffer.fsync_s
+    )
+    run.store.restore(held)
+    run.store.log = log
+    events: list[ev.Event] = []
+    for rollout_id, (group_id, num_tokens) in expected.items():
+        if rollout_id not in run.store:
+            run.store.open(rollout_id, group_id, None)
+        if (num_held := run.store.num_sampled(rollout_id)) < num_tokens:
+            events.append(ev.TokensLost(rollout_id, num_held))
+    return events
+
+
+def _expected_tokens(core: Core) -> dict[int, tuple[int, int]]:
+    """Rollouts of which tokens are needed: their group, and how many sampled tokens the core knows."""
+    expected: dict[int, tuple[int, int]] = {}
+    for group in core.groups.values():
+        for rollout in group.rollouts.values():
+            if rollout.state in HELD:
+                expected[rollout.rollout_id] = (group.group_id, rollout.tokens)
+        for planned in group.planned:
+            if (lost := planned.continues) is not None:
+                expected[lost.rollout_id] = (group.group_id, lost.tokens)
+    return expected
