@@ -11,6 +11,4 @@ class RunStopped(Exception):
 
 
 class BufferLost(TransportError):
-    """Several ranks have lost the buffer, perhaps at different points of a step. Only a resume brings
-    them together again.
-    """
+    """The buffer did not come back within `buffer.rejoin_timeout_s`; a resume goes on from a checkpoint."""
