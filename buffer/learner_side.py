@@ -117,7 +117,7 @@ class LearnerSide:
         elif hello.step < run.step:
             run.rewind(hello.step)
         self.forget_step()
-        self._trained_metrics = {}
+        self._num_trained, self._trained_metrics = 0, {}
         run.learner = Learner(hello.incarnation, hello.num_ranks)
         run.log.note(run.learner, run.now())
         run.say(f"learner joined with {hello.num_ranks} rank(s) at step {hello.step}")
