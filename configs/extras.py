@@ -1,6 +1,6 @@
-"""Optional packages: imported when a setting asks for them, refused in one line that names the extra that installs them.
+"""Optional packages: imported if a setting asks for them; errors name the extra that is missing.
 
-The extras are listed in `pyproject.toml`. Used wherever a package is not among the core dependencies.
+The extras are listed in `pyproject.toml`. Used for every package that is not a core dependency.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from configs.errors import one_line
 def import_extra(module: str, needed_by: str, extra: str) -> Any:
     """Import an optional module and return it.
 
-    needed_by: the setting or command that asks for it, as the user wrote it. Raises `ValueError` if the module is
-    missing or broken.
+    needed_by: the setting or command that asks for it, as the user wrote it. Raises `ValueError` if
+    the module is missing or broken.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"{needed_by}: needs the optional package {module.partition('.')[0]}, which cannot be imported ({one_line(error)}); "
-            f"install it with: pip install 'darts-rl[{extra}]'"
+            f"{needed_by}: needs the optional package {module.partition('.')[0]}, which cannot be "
+            f"imported ({one_line(error)}); install it with: pip install 'darts-rl[{extra}]'"
         ) from error

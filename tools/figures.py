@@ -1,7 +1,8 @@
 """`python -m tools.figures`: draw the worked examples of docs/method.md, and print their tables.
 
-Writes docs/figures/selection.svg and docs/figures/lag-bound.svg, the same bytes on every machine, so that a test can tell
-when the method and its documentation no longer agree. Owns the drawing; `tools.reporting.worked_examples` drives the core.
+Writes docs/figures/selection.svg and docs/figures/lag-bound.svg, the same bytes on every machine,
+so that a test can tell when the method and its documentation no longer agree. Owns the drawing;
+`tools.reporting.worked_examples` drives the core.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _rollout(svg: Svg, y: int, number: int, bar: RolloutBar, scale: float) -> No
 
 
 def draw_lag(example: LagExample) -> str:
-    """One bar per group: strong while it is generated, pale while it waits in the buffer; the learner's lane on top."""
+    """One bar per group, pale while it waits in the buffer, below the learner's lane."""
     width, scale, top = 760, 3.7, 66
     bars = {number: bar for number, bar in example.bars.items() if bar.handed}
     bottom = top + ROW * (len(bars) + 1)

@@ -1,7 +1,8 @@
-"""The documentation is true: its commands run, and its keys, paths, modules, targets and links exist.
+"""The documentation is true: its commands run, and its keys, paths, targets and links exist.
 
-Every command of a fenced `sh` block runs as written, in a folder that looks like the repository. Commands that would take
-hours, GPUs, a network or several machines are reduced by `REDUCED`, which gives the reason.
+Every command of a fenced `sh` block runs as written, in a folder that looks like the repository.
+Commands that would take hours, GPUs, a network or several machines are reduced by `REDUCED`, which
+gives the reason.
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ from tests.fakes import FakeEngine, FakeLearner
 from tools.compare import CompareConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(
-    path for pattern in ("*.md", "docs/**/*.md") for path in ROOT.glob(pattern) if "LICENSE" not in path.name
-)  # fmt: skip
-TOP_LEVEL = ("actors", "buffer", "configs", "darts", "learner", "tools", "tests", "docs", "requirements")  # fmt: skip
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PACKAGES = ("actors", "buffer", "configs", "darts", "learner", "tools")
+TOP_LEVEL = (*PACKAGES, "tests", "docs", "requirements")
 
 Reduction = tuple[str, Callable[[str], str], str]
 
@@ -45,10 +45,10 @@ def helped(command: str) -> str:
 
 REDUCED: list[Reduction] = [  # the first pattern that matches counts
     (r"^make ", lambda c: c.replace("make ", "make -n ", 1), "installs packages, or takes minutes"),
-    (r"-m pytest", lambda c: re.sub(r"^WRITE_GOLDEN=1 ", "", c) + " --collect-only", "is this suite"),
+    (r"-m pytest", lambda c: c.removeprefix("WRITE_GOLDEN=1 ") + " --collect-only", "this suite"),
     (r"-m (buffer|actors|learner)\b", plus("--print-config"), "serves until its run ends"),
     (r"-m tools\.launch .*--help", lambda c: c, ""),
-    (r"-m tools\.(launch|compare) ", plus("--print-config"), "minutes to hours; tests/e2e runs both"),
+    (r"-m tools\.(launch|compare) ", plus("--print-config"), "minutes to hours; in tests/e2e"),
     (r"thousand\.yaml", plus("--print-config"), "over a minute of one core"),
     (r"-m tools\.bench", helped, "a measurement; tests/e2e/test_bench.py runs it"),
     (r"-m tools\.(evaluate|export)", helped, "needs a real checkpoint; tests/e2e/test_pipeline.py"),
@@ -86,7 +86,7 @@ def spans(page: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Path:
-    """A folder like the repository's root, with what the commands expect: a finished run, and the README's run.yaml."""
+    """A folder like the repository's root, with a finished run and the README's run.yaml."""
     folder = tmp_path_factory.mktemp("docs")
     for name in (*TOP_LEVEL, "pyproject.toml", "Makefile"):
         (folder / name).symlink_to(ROOT / name)
@@ -186,7 +186,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def explained_metrics() -> set[str]:
-    """The first column of the table in docs/run-files.md; `_p50` after a name replaces its last part."""
+    """First column of the table in docs/run-files.md; `_p50` replaces the last part of a name."""
     explained: set[str] = set()
     text = (ROOT / "docs" / "run-files.md").read_text()
     for row in re.findall(r"^\| (`[a-z]+/[a-z].*?) \|", text, re.M):

@@ -1,4 +1,4 @@
-"""The wheel holds every package of the repository, each marked as typed, and every dependency says why it is there."""
+"""The wheel holds every package, marked as typed; dependencies are ranges that the lock pins."""
 
 from __future__ import annotations
 

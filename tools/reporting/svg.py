@@ -1,7 +1,7 @@
 """A small SVG writer: rectangles, lines and text, rendered to the same bytes on every machine.
 
-Used for the figures of the documentation, which are compared with the repository's copies by a test. Plots of measured
-data are matplotlib's, in `tools.reporting.plots`.
+Used for the figures of the documentation, which a test compares with the repository's copies. Plots
+of measured data are matplotlib's, in `tools.reporting.plots`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The two worked examples of `docs/method.md`: one selection and one run against the lag bound, decided by the real core.
+"""The worked examples of `docs/method.md`: one selection, and one run against the lag bound.
 
-Owns the scenarios: hand-picked response lengths and durations around one engine and one learner. Decides nothing; every
-cancel, seat and ship below is `darts.core.Core`'s. Driven by `tools.figures`, which draws and prints them.
+Owns the scenarios: hand-picked response lengths and durations around one engine and one learner.
+Decides nothing; every cancel, seat and ship below is `darts.core.Core`'s. Driven by
+`tools.figures`, which draws and prints them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from darts.core import Core
 ENGINE = "engine"
 
 
-# One selection -----------------------------------------------------------------------------------------------------
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+# One selection ------------------------------------------------------------------------------------
 
 LENGTHS = (60, 95, 130, 150, 320, 410, 110, 260)  # of the eight rollouts, if nothing cancels them
 SELECTION = CoreConfig(
@@ -47,7 +52,7 @@ class SelectionExample:
     def table(self) -> str:
         lines = ["| rollout | starts at | would reach | decoded | end |", "|---|---|---|---|---|"]
         lines += [
-            f"| {number} | {bar.start} | {bar.length} | {bar.tokens} | {bar.end.replace('_', ' ')} |"
+            _row(number, bar.start, bar.length, bar.tokens, bar.end.replace("_", " "))
             for number, bar in enumerate(self.bars)
         ]
         return "\n".join(lines)
@@ -91,7 +96,7 @@ def selection_example() -> SelectionExample:
     return SelectionExample(bars, now)
 
 
-# The lag bound -----------------------------------------------------------------------------------------------------
+# The lag bound ------------------------------------------------------------------------------------
 
 BOUND = CoreConfig(
     groups_per_step=2, group_size=2, num_long=0, policy="plain", max_lag=2, max_tokens=512
@@ -102,7 +107,7 @@ STEP_TIME, SWAP_TIME, NUM_STEPS = 15, 10, 5
 
 @dataclass
 class GroupBar:
-    """One group, from its opening to its ship. `min_version` is its engine's version when it opened."""
+    """One group. `min_version` is the policy version of its engine when it opened."""
 
     opened: int
     min_version: int
@@ -138,14 +143,12 @@ class LagExample:
         for number, step in enumerate(self.steps):
             groups = ", ".join(map(str, step.groups))
             lags = ", ".join(str(self.bars[group].lag) for group in step.groups)
-            lines.append(
-                f"| {number} | {step.version} | {step.requested} | {step.served} | {groups} | {lags} |"
-            )
+            lines.append(_row(number, step.version, step.requested, step.served, groups, lags))
         return "\n".join(lines)
 
 
 class LagWorld:
-    """One engine with room for six groups, and a learner that takes two groups per step and publishes after each."""
+    """One engine with room for six groups, and a learner that publishes after each step of two."""
 
     def __init__(self) -> None:
         self.core = Core(BOUND)

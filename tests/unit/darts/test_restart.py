@@ -1,4 +1,4 @@
-"""After a restart of the buffer: ids are never used twice, and groups whose tokens a power cut took are drawn again."""
+"""A restarted buffer: ids are never used twice, and groups that lost tokens are drawn again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worked examples of docs/method.md are what the core decides, and their pictures are what the command draws."""
+"""The worked examples of docs/method.md agree with the core, the pictures with the command."""
 
 from __future__ import annotations
 
