@@ -64,7 +64,7 @@ def _rollout(svg: Svg, y: int, number: int, bar: RolloutBar, scale: float) -> No
 def draw_lag(example: LagExample) -> str:
     """One bar per group, pale while it waits in the buffer, below the learner's lane."""
     width, scale, top = 760, 3.7, 66
-    bars = {number: bar for number, bar in example.bars.items() if bar.handed}
+    bars = {number: bar for number, bar in example.bars.items() if bar.shipped}
     bottom = top + ROW * (len(bars) + 1)
     svg = Svg(width, bottom + 44, "Six groups outstanding at a lag bound of 2")
     legend = "solid: being generated; pale: waiting in the buffer; v1 to v4: publications"
@@ -93,12 +93,12 @@ def _learner(svg: Svg, y: int, example: LagExample, scale: float) -> None:
 
 def _group(svg: Svg, y: int, number: int, bar: GroupBar, scale: float) -> None:
     colour = VERSION_COLOURS[bar.min_version]
-    opened, finished, handed = (LEFT + t * scale for t in (bar.opened, bar.finished, bar.handed))
+    opened, finished, shipped = (LEFT + t * scale for t in (bar.opened, bar.finished, bar.shipped))
     svg.text(LEFT - 10, y + 12, f"group {number}", text_anchor="end")
-    svg.rect(finished, y, handed - finished, BAR, fill=colour, fill_opacity=0.25)
+    svg.rect(finished, y, shipped - finished, BAR, fill=colour, fill_opacity=0.25)
     svg.rect(opened, y, finished - opened, BAR, fill=colour)
     svg.text(opened + 4, y + 12, f"from {bar.min_version}", fill="#ffffff")
-    svg.text(handed + 5, y + 12, f"lag {bar.lag}")
+    svg.text(shipped + 5, y + 12, f"lag {bar.lag}")
 
 
 def _axis(svg: Svg, top: int, bottom: int, scale: float, ticks: range, label: str) -> None:

@@ -112,7 +112,7 @@ class GroupBar:
     opened: int
     min_version: int
     finished: int = 0
-    handed: int = 0
+    shipped: int = 0
     shipped_version: int = -1
 
     @property
@@ -137,7 +137,7 @@ class LagExample:
 
     def table(self) -> str:
         lines = [
-            "| step | version | requested at | handed over at | groups | lags |",
+            "| step | version | requested at | shipped at | groups | lags |",
             "|---|---|---|---|---|---|",
         ]
         for number, step in enumerate(self.steps):
@@ -202,7 +202,7 @@ class LagWorld:
 
     def _ship(self, record: ev.GroupRecord) -> None:
         bar, step = self.bars[record.group_id], self.steps[-1]
-        bar.handed, bar.shipped_version = self.now, record.shipped_version
+        bar.shipped, bar.shipped_version = self.now, record.shipped_version
         step.served = self.now
         step.groups.append(record.group_id)
         if len(step.groups) == BOUND.groups_per_step:
