@@ -21,6 +21,8 @@ from buffer.run_state import RunFailed, RunState
 from buffer.wire import messages as msg
 from darts import events as ev
 
+MAX_NAME = 200  # characters of an engine's name
+
 
 class EngineSide:
     """`handle` takes messages, `launch` and `cancel` take decisions, `flush` sends them."""
@@ -45,6 +47,11 @@ class EngineSide:
         """An engine repeats its hello until it is answered. From another connection, it is a new engine."""
         run = self.run
         run.require_own(hello.run)
+        if not (1 <= len(hello.engine_id) <= MAX_NAME and hello.engine_id.isprintable()):
+            raise ev.ProtocolError(
+                f"an engine named {hello.engine_id[:MAX_NAME]!r}: names have 1 to {MAX_NAME} "
+                "printable characters"
+            )
         if hello.slots < 1:
             raise ev.ProtocolError(
                 f"engine {hello.engine_id} offers {hello.slots} slots; at least 1 is needed"
@@ -55,7 +62,7 @@ class EngineSide:
             if known is not None:
                 error = f"process {hello.pid} has joined as engine {hello.engine_id}: names must be unique"
                 run.send(known, msg.Shutdown(error=error))
-                events += self.lose(known, "another process has taken its name")
+                events += self.lose(known, "it has joined again")
             version = min(hello.policy_version, run.core.policy_version)
             events.append(ev.EngineJoined(hello.engine_id, hello.engine_type, hello.slots, version))
             run.peers.add(Peer(identity, time.monotonic(), hello.engine_id))
@@ -63,7 +70,8 @@ class EngineSide:
         run.router.send(identity, msg.Welcome(policy=run.policy, run=run.run_id))
         return events
 
-    def lose(self, peer: Peer, reason: str) -> list[ev.Event]:
+    def lose(self, peer: Peer, reason: str, keep_tokens: bool = True) -> list[ev.Event]:
+        """Its rollouts continue elsewhere; from its tokens only if those can be trusted."""
         in_flight = self.run.core.engines.by_id[peer.engine_id].in_flight
         for rollout_id in in_flight:
             self._cancelled_s.pop(rollout_id, None)
@@ -73,7 +81,10 @@ class EngineSide:
             f"{peer.name} is lost ({reason}); "
             f"the {len(in_flight)} rollouts that it had in flight are launched again"
         )
-        return [ev.EngineLost(peer.engine_id)]
+        if not keep_tokens:
+            for rollout_id in in_flight:
+                self.run.store.discard(rollout_id)
+        return [ev.EngineLost(peer.engine_id, keep_tokens)]
 
     def restore(self, now_s: float) -> None:
         """After a restart of the buffer: engines in the core's table are expected to join again."""
@@ -166,11 +177,23 @@ class EngineSide:
         held = [chunk for chunk in message.chunks if chunk.rollout_id in store]
         for chunk in held:  # chunks of others are over: cancelled, as a rule
             self._require_own(peer, chunk.rollout_id)
+            self._check_version(chunk)
             store.check(chunk)
         for chunk in held:
             store.append(chunk)
         grown = dict.fromkeys(chunk.rollout_id for chunk in held if chunk.sampled)
         return [ev.RolloutProgressed(i, store.num_sampled(i)) for i in grown]
+
+    def _check_version(self, chunk: msg.Chunk) -> None:
+        core = self.run.core
+        rollout = core.rollouts.get(chunk.rollout_id)
+        if rollout is None or not chunk.sampled:
+            return
+        if not rollout.oldest_version <= chunk.version <= core.policy_version:
+            raise ev.ProtocolError(
+                f"rollout {chunk.rollout_id} was sampled by version {chunk.version}: it was launched "
+                f"at {rollout.oldest_version}, and the newest is {core.policy_version}"
+            )
 
     def _finished(self, peer: Peer, message: msg.Finished) -> list[ev.Event]:
         run, rollout_id = self.run, message.rollout_id

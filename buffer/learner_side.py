@@ -128,7 +128,7 @@ class LearnerSide:
         self._closed, self._shipped, self._shards = [], [], []
         self._pulls.clear()
 
-    def lose(self, peer: Peer, reason: str) -> list[ev.Event]:
+    def lose(self, peer: Peer, reason: str, keep_tokens: bool = True) -> list[ev.Event]:
         self.run.peers.remove(peer)
         self.run.warn(f"{peer.name} is lost ({reason}); restart the learner with run.resume=true")
         return []

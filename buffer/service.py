@@ -177,10 +177,11 @@ class Service:
         except ev.ProtocolError as error:
             self.run.warn(f"{peer.name} broke the protocol and is dismissed: {error}")
             self.run.send(peer, msg.Shutdown(error=f"protocol error: {error}"))
-            self._apply(side.lose(peer, "protocol error"))
+            self._apply(side.lose(peer, "protocol error", keep_tokens=False))
 
     def _greet(self, identity: bytes, hello: msg.EngineHello | msg.LearnerHello) -> None:
         try:
+            self._check_identity(identity, hello)
             if isinstance(hello, msg.EngineHello):
                 self._apply(self.engines.hello(identity, hello))
             else:
@@ -188,6 +189,19 @@ class Service:
         except ev.ProtocolError as error:
             self.run.warn(f"{identity.decode(errors='replace')} is refused: {error}")
             self.run.router.send(identity, msg.Shutdown(error=f"refused: {error}"))
+
+    def _check_identity(self, identity: bytes, hello: msg.EngineHello | msg.LearnerHello) -> None:
+        """A connection has one identity: a hello in another name ends the peer that it was."""
+        known = self.run.peers.by_identity.get(identity)
+        if known is None:
+            return
+        is_engine = isinstance(hello, msg.EngineHello)
+        if known.engine_id != (hello.engine_id if is_engine else "") or (
+            not is_engine and known.rank != hello.rank
+        ):
+            side = self.engines if known.engine_id else self.learner
+            self._apply(side.lose(known, "it gave itself a second name", keep_tokens=False))
+            raise ev.ProtocolError(f"this connection is {known.name} already")
 
     def _watch_peers(self, now_s: float) -> None:
         """Send heartbeats, lose silent peers, and fail a run that has long had no engine or learner."""

@@ -1,0 +1,261 @@
+"""The buffer is killed and started again: nothing is lost, nothing is done twice, and the records say so."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from buffer.records.event_log import read_sessions
+from buffer.wire import messages as msg
+from buffer.wire.transport import TransportError
+from configs import cli
+from configs.schema import Config
+from darts import events as ev
+from learner import BufferLost, RunStopped
+from learner.session import BufferSession, RunEnded
+from tests.fakes import FakeEngine
+from tools.replay import replay
+
+ROOT = Path(__file__).parents[2]
+GROUPS, SIZE, LAG = 3, 4, 2
+
+
+def make_config(folder: Path, port: int, *overrides: str) -> Config:
+    return cli.load(
+        [
+            f"run.dir={folder}", "run.name=r", f"buffer.address=tcp://127.0.0.1:{port}",
+            f"batch.groups={GROUPS}", f"darts.group_size={SIZE}", "redundancy.rule=fixed",
+            "redundancy.upper=1.5", "sampling.max_tokens=64", "eval.every=4", "eval.num_prompts=3",
+            f"staleness.max_lag={LAG}", "buffer.peer_timeout_s=3", "data.num_prompts=500",
+            "run.trackers=[]", *overrides,
+        ]
+    )  # fmt: skip
+
+
+class Buffer:
+    """`python -m buffer` as a process of its own, which can be killed and started again."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.file = folder / "config.yaml"
+        self.file.write_text(cli.to_yaml(config))
+        self.process = self._start()
+
+    def _start(self, *overrides: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "buffer", "--config", str(self.file), *overrides]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self) -> None:
+        self.process = self._start("run.resume=true")
+
+
+class Engine(FakeEngine):
+    """An engine that joins again whenever its link breaks."""
+
+    def run(self) -> None:
+        while not self.killed.is_set() and self.shutdown is None:
+            try:
+                super().run()
+            except TransportError:
+                self.in_flight.clear()
+                time.sleep(0.1)
+
+
+class Learner(threading.Thread):
+    """The learner's real conversation with the buffer, without the training in between."""
+
+    def __init__(self, config: Config, incarnation: str, step: int = 0, version: int = -1) -> None:
+        super().__init__(daemon=True)
+        self.config, self.step, self.version = config, step, version
+        self.session = BufferSession(config, 0, 1, incarnation, lambda: self.stopped)
+        self.stopped = False
+        self.trained: list[tuple[int, set[int]]] = []
+        self.outcome = ""
+
+    def run(self) -> None:
+        with self.session:
+            try:
+                self.version = max(self.version, self.session.join(self.step))
+                self.publish()
+                while self.step < self.config.run.steps:
+                    shard, _ = self.session.pull(self.step)
+                    time.sleep(0.1)
+                    groups = {t.group_id for t in shard.trajectories}
+                    num_tokens = sum(t.sampled.count(1) for t in shard.trajectories)
+                    self.step += 1
+                    self.publish()
+                    self.session.trained(shard.step, num_tokens, {"train/loss": 0.0})
+                    self.trained.append((shard.step, groups))
+                self.session.wait_for_the_end()
+            except RunEnded:
+                self.outcome = "ended well"
+            except (RunStopped, BufferLost, TransportError) as error:
+                self.outcome = str(error)
+
+    def publish(self) -> None:
+        self.version += 1
+        policy = msg.SnapshotRef(
+            version=self.version, digest="", num_bytes=0, address="", path="nowhere"
+        )
+        self.session.announce(policy, 0.0)
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "r" / name).read_text().splitlines()]
+
+
+def check_records(folder: Path, steps: int) -> None:
+    """One row per step, each group once, each visit of a prompt trained at most once and never lost."""
+    metrics, groups = rows(folder, "metrics.jsonl"), rows(folder, "groups.jsonl")
+    assert [row["step"] for row in metrics] == list(range(steps))
+    assert all(row["lag/max"] <= LAG for row in metrics)
+    assert "eval/accuracy" in metrics[-1] or "eval/reward_mean" in metrics[-1]
+    assert len({row["group_id"] for row in groups}) == len(groups)
+    shipped = [row["visit"] for row in groups if row["end"] == "shipped"]
+    assert len(shipped) == steps * GROUPS
+    assert max(Counter(shipped).values()) == 1
+    drawn: set[int] = set()
+    for session in read_sessions(folder / "r" / "events"):
+        for logged in session.events:
+            if isinstance(logged.event, ev.PromptsDrawn):
+                drawn |= {prompt.visit for prompt in logged.event.prompts}
+    assert set(shipped) <= drawn and drawn == set(range(max(drawn) + 1))
+    # A prompt drawn before the last trained one was trained, or dropped with a reason, or waits.
+    ended = {row["visit"] for row in groups}
+    unfinished = drawn - ended
+    assert len(unfinished) <= (LAG + 3) * GROUPS
+
+
+def check_replay(folder: Path) -> None:
+    for session in read_sessions(folder / "r" / "events"):
+        assert replay(*session).difference is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_buffer_killed_at_any_moment_goes_on(
+    tmp_path: Path, free_port: Callable[[], int], seed: int
+) -> None:
+    rng, steps = random.Random(seed), 12
+    small = "buffer.segment_bytes=20000"  # several segments, so that checkpoints are used
+    config = make_config(tmp_path, free_port(), f"run.steps={steps}", small)
+    buffer = Buffer(tmp_path, config)
+    engines = [Engine(config.buffer.address, f"e/{i}") for i in range(2)]
+    learner = Learner(config, "a")
+    for peer in (*engines, learner):
+        peer.start()
+    for _ in range(3):
+        reached = learner.step
+        deadline = time.monotonic() + 60
+        while learner.step < min(reached + 2, steps - 1):
+            assert buffer.process.poll() is None and time.monotonic() < deadline, learner.outcome
+            time.sleep(rng.uniform(0.01, 0.2))
+        buffer.kill()
+        time.sleep(rng.uniform(0, 0.5))
+        buffer.restart()
+    assert buffer.process.wait(120) == 0
+    learner.join(10)
+    assert learner.outcome == "ended well"
+    check_records(tmp_path, steps)
+    check_replay(tmp_path)
+    by_group = {
+        row["group_id"] for row in rows(tmp_path, "groups.jsonl") if row["end"] == "shipped"
+    }
+    assert set().union(*(groups for _, groups in learner.trained)) == by_group
+    assert [step for step, _ in learner.trained] == list(range(steps))
+
+
+@pytest.mark.slow
+def test_a_stopped_learner_comes_back_to_the_same_step(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """A buffer frozen longer than anyone waits, and thawed: both sides find each other again."""
+    config = make_config(tmp_path, free_port(), "run.steps=6", "buffer.peer_timeout_s=1.5")
+    buffer = Buffer(tmp_path, config)
+    engine, learner = Engine(config.buffer.address, "e"), Learner(config, "a")
+    engine.start()
+    learner.start()
+    while learner.step < 2:
+        time.sleep(0.02)
+    os.kill(buffer.process.pid, signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(buffer.process.pid, signal.SIGCONT)
+    assert buffer.process.wait(60) == 0
+    learner.join(10)
+    assert learner.outcome == "ended well"
+    check_records(tmp_path, 6)
+
+
+@pytest.mark.slow
+def test_a_learner_restarted_alone_gets_back_the_prompts_of_withdrawn_steps(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    config = make_config(tmp_path, free_port(), "run.steps=16")
+    buffer = Buffer(tmp_path, config)
+    engine, first = Engine(config.buffer.address, "e"), Learner(config, "a")
+    engine.start()
+    first.start()
+    while len(first.trained) < 5:
+        time.sleep(0.02)
+    first.stopped = True
+    first.join(10)
+    before = {row["visit"] for row in rows(tmp_path, "groups.jsonl") if row["end"] == "shipped"}
+    config.run.resume = True
+    second = Learner(config, "b", step=2, version=first.version)
+    second.start()
+    assert buffer.process.wait(60) == 0
+    second.join(10)
+    assert second.outcome == "ended well"
+    check_records(tmp_path, 16)
+    after = {row["visit"] for row in rows(tmp_path, "groups.jsonl") if row["end"] == "shipped"}
+    assert before <= after
+
+
+@pytest.mark.slow
+def test_resuming_a_finished_run_ends_at_once(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    config = make_config(tmp_path, free_port(), "run.steps=2")
+    buffer = Buffer(tmp_path, config)
+    engine, learner = Engine(config.buffer.address, "e"), Learner(config, "a")
+    engine.start()
+    learner.start()
+    assert buffer.process.wait(60) == 0
+    before = rows(tmp_path, "metrics.jsonl")
+    buffer.restart()
+    assert buffer.process.wait(20) == 0
+    assert rows(tmp_path, "metrics.jsonl") == before
+
+
+@pytest.mark.slow
+def test_a_second_learner_is_refused_while_the_first_is_alive(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    config = make_config(tmp_path, free_port(), "run.steps=4")
+    buffer = Buffer(tmp_path, config)
+    first = Learner(config, "a")
+    first.start()
+    while first.version < 0:
+        time.sleep(0.02)
+    config.run.resume = True
+    second = Learner(config, "b")
+    second.start()
+    second.join(20)
+    assert "is training this run already" in second.outcome
+    Engine(config.buffer.address, "e").start()
+    assert buffer.process.wait(60) == 0
+    first.join(10)
+    assert first.outcome == "ended well"
