@@ -41,8 +41,8 @@ class RestartRule:
 
 
 RESTART_RULES: dict[Role, RestartRule] = {
-    # Off until a buffer that was killed can go on with the rollouts that it held.
-    "buffer": RestartRule(False, ("run.resume=true",)),
+    # It continues from its logs; engines and learner join it again.
+    "buffer": RestartRule(True, ("run.resume=true",)),
     "learner": RestartRule(True, ("run.resume=true",)),
     # The pool's own process. The pool restarts its engines.
     "actors": RestartRule(True),
