@@ -20,8 +20,11 @@ from buffer.peers import Peer
 from buffer.run_state import RunFailed, RunState
 from buffer.wire import messages as msg
 from darts import events as ev
+from darts.groups import Rollout
 
 MAX_NAME = 200  # characters of an engine's name
+MAX_TEXT = 8000  # characters of a response or an error that are kept
+MAX_REWARD = 1e6
 
 
 class EngineSide:
@@ -63,7 +66,9 @@ class EngineSide:
                 error = f"process {hello.pid} has joined as engine {hello.engine_id}: names must be unique"
                 run.send(known, msg.Shutdown(error=error))
                 events += self.lose(known, "it has joined again")
-            version = min(hello.policy_version, run.core.policy_version)
+            # Weights of a policy that this run does not know are not sampled from.
+            known_policy = hello.policy_version <= run.core.policy_version
+            version = hello.policy_version if known_policy else -1
             events.append(ev.EngineJoined(hello.engine_id, hello.engine_type, hello.slots, version))
             run.peers.add(Peer(identity, time.monotonic(), hello.engine_id))
             run.say(f"engine {hello.engine_id} joined ({hello.engine_type}, {hello.slots} slots)")
@@ -163,51 +168,68 @@ class EngineSide:
             raise ev.ProtocolError(f"a {type(message).__name__} is not {peer.name}'s to send")
         return handler(peer, message)
 
-    def _require_own(self, peer: Peer, rollout_id: int) -> None:
-        """Refuse a message about a rollout that another engine has. Late news of an ended one is legal."""
+    def _running(self, peer: Peer, rollout_id: int) -> Rollout | None:
+        """The rollout if it runs on the speaker; None if it is over, since late news is a legal race.
+
+        Raises ProtocolError if another engine has it.
+        """
         rollout = self.run.core.rollouts.get(rollout_id)
-        if rollout is not None and rollout.engine_id != peer.engine_id:
+        if rollout is None:
+            return None
+        if rollout.engine_id != peer.engine_id:
             raise ev.ProtocolError(
                 f"rollout {rollout_id} is in flight on engine {rollout.engine_id}, "
                 f"so {peer.name} has nothing to say about it"
             )
+        return rollout if rollout.runs else None
 
     def _progress(self, peer: Peer, message: msg.Progress) -> list[ev.Event]:
-        store = self.run.store
-        held = [chunk for chunk in message.chunks if chunk.rollout_id in store]
-        for chunk in held:  # chunks of others are over: cancelled, as a rule
-            self._require_own(peer, chunk.rollout_id)
-            self._check_version(chunk)
+        store, num_tokens = self.run.store, dict[int, int]()
+        chunks: list[msg.Chunk] = []
+        for chunk in message.chunks:
+            rollout = self._running(peer, chunk.rollout_id)
+            if rollout is None:
+                continue  # cancelled, as a rule
             store.check(chunk)
-        for chunk in held:
+            chunks.append(chunk)
+            if chunk.sampled:
+                before = num_tokens.get(rollout.rollout_id, store.num_sampled(rollout.rollout_id))
+                num_tokens[rollout.rollout_id] = before + len(chunk.tokens) // 4
+                self._check_sampled(rollout, chunk, num_tokens[rollout.rollout_id])
+        for chunk in chunks:
             store.append(chunk)
-        grown = dict.fromkeys(chunk.rollout_id for chunk in held if chunk.sampled)
-        return [ev.RolloutProgressed(i, store.num_sampled(i)) for i in grown]
+        return [ev.RolloutProgressed(i, store.num_sampled(i)) for i in num_tokens]
 
-    def _check_version(self, chunk: msg.Chunk) -> None:
+    def _check_sampled(self, rollout: Rollout, chunk: msg.Chunk, num_tokens: int) -> None:
         core = self.run.core
-        rollout = core.rollouts.get(chunk.rollout_id)
-        if rollout is None or not chunk.sampled:
-            return
         if not rollout.oldest_version <= chunk.version <= core.policy_version:
             raise ev.ProtocolError(
-                f"rollout {chunk.rollout_id} was sampled by version {chunk.version}: it was launched "
-                f"at {rollout.oldest_version}, and the newest is {core.policy_version}"
+                f"rollout {rollout.rollout_id} was sampled by version {chunk.version}: it was "
+                f"launched at {rollout.oldest_version}, and the newest is {core.policy_version}"
+            )
+        if num_tokens > core.config.max_tokens:
+            raise ev.ProtocolError(
+                f"rollout {rollout.rollout_id} has {num_tokens} tokens; "
+                f"the limit is {core.config.max_tokens}"
             )
 
     def _finished(self, peer: Peer, message: msg.Finished) -> list[ev.Event]:
         run, rollout_id = self.run, message.rollout_id
-        self._require_own(peer, rollout_id)
         oldest = 0  # if it was cancelled while it finished, only its slot and its length matter
-        if rollout_id in run.store:
+        if self._running(peer, rollout_id) is not None:
             num_tokens = run.store.num_sampled(rollout_id)
             if num_tokens != message.num_tokens:
                 raise ev.ProtocolError(
                     f"rollout {rollout_id} finished with {message.num_tokens} tokens, "
                     f"but {num_tokens} were sent"
                 )
+            if not abs(message.reward) <= MAX_REWARD:
+                raise ev.ProtocolError(
+                    f"rollout {rollout_id} finished with reward {message.reward}: "
+                    f"rewards lie within -{MAX_REWARD:g}..{MAX_REWARD:g}"
+                )
             oldest = run.store.oldest_version(rollout_id)
-            run.texts[rollout_id] = message.text
+            run.texts[rollout_id] = message.text[:MAX_TEXT]
         self._note_freed(rollout_id)
         return [
             ev.RolloutFinished(
@@ -216,20 +238,19 @@ class EngineSide:
         ]
 
     def _failed(self, peer: Peer, message: msg.Failed) -> list[ev.Event]:
-        run = self.run
-        self._require_own(peer, message.rollout_id)
-        if message.fatal:
-            raise RunFailed(f"{peer.name}: {message.error}")
-        run.warn(f"{peer.name}: {message.error}")
-        rollout = run.core.rollouts.get(message.rollout_id)
+        run, error = self.run, " ".join(message.error.split())[:MAX_TEXT]
+        rollout = self._running(peer, message.rollout_id)
         if rollout is not None:
-            run.errors[rollout.group.group_id] = message.error
+            if message.fatal:
+                raise RunFailed(f"{peer.name}: {error}")
+            run.warn(f"{peer.name}: {error}")
+            run.errors[rollout.group.group_id] = error
+            run.store.discard(message.rollout_id)
         self._note_freed(message.rollout_id)
-        run.store.discard(message.rollout_id)
         return [ev.RolloutFailed(message.rollout_id)]
 
     def _stopped(self, peer: Peer, message: msg.Stopped) -> list[ev.Event]:
-        self._require_own(peer, message.rollout_id)
+        self._running(peer, message.rollout_id)
         self._note_freed(message.rollout_id)
         return [ev.RolloutStopped(message.rollout_id, message.num_tokens)]
 
@@ -239,6 +260,11 @@ class EngineSide:
             self.run.metrics.note_freed(time.monotonic() - cancelled_s)
 
     def _loaded(self, peer: Peer, message: msg.PolicyLoaded) -> list[ev.Event]:
+        if message.version > self.run.core.policy_version:
+            raise ev.ProtocolError(
+                f"{peer.name} loaded policy version {message.version}, "
+                f"and the newest is {self.run.core.policy_version}"
+            )
         self.run.metrics.note_swap(message)
         return [ev.PolicyLoaded(peer.engine_id, message.version)]
 

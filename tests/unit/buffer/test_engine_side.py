@@ -1,0 +1,137 @@
+"""Engines that send messages about what is not theirs, or impossible ones: nothing is stored, no one else pays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from buffer.peers import Peer
+from buffer.run_state import RunFailed
+from buffer.service import Service
+from buffer.wire import messages as msg
+from configs import cli
+from darts import events as ev
+
+
+@pytest.fixture
+def service(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Service]:
+    """Two engines, `a` and `b`, each with rollouts in flight."""
+    service = Service(
+        cli.load(
+            [
+                f"run.dir={tmp_path}", "run.trackers=[]", "batch.groups=2", "darts.group_size=2",
+                "redundancy.rule=none", "sampling.max_tokens=40", "eval.every=0",
+                f"buffer.address=tcp://127.0.0.1:{free_port()}", "data.num_prompts=50",
+            ]
+        )
+    )  # fmt: skip
+    service._recover()
+    service._apply([ev.PolicyPublished(0)])
+    for name in ("a", "b"):
+        hello = msg.EngineHello(engine_id=name, engine_type="t", slots=2, policy_version=0, pid=1)
+        service._greet(name.encode(), hello)
+    service._apply(service.run.due_events())
+    yield service
+    service.run.close("")
+
+
+def of(service: Service, name: str) -> int:
+    """A rollout in flight on engine `name`."""
+    return next(i for i, r in service.run.core.rollouts.items() if r.engine_id == name)
+
+
+def sampled(rollout_id: int, num_tokens: int, version: int = 0) -> msg.Chunk:
+    tokens = np.full(num_tokens, 7, "<i4").tobytes()
+    logprobs = np.full(num_tokens, -0.5, "<f4").tobytes()
+    return msg.Chunk(
+        rollout_id=rollout_id, sampled=True, version=version, tokens=tokens, logprobs=logprobs
+    )
+
+
+def engines(service: Service) -> set[str]:
+    return set(service.run.core.engines.by_id)
+
+
+@pytest.mark.parametrize("kind", ["progress", "finished", "failed", "fatal", "stopped"])
+def test_a_message_about_another_engines_rollout_dismisses_the_speaker_alone(
+    service: Service, kind: str
+) -> None:
+    victim = of(service, "a")
+    forged: dict[str, msg.Message] = {
+        "progress": msg.Progress(chunks=[sampled(victim, 3)]),
+        "finished": msg.Finished(
+            rollout_id=victim, num_tokens=3, truncated=False, reward=1.0, text=""
+        ),
+        "failed": msg.Failed(rollout_id=victim, error="x", fatal=False),
+        "fatal": msg.Failed(rollout_id=victim, error="x", fatal=True),
+        "stopped": msg.Stopped(rollout_id=victim, num_tokens=0),
+    }
+    service._receive(b"b", forged[kind])
+    assert engines(service) == {"a"}
+    assert service.run.store.num_sampled(victim) == 0
+    assert service.run.core.rollouts[victim].runs
+
+
+def test_messages_about_a_finished_rollout_change_nothing(service: Service) -> None:
+    mine = of(service, "a")
+    service._receive(b"a", msg.Progress(chunks=[sampled(mine, 3)]))
+    finished = msg.Finished(rollout_id=mine, num_tokens=3, truncated=False, reward=1.0, text="mine")
+    service._receive(b"a", finished)
+    for forged in (
+        msg.Progress(chunks=[sampled(mine, 5)]),
+        msg.Finished(rollout_id=mine, num_tokens=9, truncated=False, reward=0.0, text="forged"),
+        msg.Failed(rollout_id=mine, error="x", fatal=True),
+    ):
+        service._receive(b"b", forged)
+    assert service.run.store.num_sampled(mine) == 3
+    assert service.run.texts[mine] == "mine"
+
+
+def test_tokens_of_an_engine_that_broke_the_protocol_are_not_continued(service: Service) -> None:
+    mine = of(service, "a")
+    service._receive(b"a", msg.Progress(chunks=[sampled(mine, 30)]))
+    service._receive(b"a", msg.Progress(chunks=[sampled(mine, 30)]))
+    assert engines(service) == {"b"}
+    service._receive(b"b", msg.Heartbeat())
+    assert all(r.tokens == 0 for r in service.run.core.rollouts.values())
+    assert mine not in service.run.store
+
+
+@pytest.mark.parametrize("version", [-1, 1])
+def test_an_impossible_version_is_refused_before_anything_is_stored(
+    service: Service, version: int
+) -> None:
+    mine = of(service, "a")
+    service._receive(b"a", msg.Progress(chunks=[sampled(mine, 3), sampled(mine, 3, version)]))
+    assert engines(service) == {"b"}
+
+
+@pytest.mark.parametrize("name", ["", "x" * 300, "a\nb"])
+def test_a_name_that_cannot_be_shown_is_refused(service: Service, name: str) -> None:
+    hello = msg.EngineHello(engine_id=name, engine_type="t", slots=1, policy_version=0, pid=1)
+    service._receive(b"new", hello)
+    assert engines(service) == {"a", "b"}
+
+
+def test_a_second_name_on_one_connection_ends_the_first(service: Service) -> None:
+    hello = msg.EngineHello(engine_id="c", engine_type="t", slots=1, policy_version=0, pid=1)
+    service._receive(b"a", hello)
+    assert engines(service) == {"b"}
+    assert b"a" not in service.run.peers.by_identity
+
+
+def test_only_the_engine_that_has_a_rollout_can_end_the_run_with_its_failure(
+    service: Service,
+) -> None:
+    mine = of(service, "a")
+    with pytest.raises(RunFailed, match="engine a: no room"):
+        service._receive(b"a", msg.Failed(rollout_id=mine, error="no room", fatal=True))
+
+
+def test_peers_have_one_name_each() -> None:
+    assert (
+        Peer(b"x", 0.0, "e").name == "engine e" and Peer(b"x", 0.0, rank=1).name == "learner rank 1"
+    )
