@@ -42,16 +42,16 @@ class World:
     rng: random.Random
     core: Core = field(init=False)
     twin: Core | None = None  # restored from `core`'s state: it must decide alike from then on
-    now: float = 0.0
     version: int = -1
     engine_versions: dict[str, int] = field(default_factory=dict)
     engine_slots: dict[str, int] = field(default_factory=dict)
     rollouts: dict[int, TrueRollout] = field(default_factory=dict)
     opened: dict[int, ev.OpenGroup] = field(default_factory=dict)
     ended: dict[int, str] = field(default_factory=dict)
-    handed: dict[int, ev.GroupRecord] = field(default_factory=dict)
+    shipped: dict[int, ev.GroupRecord] = field(default_factory=dict)
     drawn: Counter[str] = field(default_factory=Counter)
     settled: Counter[str] = field(default_factory=Counter)
+    counted: Counter[int] = field(default_factory=Counter)  # tokens by rollout, as recorded
     ships: list[ev.Ship] = field(default_factory=list)
     drops: list[ev.Drop] = field(default_factory=list)
     evaluated: list[ev.GroupRecord] = field(default_factory=list)
@@ -80,17 +80,13 @@ class World:
             self.check(decision)
         return decisions
 
-    def tick(self) -> float:
-        self.now += 1.0
-        return self.now
-
     def join(self, engine_id: str, slots: int, version: int) -> None:
         self.engine_versions[engine_id], self.engine_slots[engine_id] = version, slots
         self.send(ev.EngineJoined(engine_id, "fake", slots, version))
 
     def lose(self, engine_id: str) -> None:
         for rollout in self.on_engine(engine_id):
-            rollout.end = "cancelled" if rollout.end == "cancelling" else "lost"
+            rollout.end = "lost cancelled" if rollout.end == "cancelling" else "lost"
         del self.engine_versions[engine_id]
         self.send(ev.EngineLost(engine_id))
 
@@ -138,8 +134,10 @@ class World:
         rollout.end = "lost"
         self.send(ev.RolloutFailed(rollout.rollout_id))
 
-    def confirm(self, rollout: TrueRollout) -> None:
+    def confirm(self, rollout: TrueRollout, num_tokens: int = 0) -> None:
+        """The engine stops a cancelled rollout, after `num_tokens` more."""
         rollout.end = "cancelled"
+        rollout.tokens = min(rollout.length, rollout.tokens + num_tokens)
         self.send(ev.RolloutStopped(rollout.rollout_id, rollout.tokens))
 
     def publish(self) -> None:
@@ -152,14 +150,14 @@ class World:
         self.send(ev.ShardsRequested(self.next_step))
 
     def train(self) -> None:
-        for group_id in list(self.handed):
-            record = self.handed.pop(group_id)
+        for group_id in list(self.shipped):
+            record = self.shipped.pop(group_id)
             self.ended[group_id] = "trained"
             self.settled[record.prompt_id] += 1
             self.send(ev.GroupTrained(group_id))
 
     def rejoin_learner(self) -> None:
-        self.handed.clear()
+        self.shipped.clear()
         self.step_pending = False
         self.send(ev.LearnerJoined())
         self.publish()
@@ -175,11 +173,11 @@ class World:
                 if version < self.version:
                     self.load(engine_id, self.version)
             for rollout in self.cancelling():
-                self.confirm(rollout)
+                self.confirm(rollout, num_tokens=3)
             for rollout in self.running():
                 if not rollout.end:
                     self.advance(rollout, 10_000)
-            if self.handed:
+            if self.shipped:
                 self.train()
             if not self.step_pending:
                 if self.steps_left == 0:
@@ -211,7 +209,15 @@ class World:
                 self.check_cancel(decision)
             case ev.Ship():
                 self.check_ship(decision)
+            case ev.Close():
+                assert self.ended[decision.record.group_id] == "trained"
+                self.check_record(decision.record)
+                self.count(decision.record)
+            case ev.CountOvershoot():
+                assert decision.num_tokens > 0
+                self.counted[decision.rollout_id] += decision.num_tokens
             case ev.Drop():
+                self.count(decision.record)
                 assert (
                     self.ended.setdefault(decision.record.group_id, decision.record.end)
                     == decision.record.end
@@ -225,6 +231,7 @@ class World:
                 assert decision.record.group_id not in self.ended
                 self.ended[decision.record.group_id] = "evaluated"
                 self.evaluated.append(decision.record)
+                self.count(decision.record)
             case ev.RememberLengths():
                 assert decision.lengths.var_log > 0
 
@@ -254,7 +261,7 @@ class World:
         assert (
             ship.step == self.next_step
             and record.group_id not in self.ended
-            and record.group_id not in self.handed
+            and record.group_id not in self.shipped
         )
         selected = [r for r in record.rollouts if r.end in ("selected_short", "selected_long")]
         assert len(selected) == self.config.group_size
@@ -265,7 +272,7 @@ class World:
         assert record.shipped_version == self.version
         self.check_record(record)
         self.check_short_seats(record)
-        self.handed[record.group_id] = record
+        self.shipped[record.group_id] = record
         self.ships.append(ship)
         if (
             sum(s.step == self.next_step for s in self.ships[self.answered :])
@@ -283,10 +290,21 @@ class World:
             truth = self.rollouts[row.rollout_id]
             if truth.end == "lost":
                 assert row.end == "lost"
-            elif truth.end in ("cancelling", "cancelled", "raced"):
+            elif truth.end in ("cancelling", "cancelled", "lost cancelled", "raced"):
                 assert row.end == "cancelled"
             else:
                 assert row.end in ("selected_short", "selected_long", "discarded", "truncated")
+                assert row.truncated == (truth.length >= self.config.max_tokens)
+
+    def count(self, record: ev.GroupRecord) -> None:
+        for row in record.rollouts:
+            self.counted[row.rollout_id] += row.tokens + row.overshoot
+
+    def check_counts(self) -> None:
+        """Once all groups have ended: every token of a rollout whose end is known counts once."""
+        for rollout in self.rollouts.values():
+            if rollout.end in ("finished", "raced", "cancelled"):
+                assert self.counted[rollout.rollout_id] == rollout.tokens, rollout
 
     def check_short_seats(self, record: ev.GroupRecord) -> None:
         """An exact cancel is a proof: whoever was cancelled as past the selection is truly longer than every short seat."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from darts import events as ev
 from darts.simulate.schema import SimulateConfig
@@ -24,6 +24,7 @@ class RoundGroup:
     opened_version: int
     budget: int
     waiting: deque[int | None]
+    closed: bool = False  # trained or dropped, so its record is made
     running: dict[int, tuple[str, int]] = field(
         default_factory=dict
     )  # rollout -> engine, oldest version
@@ -38,18 +39,25 @@ class RoundGroup:
                 and end == "shipped"
                 and sum(r.end == "selected_short" for r in rows) < group_size
             )
-            rows.append(row if row.reward is None or not seat else _ending(row, "selected_short"))
-        shipped = version if end == "shipped" else -1
+            rows.append(replace(row, end="selected_short") if seat else row)
         return ev.GroupRecord(
-            self.group_id,
-            self.prompt.prompt_id,
-            self.opened_version,
-            shipped,
-            self.budget,
-            "longest",
-            end,
-            tuple(rows),
+            group_id=self.group_id,
+            prompt_id=self.prompt.prompt_id,
+            opened_version=self.opened_version,
+            shipped_version=version if end == "shipped" else -1,
+            budget=self.budget,
+            long_end="longest",
+            end=end,
+            rollouts=tuple(rows),
         )
+
+    def overshot(self, rollout_id: int, num_tokens: int) -> int:
+        """A cancelled rollout sampled `num_tokens` in total. Returns the tokens after its cancel."""
+        for index, row in enumerate(self.ended):
+            if row.rollout_id == rollout_id:
+                self.ended[index] = replace(row, overshoot=num_tokens - row.tokens)
+                return num_tokens - row.tokens
+        raise AssertionError(f"rollout {rollout_id} of group {self.group_id} was not cancelled")
 
 
 class Rounds:
@@ -71,6 +79,7 @@ class Rounds:
         self._tokens: dict[int, int] = {}
         self._paused: dict[int, int] = {}  # interrupted: its oldest version
         self._ready: deque[RoundGroup] = deque()
+        self._shipped: dict[int, tuple[RoundGroup, int]] = {}  # with the version they shipped at
         self._step: int | None = None
         self._round_open = False
         self._next_group = self._next_rollout = 0
@@ -106,8 +115,12 @@ class Rounds:
             case ev.RolloutProgressed():
                 self._tokens[event.rollout_id] = event.num_tokens
                 return []
+            case ev.GroupTrained():
+                group, version = self._shipped.pop(event.group_id)
+                group.closed = True
+                self._out.append(ev.Close(group.record("shipped", version, self.group_size)))
             case _:
-                return []  # latencies and acknowledgements change nothing in a round
+                return []  # latencies change nothing in a round
         self._start_round()
         self._launch()
         self._ship()
@@ -177,7 +190,7 @@ class Rounds:
     def _finished(self, event: ev.RolloutFinished) -> None:
         group = self._release(event.rollout_id)
         if event.rollout_id not in group.running:
-            return
+            return self._count_overshoot(group, event.rollout_id, event.num_tokens)
         engine_id, oldest = group.running.pop(event.rollout_id)
         group.ended.append(
             ev.RolloutRecord(
@@ -202,6 +215,13 @@ class Rounds:
             group.waiting.append(event.rollout_id)
             if self._round_open and group not in self._launching:
                 self._launching.append(group)
+        else:
+            self._count_overshoot(group, event.rollout_id, event.num_tokens)
+
+    def _count_overshoot(self, group: RoundGroup, rollout_id: int, num_tokens: int) -> None:
+        overshoot = group.overshot(rollout_id, num_tokens)
+        if overshoot and group.closed:
+            self._out.append(ev.CountOvershoot(group.group_id, rollout_id, overshoot))
 
     def _release(self, rollout_id: int) -> RoundGroup:
         self._tokens.pop(rollout_id, None)
@@ -224,6 +244,7 @@ class Rounds:
             return
         for _ in range(self.groups_per_step):
             group = self._ready.popleft()
+            self._shipped[group.group_id] = (group, self.policy_version)
             self._out.append(
                 ev.Ship(self._step, group.record("shipped", self.policy_version, self.group_size))
             )
@@ -252,6 +273,7 @@ class TailBatching(Rounds):
         for group in [*self._open.values(), *self._ready]:
             self.cancel(group)
             self._deferred.append(group.prompt)
+            group.closed = True
             self._out.append(
                 ev.Drop(
                     group.record("deadline", self.policy_version, self.group_size), requeued=True
@@ -277,9 +299,3 @@ class PartialRollout(Rounds):
         for group in self._open.values():
             for rollout_id, (engine_id, _) in group.running.items():
                 self._out.append(ev.Cancel(rollout_id, engine_id, "deadline"))
-
-
-def _ending(row: ev.RolloutRecord, end: ev.RolloutEnd) -> ev.RolloutRecord:
-    return ev.RolloutRecord(
-        row.rollout_id, row.engine_id, row.tokens, row.reward, end, row.oldest_version
-    )

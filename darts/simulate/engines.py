@@ -27,6 +27,7 @@ class SimRollout:
     group_id: int
     engine: SimEngine
     length: int
+    truncated: bool
     reward: float
     oldest_version: int
     prompt_tokens: int

@@ -41,9 +41,10 @@ class SimPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One response: its length as far as the limit lets it grow, and its reward."""
+    """One response: its length, whether `sampling.max_tokens` cut it there, and its reward."""
 
     length: int
+    truncated: bool
     reward: float
 
 
@@ -93,13 +94,9 @@ def recorded_prompts(path: Path, pattern: PatternKeys) -> list[SimPrompt]:
 
 
 def _fit(rollouts: Sequence[dict]) -> lengths.LengthStats | None:
-    finished = [
-        r["tokens"] for r in rollouts if r["reward"] is not None and r["end"] != "truncated"
-    ]
+    finished = [r["tokens"] for r in rollouts if r["reward"] is not None and not r["truncated"]]
     bounds = [
-        r["tokens"]
-        for r in rollouts
-        if (r["reward"] is None or r["end"] == "truncated") and r["tokens"] > 0
+        r["tokens"] for r in rollouts if (r["reward"] is None or r["truncated"]) and r["tokens"] > 0
     ]
     return lengths.update(None, finished, bounds, lengths.POOL_PRIOR) if finished else None
 
@@ -184,12 +181,13 @@ class Responses:
         mean_log, spread = self._moments
         length = max(1, round(math.exp(min(mean_log + spread * z, 20.0))))
         right = luck < 1.0 / (1.0 + math.exp(-(self.prompt.log_odds + self.prompt.slope * z)))
-        draw = Draw(min(length, self._max_tokens), float(right and length < self._max_tokens))
+        truncated = length >= self._max_tokens
+        draw = Draw(min(length, self._max_tokens), truncated, float(right and not truncated))
         self.draws.append(draw)
         return draw
 
 
-class PromptStream:
+class SimPromptStream:
     """Prompts in shuffled passes, each with what is remembered of its lengths, and the responses of each of its visits."""
 
     def __init__(self, prompts: Sequence[SimPrompt], max_tokens: int, seed: int) -> None:

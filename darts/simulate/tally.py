@@ -25,8 +25,8 @@ Row = dict[str, Any]
 class Tally:
     """Running sums over closed groups. Tokens of a group are counted once, when it closes."""
 
-    def __init__(self, group_size: int, num_long: int, max_tokens: int) -> None:
-        self._group_size, self._num_long, self._max_tokens = group_size, num_long, max_tokens
+    def __init__(self, group_size: int, num_long: int) -> None:
+        self._group_size, self._num_long = group_size, num_long
         self.tokens: Counter[str] = Counter(generated=0, trained=0, discarded=0, cancelled=0)
         self.groups: Counter[str] = Counter(opened=0, shipped=0, filled=0, dropped=0)
         self.lags: Counter[int] = Counter()
@@ -36,7 +36,7 @@ class Tally:
     def closed(self, record: GroupRecord) -> None:
         for rollout in record.rollouts:
             selected = rollout.end.startswith("selected")
-            fate = (
+            use = (
                 "trained"
                 if selected
                 else "cancelled"
@@ -44,7 +44,7 @@ class Tally:
                 else "discarded"
             )
             self.tokens["generated"] += rollout.tokens + rollout.overshoot
-            self.tokens[fate] += rollout.tokens
+            self.tokens[use] += rollout.tokens
             self.tokens["cancelled"] += rollout.overshoot
             if selected:
                 self.lags[record.shipped_version - rollout.oldest_version] += 1
@@ -62,8 +62,8 @@ class Tally:
     def compare_offline(self, record: GroupRecord, draws: Sequence[Draw]) -> None:
         """Against the rule that would have seen every response to its end: seats as lengths, so that ties are no difference."""
         ids = [Candidate(draw.length, index) for index, draw in enumerate(draws)]
-        finished = [c for c in ids if c.tokens < self._max_tokens]
-        truncated = [c for c in ids if c.tokens >= self._max_tokens]
+        finished = [c for c in ids if not draws[c.rollout_id].truncated]
+        truncated = [c for c in ids if draws[c.rollout_id].truncated]
         num_long = 0 if record.long_end == "none" else self._num_long
         ideal = select_dual_end(
             finished, truncated, self._group_size, num_long, fill_truncated=True

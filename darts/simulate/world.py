@@ -19,7 +19,7 @@ from darts.config import core_config
 from darts.core import Core
 from darts.simulate.baselines import PartialRollout, Rounds, TailBatching
 from darts.simulate.engines import SimEngine, SimRollout, ptl_table
-from darts.simulate.lengths import PromptStream, Responses, Shaping, make_prompts
+from darts.simulate.lengths import Responses, Shaping, SimPromptStream, make_prompts
 from darts.simulate.schema import SimulateConfig, check
 from darts.simulate.tally import Files, Row, Tally
 
@@ -54,16 +54,14 @@ class Simulation:
         check(config)
         self.config = config
         self.scheduler = make_scheduler(config)
-        self.tally = Tally(
-            config.darts.group_size, config.darts.num_long, config.sampling.max_tokens
-        )
+        self.tally = Tally(config.darts.group_size, config.darts.num_long)
         self.shaping = Shaping(config.shaping)
         self.rows: list[Row] = []
         self.num_events: Counter[str] = Counter()
         self.now = 0.0
         self._files, self._observer = files, observer
         prompts = make_prompts(config.lengths, config.pattern, config.run.seed)
-        self._stream = PromptStream(prompts, config.sampling.max_tokens, config.run.seed)
+        self._stream = SimPromptStream(prompts, config.sampling.max_tokens, config.run.seed)
         self._engines = self._make_engines()
         self._agenda: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._serial = 0
@@ -188,6 +186,7 @@ class Simulation:
                 decision.group_id,
                 engine,
                 draw.length,
+                draw.truncated,
                 draw.reward,
                 engine.version,
                 prompt_tokens,
@@ -199,6 +198,7 @@ class Simulation:
                 decision.group_id,
                 engine,
                 before.length,
+                before.truncated,
                 before.reward,
                 before.oldest_version,
                 prompt_tokens,
@@ -236,12 +236,11 @@ class Simulation:
     def _finish(self, rollout: SimRollout) -> None:
         del self._rollouts[rollout.rollout_id]
         self._cancelled.discard(rollout.rollout_id)
-        truncated = rollout.length >= self.config.sampling.max_tokens
         self._send(
             ev.RolloutFinished(
                 rollout.rollout_id,
                 rollout.length,
-                truncated,
+                rollout.truncated,
                 rollout.reward,
                 rollout.oldest_version,
             )
@@ -319,8 +318,6 @@ class Simulation:
                     [r.tokens for r in record.rollouts if r.end.startswith("selected")],
                 )
             )
-            if not isinstance(self.scheduler, Core):
-                self._close(record)  # the core says so itself
         self.shaping.learn(lessons)
         self._record_step(records)
         self._step += 1

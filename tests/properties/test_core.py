@@ -42,7 +42,7 @@ CONFIGS = st.builds(
 
 
 def state_of(core: Core) -> bytes:
-    return pickle.dumps({k: v for k, v in vars(core).items() if k != "_handlers"})
+    return pickle.dumps(vars(core))
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -99,13 +99,13 @@ class CoreMachine(RuleBasedStateMachine):
         self.world.fail(data.draw(st.sampled_from(self.world.running())))
 
     @precondition(lambda self: self.world.cancelling())
-    @rule(data=st.data(), raced=st.booleans())
-    def confirm(self, data: st.DataObject, raced: bool) -> None:
+    @rule(data=st.data(), raced=st.booleans(), num_tokens=st.integers(0, 5))
+    def confirm(self, data: st.DataObject, raced: bool, num_tokens: int) -> None:
         rollout = data.draw(st.sampled_from(self.world.cancelling()))
         if raced:
             self.world.advance(rollout, 10_000)
         else:
-            self.world.confirm(rollout)
+            self.world.confirm(rollout, num_tokens)
 
     @precondition(lambda self: self.world.steps_left == 0 and not self.world.step_pending)
     @rule()
@@ -117,7 +117,7 @@ class CoreMachine(RuleBasedStateMachine):
     def request(self) -> None:
         self.world.request()
 
-    @precondition(lambda self: self.world.handed and not self.world.step_pending)
+    @precondition(lambda self: self.world.shipped and not self.world.step_pending)
     @rule()
     def train(self) -> None:
         self.world.train()
@@ -209,7 +209,7 @@ class CoreMachine(RuleBasedStateMachine):
         assert set(core.groups) == set(world.opened) - set(world.ended)
         assert core.num_outstanding == len(
             [g for g in core.groups.values() if g.purpose == "train"]
-        ) - len(world.handed)
+        ) - len(world.shipped)
         validate_state(core)
 
     def teardown(self) -> None:
@@ -227,13 +227,14 @@ class CoreMachine(RuleBasedStateMachine):
             assert self.world.settled[prompt_id] + still_there == count, (prompt_id, left)
         self.world.send(ev.RunEnded())
         for rollout in self.world.cancelling():
-            self.world.confirm(rollout)
+            self.world.confirm(rollout, num_tokens=3)
         assert (
             not self.world.core.rollouts
             and not self.world.core.groups
             and not self.world.core.num_outstanding
         )
         assert set(self.world.opened) == set(self.world.ended)
+        self.world.check_counts()
 
 
 TestCore = CoreMachine.TestCase
@@ -332,7 +333,7 @@ def test_adversarial_lengths_starve_no_prompt() -> None:
             world.advance(rollout, 3)
         for r in world.cancelling():
             world.confirm(r)
-        if world.handed and not world.step_pending:
+        if world.shipped and not world.step_pending:
             world.train()
             world.publish()
             world.load("e", world.version)

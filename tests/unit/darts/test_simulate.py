@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from darts import events as ev
 from darts.core import Core
 from darts.lengths import POOL_PRIOR
 from darts.simulate.engines import SimEngine, SimRollout, ptl_table
-from darts.simulate.lengths import Responses, Shaping, SimPrompt, make_prompts
+from darts.simulate.lengths import (
+    Responses,
+    Shaping,
+    SimPrompt,
+    make_prompts,
+    recorded_prompts,
+)
 from darts.simulate.schema import LengthKeys, PatternKeys, ShapingKeys, SimulateConfig, check
 from darts.simulate.tally import Files
 from darts.simulate.world import Simulation, simulate
@@ -203,6 +210,56 @@ def test_partial_rollouts_continue_where_they_stood() -> None:
     assert summary["tokens/cancelled"] == 0
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("darts.cancel=eager", "redundancy.rule=fixed"),
+        ("staleness.on_deadline=drop", "sampling.max_tokens=150"),
+        ("baseline.scheduler=tail_batching", "pipeline.mode=sync"),
+    ],
+)
+def test_every_sampled_token_is_counted_once(overrides: tuple[str, ...]) -> None:
+    """Whichever scheduler cancels them: up to the engine's stop, not up to the decision."""
+    sampled: dict[int, int] = {}
+    recorded: dict[int, int] = {}
+
+    def observe(event: ev.Event, decisions: list[ev.Decision]) -> None:
+        if isinstance(event, (ev.RolloutFinished, ev.RolloutStopped)):
+            sampled[event.rollout_id] = event.num_tokens
+        for decision in decisions:
+            if isinstance(decision, (ev.Close, ev.Drop)):
+                recorded.update((r.rollout_id, r.tokens) for r in decision.record.rollouts)
+
+    simulation = Simulation(
+        config(*overrides, "run.steps=8", "engines.cancel_s=0.5"), observer=observe
+    )
+    simulation.run()
+    tokens = simulation.tally.tokens
+    assert tokens["generated"] == sum(sampled.get(i, seen) for i, seen in recorded.items())
+    assert tokens["generated"] == tokens["trained"] + tokens["discarded"] + tokens["cancelled"]
+    assert tokens["generated"] > sum(recorded.values())  # some were sampled after the decision
+
+
+def test_a_truncated_response_that_took_a_seat_is_only_a_lower_bound(tmp_path: Path) -> None:
+    """A ledger's filled group: its truncated response has the end of a selected one."""
+
+    def write(name: str, truncated: bool) -> Path:
+        rollouts = [
+            {"tokens": 40 + 10 * i, "reward": 1.0, "end": "selected_short", "truncated": False}
+            for i in range(3)
+        ]
+        rollouts.append(
+            {"tokens": 60, "reward": 0.0, "end": "selected_long", "truncated": truncated}
+        )
+        path = tmp_path / name
+        path.write_text(json.dumps({"prompt_id": "p", "rollouts": rollouts}) + "\n")
+        return path
+
+    [bound] = recorded_prompts(write("bound", True), PatternKeys())
+    [exact] = recorded_prompts(write("exact", False), PatternKeys())
+    assert bound.mean_log > exact.mean_log
+
+
 # The engine --------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +268,7 @@ def engine_with(*lengths: int, kv_tokens: int = 10_000, slots: int = 8) -> SimEn
         "e", "t", slots, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], kv_tokens, chunk_tokens=4
     )
     for rollout_id, length in enumerate(lengths):
-        engine.admit(SimRollout(rollout_id, 0, engine, length, 1.0, 0, prompt_tokens=10))
+        engine.admit(SimRollout(rollout_id, 0, engine, length, False, 1.0, 0, prompt_tokens=10))
     return engine
 
 
