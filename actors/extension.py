@@ -21,6 +21,9 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.platforms import current_platform
 
+from actors import vllm_errors
+
+vllm_errors.install(vllm_errors.IN_CORE)
 FRONTEND_PID = "DARTS_FRONTEND_PID"
 HEAD = "lm_head.weight"
 
@@ -38,13 +41,14 @@ class SnapshotLoader:
         engines keep weights in a layout of their own (pre-packed on a CPU).
         """
         model, model_config = self.model_runner.model, self.model_runner.model_config
-        tied = bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
+        text = model_config.hf_text_config
+        tied = bool(getattr(text, "tie_word_embeddings", False))
         expected = {name for name, _ in model.named_parameters()}
         try:
             with safe_open(path, framework="pt") as snapshot:
                 forget_packed_experts(model)
                 initialize_layerwise_reload(model)
-                loaded = model.load_weights(_tensors(snapshot, model, tied))
+                loaded = model.load_weights(_tensors(snapshot, model, tied, text.vocab_size))
                 finalize_layerwise_reload(model, model_config)
         except Exception as error:  # each model's own loader raises as it likes
             return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -68,7 +72,7 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
 
 
 def _tensors(
-    snapshot: Any, model: torch.nn.Module, tied: bool
+    snapshot: Any, model: torch.nn.Module, tied: bool, vocab_size: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor; where embeddings are tied, with the head exactly if this engine keeps one.
 
@@ -80,10 +84,19 @@ def _tensors(
         if name != HEAD or has_head or not tied:
             yield name, snapshot.get_tensor(name)
     if tied and has_head and HEAD not in names:
-        embeddings = [name for name in names if name.endswith("embed_tokens.weight")]
-        if not embeddings:
-            raise ValueError(f"the snapshot lacks {HEAD}")
-        yield HEAD, snapshot.get_tensor(embeddings[0])
+        yield HEAD, snapshot.get_tensor(_embeddings(snapshot, names, vocab_size))
+
+
+def _embeddings(snapshot: Any, names: list[str], vocab_size: int) -> str:
+    """The name of the input embeddings: the one matrix with a row for every token."""
+    shapes = {name: snapshot.get_slice(name).get_shape() for name in names}
+    fit = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == vocab_size]
+    if len(fit) != 1:
+        raise ValueError(
+            f"the output head is tied to the embeddings, and the snapshot has {len(fit)} matrices "
+            f"with vocab_size={vocab_size} rows"
+        )
+    return fit[0]
 
 
 def _die_with(frontend_pid: int) -> None:

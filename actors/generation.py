@@ -30,13 +30,15 @@ class Generation:
     """One request in an engine. Made inside a running event loop.
 
     `tokens` holds everything sampled so far; `finished` ends with "stop", "length" or "abort", or with the exception that ended it.
+    `prompt_logprobs`: of each token of the prompt after the first, if they were asked for.
     """
 
-    __slots__ = ("request_id", "tokens", "finished", "num_pending", "_pending")
+    __slots__ = ("request_id", "tokens", "prompt_logprobs", "finished", "num_pending", "_pending")
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.tokens: array[int] = array("i")
+        self.prompt_logprobs: array[float] = array("f")
         self.finished: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.num_pending = 0
         self._pending: list[TokenRun] = []

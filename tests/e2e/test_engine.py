@@ -212,7 +212,7 @@ def test_an_abort_frees_the_slot(
     served: Served, record_property: Callable[[str, object], None]
 ) -> None:
     async def generate() -> float:
-        running = [served.launch(800) for _ in range(SLOTS)]
+        running = [served.launch(800) for _ in range(SLOTS + 1)]  # one is kept for `score`
         await until(lambda: all(len(generation.tokens) > 5 for generation in running))
         waiting = served.launch(800)
         await asyncio.sleep(0.2)
@@ -231,6 +231,27 @@ def test_an_abort_frees_the_slot(
         return freed_s
 
     record_property("decision_to_freed_ms", round(1000 * served.run(generate()), 1))
+
+
+@untied_only
+def test_a_sequence_is_scored_while_every_slot_decodes(served: Served) -> None:
+    async def generate() -> list[float]:
+        running = [served.launch(800) for _ in range(SLOTS)]
+        await until(lambda: all(len(generation.tokens) > 5 for generation in running))
+        scores = await served.engine.score(PROMPT)
+        assert not any(generation.finished.done() for generation in running)
+        await served.engine.abort([generation.request_id for generation in running])
+        for generation in running:
+            (run,) = generation.take()
+            assert error(make_model(False, seed=0), run) < BOUND  # their own, not the score's
+        return list(scores)
+
+    scores = torch.tensor(served.run(generate()))
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        logprobs = make_model(False, seed=0)(ids, use_cache=False).logits[0].log_softmax(-1)
+    expected = logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(scores, expected, rtol=0, atol=BOUND)
 
 
 @tied_only
