@@ -10,6 +10,8 @@ from random import Random
 
 import numpy as np
 
+from configs.schema import Config
+
 NUM_SEQUENCES, NUM_TOKENS = 2, 48
 # Mean nats per token. Rounding alone is 1e-5 at most in float32.
 DEFAULT_BOUNDS = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.1}
@@ -22,13 +24,26 @@ def probe_sequences(vocab_size: int) -> list[list[int]]:
     return [[random.randint(first, last) for _ in range(NUM_TOKENS)] for _ in range(NUM_SEQUENCES)]
 
 
+def allowed_difference(config: Config) -> float:
+    """Largest difference of two sides, in nats per token: `learner.max_logprob_diff` or the default."""
+    return config.learner.max_logprob_diff or DEFAULT_BOUNDS[config.model.dtype]
+
+
 def difference(these: bytes, those: bytes) -> float:
     """Mean absolute difference of two sides' log-probabilities (float32), in nats per token.
 
-    Infinite if they are not of the same tokens or not finite.
+    Infinite if they are not of the same tokens, or not finite.
     """
+    return float(_differences(these, those).mean())
+
+
+def largest(these: bytes, those: bytes) -> float:
+    """The largest difference of any token."""
+    return float(_differences(these, those).max())
+
+
+def _differences(these: bytes, those: bytes) -> np.ndarray:
     left, right = np.frombuffer(these, "<f4"), np.frombuffer(those, "<f4")
     if len(left) != len(right) or not len(left):
-        return float("inf")
-    mean = float(np.abs(left - right).mean())
-    return mean if np.isfinite(mean) else float("inf")
+        return np.array([np.inf])
+    return np.nan_to_num(np.abs(left - right), nan=np.inf, posinf=np.inf)
