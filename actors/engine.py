@@ -23,7 +23,7 @@ from typing import Any
 
 from actors import vllm_errors
 from actors.device import engine_device
-from actors.generation import EngineDied, Generation, Measurement, Meter
+from actors.generation import BASE_VERSION, EngineDied, Generation, Measurement, Meter
 from actors.weights import SwapFailed
 from configs.errors import one_line
 from configs.schema import Config
@@ -51,7 +51,6 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from actors.extension import FRONTEND_PID
 
 CLOSE_S = 7.0  # then vLLM's processes are killed, and leave shared memory behind
-BASE_VERSION = -1  # the weights an engine starts with, before any published policy
 
 
 def engine_args(config: Config) -> AsyncEngineArgs:
@@ -149,6 +148,11 @@ class Engine:
     def cause(self) -> str:
         """Why vLLM failed, in one line; "" if it has not, or has not said."""
         return self._causes.first()
+
+    @property
+    def model_type(self) -> str:
+        """The family's name, as the model's configuration has it."""
+        return self._llm.model_config.hf_text_config.model_type
 
     @property
     def vocab_size(self) -> int:

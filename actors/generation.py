@@ -12,6 +12,8 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+BASE_VERSION = -1  # the weights an engine starts with, before any published policy
+
 
 class EngineDied(Exception):
     """vLLM's processes ended by themselves: nothing will be sampled any more."""

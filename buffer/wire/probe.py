@@ -16,6 +16,16 @@ NUM_SEQUENCES, NUM_TOKENS = 2, 48
 # Mean nats per token. Rounding alone is 1e-5 at most in float32.
 DEFAULT_BOUNDS = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.1}
 
+OTHER_NUMBERS = (
+    "vLLM computes this model differently from transformers on this device, so that every gradient "
+    "would be wrong; take another model, dtype or version of vLLM, or raise "
+    "learner.max_logprob_diff if this is rounding"
+)
+BROKEN_SWAP = (
+    "vLLM cannot take new weights of this model while it runs, so that responses would come from a "
+    "broken model; take another model or another version of vLLM"
+)
+
 
 def probe_sequences(vocab_size: int) -> list[list[int]]:
     """The token ids: from the middle of the vocabulary, where no tokenizer has special tokens."""

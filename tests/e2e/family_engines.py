@@ -7,8 +7,11 @@ is a process of its own, with one thread.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
+import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,6 +27,8 @@ from buffer.wire.snapshots import fetch
 from configs.schema import Config
 from tests.families import VOCABULARY, save_family
 from tools.checking.gate import LearnerSide, Refused, ask_engine, ask_learner, local_publisher
+
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -75,6 +80,10 @@ def plain_difference(folder: Path, learner: LearnerSide) -> float:
 
 def main(folder: str, *families: str) -> None:
     torch.set_num_threads(1)
+    # A forked engine does not import `actors.extension` again, which would watch over it.
+    os.register_at_fork(
+        after_in_child=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    )
     import vllm.v1.engine.utils as engine_utils
 
     fork: Any = multiprocessing.get_context("fork")

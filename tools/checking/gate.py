@@ -19,21 +19,20 @@ from actors.generation import EngineDied
 from actors.probing import probe
 from actors.weights import SwapFailed
 from buffer.wire.messages import SnapshotRef
-from buffer.wire.probe import NUM_TOKENS, allowed_difference, difference, largest, probe_sequences
+from buffer.wire.probe import (
+    BROKEN_SWAP,
+    NUM_TOKENS,
+    OTHER_NUMBERS,
+    allowed_difference,
+    difference,
+    largest,
+    probe_sequences,
+)
 from buffer.wire.snapshots import fetch
 from configs.errors import one_line
 from configs.schema import Config
 
 FETCH_TIMEOUT_S = 60.0
-OTHER_NUMBERS = (
-    "vLLM computes this model differently from transformers on this device, so that every gradient "
-    "would be wrong; take another model, dtype or version of vLLM, or raise "
-    "learner.max_logprob_diff if this is rounding"
-)
-BROKEN_SWAP = (
-    "vLLM cannot take new weights of this model while it runs, so that responses would come from a "
-    "broken model; take another model or another version of vLLM"
-)
 
 
 class Refused(Exception):
