@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -41,14 +45,13 @@ class SnapshotLoader:
         engines keep weights in a layout of their own (pre-packed on a CPU).
         """
         model, model_config = self.model_runner.model, self.model_runner.model_config
-        text = model_config.hf_text_config
-        tied = bool(getattr(text, "tie_word_embeddings", False))
+        tied = bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
         expected = {name for name, _ in model.named_parameters()}
         try:
             with safe_open(path, framework="pt") as snapshot:
                 forget_packed_experts(model)
                 initialize_layerwise_reload(model)
-                loaded = model.load_weights(_tensors(snapshot, model, tied, text.vocab_size))
+                loaded = model.load_weights(_tensors(snapshot, model, tied))
                 finalize_layerwise_reload(model, model_config)
         except Exception as error:  # each model's own loader raises as it likes
             return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -72,31 +75,30 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
 
 
 def _tensors(
-    snapshot: Any, model: torch.nn.Module, tied: bool, vocab_size: int
+    snapshot: Any, model: torch.nn.Module, tied: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor; where embeddings are tied, with the head exactly if this engine keeps one.
 
     Without it such an engine would silently keep its old head; an engine that keeps none refuses it.
     """
-    has_head = any(name == "lm_head" for name, _ in model.named_children())
+    modules = model.named_modules(remove_duplicate=False)  # it may be the embeddings themselves
+    has_head = any(name.rpartition(".")[2] == "lm_head" for name, _ in modules)
     names = list(snapshot.keys())
     for name in names:
         if name != HEAD or has_head or not tied:
             yield name, snapshot.get_tensor(name)
     if tied and has_head and HEAD not in names:
-        yield HEAD, snapshot.get_tensor(_embeddings(snapshot, names, vocab_size))
+        yield HEAD, snapshot.get_tensor(_embeddings(model, names))
 
 
-def _embeddings(snapshot: Any, names: list[str], vocab_size: int) -> str:
-    """The name of the input embeddings: the one matrix with a row for every token."""
-    shapes = {name: snapshot.get_slice(name).get_shape() for name in names}
-    fit = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == vocab_size]
-    if len(fit) != 1:
-        raise ValueError(
-            f"the output head is tied to the embeddings, and the snapshot has {len(fit)} matrices "
-            f"with vocab_size={vocab_size} rows"
-        )
-    return fit[0]
+def _embeddings(model: torch.nn.Module, names: list[str]) -> str:
+    """The snapshot's name of the input embeddings, which ends as this engine's own does."""
+    for own, module in model.named_modules():
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            ending = f"{own.rpartition('.')[2]}.weight"
+            if named := [name for name in names if name.endswith(ending)]:
+                return named[0]
+    raise ValueError("the output head is tied to the embeddings, which the snapshot lacks")
 
 
 def _die_with(frontend_pid: int) -> None:

@@ -44,7 +44,9 @@ class Outcome:
 def judge(family: str, folder: Path) -> Outcome:
     outcome, started = Outcome(family), time.monotonic()
     config = Config()
-    config.model.path = str(save_family(folder / family, family))
+    model_type, _, tied = family.partition(":")
+    changes = {"tie_word_embeddings": True} if tied else {}
+    config.model.path = str(save_family(folder / family, model_type, **changes))
     config.model.max_context, config.actors.slots, config.actors.kv_cache_gib = 256, 4, 0.1
     config.learner.device = config.actors.device = "cpu"
     try:

@@ -23,6 +23,7 @@ BOUND = 1e-4  # nats, of any token, in float32
 NUM_CHECKS = 6
 RIGHT = [
     "llama",
+    "llama:tied",
     "qwen2",
     "qwen3",
     "gemma2",
@@ -32,6 +33,7 @@ RIGHT = [
     "olmo2",
     "smollm3",
     "gpt_neox",
+    "gpt_neox:tied",
     "qwen3_moe",
 ]
 # vLLM needs torchvision for the first, and on a CPU it computes the second wrongly.

@@ -30,8 +30,6 @@ def describe_prompts(config: Config) -> Iterator[str]:
     else:
         form = "as plain text"
     yield f"{config.data.train}, {form}; {tokenizer.eos_token!r} ends a response"
-    if uses_template(tokenizer, config.data) and not _asks_for_an_answer(tokenizer):
-        yield "warning: the chat template does not open the assistant's turn, so the model may go on with the user's"
     stream = make_sources(config).train
     environment = make_environment(config)
     try:
@@ -49,6 +47,11 @@ def describe_prompts(config: Config) -> Iterator[str]:
                 )
     finally:
         environment.close()
+    if uses_template(tokenizer, config.data) and not _asks_for_an_answer(tokenizer):
+        yield (
+            "warning: the chat template does not open the assistant's turn, so the model may go on "
+            "with the user's"
+        )
 
 
 def _describe(number: int, ids: list[int], tokenizer: Any, config: Config) -> Iterator[str]:
