@@ -1,4 +1,4 @@
-"""One vLLM engine behind six verbs: launch, abort, swap, measure, watch, close. The same code on CPU and CUDA.
+"""One vLLM engine behind seven verbs: launch, abort, swap, score, measure, watch, close. The same code on CPU and CUDA.
 
 Owns the `AsyncLLM` and, through it, vLLM's processes. Knows no rollout, prompt text, reward or socket. Driven by `actors.worker`, or
 bare by a benchmark. The CUDA branch differs in the options of `engine_args` alone, and has not been run by our tests.
@@ -16,13 +16,16 @@ import asyncio
 import logging
 import os
 import time
+from array import array
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
+from actors import vllm_errors
 from actors.device import engine_device
-from actors.generation import EngineDied, Generation, Measurement, Meter
+from actors.generation import BASE_VERSION, EngineDied, Generation, Measurement, Meter
 from actors.weights import SwapFailed
+from configs.errors import one_line
 from configs.schema import Config
 
 # Read as vLLM is imported, here and in its processes. A user sees its errors, not its progress.
@@ -48,7 +51,6 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from actors.extension import FRONTEND_PID
 
 CLOSE_S = 7.0  # then vLLM's processes are killed, and leave shared memory behind
-BASE_VERSION = -1  # the weights an engine starts with, before any published policy
 
 
 def engine_args(config: Config) -> AsyncEngineArgs:
@@ -77,7 +79,8 @@ def engine_args(config: Config) -> AsyncEngineArgs:
         model=config.model.path,
         dtype=config.model.dtype,  # type: ignore[arg-type]
         max_model_len=config.model.max_context,
-        max_num_seqs=config.actors.slots,
+        max_num_seqs=config.actors.slots
+        + 1,  # the last is `Engine.score`'s, which never waits for a rollout
         tensor_parallel_size=config.actors.tensor_parallel,
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
@@ -107,12 +110,15 @@ class Engine:
         self._sampling = config.sampling
         self._meter = Meter(config.actors.slots, time.monotonic())
         self._router = _Router(self._meter)
+        self._causes = vllm_errors.Causes()
         args = engine_args(config)
         try:
             self._llm = AsyncLLM.from_engine_args(args)
         except Exception as error:  # whatever a model makes vLLM raise
+            cause = self.cause or one_line(error)
+            self._causes.close()
             raise ValueError(
-                f"model.path={config.model.path}: vLLM cannot run it: {error}"
+                f"model.path={config.model.path}: vLLM cannot run it: {cause}"
             ) from error
         if (
             self._llm.output_handler is not None
@@ -124,12 +130,12 @@ class Engine:
         configured = (self._llm.model_config.try_get_generation_config() or {}).get(
             "eos_token_id", []
         )
-        self.eos_ids = frozenset(
-            [
-                self.tokenizer.eos_token_id,
-                *(configured if isinstance(configured, list) else [configured]),
-            ]
-        )
+        ids = [
+            self.tokenizer.eos_token_id,
+            *(configured if isinstance(configured, list) else [configured]),
+        ]
+        self.eos_ids = frozenset(token for token in ids if token is not None)
+        self._score_ids = count()
         self._gate = asyncio.Lock()  # held while a swap is under way: no request starts
         self._submissions: set[asyncio.Task[None]] = set()
 
@@ -138,20 +144,25 @@ class Engine:
         """Set when vLLM's processes are gone or broken: nothing will be sampled any more."""
         return self._router.died
 
+    @property
+    def cause(self) -> str:
+        """Why vLLM failed, in one line; "" if it has not, or has not said."""
+        return self._causes.first()
+
+    @property
+    def model_type(self) -> str:
+        """The family's name, as the model's configuration has it."""
+        return self._llm.model_config.hf_text_config.model_type
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the model knows."""
+        return self._llm.model_config.get_vocab_size()
+
     def launch(
         self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
     ) -> Generation:
         """Sample at most `max_tokens` tokens after `prompt_ids`, as the run's `sampling` says. Returns at once; never raises."""
-        generation = Generation(request_id)
-        self._router.expect(generation)
-        task = asyncio.create_task(self._submit(generation, prompt_ids, max_tokens, seed))
-        self._submissions.add(task)
-        task.add_done_callback(self._submissions.discard)
-        return generation
-
-    async def _submit(
-        self, generation: Generation, prompt_ids: list[int], max_tokens: int, seed: int
-    ) -> None:
         params = SamplingParams(
             temperature=self._sampling.temperature,
             max_tokens=max_tokens,
@@ -160,6 +171,38 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
+        return self._launch(request_id, prompt_ids, params)
+
+    async def score(self, token_ids: list[int]) -> array[float]:
+        """The log-probability of each token after the first, at temperature 1, under the newest weights.
+
+        One prefill, beside whatever is decoding. Raises `EngineDied`, and whatever vLLM refuses.
+        """
+        params = SamplingParams(
+            max_tokens=1,
+            logprobs=0,  # as all others have, because a step's log-probabilities come in one array
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        generation = self._launch(f"score {next(self._score_ids)}", token_ids, params)
+        try:
+            await generation.finished
+        except EngineDeadError as error:
+            raise EngineDied(f"vLLM died while it scored a sequence: {self.cause}") from error
+        return generation.prompt_logprobs
+
+    def _launch(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Generation:
+        generation = Generation(request_id)
+        self._router.expect(generation)
+        task = asyncio.create_task(self._submit(generation, prompt_ids, params))
+        self._submissions.add(task)
+        task.add_done_callback(self._submissions.discard)
+        return generation
+
+    async def _submit(
+        self, generation: Generation, prompt_ids: list[int], params: SamplingParams
+    ) -> None:
         async with self._gate:
             if generation.request_id not in self._router:
                 return  # aborted while it waited for a swap
@@ -204,8 +247,8 @@ class Engine:
                 await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
                 self._meter.interrupt()
                 errors = await self._llm.collective_rpc("load_snapshot", args=(path,))
-                if wrong := [error for error in errors if error]:
-                    raise SwapFailed(wrong[0])
+                if any(errors):
+                    raise ValueError(next(filter(None, errors)))
                 await self._llm.update_weight_version(str(version))
                 await self._llm.resume_generation()
             except EngineDeadError as error:
@@ -226,6 +269,7 @@ class Engine:
     def close(self) -> None:
         """Stop vLLM's processes; takes seconds. Requests in flight never end."""
         self._llm.shutdown(timeout=CLOSE_S)
+        self._causes.close()
         del self._llm  # now, not while the interpreter ends, which its destructor does not survive
 
 
@@ -311,6 +355,9 @@ class _Router:
             if output.new_token_ids:
                 num_tokens += 1
                 generation.extend(version, output.new_token_ids, of_output)
+            if output.new_prompt_logprobs_tensors is not None:  # the prompt's own tokens come first
+                scores = output.new_prompt_logprobs_tensors.logprobs[:, 0]
+                generation.prompt_logprobs = array("f", scores.tolist())
             if output.finish_reason is not None:
                 num_ended += 1
                 self._drop(generation.request_id)

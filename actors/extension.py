@@ -15,12 +15,19 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
 from vllm.platforms import current_platform
 
+from actors import vllm_errors
+
+vllm_errors.install(vllm_errors.IN_CORE)
 FRONTEND_PID = "DARTS_FRONTEND_PID"
 HEAD = "lm_head.weight"
 
@@ -74,16 +81,24 @@ def _tensors(
 
     Without it such an engine would silently keep its old head; an engine that keeps none refuses it.
     """
-    has_head = any(name == "lm_head" for name, _ in model.named_children())
+    modules = model.named_modules(remove_duplicate=False)  # it may be the embeddings themselves
+    has_head = any(name.rpartition(".")[2] == "lm_head" for name, _ in modules)
     names = list(snapshot.keys())
     for name in names:
         if name != HEAD or has_head or not tied:
             yield name, snapshot.get_tensor(name)
     if tied and has_head and HEAD not in names:
-        embeddings = [name for name in names if name.endswith("embed_tokens.weight")]
-        if not embeddings:
-            raise ValueError(f"the snapshot lacks {HEAD}")
-        yield HEAD, snapshot.get_tensor(embeddings[0])
+        yield HEAD, snapshot.get_tensor(_embeddings(model, names))
+
+
+def _embeddings(model: torch.nn.Module, names: list[str]) -> str:
+    """The snapshot's name of the input embeddings, which ends as this engine's own does."""
+    for own, module in model.named_modules():
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            ending = f"{own.rpartition('.')[2]}.weight"
+            if named := [name for name in names if name.endswith(ending)]:
+                return named[0]
+    raise ValueError("the output head is tied to the embeddings, which the snapshot lacks")
 
 
 def _die_with(frontend_pid: int) -> None:

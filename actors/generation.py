@@ -12,6 +12,8 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+BASE_VERSION = -1  # the weights an engine starts with, before any published policy
+
 
 class EngineDied(Exception):
     """vLLM's processes ended by themselves: nothing will be sampled any more."""
@@ -30,13 +32,15 @@ class Generation:
     """One request in an engine. Made inside a running event loop.
 
     `tokens` holds everything sampled so far; `finished` ends with "stop", "length" or "abort", or with the exception that ended it.
+    `prompt_logprobs`: of each token of the prompt after the first, if they were asked for.
     """
 
-    __slots__ = ("request_id", "tokens", "finished", "num_pending", "_pending")
+    __slots__ = ("request_id", "tokens", "prompt_logprobs", "finished", "num_pending", "_pending")
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.tokens: array[int] = array("i")
+        self.prompt_logprobs: array[float] = array("f")
         self.finished: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.num_pending = 0
         self._pending: list[TokenRun] = []

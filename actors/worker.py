@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 from actors import weights
 from actors.environments import Environment, EnvironmentFailure
-from actors.generation import EngineDied, Generation, Measurement
+from actors.generation import BASE_VERSION, EngineDied, Generation, Measurement
+from actors.probing import probe
 from buffer.wire import messages as msg
 from buffer.wire.snapshots import SnapshotGoneError
 from buffer.wire.transport import TransportError
@@ -49,12 +50,19 @@ class Sampler(Protocol):
     version: int
 
     @property
+    def model_type(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def cause(self) -> str: ...
+    @property
     def died(self) -> asyncio.Event: ...
     def launch(
         self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
     ) -> Generation: ...
     async def abort(self, request_ids: list[str]) -> None: ...
     async def swap(self, path: str, version: int) -> float: ...
+    async def score(self, token_ids: list[int]) -> array[float]: ...
     def measure(self) -> Measurement: ...
 
 
@@ -66,7 +74,7 @@ class Link(Protocol):
 
 
 class PolicyUnavailable(Exception):
-    """The first policy cannot be had, and nothing is launched on an engine without one."""
+    """The first policy cannot be had or run, and nothing is launched on an engine without one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -347,9 +355,12 @@ class Worker:
 
     async def _watch_engine(self) -> None:
         await self._engine.died.wait()
-        raise EngineDied(
-            "vLLM's processes ended by themselves; their last lines are above, if they wrote any"
-        )
+        cause = self._engine.cause
+        if cause and self._engine.version == BASE_VERSION:  # another engine would end the same way
+            model_type = self._engine.model_type
+            raise PolicyUnavailable(f"vLLM cannot run {model_type} models here: {cause}")
+        last_lines = "their last lines are above, if they wrote any"
+        raise EngineDied(f"vLLM's processes ended by themselves: {cause or last_lines}")
 
     # Policies --------------------------------------------------------------------------------------------------
 
@@ -365,6 +376,8 @@ class Worker:
             self._published.clear()
             assert self._newest is not None
             policy = self._newest
+            if self._engine.version == BASE_VERSION:
+                await self._probe()
             try:
                 loaded = await weights.load(policy, self._fetch, self._engine)
             except SnapshotGoneError:
@@ -384,6 +397,13 @@ class Worker:
             else:
                 num_failed = 0
                 self._link.send(loaded)
+                await self._probe()
+
+    async def _probe(self) -> None:
+        """Have the present weights score the probe; the buffer compares it with the learner's."""
+        version, logprobs = self._engine.version, await probe(self._engine)
+        model_type = self._engine.model_type
+        self._link.send(msg.Probed(version=version, model_type=model_type, logprobs=logprobs))
 
 
 def next_flush_s(interval_s: float, fastest_s: float, late_s: float, num_bytes: int) -> float:

@@ -1,6 +1,7 @@
 """The buffer's side of the engines: their messages become events, launches and cancels become messages.
 
-    consumes       EngineHello, Progress, Finished, Failed, Stopped, PolicyLoaded, EngineReport
+    consumes       EngineHello, Progress, Finished, Failed, Stopped, PolicyLoaded, Probed,
+                   EngineReport
     waits for      nothing
     unblocked by   the core's launches and cancels, which `flush` sends once per turn of the loop
 
@@ -17,6 +18,7 @@ from collections import defaultdict
 from typing import Any
 
 from buffer.peers import Peer
+from buffer.probes import ProbeFailed
 from buffer.run_state import RunFailed, RunState
 from buffer.wire import messages as msg
 from darts import events as ev
@@ -38,6 +40,7 @@ class EngineSide:
             msg.Failed: self._failed,
             msg.Stopped: self._stopped,
             msg.PolicyLoaded: self._loaded,
+            msg.Probed: self._probed,
             msg.EngineReport: self._report,
         }
         self._cancelled_s: dict[int, float] = {}
@@ -82,6 +85,7 @@ class EngineSide:
             self._cancelled_s.pop(rollout_id, None)
         self._outbox.pop(peer.engine_id, None)
         self.run.peers.remove(peer)
+        self.run.probes.forget(peer.engine_id)
         self.run.warn(
             f"{peer.name} is lost ({reason}); "
             f"the {len(in_flight)} rollouts that it had in flight are launched again"
@@ -267,6 +271,19 @@ class EngineSide:
             )
         self.run.metrics.note_swap(message)
         return [ev.PolicyLoaded(peer.engine_id, message.version)]
+
+    def _probed(self, peer: Peer, message: msg.Probed) -> list[ev.Event]:
+        run = self.run
+        try:
+            comparison = run.probes.probed(peer.engine_id, message)
+        except ProbeFailed as error:
+            raise RunFailed(str(error)) from error
+        if comparison is not None and comparison.first:
+            run.say(
+                f"{peer.name}: {message.model_type}: engine and learner differ by "
+                f"{comparison.nats:.1e} nats per token after the first swap"
+            )
+        return []
 
     def _report(self, peer: Peer, message: msg.EngineReport) -> list[ev.Event]:
         self.run.metrics.note_report(peer.engine_id, message)

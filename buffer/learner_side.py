@@ -218,7 +218,7 @@ class LearnerSide:
             "policy_version": records[0].shipped_version,
         }
         run.metrics.trained(self._num_trained)
-        row |= run.metrics.row(records) | self._trained_metrics
+        row |= run.metrics.row(records) | self._trained_metrics | run.probes.row()
         row["wait/learner_s"] = self._waited_s
         row["wait/learner_frac"] = min(1.0, self._waited_s / max(1e-9, now - self._row_s))
         row["engine/ignored_reports"] = run.core.num_ignored_reports
@@ -276,6 +276,7 @@ class LearnerSide:
             )
         run.policy = message.policy
         run.log.note(Policy(message.policy), run.now())
+        run.probes.published(version, message.probe)
         for engine in run.peers.engines():
             run.send(engine, msg.PolicyPublished(policy=message.policy))
         return [ev.PolicyPublished(version)]

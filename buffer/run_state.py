@@ -19,6 +19,7 @@ from typing import Any
 from buffer.data.outstanding_prompts import OutstandingPrompts
 from buffer.data.sources import make_sources
 from buffer.peers import Peer, Peers
+from buffer.probes import Probes
 from buffer.records import run_files
 from buffer.records.event_log import BufferState, Checkpoint, EventLog, Learner, Rewound
 from buffer.records.files import RunLock, atomic_write
@@ -74,6 +75,7 @@ class RunState:
             restore(core_config(config), core_state) if core_state else Core(core_config(config))
         )
         self.peers = Peers()
+        self.probes = Probes(config)
         self.phase = "starting"
         self.replaying = False  # during recovery: record, and send nothing
         self.last_row: dict[str, Any] = self.rows[-1] if self.rows else {}

@@ -82,9 +82,9 @@ class BufferSession:
         shard = self._ask(Pull(rank=self._rank, step=step), Shard, step)
         return shard, time.monotonic() - started
 
-    def announce(self, policy: SnapshotRef, seconds: float) -> None:
-        """Tell the buffer of a publication."""
-        self._published = Published(policy=policy, seconds=seconds)
+    def announce(self, policy: SnapshotRef, seconds: float, probe: bytes) -> None:
+        """Tell the buffer of a publication, and of what its weights make of the probe."""
+        self._published = Published(policy=policy, seconds=seconds, probe=probe)
         try:
             self.link.send(self._published)
         except TransportError as error:

@@ -39,6 +39,7 @@ from learner.boundaries import Boundaries
 from learner.capability import Packing, probe_packing
 from learner.loss import clipped_surrogate, token_logprobs
 from learner.metrics import TokenSums, peak_bytes
+from learner.probe import probe_logprobs
 from learner.publish import Publisher
 from learner.session import BufferSession, RunEnded
 
@@ -237,12 +238,13 @@ def draw_incarnation(device: torch.device, rank: int) -> str:
 def _publish(state: LearnerState, publisher: Publisher, session: BufferSession) -> dict[str, float]:
     started = time.monotonic()
     snapshot = publisher.publish(state.model, state.policy_version + 1)
+    probe = probe_logprobs(state.boundaries, state.device)
     state.policy_version += 1
     state.published = True
     if snapshot is None:
         return {}
     seconds = time.monotonic() - started
-    session.announce(snapshot, seconds)
+    session.announce(snapshot, seconds, probe)
     return {"publish/seconds": seconds, "publish/bytes": float(snapshot.num_bytes)}
 
 

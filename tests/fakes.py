@@ -315,6 +315,11 @@ class World:
                 assert truth.length > max(short)
 
 
+def fake_probe(version: int, nats: float = 0.0) -> bytes:
+    """What a learner of fakes sends of `version`, or an engine that is off by `nats`."""
+    return (np.linspace(-3.0, -1.0, 8) - version + nats).astype("<f4").tobytes()
+
+
 # Over real sockets ------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +341,7 @@ class FakeEngine(threading.Thread):
         self.in_flight: dict[int, list[int]] = {}  # rollout -> [tokens so far, length]
         self.num_launched = self.most_in_flight = 0
         self.fail_rollouts = ""
+        self.probe_nats = 0.0  # by which it differs from the learner
         self.killed = threading.Event()
         self.shutdown: msg.Shutdown | None = None
 
@@ -365,8 +371,15 @@ class FakeEngine(threading.Thread):
 
     def load(self, link: EngineLink, policy: msg.SnapshotRef | None) -> None:
         if policy is not None:
+            if self.version == -1:
+                self.probe(link)
             self.version = policy.version
             link.send(msg.PolicyLoaded(version=policy.version, fetch_s=0.0, pause_s=0.0))
+            self.probe(link)
+
+    def probe(self, link: EngineLink) -> None:
+        logprobs = fake_probe(max(self.version, 0), self.probe_nats)
+        link.send(msg.Probed(version=self.version, model_type="fake", logprobs=logprobs))
 
     def obey(self, link: EngineLink, message: msg.EngineCommand) -> None:
         match message:
@@ -486,7 +499,7 @@ class FakeLearner(threading.Thread):
         policy = msg.SnapshotRef(
             version=version, digest="", num_bytes=0, address="", path="nowhere"
         )
-        link.send(msg.Published(policy=policy, seconds=0.0))
+        link.send(msg.Published(policy=policy, seconds=0.0, probe=fake_probe(version)))
 
     def wait(self, link: LearnerLink) -> msg.Shard | None:
         while True:

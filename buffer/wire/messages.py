@@ -117,7 +117,17 @@ class EngineReport(Message):
     busy_frac: float  # mean occupied slots / slots
 
 
-EngineMessage = Union[EngineHello, Progress, Finished, Failed, Stopped, PolicyLoaded, EngineReport]
+class Probed(Message):
+    """What the engine's weights of `version` make of the probe (`buffer.wire.probe`)."""
+
+    version: int  # -1: the weights that it started with
+    model_type: str
+    logprobs: bytes  # float32
+
+
+EngineMessage = Union[
+    EngineHello, Progress, Finished, Failed, Stopped, PolicyLoaded, Probed, EngineReport
+]
 
 
 # buffer -> actor ---------------------------------------------------------------------------------------------------
@@ -212,6 +222,7 @@ class Published(Message):
 
     policy: SnapshotRef
     seconds: float
+    probe: bytes = b""  # float32: what these weights make of it (`buffer.wire.probe`)
 
 
 class LearnerFailed(Message):

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from actors.engine import BASE_VERSION, Engine
-from actors.generation import Generation, Run
+from actors.generation import Generation, TokenRun
 from configs.schema import Config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
@@ -98,7 +98,7 @@ def logprobs_of(
     return logprobs[len(PROMPT) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
 
-def error(model: Qwen3ForCausalLM, run: Run, before: list[int] | None = None) -> float:
+def error(model: Qwen3ForCausalLM, run: TokenRun, before: list[int] | None = None) -> float:
     """The largest difference of a run's log-probabilities from those of `model`; `before`: the response's earlier tokens."""
     before = before or []
     return float(
@@ -174,7 +174,7 @@ async def until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
 
 @tied_only
 def test_the_base_weights_sample_under_version_minus_one(served: Served) -> None:
-    async def generate() -> list[Run]:
+    async def generate() -> list[TokenRun]:
         generation = served.launch(20)
         assert await generation.finished == "length"
         return generation.take()
@@ -194,7 +194,7 @@ def test_a_model_s_own_sampling_defaults_are_not_applied(
     """Neither its `UNWANTED_DEFAULTS` nor a clamp of the lowest temperature that `sampling` allows."""
     monkeypatch.setattr(served.engine._sampling, "temperature", temperature)
 
-    async def generate() -> Run:
+    async def generate() -> TokenRun:
         generation = served.launch(40)
         await generation.finished
         (run,) = generation.take()
@@ -212,7 +212,7 @@ def test_an_abort_frees_the_slot(
     served: Served, record_property: Callable[[str, object], None]
 ) -> None:
     async def generate() -> float:
-        running = [served.launch(800) for _ in range(SLOTS)]
+        running = [served.launch(800) for _ in range(SLOTS + 1)]  # one is kept for `score`
         await until(lambda: all(len(generation.tokens) > 5 for generation in running))
         waiting = served.launch(800)
         await asyncio.sleep(0.2)
@@ -231,6 +231,27 @@ def test_an_abort_frees_the_slot(
         return freed_s
 
     record_property("decision_to_freed_ms", round(1000 * served.run(generate()), 1))
+
+
+@untied_only
+def test_a_sequence_is_scored_while_every_slot_decodes(served: Served) -> None:
+    async def generate() -> list[float]:
+        running = [served.launch(800) for _ in range(SLOTS)]
+        await until(lambda: all(len(generation.tokens) > 5 for generation in running))
+        scores = await served.engine.score(PROMPT)
+        assert not any(generation.finished.done() for generation in running)
+        await served.engine.abort([generation.request_id for generation in running])
+        for generation in running:
+            (run,) = generation.take()
+            assert error(make_model(False, seed=0), run) < BOUND  # their own, not the score's
+        return list(scores)
+
+    scores = torch.tensor(served.run(generate()))
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        logprobs = make_model(False, seed=0)(ids, use_cache=False).logits[0].log_softmax(-1)
+    expected = logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(scores, expected, rtol=0, atol=BOUND)
 
 
 @tied_only
@@ -276,7 +297,7 @@ def test_after_a_swap_logprobs_are_those_of_the_new_weights(
     new = make_model(served.tied, seed=7)
     snapshot = served.write(new)
 
-    async def generate() -> tuple[int, Run]:
+    async def generate() -> tuple[int, TokenRun]:
         await served.launch(5).finished
         version = await served.swap(snapshot)
         generation = served.launch(60)
@@ -313,7 +334,7 @@ def test_requests_in_flight_survive_a_swap_and_every_token_knows_its_version(
         assert len(before.tokens) + len(after.tokens) == len(generation.tokens) == 600
         assert error(old, before) < BOUND  # up to and including the last token before the pause
         assert (
-            error(old, Run(version, after.tokens[:1], after.logprobs[:1]), list(before.tokens))
+            error(old, TokenRun(version, after.tokens[:1], after.logprobs[:1]), list(before.tokens))
             > 1e-3
         )  # from the first one after it
 

@@ -52,6 +52,7 @@ REDUCED: list[Reduction] = [  # the first pattern that matches counts
     (r"thousand\.yaml", plus("--print-config"), "over a minute of one core"),
     (r"-m tools\.bench", helped, "a measurement; tests/e2e/test_bench.py runs it"),
     (r"-m tools\.(evaluate|export)", helped, "needs a real checkpoint; tests/e2e/test_pipeline.py"),
+    (r"-m tools\.check ", helped, "needs the demo's model; tests/e2e/test_check.py runs it"),
     (r"-m tools\.smollm2", helped, "half a minute of conversion"),
     (r"-m tools\.figures", helped, "tests/unit/tools/test_figures.py compares what it writes"),
     (r"tail_monitor\.py --play", plus("--once"), "without --once it needs a terminal"),

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 
 from actors.environments import EnvironmentFailure
@@ -23,6 +24,7 @@ from buffer.wire.messages import (
     LaunchedRollout,
     PolicyLoaded,
     PolicyPublished,
+    Probed,
     Progress,
     PromptPayload,
     Shutdown,
@@ -30,6 +32,7 @@ from buffer.wire.messages import (
     Stopped,
     Welcome,
 )
+from buffer.wire.probe import NUM_SEQUENCES, NUM_TOKENS
 from buffer.wire.snapshots import SnapshotGoneError
 from buffer.wire.transport import TransportError
 from configs.schema import Config
@@ -50,7 +53,8 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.tokenizer, self.eos_ids, self.version = FakeTokenizer(), frozenset([EOS]), -1
-        self.died = asyncio.Event()
+        self.died, self.cause = asyncio.Event(), ""
+        self.model_type, self.vocab_size = "fake", 64
         self.launched: dict[str, tuple[list[int], int, int]] = {}
         self.generations: dict[str, Generation] = {}
         self.swapped: list[tuple[int, bytes]] = []
@@ -80,6 +84,9 @@ class FakeEngine:
             self.swapped.append((version, file.read()))
         self.version = version
         return 0.25
+
+    async def score(self, token_ids: list[int]) -> array[float]:
+        return array("f", [float(self.version)] * (len(token_ids) - 1))
 
     def measure(self) -> Measurement:
         return Measurement(1.0, 2.0, 3.0, 0.5)
@@ -467,6 +474,40 @@ def test_the_policy_of_the_welcome_is_loaded_and_reported() -> None:
     (loaded,) = [message for message in scene.link.sent if isinstance(message, PolicyLoaded)]
     assert (loaded.version, loaded.pause_s) == (3, 0.25)
     assert scene.engine.swapped == [(3, b"weights of 3")]
+
+
+def test_the_probe_is_scored_before_and_after_the_first_policy_and_after_each_later_one() -> None:
+    async def script(scene: Scene) -> None:
+        scene.link.incoming.put(PolicyPublished(policy=snapshot(0)))
+        await scene.until(lambda: probed(0) in scene.link.sent)
+        scene.link.incoming.put(PolicyPublished(policy=snapshot(1)))
+        await scene.until(lambda: probed(1) in scene.link.sent)
+
+    def probed(version: int) -> Probed:
+        logprobs = array("f", [version] * NUM_SEQUENCES * (NUM_TOKENS - 1)).tobytes()
+        return Probed(version=version, model_type="fake", logprobs=logprobs)
+
+    def loaded(version: int) -> PolicyLoaded:
+        return PolicyLoaded(version=version, fetch_s=0.0, pause_s=0.25)
+
+    sent = [
+        msgspec.structs.replace(message, fetch_s=0.0)
+        if isinstance(message, PolicyLoaded)
+        else message
+        for message in play(script).link.sent
+        if isinstance(message, PolicyLoaded | Probed)
+    ]
+    assert sent == [probed(-1), loaded(0), probed(0), loaded(1), probed(1)]
+
+
+def test_an_engine_that_cannot_run_the_model_is_not_started_again() -> None:
+    async def script(scene: Scene) -> None:
+        scene.engine.cause = "AssertionError: no such kernel"
+        scene.engine.died.set()
+        await asyncio.sleep(10)
+
+    with pytest.raises(PolicyUnavailable, match="fake models here: AssertionError: no such kernel"):
+        play(script)
 
 
 def test_a_policy_that_is_gone_is_left_for_the_next_one() -> None:

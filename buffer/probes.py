@@ -1,0 +1,78 @@
+"""Whether every engine computes what the learner computes: the probe, compared at each version.
+
+Owns the log-probabilities that learner and engines sent, and the verdict on them. The engines' base
+weights are those of version 0, so that a first swap which changes something shows. Driven by
+`buffer.engine_side` and `buffer.learner_side`; never sees a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from buffer.wire.messages import Probed
+from buffer.wire.probe import BROKEN_SWAP, OTHER_NUMBERS, allowed_difference, difference
+from configs.schema import Config
+
+BASE_VERSION = -1  # what an engine starts with: `model.path`, as version 0
+NUM_KEPT = 8  # versions; an engine that is further behind is compared at its next one
+
+
+class ProbeFailed(Exception):
+    """Engine and learner disagree. One line: model type, check, numbers, and what to do."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An engine's newest one. `first`: nothing was known of this engine's swaps before."""
+
+    nats: float
+    first: bool
+
+
+class Probes:
+    """The probe's log-probabilities of one run, and each engine's newest difference."""
+
+    def __init__(self, config: Config) -> None:
+        self._allowed, self._dtype = allowed_difference(config), config.model.dtype
+        self._of_learner: dict[int, bytes] = {}
+        self._nats: dict[str, float] = {}  # by engine, newest
+        self._loaded: set[str] = set()  # engines whose swaps have been seen to work
+
+    def published(self, version: int, logprobs: bytes) -> None:
+        """The learner's own, sent with the version's publication."""
+        self._of_learner[version] = logprobs
+        for old in sorted(self._of_learner)[1:-NUM_KEPT]:  # version 0 is kept for late engines
+            del self._of_learner[old]
+
+    def probed(self, engine_id: str, message: Probed) -> Comparison | None:
+        """Compare an engine's. None if the learner's are not known. Raises `ProbeFailed`."""
+        base = message.version == BASE_VERSION
+        expected = self._of_learner.get(0 if base else message.version)
+        if not expected:
+            return None
+        nats = difference(message.logprobs, expected)
+        if not nats <= self._allowed:
+            self._fail(engine_id, message, nats)
+        self._nats[engine_id] = nats
+        first = not base and engine_id not in self._loaded
+        if not base:
+            self._loaded.add(engine_id)
+        return Comparison(nats, first)
+
+    def row(self) -> dict[str, float]:
+        """For `metrics.jsonl`: the largest newest difference of any engine."""
+        return {"probe/logprob_diff": max(self._nats.values())} if self._nats else {}
+
+    def forget(self, engine_id: str) -> None:
+        """The engine is gone; one of its name starts anew."""
+        self._nats.pop(engine_id, None)
+        self._loaded.discard(engine_id)
+
+    def _fail(self, engine_id: str, message: Probed, nats: float) -> None:
+        was_right = engine_id in self._nats  # with other weights: so it was the swap
+        check = f"after loading version {message.version}" if was_right else "before any swap"
+        raise ProbeFailed(
+            f"{message.model_type} models are refused: engine {engine_id} and learner differ by "
+            f"{nats:.1e} nats per token {check} (allowed: {self._allowed:g} with "
+            f"model.dtype={self._dtype}); {BROKEN_SWAP if was_right else OTHER_NUMBERS}"
+        )

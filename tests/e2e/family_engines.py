@@ -1,0 +1,98 @@
+"""`python -m tests.e2e.family_engines FOLDER FAMILY ...`: the gate on tiny models, engine after engine in one process.
+
+Prints one JSON object per family. vLLM's process is forked instead of spawned: it then needs not
+import torch and vLLM again, a third of the time. That is safe where no thread has computed yet, so this
+is a process of its own, with one thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import actors.engine  # noqa: F401  before any other part of vLLM
+from buffer.wire.probe import largest, probe_sequences
+from buffer.wire.snapshots import fetch
+from configs.schema import Config
+from tests.families import VOCABULARY, save_family
+from tools.checking.gate import LearnerSide, Refused, ask_engine, ask_learner, local_publisher
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Outcome:
+    """What the gate said of one family. `differences`: by check, in nats, the largest of any token."""
+
+    family: str
+    differences: dict[str, float] = field(default_factory=dict)
+    refused: str = ""
+    seconds: float = 0.0
+
+
+def judge(family: str, folder: Path) -> Outcome:
+    outcome, started = Outcome(family), time.monotonic()
+    config = Config()
+    model_type, _, tied = family.partition(":")
+    changes = {"tie_word_embeddings": True} if tied else {}
+    config.model.path = str(save_family(folder / family, model_type, **changes))
+    config.model.max_context, config.actors.slots, config.actors.kv_cache_gib = 256, 4, 0.1
+    config.learner.device = config.actors.device = "cpu"
+    try:
+        with local_publisher(config) as publisher:
+            learner = ask_learner(config, publisher)
+            outcome.differences["learner equals transformers"] = plain_difference(
+                folder / family, learner
+            )
+            for verdict in [learner.packing, *ask_engine(config, learner)]:
+                outcome.differences[verdict.check] = verdict.difference
+    except Refused as error:
+        outcome.refused = str(error)
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def plain_difference(folder: Path, learner: LearnerSide) -> float:
+    """Of the learner's probe of version 1 from that of transformers, given nothing but the published file."""
+    (folder / "model.safetensors").rename(folder / "version 0")
+    try:
+        (folder / "model.safetensors").write_bytes(fetch(learner.snapshots[1]))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    finally:
+        (folder / "version 0").rename(folder / "model.safetensors")
+    parts = []
+    for sequence in probe_sequences(VOCABULARY):
+        ids = torch.tensor([sequence])
+        with torch.no_grad():
+            logprobs = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        parts.append(logprobs.gather(1, ids[0, 1:, None])[:, 0])
+    return largest(torch.cat(parts).numpy().tobytes(), learner.probes[1])
+
+
+def main(folder: str, *families: str) -> None:
+    torch.set_num_threads(1)
+    # A forked engine does not import `actors.extension` again, which would watch over it.
+    os.register_at_fork(
+        after_in_child=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    )
+    import vllm.v1.engine.utils as engine_utils
+
+    fork: Any = multiprocessing.get_context("fork")
+    engine_utils.get_mp_context = lambda: fork
+    for family in families:
+        print(json.dumps(vars(judge(family, Path(folder)))), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,94 @@
+"""`tools.check`: prompts shown as the model is given them, and what is said of those that cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import cli
+from configs.schema import Config
+from tests.families import byte_tokenizer
+from tools.checking.gate import Refused, _compare
+from tools.checking.prompts import PromptRefused, describe_prompts
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_config(folder: Path, rows: list[Any], template: str | None, *overrides: str) -> Config:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder / "model")
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return cli.load(
+        [f"model.path={folder / 'model'}", f"data.train={data}", "eval.every=0", *overrides]
+    )
+
+
+def row(prompt: str) -> dict[str, str]:
+    return {"prompt": prompt, "answer": "4"}
+
+
+def test_prompts_are_shown_as_text_and_tokens_with_their_length(tmp_path: Path) -> None:
+    config = make_config(tmp_path, [row("2+2?")], TEMPLATE, "sampling.max_tokens=100")
+    lines = list(describe_prompts(config))
+    assert lines[0].endswith("with the tokenizer's chat template; '<eos>' ends a response")
+    assert lines[1] == (
+        "prompt 1: 26 of model.max_context=1024 tokens, and up to 100 for the response"
+    )
+    assert lines[2] == "  text    '<bos><|user|>2+2?<|assistant|>'"
+    assert lines[3].startswith("  tokens  <bos> < | u s e r | > 2 + 2 ?")
+    assert len(lines) == 4
+
+
+def test_plain_text_is_said_to_be_plain(tmp_path: Path) -> None:
+    lines = list(describe_prompts(make_config(tmp_path, [row("2+2?")], None)))
+    assert "as plain text" in lines[0]
+    assert lines[2] == "  text    '2+2?'"
+
+
+def test_at_most_three_prompts_and_eighty_tokens_are_shown(tmp_path: Path) -> None:
+    rows = [row(f"{number}" + "x" * 99) for number in range(5)]
+    lines = list(describe_prompts(make_config(tmp_path, rows, None)))
+    assert sum(line.startswith("prompt ") for line in lines) == 3
+    assert lines[3].endswith("... and 20 more")
+
+
+def test_a_template_that_never_opens_the_answer_is_pointed_out(tmp_path: Path) -> None:
+    template = TEMPLATE.replace("<|assistant|>", "")
+    lines = list(describe_prompts(make_config(tmp_path, [row("2+2?")], template)))
+    assert lines[-1].startswith("warning: the chat template does not open the assistant's turn")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "template", "expected"),
+    [
+        ("2+2?", "{{ raise_exception('no such role') }}", "no such role"),
+        ("x" * 60, None, "has 60 tokens and leaves 4 for a response: raise model.max_context=64"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used_is_refused(
+    tmp_path: Path, prompt: str, template: str | None, expected: str
+) -> None:
+    limits = ["model.max_context=64", "sampling.max_tokens=32"]
+    config = make_config(tmp_path, [row(prompt)], template, *limits)
+    with pytest.raises(PromptRefused, match=expected) as refused:
+        list(describe_prompts(config))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_refusal_names_model_check_numbers_and_what_to_do() -> None:
+    ones, halves = b"\0\0\x80\x3f" * 3, b"\0\0\0\x3f" * 3
+    assert _compare(Config(), "llama", "loading", ones, ones, "advice").difference == 0
+    with pytest.raises(Refused) as refused:
+        _compare(Config(), "llama", "loading", ones, halves, "take another model")
+    assert str(refused.value) == (
+        "llama models are refused: loading: 5.0e-01 nats per token (allowed: 0.0001; largest: "
+        "5.0e-01) with model.dtype=float32; take another model"
+    )

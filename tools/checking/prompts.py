@@ -1,0 +1,76 @@
+"""A few prompts of a run, as text and as tokens: exactly what engine and learner are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from actors.environments import make_environment
+from actors.prompts import uses_template
+from actors.worker import LEAST_ROOM
+from buffer.data.sources import make_sources
+from configs.errors import one_line
+from configs.schema import Config
+
+NUM_PROMPTS = 3
+SHOWN_TOKENS = 80
+
+
+class PromptRefused(Exception):
+    """A prompt that no run could train on, in one line that says why."""
+
+
+def describe_prompts(config: Config) -> Iterator[str]:
+    """Lines that show the first prompts of the run. Raises `PromptRefused`."""
+    from transformers import AutoTokenizer  # here: --help need not wait for it
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    if uses_template(tokenizer, config.data):
+        form = "with the tokenizer's chat template"
+    else:
+        form = "as plain text"
+    yield f"{config.data.train}, {form}; {tokenizer.eos_token!r} ends a response"
+    stream = make_sources(config).train
+    environment = make_environment(config)
+    try:
+        for number, prompt in enumerate(stream.draw(min(NUM_PROMPTS, stream.source.size)), start=1):
+            try:
+                ids = environment.render(prompt, tokenizer)
+            except Exception as error:  # a template or tokenizer raises as it likes
+                raise PromptRefused(f"prompt {prompt.prompt_id}: {one_line(error)}") from error
+            yield from _describe(number, ids, tokenizer, config)
+            room = config.model.max_context - len(ids)
+            if room < min(LEAST_ROOM, config.sampling.max_tokens):
+                raise PromptRefused(
+                    f"prompt {prompt.prompt_id} has {len(ids)} tokens and leaves {room} for a response: "
+                    f"raise model.max_context={config.model.max_context}"
+                )
+    finally:
+        environment.close()
+    if uses_template(tokenizer, config.data) and not _asks_for_an_answer(tokenizer):
+        yield (
+            "warning: the chat template does not open the assistant's turn, so the model may go on "
+            "with the user's"
+        )
+
+
+def _describe(number: int, ids: list[int], tokenizer: Any, config: Config) -> Iterator[str]:
+    room = min(config.model.max_context - len(ids), config.sampling.max_tokens)
+    yield (
+        f"prompt {number}: {len(ids)} of model.max_context={config.model.max_context} tokens, and "
+        f"up to {room} for the response"
+    )
+    yield f"  text    {tokenizer.decode(ids)!r}"
+    shown = " ".join(repr(tokenizer.decode([token]))[1:-1] for token in ids[:SHOWN_TOKENS])
+    more = f" ... and {len(ids) - SHOWN_TOKENS} more" if len(ids) > SHOWN_TOKENS else ""
+    yield f"  tokens  {shown}{more}"
+
+
+def _asks_for_an_answer(tokenizer: Any) -> bool:
+    """Whether the template adds anything where the response begins."""
+    messages = [{"role": "user", "content": "?"}]
+    with_prompt, without = (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=asked, tokenize=False)
+        for asked in (True, False)
+    )
+    return with_prompt != without
