@@ -101,7 +101,6 @@ def test_every_step_has_one_metrics_row_within_the_lag_bound(finished: Any) -> N
     )
 
 
-<<<<<<< HEAD
 def test_tokens_are_trained_if_the_learner_says_so(finished: Any) -> None:
     """The fake learner leaves out one token a step; of truncated responses it is told nothing."""
     metrics, shards = rows(finished[0], "metrics.jsonl"), finished[1].shards
@@ -110,7 +109,8 @@ def test_tokens_are_trained_if_the_learner_says_so(finished: Any) -> None:
     for row, cumulative in zip(metrics, in_loss, strict=True):
         assert row["tokens/trained"] == cumulative - (row["step"] + 1)
         assert row["tokens/without_signal"] >= row["step"] + 1
-=======
+
+
 def test_every_row_says_how_far_engines_are_from_the_learner(finished: Any) -> None:
     metrics = rows(finished[0], "metrics.jsonl")
     assert [row["probe/logprob_diff"] for row in metrics] == [0.0] * STEPS
@@ -132,7 +132,6 @@ def test_an_engine_that_computes_something_else_ends_the_run_at_once(
         "fake models are refused: engine e and learner differ by 2.5e-01" in running.service.error
     )
     assert rows(tmp_path, "metrics.jsonl") == []
->>>>>>> 3c82600 (The probe in every row: engines and learner are compared at each version, and a run that differs ends)
 
 
 def test_evaluations_stand_before_during_and_after(finished: Any) -> None:
