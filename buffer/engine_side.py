@@ -1,12 +1,13 @@
-"""The buffer's side of the engines: their messages become events, launches and cancels become messages.
+"""The buffer's side of the engines: their messages become events, launches and cancels become
+messages.
 
     consumes       EngineHello, Progress, Finished, Failed, Stopped, PolicyLoaded, EngineReport
     waits for      nothing
     unblocked by   the core's launches and cancels, which `flush` sends once per turn of the loop
 
 Checks a whole message before anything of it is stored, and stores it before the core hears of it.
-Owns what the core need not know: which decisions wait to be sent, and when each cancel was decided.
-Driven by `buffer.service`.
+Owns state that the core does not need: decisions that wait to be sent, and when each cancel was
+decided. Driven by `buffer.service`.
 """
 
 from __future__ import annotations
@@ -41,10 +42,13 @@ class EngineSide:
         self._never_sent: list[int] = []  # cancelled before their launch was sent
         self._outbox: dict[str, list[ev.Launch | ev.Cancel]] = defaultdict(list)
 
-    # Peers --------------------------------------------------------------------------------------------
+    # Peers
+    # --------------------------------------------------------------------------------------------
 
     def hello(self, identity: bytes, hello: msg.EngineHello) -> list[ev.Event]:
-        """An engine repeats its hello until it is answered. From another connection, it is a new engine."""
+        """An engine repeats its hello until it is answered. From another connection, it is a new
+        engine.
+        """
         run = self.run
         run.require_own(hello.run)
         if not (1 <= len(hello.engine_id) <= MAX_NAME and hello.engine_id.isprintable()):
@@ -60,7 +64,10 @@ class EngineSide:
         known = run.peers.engine(hello.engine_id)
         if known is None or known.identity != identity:
             if known is not None:
-                error = f"process {hello.pid} has joined as engine {hello.engine_id}: names must be unique"
+                error = (
+                    f"process {hello.pid} has joined as engine {hello.engine_id}: "
+                    "names must be unique"
+                )
                 run.send(known, msg.Shutdown(error=error))
                 events += self.lose(known, "it has joined again")
             version = min(hello.policy_version, run.core.policy_version)
@@ -91,7 +98,8 @@ class EngineSide:
         for engine_id in self.run.core.engines.by_id:
             self.run.peers.add(Peer(b"\0" + engine_id.encode(), now_s, engine_id))
 
-    # Decisions ----------------------------------------------------------------------------------------
+    # Decisions
+    # ----------------------------------------------------------------------------------------
 
     def launch(self, decision: ev.Launch) -> None:
         store = self.run.store
@@ -154,7 +162,8 @@ class EngineSide:
         ]
         return msg.Launch(group_id=first.group_id, prompt=prompt, rollouts=rollouts)
 
-    # Messages -----------------------------------------------------------------------------------------
+    # Messages
+    # -----------------------------------------------------------------------------------------
 
     def handle(self, peer: Peer, message: msg.Message) -> list[ev.Event]:
         """The events that a message means. Raises ProtocolError, with nothing stored."""
@@ -164,7 +173,9 @@ class EngineSide:
         return handler(peer, message)
 
     def _require_own(self, peer: Peer, rollout_id: int) -> None:
-        """Refuse a message about a rollout that another engine has. Late news of an ended one is legal."""
+        """Refuse a message about a rollout that another engine has. Late news of an ended one is
+        legal.
+        """
         rollout = self.run.core.rollouts.get(rollout_id)
         if rollout is not None and rollout.engine_id != peer.engine_id:
             raise ev.ProtocolError(
@@ -249,6 +260,8 @@ class EngineSide:
 
 
 def sampling_seed(run_seed: int, launch: ev.Launch) -> int:
-    """Of the prompt's visit, not of the rollout's number: a resumed run draws the same responses."""
+    """Of the prompt's visit, not of the rollout's number: a resumed run draws
+    the same responses.
+    """
     place = (run_seed, launch.prompt_id, launch.visit, launch.index, launch.attempt)
     return zlib.crc32(repr(place).encode()) >> 1
