@@ -1,4 +1,5 @@
-"""The buffer's side of the engines: their messages become events, launches and cancels become messages.
+"""The buffer's side of the engines: their messages become events, launches and cancels become
+messages.
 
     consumes       EngineHello, Progress, Finished, Failed, Stopped, PolicyLoaded, Probed,
                    EngineReport
@@ -6,8 +7,8 @@
     unblocked by   the core's launches and cancels, which `flush` sends once per turn of the loop
 
 Checks a whole message before anything of it is stored, and stores it before the core hears of it.
-Owns what the core need not know: which decisions wait to be sent, and when each cancel was decided.
-Driven by `buffer.service`.
+Owns state that the core does not need: decisions that wait to be sent, and when each cancel was
+decided. Driven by `buffer.service`.
 """
 
 from __future__ import annotations
@@ -47,10 +48,13 @@ class EngineSide:
         self._never_sent: list[int] = []  # cancelled before their launch was sent
         self._outbox: dict[str, list[ev.Launch | ev.Cancel]] = defaultdict(list)
 
-    # Peers --------------------------------------------------------------------------------------------
+    # Peers
+    # --------------------------------------------------------------------------------------------
 
     def hello(self, identity: bytes, hello: msg.EngineHello) -> list[ev.Event]:
-        """An engine repeats its hello until it is answered. From another connection, it is a new engine."""
+        """An engine repeats its hello until it is answered. From another connection, it is a new
+        engine.
+        """
         run = self.run
         run.require_own(hello.run)
         if not (1 <= len(hello.engine_id) <= MAX_NAME and hello.engine_id.isprintable()):
@@ -66,7 +70,10 @@ class EngineSide:
         known = run.peers.engine(hello.engine_id)
         if known is None or known.identity != identity:
             if known is not None:
-                error = f"process {hello.pid} has joined as engine {hello.engine_id}: names must be unique"
+                error = (
+                    f"process {hello.pid} has joined as engine {hello.engine_id}: "
+                    "names must be unique"
+                )
                 run.send(known, msg.Shutdown(error=error))
                 events += self.lose(known, "it has joined again")
             # Weights of a policy that this run does not know are not sampled from.
@@ -100,7 +107,8 @@ class EngineSide:
         for engine_id in self.run.core.engines.by_id:
             self.run.peers.add(Peer(b"\0" + engine_id.encode(), now_s, engine_id))
 
-    # Decisions ----------------------------------------------------------------------------------------
+    # Decisions
+    # ----------------------------------------------------------------------------------------
 
     def launch(self, decision: ev.Launch) -> None:
         store = self.run.store
@@ -163,7 +171,8 @@ class EngineSide:
         ]
         return msg.Launch(group_id=first.group_id, prompt=prompt, rollouts=rollouts)
 
-    # Messages -----------------------------------------------------------------------------------------
+    # Messages
+    # -----------------------------------------------------------------------------------------
 
     def handle(self, peer: Peer, message: msg.Message) -> list[ev.Event]:
         """The events that a message means. Raises ProtocolError, with nothing stored."""
@@ -173,7 +182,7 @@ class EngineSide:
         return handler(peer, message)
 
     def _running(self, peer: Peer, rollout_id: int) -> Rollout | None:
-        """The rollout if it runs on the speaker; None if it is over, since late news is a legal race.
+        """The rollout if it runs on the speaker; None if it is over: late news is a legal race.
 
         Raises ProtocolError if another engine has it.
         """
@@ -292,6 +301,8 @@ class EngineSide:
 
 
 def sampling_seed(run_seed: int, launch: ev.Launch) -> int:
-    """Of the prompt's visit, not of the rollout's number: a resumed run draws the same responses."""
+    """Of the prompt's visit, not of the rollout's number: a resumed run draws
+    the same responses.
+    """
     place = (run_seed, launch.prompt_id, launch.visit, launch.index, launch.attempt)
     return zlib.crc32(repr(place).encode()) >> 1

@@ -1,7 +1,7 @@
-"""Evaluations on held-out prompts: when one is due, which is under way, and what came of it.
+"""Evaluations on held-out prompts: when one is due, which is under way, and its results.
 
-Owns the collected groups of the evaluation under way. Driven by `buffer.service`; the core decides when
-its rollouts are launched.
+Owns the collected groups of the evaluation under way. Driven by `buffer.service`; the core decides
+when its rollouts are launched.
 """
 
 from __future__ import annotations

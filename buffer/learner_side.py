@@ -1,11 +1,12 @@
-"""The buffer's side of the learner: pulls become shards, trained steps become rows of the run's records.
+"""The buffer's side of the learner: pulls become shards, trained steps become rows of the run's
+records.
 
     consumes       LearnerHello, Pull, Trained, Published, LearnerFailed
     waits for      a full batch of ready groups, which the core ships
     unblocked by   the core's `Ship`, and `Close` once the learner says that it has trained
 
-Owns the step that is being shipped: since when it was asked for, and its groups and shards. Driven by
-`buffer.service`.
+Owns the step that is being shipped: since when it was asked for, and its groups and shards. Driven
+by `buffer.service`.
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ class LearnerSide:
         """Whether a step is in a learner's hands."""
         return bool(self._shipped) and bool(self.run.peers.ranks())
 
-    # Peers --------------------------------------------------------------------------------------------
+    # Peers
+    # --------------------------------------------------------------------------------------------
 
     def hello(self, identity: bytes, hello: msg.LearnerHello) -> list[ev.Event]:
         """A rank joins, over a first connection or another one.
 
-        Rank 0 of a new learner says hello last: then the whole learner is there, and an earlier one gone.
+        Rank 0 of a new learner says hello last: then the whole learner is there, and an earlier one
+        gone.
         """
         run = self.run
         known = run.peers.rank(hello.rank)
@@ -91,7 +94,8 @@ class LearnerSide:
             )
         if hello.step > run.step + bool(self._is_shipped):
             raise ev.ProtocolError(
-                f"this learner has trained {hello.step} steps, and {run.folder} records {run.step}: "
+                f"this learner has trained {hello.step} steps, and {run.folder} records "
+                f"{run.step}: "
                 "its checkpoint is from another folder, or the folder is from an older copy"
             )
         alive = [
@@ -106,7 +110,9 @@ class LearnerSide:
             )
 
     def _is_replacing(self, hello: msg.LearnerHello) -> bool:
-        """Whether the ranks that are alive are this very learner's, which said hello before rank 0."""
+        """Whether the ranks that are alive are this very learner's, which said hello
+        before rank 0.
+        """
         return all(p.rank != 0 for p in self.run.peers.ranks())
 
     def _new_learner(self, hello: msg.LearnerHello) -> list[ev.Event]:
@@ -134,15 +140,20 @@ class LearnerSide:
         return []
 
     def restore(self) -> None:
-        """After a restart of the buffer: the groups in the learner's hands are those that shipped."""
+        """After a restart of the buffer: the groups in the learner's hands are
+        those that shipped.
+        """
         groups = self.run.core.groups
         self._shipped = [record for record in self._shipped if record.group_id in groups]
 
-    # Decisions ----------------------------------------------------------------------------------------
+    # Decisions
+    # ----------------------------------------------------------------------------------------
 
     @property
     def _is_shipped(self) -> bool:
-        """Whether a whole batch is in the learner's hands, or was when some of its groups closed."""
+        """Whether a whole batch is in the learner's hands, or was when some of
+        its groups closed.
+        """
         return len(self._shipped) + len(self._closed) == self.run.config.batch.groups
 
     def ship(self, decision: ev.Ship) -> None:
@@ -246,7 +257,8 @@ class LearnerSide:
                     }
                 )
 
-    # Messages -----------------------------------------------------------------------------------------
+    # Messages
+    # -----------------------------------------------------------------------------------------
 
     def handle(self, peer: Peer, message: msg.Message) -> list[ev.Event]:
         """The events that a message means. Raises ProtocolError, with nothing changed."""
@@ -272,7 +284,8 @@ class LearnerSide:
         run, version = self.run, message.policy.version
         if version <= run.core.policy_version:
             raise ev.ProtocolError(
-                f"{peer.name} published version {version} after {run.core.policy_version}: versions grow"
+                f"{peer.name} published version {version} after {run.core.policy_version}: "
+                "versions grow"
             )
         run.policy = message.policy
         run.log.note(Policy(message.policy), run.now())

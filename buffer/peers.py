@@ -1,4 +1,6 @@
-"""Which peers are connected to the buffer, and when each was last heard. Driven by `buffer.service`."""
+"""Which peers are connected to the buffer, and when each was last heard. Driven by
+`buffer.service`.
+"""
 
 from __future__ import annotations
 

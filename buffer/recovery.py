@@ -1,9 +1,10 @@
 """A buffer that was killed is started again: its state comes back from the logs.
 
-The event log is replayed into the core from its newest checkpoint, and every decision about a record is
-performed again (the ledger was cut back to the checkpoint); nothing is sent. Then the tokens of
-outstanding rollouts are read from their log. Engines and learner stay in the core's tables: they have
-`buffer.peer_timeout_s` to say hello again. Driven once, by `buffer.service`, before its loop.
+The event log is replayed into the core from its newest checkpoint, and every decision about a
+record is performed again (the ledger was cut back to the checkpoint); nothing is sent. Then the
+tokens of outstanding rollouts are read from their log. Engines and learner stay in the core's
+tables: they have `buffer.peer_timeout_s` to say hello again. Driven once, by `buffer.service`,
+before its loop.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def _replay_event(run: RunState, event: ev.Event, perform: Callable[[ev.Decision
 
 
 def restore_tokens(run: RunState) -> list[ev.Event]:
-    """Bring back the tokens of outstanding rollouts. Returns events about those that a power cut took."""
+    """Bring back the tokens of outstanding rollouts. Returns events about those that a power cut
+    took.
+    """
     expected = _expected_tokens(run.core)
     log, held = TokenLog.open(
         run.folder / "tokens", expected.keys(), fsync_s=run.config.buffer.fsync_s
@@ -76,7 +79,9 @@ def restore_tokens(run: RunState) -> list[ev.Event]:
 
 
 def _expected_tokens(core: Core) -> dict[int, tuple[int, int]]:
-    """Rollouts of which tokens are needed: their group, and how many sampled tokens the core knows."""
+    """Rollouts of which tokens are needed: their group, and how many sampled tokens
+    the core knows.
+    """
     expected: dict[int, tuple[int, int]] = {}
     for group in core.groups.values():
         for rollout in group.rollouts.values():

@@ -1,9 +1,9 @@
 """Everything that the parts of the buffer share about one run.
 
-Owns the core and its event log, the records on disk, the trajectories held, the prompts drawn and the
-peers connected; opens and closes all of them. `handle` is the only way to the core, and logs each event
-before the core sees it. After a restart, `buffer.recovery` brings all of it back from the logs. Decides
-nothing. Driven by `buffer.service`.
+Owns the core and its event log, the records on disk, the trajectories held, the prompts drawn and
+the peers connected; opens and closes all of them. `handle` is the only way to the core, and logs
+each event before the core sees it. After a restart, `buffer.recovery` brings all of it back from
+the logs. Decides nothing. Driven by `buffer.service`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class RunFailed(Exception):
 
 
 class RunState:
-    """A run, fresh or resumed. Raises ValueError or TransportError, in one line, if it cannot open."""
+    """A run, fresh or resumed. Raises ValueError or TransportError, in one line, if
+    it cannot open.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -101,7 +103,8 @@ class RunState:
             atomic_write(self.folder / "config.yaml", to_yaml(self.config))
         return lock
 
-    # The core ---------------------------------------------------------------------------------------
+    # The core
+    # ---------------------------------------------------------------------------------------
 
     def handle(self, event: ev.Event) -> Sequence[ev.Decision]:
         """Log `event` and let the core decide. Raises `ProtocolError`, with the core unchanged."""
@@ -112,7 +115,7 @@ class RunState:
         return decisions
 
     def poll_disk(self) -> None:
-        """Make older records durable, and let go of tokens whose end is durable."""
+        """Make older records durable, and release the tokens of rollouts whose end is durable."""
         ended, self.store.ended = self.store.ended, []
         self._released.extend((self.log.log.next_seq - 1, rollout_id) for rollout_id in ended)
         assert self.store.log is not None
@@ -122,7 +125,9 @@ class RunState:
             self.store.log.discard(self._released.popleft()[1])
 
     def make_durable(self) -> None:
-        """Return once everything so far would survive a power cut: before a shard or an acknowledgement."""
+        """Return once everything so far would survive a power cut: before a shard or an
+        acknowledgement.
+        """
         assert self.store.log is not None
         self.store.log.sync()
         self.log.log.sync()
@@ -144,7 +149,9 @@ class RunState:
         self.log.rotate(checkpoint, self.now(), self.config.buffer.keep_event_bytes)
 
     def due_events(self) -> list[ev.Event]:
-        """Events that this side owes the core: a window of prompts, a pause while the store is full."""
+        """Events that this side owes the core: a window of prompts, a pause while the store is
+        full.
+        """
         due: list[ev.Event] = []
         num_pending = self.core.num_pending
         while (
@@ -166,7 +173,8 @@ class RunState:
             due.append(ev.AdmissionPaused(self.store.full))
         return due
 
-    # Groups that end ----------------------------------------------------------------------------------
+    # Groups that end
+    # ----------------------------------------------------------------------------------
 
     def record(self, record: ev.GroupRecord) -> None:
         """A training group has ended for good: put it into the ledger and the sums."""
@@ -193,7 +201,9 @@ class RunState:
         self.check_failures(record)
 
     def check_failures(self, record: ev.GroupRecord) -> None:
-        """A rollout that failed for good stops the run unless it may be skipped; it is never scored 0."""
+        """A rollout that failed for good stops the run unless it may be skipped; it is never scored
+        0.
+        """
         if self.replaying:
             return
         error = self.errors.pop(record.group_id, None)
@@ -234,10 +244,13 @@ class RunState:
         if not self.replaying:
             self.log.note(Rewound(step=step), self.now())
 
-    # Peers and the terminal ---------------------------------------------------------------------------
+    # Peers and the terminal
+    # ---------------------------------------------------------------------------
 
     def require_own(self, run_id: str) -> None:
-        """Refuse a peer left over from another run, which may have another model and other steps."""
+        """Refuse a peer left over from another run, which may have another model
+        and other steps.
+        """
         if run_id not in ("", self.run_id):
             raise ev.ProtocolError(
                 f"it belongs to another run than {self.folder}: it outlived the buffer of that run"

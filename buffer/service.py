@@ -1,16 +1,19 @@
 """The buffer's only loop: messages become events, the core decides, decisions become messages.
 
-    engines ──Progress, Finished, Failed, Stopped, EngineReport──>  ┐          ┌ ──Launch, Cancel, PolicyPublished──> engines
-                                                                    │ Service  │
-    learner ──Pull, Published, Trained──────────────────────────>   ┘  (Core)  └ ──Shard──> learner   ──LiveState──> monitors
+    engines ──Progress, Finished, Failed, ──> ┐         ┌ ──Launch, Cancel, ────> engines
+              Stopped, EngineReport           │         │   PolicyPublished
+                                              │ Service │
+    learner ──Pull, Published, Trained──────> ┘ (Core)  ├ ──Shard─────────────> learner
+                                                        └ ──LiveState─────────> monitors
 
     consumes       messages of all peers; garbage is counted and refused
     waits for      the next message, at most `POLL_S`
     unblocked by   the clock: heartbeats, the live state, peers that fell silent
 
-Decides nothing: `darts.core.Core` does. One thread handles one event at a time, and nothing re-enters:
-a side turns a message into events, each event is applied, and only then are its decisions performed.
-`buffer.run_state` holds the run; `engine_side` and `learner_side` translate for the two kinds of peers.
+Decides nothing: `darts.core.Core` does. One thread handles one event at a time, and nothing
+re-enters: a side turns a message into events, each event is applied, and only then are its
+decisions performed. `buffer.run_state` holds the run; `engine_side` and `learner_side` translate
+for the two kinds of peers.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ class Service:
         self._next_heartbeat_s = self._next_live_state_s = 0.0
         self._final_row: dict[str, Any] | None = None
 
-    # The loop -----------------------------------------------------------------------------------------
+    # The loop
+    # -----------------------------------------------------------------------------------------
 
     def serve(self) -> int:
         """Run until the end. Returns 0 if the run ended well, 1 if not, 130 if `stop` ended it."""
@@ -79,7 +83,9 @@ class Service:
         return 130 if self._stopping and run.phase != "done" else int(bool(self.error))
 
     def stop(self) -> str:
-        """Have `serve` end the run, from any thread. Returns what it waits for, and how long."""
+        """Have `serve` end the run, from any thread. Returns a text that names what it waits for,
+        and how long.
+        """
         limit_s = self.config.run.stop_s
         self._stop_by_s = time.monotonic() + limit_s
         self._stopping = True
@@ -91,7 +97,9 @@ class Service:
         return self._stopping and (not self.learner.trains or time.monotonic() >= self._stop_by_s)
 
     def _apply(self, events: Iterable[ev.Event]) -> None:
-        """Apply events one at a time, and the events that follow from their decisions after them."""
+        """Apply events one at a time, and the events that follow from their
+        decisions after them.
+        """
         queue = deque(events)
         while queue:
             for decision in self.run.handle(queue.popleft()):
@@ -112,10 +120,13 @@ class Service:
             self._next_live_state_s = now_s + LIVE_STATE_S
             self.run.publisher.publish(b"state", live_state(self.run))
 
-    # Recovery -----------------------------------------------------------------------------------------
+    # Recovery
+    # -----------------------------------------------------------------------------------------
 
     def _recover(self) -> None:
-        """Continue where an earlier life of this buffer stopped; a fresh run has nothing to continue."""
+        """Continue where an earlier life of this buffer stopped; a fresh run has nothing to
+        continue.
+        """
         run = self.run
         replay(run, self._replayed, self._record_again, self.learner.note_trained)
         lost = restore_tokens(run)
@@ -162,7 +173,8 @@ class Service:
         events: list[ev.Event] = [] if run.core.run_ended else [ev.RunEnded()]
         return events + self.evaluation.request()
 
-    # Messages -----------------------------------------------------------------------------------------
+    # Messages
+    # -----------------------------------------------------------------------------------------
 
     def _receive(self, identity: bytes, message: msg.Message) -> None:
         """Handle one message. A message that breaks the protocol ends its peer, not the run."""
@@ -204,7 +216,9 @@ class Service:
             raise ev.ProtocolError(f"this connection is {known.name} already")
 
     def _watch_peers(self, now_s: float) -> None:
-        """Send heartbeats, lose silent peers, and fail a run that has long had no engine or learner."""
+        """Send heartbeats, lose silent peers, and fail a run that has long had no engine or
+        learner.
+        """
         run, limits = self.run, self.config.buffer
         for peer in run.peers.by_identity.values():
             run.send(peer, msg.Heartbeat())
@@ -220,7 +234,8 @@ class Service:
                 f"at {run.router.address} and none came"
             )
 
-    # Decisions ----------------------------------------------------------------------------------------
+    # Decisions
+    # ----------------------------------------------------------------------------------------
 
     def _perform(self, decision: ev.Decision) -> list[ev.Event]:
         """Act on one decision. Returns the events that follow from it."""

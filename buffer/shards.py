@@ -1,6 +1,7 @@
-"""Which trajectory goes to which rank: shards whose token counts are as equal as can be had cheaply.
+"""Assigns trajectories to ranks, in shards of nearly equal token counts.
 
-Pure; driven by the buffer's service. Every rank waits for the slowest, so what counts is the largest shard.
+Pure; driven by the buffer's service. Every rank waits for the slowest, so the largest shard
+determines the time of a step.
 """
 
 from __future__ import annotations
@@ -8,17 +9,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-Part = tuple[
-    int, int, list[int]
-]  # (total cost, number of items, items): the count makes empty parts come last among zeros
+# (total cost, number of items, items): the count makes empty parts come last among zeros.
+Part = tuple[int, int, list[int]]
 
 
 def balance(costs: Sequence[int], num_shards: int) -> list[list[int]]:
-    """Split the indices of `costs` into `num_shards` lists, ascending, with the largest total as small as can be.
+    """Split the indices of `costs` into `num_shards` lists, ascending, with the largest total as
+    small as can be.
 
-    Deterministic. No shard stays empty while there are as many items as shards. The better of largest differencing and
-    greedy (longest first), so never worse than greedy's (4 - 1/k)/3 of the optimum.
-    Source: Karmarkar & Karp, The differencing method of set partitioning (1982), in its k-way form.
+    Deterministic. No shard is empty if there are at least as many items as shards. Returns the
+    better of largest differencing and greedy (longest first), so the result is never worse than
+    greedy's (4 - 1/k)/3 of the optimum. Source: Karmarkar & Karp, The differencing method of set
+    partitioning (1982), in its k-way form.
     """
     if num_shards < 1:
         raise ValueError(
@@ -46,7 +48,9 @@ def _greedy(costs: Sequence[int], num_shards: int) -> list[Part]:
 
 
 def _largest_differencing(costs: Sequence[int], num_shards: int) -> list[Part]:
-    """Merge the two splits with the widest spread, one's largest part with the other's smallest, until one split is left."""
+    """Merge the two splits with the widest spread, one's largest part with the other's smallest,
+    until one split is left.
+    """
     empty: list[Part] = [(0, 0, [])] * num_shards
     heap: list[tuple[int, int, list[Part]]] = []
     for index, cost in enumerate(costs):

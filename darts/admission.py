@@ -1,6 +1,8 @@
-"""Prompts that wait to be opened, with the budgets that a window gave them. Driven by `darts.core.Core`.
+"""Prompts that wait to be opened, with the budgets that a window gave them. Driven by
+`darts.core.Core`.
 
-Held-out prompts go first and are bound to a policy version; a dropped group's prompt returns to the head, a bounded number of times.
+Held-out prompts go first and are bound to a policy version; a dropped group's prompt returns to the
+head, a bounded number of times.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ from darts.lengths import LengthStats
 
 
 class Waiting(NamedTuple):
-    """A training prompt, and its budget where its window has decided it."""
+    """A training prompt, and its budget if its window has decided it."""
 
     prompt: Prompt
     budget: Budget | None
 
 
 class HeldOut(NamedTuple):
-    """A prompt of an evaluation: answered `samples` times by a policy no older than `min_version`."""
+    """A prompt of an evaluation: answered `samples` times by a policy no
+    older than `min_version`.
+    """
 
     prompt: Prompt
     samples: int
@@ -47,7 +51,9 @@ class PromptQueue:
         curve: LatencyCurve | None,
         num_engines: int,
     ) -> None:
-        """Longest expected first: what will take longest starts before slots run out. Only within a window, so nobody starves."""
+        """Queue the prompts by expected length, longest first, so that the longest start before
+        slots run out. Only prompts of one window are reordered, so none starves.
+        """
         stats = [lengths.estimate(prompt.lengths, pool) for prompt in prompts]
         budgets: Sequence[Budget | None] = [None] * len(prompts)
         if self._budgeter.by_window:

@@ -1,6 +1,8 @@
-"""Applies the configured redundancy rule to prompts as they come: one by one, or a window at a time.
+"""Applies the configured redundancy rule to prompts as they come: one by one, or a window at a
+time.
 
-Owns no state; `darts.core.Core` asks it. The rules themselves are pure functions in `darts.redundancy`.
+Owns no state; `darts.core.Core` asks it. The rules themselves are pure functions in
+`darts.redundancy`.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from darts import redundancy
 from darts.latency import LatencyCurve
 from darts.lengths import LengthStats, length_std
 
-SATURATING_SPREAD = 1.5  # times the pool's: about one prompt in twenty, as published, where spreads are themselves lognormal
+# Times the pool's spread: about one prompt in twenty, as published, if spreads are lognormal.
+SATURATING_SPREAD = 1.5
 
 
 class Budget(NamedTuple):
-    """A prompt's M', and whether it is saturated: such a prompt keeps its M shortest, and its tail is cut.
+    """A prompt's M', and whether it is saturated: such a prompt keeps its M shortest, and its tail
+    is cut.
 
     Source: DARTS, variance-guided tail pruning.
     """
@@ -29,7 +33,9 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Budgeter:
-    """How many rollouts M' a prompt gets, between `group_size` and `upper` times that. Lengths are cut at `max_tokens`."""
+    """How many rollouts M' a prompt gets, between `group_size` and `upper` times that. Lengths are
+    cut at `max_tokens`.
+    """
 
     rule: str  # none | fixed | paper | marginal
     group_size: int
@@ -54,7 +60,9 @@ class Budgeter:
         curve: LatencyCurve | None,
         num_engines: int,
     ) -> list[Budget]:
-        """Budgets of a window of prompts under the published rule: a total by utility, split by spread in tokens."""
+        """Budgets of a window of prompts under the published rule: a total by utility, split by
+        spread in tokens.
+        """
         if not stats:
             return []
         norms = redundancy.published_norm([length_std(s, self.max_tokens) for s in stats])
@@ -62,7 +70,9 @@ class Budgeter:
             stats, curve or LatencyCurve(), self.group_size, self.upper, self.price, num_engines
         )
         split = redundancy.paper_split(norms, total, self.group_size, self.most)
-        full = total == len(stats) * self.most  # everybody has all: that says nothing about anybody
+        full = (
+            total == len(stats) * self.most
+        )  # every prompt has the largest budget, so it distinguishes none
         return [
             Budget(m, self._has_all(m) and (not full or self._is_wide(s, pool)))
             for m, s in zip(split, stats, strict=True)
@@ -71,10 +81,12 @@ class Budgeter:
     def one(
         self, stats: LengthStats, pool: LengthStats, curve: LatencyCurve, batch: float
     ) -> Budget:
-        """Budget of one prompt about to open on an engine whose batch is `batch`. A window's prompt that returns gets `fixed`.
+        """Budget of one prompt about to open on an engine whose batch is `batch`. A prompt of a
+        window that is opened again gets `fixed`.
 
-        Differs from the published saturation: where spare slots give everybody the whole budget, only prompts far wider than the
-        pool count, or necessary depth would lose its seat everywhere.
+        Differs from the published saturation: when spare slots give every prompt the whole budget,
+        only prompts far wider than the pool count as saturated. Otherwise no group would keep its
+        seat for long responses.
         """
         match self.rule:
             case "none":

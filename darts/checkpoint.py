@@ -1,9 +1,10 @@
-"""A core's whole state as plain data, from which another core goes on exactly as the first would have.
+"""A core's whole state as plain data, from which another core goes on exactly as the first would
+have.
 
 Owns the translation in both directions, and nothing else: `save` changes nothing, `restore` decides
-nothing. The data holds no reference to the core and needs no pickle; the buffer writes it at the head
-of a segment of its event log. The configuration is not part of it: a run may be resumed with other
-settings.
+nothing. The data holds no reference to the core and needs no pickle; the buffer writes it at the
+head of a segment of its event log. The configuration is not part of it: a run may be resumed with
+other settings.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ class SavedEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreState:
-    """Everything that a `Core` knows. `groups` includes closed ones of which a rollout holds a slot."""
+    """Everything that a `Core` knows. `groups` includes closed ones of which a rollout holds a
+    slot.
+    """
 
     groups: tuple[SavedGroup, ...]
     rollouts: tuple[int, ...]

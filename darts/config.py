@@ -19,7 +19,7 @@ class CoreConfig:
     steps_per_version: int = 1
     max_lag: int = 4
     on_deadline: Literal["wait", "drop"] = "wait"
-    # False in sync mode, where the learner waits for the whole window by design.
+    # False in sync mode, as the learner waits for the whole window by design.
     release_at_deadline: bool = True
     policy: Literal["darts", "plain", "first_finished", "random"] = "darts"
     group_size: int = 8
@@ -65,7 +65,7 @@ class CoreKeys(Protocol):
 
 
 def core_config(config: CoreKeys) -> CoreConfig:
-    """The core's configuration, for a run as for a simulation (whose rollouts never fail).
+    """The core's configuration, for a run or a simulation (in which rollouts never fail).
 
     `pipeline.mode=sync` is lag 0 with a learner that waits for its whole window: nothing is
     released early or dropped.

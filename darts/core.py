@@ -6,12 +6,12 @@ log). It keeps these rules, each of them a property in `tests/properties`:
 
 1. Every launched rollout ends exactly once: selected, discarded, truncated, cancelled, or lost and
    launched again.
-2. Every opened group ends exactly once: shipped and trained, evaluated, or dropped with a reason. No
-   prompt starves.
+2. Every opened group ends exactly once: shipped and trained, evaluated, or dropped with a reason.
+   No prompt starves.
 3. A shipped group has exactly M trajectories, none of which has a lag above the bound.
 4. An exact cancel never removes a rollout that the selection rule would have kept.
-5. A rollout that finishes after it was cancelled is a legal race: it frees its slot, its extra tokens
-   are counted, and nothing else changes.
+5. A rollout that finishes after it was cancelled is a legal race: it frees its slot, its extra
+   tokens are counted, and nothing else changes.
 6. An illegal event raises `ProtocolError` and changes nothing.
 7. Memory is bounded: closed groups are forgotten.
 
@@ -79,14 +79,17 @@ class Core:
         self._decisions: list[ev.Decision] = []
 
     def handle(self, event: ev.Event) -> Sequence[ev.Decision]:
-        """Apply `event`. Raises `ProtocolError`, with nothing changed, if it is illegal at present."""
+        """Apply `event`. Raises `ProtocolError`, with nothing changed, if it is
+        illegal at present.
+        """
         HANDLERS[type(event)](self, event)
         if not self._decisions:
             return NOTHING
         decisions, self._decisions = self._decisions, []
         return decisions
 
-    # For drivers to read ----------------------------------------------------------------------------
+    # For drivers to read
+    # ----------------------------------------------------------------------------
 
     @property
     def policy_version(self) -> int:
@@ -95,7 +98,9 @@ class Core:
 
     @property
     def num_pending(self) -> int:
-        """Training prompts drawn and not yet opened. Drivers keep `groups_per_step` of them here."""
+        """Training prompts drawn and not yet opened. Drivers keep `groups_per_step`
+        of them here.
+        """
         return len(self.prompts.training)
 
     @property
@@ -112,7 +117,8 @@ class Core:
         """Which side waits for which, in words; empty if neither does."""
         return waiting.describe(self)
 
-    # Events: prompts and the run --------------------------------------------------------------------
+    # Events: prompts and the run
+    # --------------------------------------------------------------------
 
     def _prompts_drawn(self, event: ev.PromptsDrawn) -> None:
         curve = next(iter(self.engines.curves.values()), None)
@@ -163,7 +169,8 @@ class Core:
             self._drop(group, "run_ended", requeue=False)
         self._admit()
 
-    # Events: engines --------------------------------------------------------------------------------
+    # Events: engines
+    # --------------------------------------------------------------------------------
 
     def _engine_joined(self, event: ev.EngineJoined) -> None:
         if event.engine_id in self.engines.by_id:
@@ -216,7 +223,8 @@ class Core:
         if not self.engines.curves[engine.engine_type].observe(event.batch, event.ms_per_token):
             self.num_ignored_reports += 1
 
-    # Events: rollouts -------------------------------------------------------------------------------
+    # Events: rollouts
+    # -------------------------------------------------------------------------------
 
     def _rollout_progressed(self, event: ev.RolloutProgressed) -> None:
         rollout = self._holding_slot(event.rollout_id)
@@ -269,10 +277,13 @@ class Core:
         self._free(rollout)
         self._admit()
 
-    # Events: learner --------------------------------------------------------------------------------
+    # Events: learner
+    # --------------------------------------------------------------------------------
 
     def _learner_joined(self, event: ev.LearnerJoined) -> None:
-        """Offer again all groups that shipped and were never trained; the next publication drops stale ones."""
+        """Offer again all groups that shipped and were never trained; the next publication drops
+        stale ones.
+        """
         self.requested_step = None
         for group in self.groups.values():
             if group.state is GroupState.SHIPPED:
@@ -322,7 +333,8 @@ class Core:
         self._close(group)
         self._decisions.append(ev.Close(group.record("shipped")))
 
-    # Legality ---------------------------------------------------------------------------------------
+    # Legality
+    # ---------------------------------------------------------------------------------------
 
     def _engine(self, engine_id: str) -> Engine:
         engine = self.engines.by_id.get(engine_id)
@@ -358,7 +370,8 @@ class Core:
                 f"was launched at {rollout.oldest_version} and the newest is {self.policy_version}"
             )
 
-    # Rollouts ---------------------------------------------------------------------------------------
+    # Rollouts
+    # ---------------------------------------------------------------------------------------
 
     def _lose(self, rollout: Rollout, keep_tokens: bool) -> None:
         """A rollout in flight ended without a result. Plan another attempt while any are left."""
@@ -372,7 +385,9 @@ class Core:
             self.engines.enqueue(group, first=True)
 
     def _count_overshoot(self, rollout: Rollout, num_tokens: int) -> None:
-        """An engine decoded on until a cancel reached it. A group's record counts it, if not yet made."""
+        """An engine decoded on until a cancel reached it. A group's record counts it, if not yet
+        made.
+        """
         rollout.overshoot = num_tokens - rollout.tokens
         if rollout.overshoot and rollout.group.state is GroupState.CLOSED:
             self._decisions.append(
@@ -431,7 +446,8 @@ class Core:
             self.engines.enqueue(group, first=True)
             self._launch(engine)
 
-    # Groups -----------------------------------------------------------------------------------------
+    # Groups
+    # -----------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         """Open groups while engines have room, evaluation first.
@@ -516,7 +532,9 @@ class Core:
         self._launch(engine)
 
     def _review(self, group: Group) -> None:
-        """Look at a group again after news of it: cancel rollouts, and settle it once it is decided."""
+        """Look at a group again after news of it: cancel rollouts, and settle it once it is
+        decided.
+        """
         if group.state is not GroupState.OPEN:
             return
         if len(group.finished) >= group.group_size:
@@ -560,7 +578,8 @@ class Core:
     def _rng(self, group: Group) -> Random:
         """Breaks the ties of one group and draws its random control.
 
-        It depends on the prompt's visit alone, so no generator has a state that would have to be saved.
+        It depends on the prompt's visit alone, so no generator has a state that would have to be
+        saved.
         """
         return Random(f"{self.config.seed} {group.prompt.prompt_id} {group.prompt.visit}")
 

@@ -1,9 +1,9 @@
 """Engines, their slots and backlogs, and the choice of the engine that takes the next group.
 
 A whole group goes to one engine: its prompt is prefilled once and its lengths grow at one pace. The
-engine is the one whose predicted latency per token, at the batch it would then have, is lowest. Among
-engines of one type, which share a latency curve, that is the least loaded one, kept in a heap so that
-a thousand engines cost no more than ten. Driven by `darts.core.Core`; does no I/O.
+engine is the one whose predicted latency per token, at the batch it would then have, is lowest.
+Among engines of one type, which share a latency curve, that is the least loaded one, kept in a heap
+so that a thousand engines cost no more than ten. Driven by `darts.core.Core`; does no I/O.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Engine:
 
 
 class Engines:
-    """All engines by id. Every change of an engine's load or version goes through a method of this table."""
+    """All engines by id. Every change of an engine's load or version goes through a method of this
+    table.
+    """
 
     def __init__(self) -> None:
         self.by_id: dict[str, Engine] = {}
@@ -63,7 +65,8 @@ class Engines:
         engine.version = version
         self._offer(engine)
 
-    # Launching --------------------------------------------------------------------------------------
+    # Launching
+    # --------------------------------------------------------------------------------------
 
     def enqueue(self, group: Group, first: bool = False) -> None:
         """Queue the group's planned rollouts on its engine; `first`: before those of other groups.
@@ -99,16 +102,21 @@ class Engines:
             self._offer(engine)
 
     def free(self, rollout: Rollout) -> Engine | None:
-        """Free the rollout's slot and return its engine, which may launch another; None if it held none."""
+        """Free the rollout's slot and return its engine, which may launch another; None if it held
+        none.
+        """
         engine = self.by_id.get(rollout.engine_id)
         if engine is None or engine.in_flight.pop(rollout.rollout_id, None) is None:
             return None
         return engine
 
-    # Placement --------------------------------------------------------------------------------------
+    # Placement
+    # --------------------------------------------------------------------------------------
 
     def best_with_room(self, batch_of_group: int) -> Engine | None:
-        """The engine with a free slot on which a group of `batch_of_group` rollouts decodes fastest."""
+        """The engine with a free slot on which a group of `batch_of_group` rollouts decodes
+        fastest.
+        """
         best, best_ms = None, float("inf")
         for engine_type, heap in self._heaps.items():
             while heap and not self._is_current(heap[0]):

@@ -1,8 +1,8 @@
 """The vocabulary of `darts.core.Core`: events go in, decisions come out.
 
-Both are frozen, typed and free of I/O. Tokens never appear here, only ids, lengths, rewards and policy
-versions. Lengths are counted in sampled tokens. Events carry no time, since no decision depends on it;
-the event log stores the time beside each event.
+Both are frozen, typed and free of I/O. Tokens never appear here, only ids, lengths, rewards and
+policy versions. Lengths are counted in sampled tokens. Events carry no time, since no decision
+depends on it; the event log stores the time beside each event.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ CancelReason = Literal["past_selection", "group_full", "deadline", "dropped"]
 
 
 class ProtocolError(Exception):
-    """A peer's mistake: an event that is impossible in the present state, which it leaves unchanged.
+    """A peer's mistake: an event that is impossible in the present state, which it leaves
+    unchanged.
 
     The message names the ids and the state.
     """
@@ -42,7 +43,8 @@ class Prompt:
     visit: int = 0
 
 
-# Events ---------------------------------------------------------------------------------------------
+# Events
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,9 @@ class PromptsDrawn:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRequested:
-    """Answer held-out prompts `samples` times each, on engines whose policy is at least `min_version`."""
+    """Answer held-out prompts `samples` times each, on engines whose policy is at least
+    `min_version`.
+    """
 
     prompts: tuple[Prompt, ...]
     samples: int
@@ -122,7 +126,8 @@ class RolloutProgressed:
 class RolloutFinished:
     """A rollout ended by itself and was scored, which frees its slot.
 
-    `truncated`: it reached its length limit, either `sampling.max_tokens` or the end of the context.
+    `truncated`: it reached its length limit, either `sampling.max_tokens` or the end of the
+    context.
     """
 
     rollout_id: int
@@ -134,14 +139,18 @@ class RolloutFinished:
 
 @dataclass(frozen=True, slots=True)
 class RolloutFailed:
-    """The engine or the environment failed on a rollout, which frees its slot. It is never scored."""
+    """The engine or the environment failed on a rollout, which frees its slot. It
+    is never scored.
+    """
 
     rollout_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutStopped:
-    """The engine confirms a cancel, so the slot is free. `num_tokens`: tokens sampled until it stopped."""
+    """The engine confirms a cancel, so the slot is free. `num_tokens`: tokens sampled until it
+    stopped.
+    """
 
     rollout_id: int
     num_tokens: int
@@ -190,7 +199,8 @@ class AdmissionPaused:
 class BufferRestarted:
     """The buffer was started again and its state restored from the log.
 
-    Launches that were sent but whose records are lost may have used the next ids, so they are skipped.
+    Launches that were sent but whose records are lost may have used the next ids, so they are
+    skipped.
     """
 
 
@@ -209,13 +219,14 @@ class RunEnded:
 
 Event = Union[
     PromptsDrawn, EvaluationRequested, PoolRestored, EngineJoined, EngineLost, PolicyLoaded,
-    LatencyReported, RolloutProgressed, RolloutFinished, RolloutFailed, RolloutStopped, LearnerJoined,
-    PolicyPublished, ShardsRequested, GroupTrained, AdmissionPaused, BufferRestarted, TokensLost,
-    RunEnded,
+    LatencyReported, RolloutProgressed, RolloutFinished, RolloutFailed, RolloutStopped,
+    LearnerJoined, PolicyPublished, ShardsRequested, GroupTrained, AdmissionPaused,
+    BufferRestarted, TokensLost, RunEnded,
 ]  # fmt: skip
 
 
-# Decisions ------------------------------------------------------------------------------------------
+# Decisions
+# ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,9 +250,11 @@ class RolloutRecord:
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """The story of one group: a row of the selection ledger. `shipped_version` is -1 unless shipped.
+    """The story of one group: a row of the selection ledger. `shipped_version` is -1 unless
+    shipped.
 
-    Example: M = 3 with one long seat. Four rollouts started at version 4; one was past the selection.
+    Example: M = 3 with one long seat. Four rollouts started at version 4; one was past the
+    selection.
 
         GroupRecord(
             group_id=17, prompt_id="train/42", opened_version=4, shipped_version=5, budget=4,
@@ -268,7 +281,9 @@ class GroupRecord:
 
 @dataclass(frozen=True, slots=True)
 class OpenGroup:
-    """A group begins: at most `budget` rollouts of `prompt_id`, all on `engine_id` while it lives."""
+    """A group begins: at most `budget` rollouts of `prompt_id`, all on `engine_id`
+    while it lives.
+    """
 
     group_id: int
     prompt_id: str
@@ -299,7 +314,9 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Abort a rollout while it decodes. Its end is decided now; its slot is free once the engine confirms."""
+    """Abort a rollout while it decodes. Its end is decided now; its slot is free once the engine
+    confirms.
+    """
 
     rollout_id: int
     engine_id: str
@@ -350,7 +367,9 @@ class CountOvershoot:
 
 @dataclass(frozen=True, slots=True)
 class RememberLengths:
-    """Keep these length statistics for the next draw of the prompt; "" is the pool of all prompts."""
+    """Keep these length statistics for the next draw of the prompt; "" is the pool
+    of all prompts.
+    """
 
     prompt_id: str
     lengths: LengthStats

@@ -51,7 +51,9 @@ GROUP_MOVES: dict[GroupState, frozenset[GroupState]] = {
 
 @dataclass(slots=True, eq=False)
 class Rollout:
-    """One response, in flight or ended. It keeps its slot until its engine frees it, cancelled or not."""
+    """One response, in flight or ended. It keeps its slot until its engine frees it, cancelled or
+    not.
+    """
 
     rollout_id: int
     group: Group
@@ -80,7 +82,9 @@ class Planned:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """The responses to one prompt. No token of the group is older than policy version `min_version`."""
+    """The responses to one prompt. No token of the group is older than policy version
+    `min_version`.
+    """
 
     group_id: int
     prompt: Prompt

@@ -1,7 +1,7 @@
 """The invariants of the core's state between two events.
 
-They complement the rules listed in `darts.core`, which are about histories. The property tests check
-them after each event, since a check walks over the whole state. Never changes anything.
+They complement the rules listed in `darts.core`, which are about histories. The property tests
+check them after each event, since a check walks over the whole state. Never changes anything.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from darts.groups import Group, GroupState, Rollout, RolloutState
 
 
 def validate_state(core: Core) -> None:
-    """Raises `AssertionError` with the id of the first engine, rollout or group that is inconsistent."""
+    """Raises `AssertionError` with the id of the first engine, rollout or group that is
+    inconsistent.
+    """
     for engine in core.engines.by_id.values():
         _validate_engine(core, engine)
     for rollout in core.rollouts.values():

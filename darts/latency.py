@@ -1,7 +1,9 @@
-"""PTL(b): milliseconds per decoded token of one request while b requests decode together, for one engine type.
+"""PTL(b): milliseconds per decoded token of one request while b requests decode together, for one
+engine type.
 
-Owns the fit of what engines report into a curve that never falls; `darts.core` feeds it and `darts.redundancy` prices
-extra rollouts with its slope. Never judges an engine, never keeps more than a few numbers per bin of batch size.
+Owns the fit of the engines' reports to a curve that never falls; `darts.core` feeds it and
+`darts.redundancy` prices extra rollouts with its slope. Never judges an engine, never keeps more
+than a few numbers per bin of batch size.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Iterable
 
 DEFAULT_MS, DEFAULT_KNEE = 10.0, 64.0
 BINS_PER_OCTAVE = 4
-SAMPLES_PER_BIN = 15  # the newest: their median shrugs off seven absurd ones, and forgets
+SAMPLES_PER_BIN = 15  # the newest: their median withstands seven outliers and forgets old ones
 MIN_SAMPLES = 3  # a bin with fewer waits, as soon as another has as many
 MIN_BATCH, MAX_BATCH, MAX_MS = 0.5, 1e6, 60_000.0
 
@@ -22,16 +24,17 @@ SavedCurve = dict[int, list[tuple[float, float]]]
 
 
 class LatencyCurve:
-    """Medians per quarter octave of batch size, made monotone by isotonic regression, joined by power laws.
+    """Medians per quarter octave of batch size, made monotone by isotonic regression, joined by
+    power laws.
 
-    Before any report it is `DEFAULT_MS * (1 + b / DEFAULT_KNEE)`: flat while decoding is bound by memory, then linear.
-    Outside the measured range that shape goes on from the outermost knot, or, above, the last measured slope if steeper.
+    Before any report it is `DEFAULT_MS * (1 + b / DEFAULT_KNEE)`: flat while decoding is bound by
+    memory, then linear. Outside the measured range, that shape continues from the outermost knot.
+    Above it, the last measured slope is used if it is steeper.
     """
 
     def __init__(self) -> None:
-        self._bins: dict[
-            int, deque[tuple[float, float]]
-        ] = {}  # bin -> (log batch, log ms), at most 85 bins
+        # bin -> (log batch, log ms), at most 85 bins
+        self._bins: dict[int, deque[tuple[float, float]]] = {}
         self._log_batch: list[float] = []
         self._log_ms: list[float] = []
         self._last_slope = 0.0
@@ -39,13 +42,16 @@ class LatencyCurve:
 
     @classmethod
     def from_points(cls, points: Iterable[tuple[float, float]]) -> LatencyCurve:
-        """A measured curve of (batch, ms per token); points within a quarter octave merge. Later reports refine it."""
+        """A measured curve of (batch, ms per token); points within a quarter octave merge. Later
+        reports refine it.
+        """
         curve = cls()
         for batch, ms in points:
             for _ in range(MIN_SAMPLES):
                 if not curve.observe(batch, ms):
                     raise ValueError(
-                        f"latency point ({batch}, {ms}): the batch must lie in {MIN_BATCH}..{MAX_BATCH:g} and the ms per token "
+                        f"latency point ({batch}, {ms}): the batch must lie in "
+                        f"{MIN_BATCH}..{MAX_BATCH:g} and the ms per token "
                         f"in 0..{MAX_MS:g}; no engine can be modelled from it"
                     )
         return curve
@@ -63,10 +69,11 @@ class LatencyCurve:
         return curve
 
     def observe(self, batch: float, ms_per_token: float) -> bool:
-        """One report. False, and nothing changes, where it cannot be true (not finite, not positive, beyond all engines)."""
-        if not (
-            MIN_BATCH <= batch <= MAX_BATCH and 0.0 < ms_per_token <= MAX_MS
-        ):  # NaN fails every comparison
+        """One report. Returns False and changes nothing if the value is impossible (not finite, not
+        positive, or beyond any engine).
+        """
+        # NaN fails every comparison.
+        if not (MIN_BATCH <= batch <= MAX_BATCH and 0.0 < ms_per_token <= MAX_MS):
             return False
         index = round(BINS_PER_OCTAVE * math.log2(batch))
         samples = self._bins.setdefault(index, deque(maxlen=SAMPLES_PER_BIN))
@@ -75,11 +82,15 @@ class LatencyCurve:
         return True
 
     def ptl(self, batch: float) -> float:
-        """Milliseconds per decoded token per request; never falls with the batch. Batches below one count as one."""
+        """Milliseconds per decoded token per request; never falls with the batch. Batches below one
+        count as one.
+        """
         return math.exp(self._log_ptl(math.log(max(1.0, batch))))
 
     def elasticity(self, batch: float) -> float:
-        """d ln PTL / d ln batch >= 0, over the octave around `batch`: 0 where slots are free, 1 where tokens only share time."""
+        """d ln PTL / d ln batch >= 0, over the octave around `batch`: 0 if slots are free, 1 if
+        requests only share the engine's time.
+        """
         middle, half = math.log(max(1.0, batch)), 0.5 * math.log(2.0)
         low, high = max(0.0, middle - half), middle + half
         return max(0.0, (self._log_ptl(high) - self._log_ptl(low)) / (high - low))
@@ -116,7 +127,9 @@ class LatencyCurve:
         self._last_slope = self._slope_of_last_octave()
 
     def _slope_of_last_octave(self) -> float:
-        """At most 1: past saturation requests share the engine's time, and more can only share it."""
+        """At most 1: past saturation requests share the engine's time, and more can
+        only share it.
+        """
         x = self._log_batch
         first = next(i for i, value in enumerate(x) if value >= x[-1] - math.log(2.0) - 1e-9)
         if first == len(x) - 1 and first > 0:
@@ -133,7 +146,9 @@ def _log_default(x: float) -> float:
 
 
 def _isotonic(values: list[float], weights: list[float]) -> list[float]:
-    """Nearest non-decreasing sequence in weighted absolute error, by pooling adjacent violators; one outlier moves nobody."""
+    """Nearest non-decreasing sequence in weighted absolute error, by pooling adjacent violators; a
+    single outlier moves nothing.
+    """
     blocks: list[tuple[float, list[tuple[float, float]]]] = []
     for value, weight in zip(values, weights, strict=True):
         level, members = value, [(value, weight)]
@@ -145,7 +160,7 @@ def _isotonic(values: list[float], weights: list[float]) -> list[float]:
 
 
 def _weighted_median(members: list[tuple[float, float]]) -> float:
-    """The lower one, where the weight splits evenly."""
+    """The lower median if the weight splits evenly."""
     ordered = sorted(members)
     half, seen = 0.5 * math.fsum(weight for _, weight in ordered), 0.0
     for value, weight in ordered:

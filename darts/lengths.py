@@ -1,9 +1,12 @@
-"""How long a prompt's responses are: a lognormal per prompt, fitted to lengths of which some are only bounds.
+"""How long a prompt's responses are: a lognormal per prompt, fitted to lengths some of which are
+only lower bounds.
 
-Owns the whole memory of a prompt (three numbers) and of the pool of all prompts. A cancelled or truncated rollout says
-only "longer than c": ignoring it, or taking c for its length, loses half of the spread just where budgets need it, so
-each group is fitted by expectation-maximisation on right-censored data. Never decides anything; `darts.core` calls it
-once per closed group, and `darts.redundancy` reads the result. Lengths are in sampled tokens, logs are natural.
+Owns the whole memory of a prompt (three numbers) and of the pool of all prompts. A cancelled or
+truncated rollout shows only that its length exceeds c. Ignoring it, or using c as its length, loses
+half of the spread for the prompts whose budgets depend on it most, so each group is fitted by
+expectation-maximisation on right-censored data. Never decides anything; `darts.core` calls it once
+per closed group, and `darts.redundancy` reads the result. Lengths are in sampled tokens, logs are
+natural.
 """
 
 from __future__ import annotations
@@ -12,22 +15,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MIN_VAR_LOG, MAX_VAR_LOG = (
-    1e-4,
-    9.0,
-)  # spread within 0.01 .. 3: beyond lies noise of tiny samples, not a length distribution
-MAX_MEAN_LOG = 16.0  # nine million tokens; only prompts of which nothing ever finishes come near
-MEAN_STRENGTH, VAR_STRENGTH = (
-    1.0,
-    4.0,
-)  # pool pseudo-observations: prompts differ in mean length more than in spread
+# A spread outside 0.01 .. 3 is noise of tiny samples, not a length distribution.
+MIN_VAR_LOG, MAX_VAR_LOG = 1e-4, 9.0
+MAX_MEAN_LOG = 16.0  # nine million tokens; only prompts whose rollouts never finish come near
+# Pseudo-observations of the pool: prompts differ more in mean length than in spread.
+MEAN_STRENGTH, VAR_STRENGTH = 1.0, 4.0
 EM_STEPS, EM_TOLERANCE = 8, 1e-3
 POOL_MEMORY = 256.0  # prompts that the pool averages over
 
 
 @dataclass(frozen=True, slots=True)
 class LengthStats:
-    """Lognormal moments and how much they rest on: observations for a prompt, prompts for the pool."""
+    """Lognormal moments and their weight: observations for a prompt, prompts for the pool."""
 
     weight: float
     mean_log: float
@@ -35,7 +34,9 @@ class LengthStats:
 
 
 POOL_PRIOR = LengthStats(weight=2.0, mean_log=math.log(256.0), var_log=0.64)
-"""Before any group has closed: a median of 256 tokens, two thirds of responses within 115 .. 570. Worth two prompts."""
+"""Before any group has closed: a median of 256 tokens, two thirds of responses within 115 .. 570.
+Worth two prompts.
+"""
 
 
 def update(
@@ -45,11 +46,13 @@ def update(
     pool: LengthStats,
     forgetting: float = 0.8,
 ) -> LengthStats:
-    """What is known of a prompt after one more group: `finished` lengths are exact, `censored` ones lower bounds.
+    """A prompt's statistics after one more group. `finished` lengths are exact, `censored` ones are
+    lower bounds.
 
-    The old statistics count as `forgetting * weight` observations. Spread is measured about each group's own mean, so
-    that a drifting mean does not pass for spread. Iterating the E-step from group to group (online EM) leaves the
-    maximum-likelihood solution as the only fixed point; the pool steadies the E-step and is not stored in the result.
+    The old statistics count as `forgetting * weight` observations. Spread is measured about each
+    group's own mean, so that a drifting mean is not counted as spread. Iterating the E-step from
+    group to group (online EM) leaves the maximum-likelihood solution as the only fixed point; the
+    pool steadies the E-step and is not stored in the result.
     """
     if not finished and not censored:
         return LengthStats(0.0, pool.mean_log, pool.var_log) if stats is None else stats
@@ -65,7 +68,7 @@ def update(
         num = len(exact) + len(bounds)
         mean_log = (old_weight * old.mean_log + total) / weight
         degrees = old_weight + num - 1
-        learnt = exact and degrees > 0  # of spread, bounds alone say nothing
+        learnt = exact and degrees > 0  # bounds alone carry no information about spread
         var_log = (old_weight * old.var_log + deviations) / degrees if learnt else old.var_log
         new = LengthStats(
             weight, _clip(mean_log, 0.0, MAX_MEAN_LOG), _clip(var_log, MIN_VAR_LOG, MAX_VAR_LOG)
@@ -80,7 +83,9 @@ def update(
 
 
 def estimate(stats: LengthStats | None, pool: LengthStats) -> LengthStats:
-    """The prompt's statistics shrunk toward the pool: all pool while nothing is known, all its own after many groups."""
+    """The prompt's statistics shrunk toward the pool: the pool's before its first group, almost
+    entirely its own after many groups.
+    """
     if stats is None:
         return LengthStats(0.0, pool.mean_log, pool.var_log)
     mean_log = (stats.weight * stats.mean_log + MEAN_STRENGTH * pool.mean_log) / (
@@ -94,10 +99,12 @@ def estimate(stats: LengthStats | None, pool: LengthStats) -> LengthStats:
 
 
 def update_pool(pool: LengthStats, stats: LengthStats) -> LengthStats:
-    """The pool after one more closed group, whose prompt now has `stats` (as `update` returned them, not shrunk).
+    """The pool after one more closed group, whose prompt now has `stats` (as `update` returned
+    them, not shrunk).
 
-    Every prompt counts alike; the average is exponential over the last `POOL_MEMORY` of them. `var_log` is thus the mean
-    spread *within* a prompt, which budgets are about, not the far wider one between prompts.
+    Every prompt has the same weight. The average is exponential over the last `POOL_MEMORY` of
+    them. `var_log` is thus the mean spread *within* a prompt, which determines budgets, not the far
+    wider spread between prompts.
     """
     step = 1.0 / (pool.weight + 1.0)
     return LengthStats(
@@ -108,7 +115,7 @@ def update_pool(pool: LengthStats, stats: LengthStats) -> LengthStats:
 
 
 def spread(stats: LengthStats) -> float:
-    """Standard deviation of log length: sigma of the published method, in a form without unit."""
+    """Standard deviation of log length: the published method's sigma, without a unit."""
     return math.sqrt(stats.var_log)
 
 
@@ -133,7 +140,9 @@ def length_std(stats: LengthStats, limit: int) -> float:
 def _expected_moments(
     exact: list[float], bounds: list[float], guess: LengthStats
 ) -> tuple[float, float]:
-    """E-step: expected sum of the logs, and expected sum of their squared deviations from the group's mean."""
+    """E-step: expected sum of the logs, and expected sum of their squared deviations from the
+    group's mean.
+    """
     sigma = math.sqrt(guess.var_log)
     values, doubt = list(exact), 0.0
     for bound in bounds:

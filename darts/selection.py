@@ -1,8 +1,10 @@
-"""Which finished rollouts of a group are trained on: pure functions of lengths, truncation flags, M and L.
+"""Which finished rollouts of a group are trained on: pure functions of lengths, truncation flags, M
+and L.
 
-Source: DARTS (arXiv 2605.30859), distribution-aware trajectory sampling: the K = M - L shortest plus the L longest,
-responses that hit the length limit left out. Differs: ties go to the earlier rollout id, and a group with too few valid
-responses may be filled with truncated ones, so that no hard prompt starves.
+Source: DARTS (arXiv 2605.30859), distribution-aware trajectory sampling: the K = M - L shortest
+plus the L longest, responses that hit the length limit left out. Differs: ties go to the earlier
+rollout id, and a group with too few valid responses may be filled with truncated ones, so that no
+hard prompt starves.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ class Candidate(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Rollout ids by seat. `filled`: truncated ones that took a seat nobody valid could take."""
+    """Rollout ids by seat. `filled`: truncated ones that took a seat for lack of a valid one."""
 
     short: tuple[int, ...]
     long: tuple[int, ...]
@@ -34,7 +36,9 @@ def select_dual_end(
     num_long: int,
     fill_truncated: bool,
 ) -> Selection | None:
-    """The K shortest and the L longest of `finished`, or None when there are too few and they may not be filled."""
+    """The K shortest and the L longest of `finished`, or None when there are too few and they may
+    not be filled.
+    """
     valid = sorted(finished)
     missing = group_size - len(valid)
     if missing > 0:
@@ -53,7 +57,9 @@ def select_random(
     fill_truncated: bool,
     rng: random.Random,
 ) -> Selection | None:
-    """A control: any M of `finished`, whatever their length. Shows what selecting by length adds to sampling more."""
+    """A control: any M of `finished`, regardless of length. Shows what selecting by length adds to
+    sampling more.
+    """
     valid = sorted(finished, key=lambda c: c.rollout_id)
     if len(valid) > group_size:
         valid = rng.sample(valid, group_size)

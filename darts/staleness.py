@@ -1,15 +1,16 @@
-"""How stale a trajectory may get: the pacing of admission, and the hard bound that pacing makes feasible.
+"""How stale a trajectory may get: the pacing of admission, and the hard bound that pacing makes
+feasible.
 
 A group's `min_version` is the policy version of its engine when it opened. Each of its rollouts is
-sampled by that version or a newer one, so a group that ships at learner version v has a lag of at most
-v - min_version. It must ship by version min_version + max_lag, its deadline.
+sampled by that version or a newer one, so a group that ships at learner version v has a lag of at
+most v - min_version. It must ship by version min_version + max_lag, its deadline.
 
-The bound can always be kept. A group opens only if all outstanding groups, itself included, fit into
-the ships that remain up to its deadline. Taking the earliest deadline first, the batch of each step
-then has room for every group that is due, and a batch whose due groups are not ready waits for them
-(or drops them): see `Core`.
-Differs from counting admissions against the learner's version, as published elsewhere: an engine that
-has not yet swapped opens groups that are stale from the start, so its own version is what counts.
+The bound can always be kept. A group opens only if all outstanding groups, itself included, fit
+into the ships that remain up to its deadline. Taking the earliest deadline first, the batch of each
+step then has room for every group that is due, and a batch whose due groups are not ready waits for
+them (or drops them): see `Core`. Differs from counting admissions against the learner's version, as
+published elsewhere: an engine that has not yet swapped opens groups that are stale from the start,
+so its own version counts.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def is_stale(min_version: int, learner_version: int, max_lag: int) -> bool:
 
 
 class OutstandingGroups:
-    """Training groups that have opened and not yet shipped, by `min_version`, earliest deadline first.
+    """Training groups that have opened and not yet shipped, by `min_version`, earliest deadline
+    first.
 
     Owns the learner's clock as well: `learner_version`, its newest published version (-1 before the
     first), and `steps_left`, the batches that it still takes before it publishes the next.
@@ -122,7 +124,9 @@ class OutstandingGroups:
         )
 
     def take_batch(self) -> list[Group]:
-        """The learner's next batch, oldest first. Empty until it is full and no due group is missing."""
+        """The learner's next batch, oldest first. Empty until it is full and no due group is
+        missing.
+        """
         if self.num_ready < self.groups_per_step or any(
             group.state is GroupState.OPEN for group in self.due()
         ):

@@ -1,9 +1,10 @@
 """Which rollouts in flight can no longer be selected, and which long ones are kept running.
 
 Pure but for the generator that breaks ties and for the group's own list of survivors. Driven by
-`darts.core.Core`. Source: our online form of DARTS (arXiv 2605.30859): with s_j the length of the j-th
-shortest finished rollout, a rollout in flight that is longer than s_j cannot take one of the j short
-seats. Under `long_end=survivor` the longest such rollouts keep running and take the long seats.
+`darts.core.Core`. Source: our online form of DARTS (arXiv 2605.30859): with s_j the length of the
+j-th shortest finished rollout, a rollout in flight that is longer than s_j cannot take one of the j
+short seats. Under `long_end=survivor` the longest such rollouts keep running and take the long
+seats.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from darts.groups import Group, Rollout
 
 
 def short_cutoff(group: Group) -> float:
-    """Length above which a rollout in flight provably misses every short seat; inf while unknown."""
+    """Length above which a rollout in flight provably misses every short seat;
+    inf while unknown.
+    """
     num_short = group.group_size
     if group.long_end != "none":
         num_short -= group.num_long

@@ -1,4 +1,6 @@
-"""Which side of a run waits for the other, in words for people. Reads the core, never changes it."""
+"""Which side of a run waits for the other, in words for people. Reads the core,
+never changes it.
+"""
 
 from __future__ import annotations
 

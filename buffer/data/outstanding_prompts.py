@@ -1,8 +1,8 @@
-"""Prompts that were drawn from the stream and whose groups have not ended for good.
+"""Prompts drawn from the stream whose groups have not ended yet.
 
-Owns the payloads of prompts that the core knows, and the cursor by which a resumed run skips none and
-repeats none. A draw is known by its *visit*, its position in the stream, since a small source may have
-the same prompt outstanding twice. Driven by `buffer.run_state`.
+Owns the payloads of prompts that the core knows, and the cursor by which a resumed run skips none
+and repeats none. A draw is known by its *visit*, its position in the stream, since a small source
+may have the same prompt outstanding twice. Driven by `buffer.run_state`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from buffer.wire.messages import PromptPayload
 
 
 class Cursor(msgspec.Struct, frozen=True):
-    """Where the stream stands: prompts drawn so far, visits that are outstanding, visits put back."""
+    """Where the stream stands: prompts drawn so far, visits that are outstanding,
+    visits put back.
+    """
 
     position: int
     outstanding: list[int]

@@ -1,9 +1,11 @@
-"""Where prompts come from: seeded, resumable streams, and the held-out prompts that no stream ever yields.
+"""Where prompts come from: seeded, resumable streams, and the held-out prompts that no stream ever
+yields.
 
-A source is either a table (a file, a dataset), checked row by row when it is opened, or a generator (tagged_sum,
-reasoning_gym), asked for one prompt at a time. Held-out prompts are told apart by the prompt itself, never by a seed or a
-row number: a duplicate of a held-out prompt is held out as well. Never scores anything, and never imports a model library;
-what a source alone needs (reasoning_gym, pyarrow, datasets) is imported when that source is opened. The buffer's service
+A source is either a table (a file, a dataset), checked row by row when it is opened, or a generator
+(tagged_sum, reasoning_gym), asked for one prompt at a time. Held-out prompts are identified by the
+prompt itself, never by a seed or a row number: a duplicate of a held-out prompt is held out as
+well. Never scores anything, and never imports a model library. A source's own dependencies
+(reasoning_gym, pyarrow, datasets) are imported when that source is opened. The buffer's service
 draws from here.
 """
 
@@ -27,10 +29,8 @@ from configs.extras import import_extra
 from configs.schema import Config, DataConfig
 
 FORMS = "tagged_sum, reasoning_gym:<task>, a .jsonl or .parquet file, or hf:<dataset>[:<split>]"
-HELD_OUT_FRAC = 0.05  # of a table or of all tagged sums; more where eval.num_prompts needs more
-HELD_OUT_SEED = (
-    1_000_000_007  # generators draw held-out prompts from it, so that runs of any seed share them
-)
+HELD_OUT_FRAC = 0.05  # of a table or of all tagged sums; more if eval.num_prompts needs more
+HELD_OUT_SEED = 1_000_000_007  # of generators, so that runs of any seed share held-out prompts
 SPARE = 2  # a generated prompt that is held out is replaced by the next of this many
 
 
@@ -42,16 +42,20 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> PromptPayload: ...
 
     def hold_out(self, num_prompts: int) -> list[PromptPayload]:
-        """Sets this many distinct prompts aside, the same for every seed; the source no longer holds them."""
+        """Set this many distinct prompts aside, the same for every seed. They are removed from the
+        source.
+        """
         ...
 
     def sample(self, num_prompts: int) -> list[PromptPayload]:
-        """At most this many distinct prompts of a source that is only evaluated on."""
+        """At most this many distinct prompts of a source used only for evaluation."""
         ...
 
 
 class PromptStream:
-    """Endless: every epoch is a seeded shuffle of the whole source. `position` counts prompts drawn so far."""
+    """Endless: every epoch is a seeded shuffle of the whole source. `position` counts prompts drawn
+    so far.
+    """
 
     def __init__(self, source: Source, seed: int) -> None:
         self.source, self.seed, self.position = source, seed, 0
@@ -62,7 +66,7 @@ class PromptStream:
         return [self._next() for _ in range(num_prompts)]
 
     def seek(self, position: int) -> None:
-        """Go on as if `position` prompts had been drawn: how a resumed run continues."""
+        """Continue as if `position` prompts had been drawn, as a resumed run does."""
         if position < 0:
             raise ValueError(f"position={position} must be at least 0")
         self.position = position
@@ -81,14 +85,16 @@ class PromptStream:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a run trains on, and what it is judged by (empty where eval.every=0)."""
+    """The training prompts of a run, and its evaluation prompts (empty if eval.every=0)."""
 
     train: PromptStream
     eval_prompts: list[PromptPayload]
 
 
 def make_sources(config: Config) -> Sources:
-    """Opens data.train and data.eval. ValueError, in one line, where the data is missing, empty, malformed or too small."""
+    """Opens data.train and data.eval. Raises a one-line ValueError if the data is missing, empty,
+    malformed or too small.
+    """
     train = _open_source("data.train", config.data.train, config)
     num_eval = config.eval.num_prompts if config.eval.every else 0
     if num_eval == 0:
@@ -112,7 +118,8 @@ def _open_source(key: str, form: str, config: Config) -> Source:
     if form.endswith((".jsonl", ".parquet")):
         if not Path(form).is_file():
             raise ValueError(
-                f"{key}={form}: there is no such file (looked from {Path.cwd()}); give the path of an existing one"
+                f"{key}={form}: there is no such file (looked from {Path.cwd()}); give the path "
+                "of an existing one"
             )
         return TableSource(
             form, _read_jsonl(form) if form.endswith(".jsonl") else _read_parquet(form), config.data
@@ -120,17 +127,21 @@ def _open_source(key: str, form: str, config: Config) -> Source:
     raise ValueError(f"{key}={form!r} is no known source; it must be {FORMS}")
 
 
-# Generators --------------------------------------------------------------------------------------------------------
+# Generators
+# --------------------------------------------------------------------------------------------------
 
 
 class TaggedSumSource:
-    """`size` distinct problems of the embedded task. A twentieth of all that exist is held out, whether it is drawn or not."""
+    """`size` distinct problems of the embedded task. A twentieth of all that exist is held out,
+    whether it is drawn or not.
+    """
 
     def __init__(self, size: int, seed: int) -> None:
         most = tagged_sum.MAX_PROBLEMS // 2  # beyond that, most draws would be repetitions
         if size > most:
             raise ValueError(
-                f"data.num_prompts={size} must be at most {most} for tagged_sum, which has no more distinct prompts to draw from"
+                f"data.num_prompts={size} must be at most {most} for tagged_sum, which has no "
+                "more distinct prompts to draw from"
             )
         self.size = size
         self._problems = self._draw(Random(seed), size, held_out=False)
@@ -172,7 +183,9 @@ class TaggedSumSource:
 
 
 class ReasoningGymSource:
-    """A task of reasoning-gym. Prompts are generated when drawn, some tasks needing seconds for one; few-prompt tasks repeat them."""
+    """A task of reasoning-gym. Prompts are generated when drawn, some tasks needing seconds for
+    one; few-prompt tasks repeat them.
+    """
 
     def __init__(self, key: str, task: str, size: int, seed: int) -> None:
         reasoning_gym = import_extra("reasoning_gym", f"{key}=reasoning_gym:{task}", "data")
@@ -181,7 +194,8 @@ class ReasoningGymSource:
         if task not in DATASETS:
             near = ", ".join(difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)) or "none"
             raise ValueError(
-                f"{key}=reasoning_gym:{task}: reasoning-gym has no task {task!r}; near ones: {near}; it has {len(DATASETS)}"
+                f"{key}=reasoning_gym:{task}: reasoning-gym has no task {task!r}; near ones: "
+                f"{near}; it has {len(DATASETS)}"
             )
         try:
             self._create = lambda size, seed: reasoning_gym.create_dataset(
@@ -191,7 +205,8 @@ class ReasoningGymSource:
             self._check_survives_json(f"{key}=reasoning_gym:{task}")
         except (AssertionError, OSError, LookupError, TypeError) as error:
             raise ValueError(
-                f"{key}=reasoning_gym:{task}: it cannot be generated here: {one_line(error, with_type=True)}; choose another"
+                f"{key}=reasoning_gym:{task}: it cannot be generated here: "
+                f"{one_line(error, with_type=True)}; choose another"
             ) from error
         self.task, self.size = task, size
         self._held_out: set[str] = set()
@@ -201,14 +216,16 @@ class ReasoningGymSource:
             if entry["question"] not in self._held_out:
                 return self._payload(entry)
         raise ValueError(
-            f"reasoning_gym:{self.task}: those held out leave too few distinct prompts; lower eval.num_prompts or name data.eval"
+            f"reasoning_gym:{self.task}: those held out leave too few distinct prompts; lower "
+            "eval.num_prompts or name data.eval"
         )
 
     def hold_out(self, num_prompts: int) -> list[PromptPayload]:
         held_out = self.sample(num_prompts)
         if len(held_out) < num_prompts:
             raise ValueError(
-                f"eval.num_prompts={num_prompts} must be at most {len(held_out)}, the distinct prompts that reasoning_gym:{self.task} gave"
+                f"eval.num_prompts={num_prompts} must be at most {len(held_out)}, the distinct "
+                f"prompts that reasoning_gym:{self.task} gave"
             )
         self._held_out = {payload.text for payload in held_out}
         return held_out
@@ -230,7 +247,8 @@ class ReasoningGymSource:
             entry["answer"], received
         ):
             raise ValueError(
-                f"{named}: the task's verifier needs Python objects that cannot travel to the actors; choose another task"
+                f"{named}: the task's verifier needs Python objects that cannot travel to the "
+                "actors; choose another task"
             )
 
     @staticmethod
@@ -244,7 +262,8 @@ class ReasoningGymSource:
         )
 
 
-# Tables ------------------------------------------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------------------------------
 
 
 class TableSource:
@@ -267,8 +286,10 @@ class TableSource:
         num_held_out = max(num_prompts, round(HELD_OUT_FRAC * len(by_hash)))
         if 2 * num_held_out > len(by_hash):
             raise ValueError(
-                f"{self.name} has {len(by_hash)} distinct prompts, too few to hold out eval.num_prompts={num_prompts} "
-                "and train on at least as many; lower eval.num_prompts, name data.eval, or set eval.every=0"
+                f"{self.name} has {len(by_hash)} distinct prompts, too few to hold out "
+                f"eval.num_prompts={num_prompts} "
+                "and train on at least as many; lower eval.num_prompts, name data.eval, or set "
+                "eval.every=0"
             )
         held_out = set(list(by_hash)[:num_held_out])
         self._payloads = [
@@ -288,7 +309,8 @@ class TableSource:
 def _payload_of_row(where: str, row: Any, data: DataConfig) -> PromptPayload:
     if not isinstance(row, dict):
         raise ValueError(
-            f"{where}: expected an object with named fields, got {type(row).__name__}; write one JSON object a line"
+            f"{where}: expected an object with named fields, got {type(row).__name__}; write one "
+            "JSON object a line"
         )
     prompt = _field_of_row(where, row, "data.prompt_field", data.prompt_field)
     # A user's own verifier may need no reference answer; every other one compares with it.
@@ -300,7 +322,8 @@ def _payload_of_row(where: str, row: Any, data: DataConfig) -> PromptPayload:
     )
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         raise ValueError(
-            f"{where}: field {data.answer_field!r} must be text or a number, got {type(answer).__name__}; mend the row"
+            f"{where}: field {data.answer_field!r} must be text or a number, got "
+            f"{type(answer).__name__}; fix the row"
         )
     messages = (
         []
@@ -327,7 +350,8 @@ def _payload_of_row(where: str, row: Any, data: DataConfig) -> PromptPayload:
 def _field_of_row(where: str, row: dict[str, Any], key: str, name: str) -> Any:
     if row.get(name) is None:
         raise ValueError(
-            f"{where}: no field {name!r} (it has {', '.join(map(repr, row)) or 'none'}); name the right one with {key}=..."
+            f"{where}: no field {name!r} (it has {', '.join(map(repr, row)) or 'none'}); name the "
+            f"right one with {key}=..."
         )
     return row[name]
 
@@ -344,7 +368,8 @@ def _checked_messages(where: str, prompt: Any) -> list[dict[str, str]]:
             break
     if not messages:
         raise ValueError(
-            f"{where} must be text, or a list of chat messages, each with a text 'role' and 'content'; mend the row"
+            f"{where} must be text, or a list of chat messages, each with a text 'role' and "
+            "'content'; fix the row"
         )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
@@ -358,7 +383,8 @@ def _read_jsonl(path: str) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line)
             except ValueError as error:
                 raise ValueError(
-                    f"{path}, row {number}: not valid JSON ({one_line(error, with_type=True)}); mend or remove the line"
+                    f"{path}, row {number}: not valid JSON ({one_line(error, with_type=True)}); "
+                    "fix or remove the line"
                 ) from error
 
 
@@ -368,13 +394,16 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path}: not a readable parquet file: {one_line(error, with_type=True)}; write it again"
+            f"{path}: not a readable parquet file: {one_line(error, with_type=True)}; write it "
+            "again"
         ) from error
     yield from enumerate(rows, start=1)
 
 
 def _read_dataset(key: str, form: str) -> Iterator[tuple[int, Any]]:
-    """`hf:<dataset>[:<split>]`, the split `train` unless named; `hf:<owner>/<dataset>/<configuration>` where it has several."""
+    """`hf:<dataset>[:<split>]`, the split `train` unless named;
+    `hf:<owner>/<dataset>/<configuration>` if it has several.
+    """
     datasets = import_extra("datasets", f"{key}={form}", "data")
     name, _, split = form.removeprefix("hf:").partition(":")
     configuration = None
@@ -382,14 +411,16 @@ def _read_dataset(key: str, form: str) -> Iterator[tuple[int, Any]]:
         name, _, configuration = name.rpartition("/")
     try:
         rows = datasets.load_dataset(name, configuration, split=split or "train")
-    except Exception as error:  # the library raises a dozen unrelated types for a wrong name, a wrong split and a missing network
+    except Exception as error:  # a wrong name, split or network raises a dozen unrelated types
         raise ValueError(
-            f"{key}={form}: cannot load it: {one_line(error, with_type=True)}; check name and split, and that the hub is reachable or the dataset cached"
+            f"{key}={form}: cannot load it: {one_line(error, with_type=True)}; check name and "
+            "split, and that the hub is reachable or the dataset cached"
         ) from error
     yield from enumerate(rows, start=1)
 
 
-# Identity ----------------------------------------------------------------------------------------------------------
+# Identity
+# --------------------------------------------------------------------------------------------------
 
 
 def _prompt_key(payload: PromptPayload) -> str:

@@ -2,9 +2,10 @@
 
     A8B3C7D3=    ->    A8=08,B3=11,C7=18,D3=31.again A8=08,B3=11,C7=18,D3=21.no.#21<eos>
 
-Traces imitate a reasoner's habits: answers at once, repairs after a second look (long and right), and useless loops
-(long and wrong), so that response lengths are long-tailed within a prompt. `prompts` draws problems from here, the actors'
-environments score with `score`, `tools.warm_start` trains on traces. Owns no randomness: the caller passes a `Random`.
+Traces imitate a reasoner's habits: answers at once, repairs after a second look (long and right),
+and useless loops (long and wrong), so that response lengths are long-tailed within a prompt.
+`prompts` draws problems from here, the actors' environments score with `score`, `tools.warm_start`
+trains on traces. Owns no randomness: the caller passes a `Random`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _ANSWER = re.compile(r"#([0-9]{2})" + re.escape(EOS))
 
 @dataclass(frozen=True)
 class Grammar:
-    """How traces go wrong and on. Error rates are per added digit; what is neither careful nor a rambler stops after one pass."""
+    """How traces go wrong and on. Error rates are per added digit; a trace that is neither careful
+    nor a rambler stops after one pass.
+    """
 
     first_error: float = 0.25
     careful_frac: float = 0.28
@@ -46,7 +49,9 @@ SINGLE_PASS = Grammar(first_error=0, careful_frac=0, ramble_frac=0)
 
 
 def draw_problem(random: Random, max_digits: int = MAX_DIGITS) -> str:
-    """A prompt such as `A6B6C2D8=`: 3 to `max_digits` digits 1-9, as many of one number of digits as of another."""
+    """A prompt such as `A6B6C2D8=`: 3 to `max_digits` digits 1-9, as many of one number of digits
+    as of another.
+    """
     num_digits = random.randint(MIN_DIGITS, max_digits)
     return "".join(f"{tag}{random.randint(1, 9)}" for tag in TAGS[:num_digits]) + "="
 
@@ -61,13 +66,17 @@ def solve(prompt: str) -> str:
 
 
 def score(prompt: str, response: str) -> float:
-    """1.0 iff the response ends with <eos> and what follows its last # is the two-digit sum; else 0.0."""
+    """1.0 iff the response ends with <eos> and its text after the last # is the two-digit sum, else
+    0.0.
+    """
     match = _ANSWER.fullmatch(response, response.rfind("#")) if "#" in response else None
     return float(match is not None and match[1] == solve(prompt))
 
 
 def draw_trace(random: Random, prompt: str, grammar: Grammar = FULL) -> str:
-    """A response to `prompt`, <eos> included, of at most MAX_TRACE_TOKENS tokens (longer ones are drawn again)."""
+    """A response to `prompt`, <eos> included, of at most MAX_TRACE_TOKENS tokens (longer ones are
+    drawn again).
+    """
     while True:
         trace = _draw_trace(random, _digits(prompt), grammar)
         if len(TOKEN.findall(trace)) <= MAX_TRACE_TOKENS:
@@ -108,7 +117,9 @@ def _draw_trace(random: Random, digits: list[int], grammar: Grammar) -> str:
 
 
 def _draw_pass(random: Random, digits: list[int], error: float) -> tuple[str, int]:
-    """One pass with its running total, and where it ends. A mistake persists; the first item is never mistaken."""
+    """One pass with its running total, and where it ends. A mistake persists; the first item is
+    never mistaken.
+    """
     total, steps = 0, []
     for i, digit in enumerate(digits):
         total = min(99, total + digit)

@@ -1,1 +1,1 @@
-"""Processes of a run, whatever they do: children, what they leave behind, and requests to stop. Linux only."""
+"""The processes of a run: children, their leftovers, and requests to stop. Linux only."""

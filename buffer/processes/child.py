@@ -1,10 +1,11 @@
 """One child process, from its start to its end, with everything that it starts in turn.
 
-Owns its output, its exit status, its temporary folder, and the certainty that nothing of it is left. Never decides when it ends.
-Driven by `tools.launch`, by actor pools and by the learner's supervisor, from the thread that started it.
+Owns its output, its exit status, its temporary folder, and the certainty that nothing of it is
+left. Never decides when it ends. Driven by `tools.launch`, by actor pools and by the learner's
+supervisor, from the thread that started it.
 
-The child leads a session of its own, so that a Ctrl-C of the terminal reaches its supervisor alone. The kernel signals it when its
-supervisor dies.
+The child leads a session of its own, so that a Ctrl-C of the terminal reaches its supervisor alone.
+The kernel signals it when its supervisor dies.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Child:
         environment: Mapping[str, str] | None = None,
         death_signal: int = signal.SIGTERM,
     ) -> None:
-        """`death_signal` reaches it when the calling thread ends, so call from one that lives as long as the supervisor."""
+        """`death_signal` reaches it when the calling thread ends, so call from one that lives as
+        long as the supervisor.
+        """
         self.name = name
         self.last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
         self._status: int | None = None
@@ -67,13 +70,17 @@ class Child:
         os.set_blocking(self._process.stdout.fileno(), False)
 
     def status(self) -> int | None:
-        """None while it runs, then its exit status, negative for a signal. By then nothing that it started is left."""
+        """None while it runs, then its exit status, negative for a signal. By then nothing that it
+        started is left.
+        """
         if self._status is None and self._has_ended():
             self._clear()
         return self._status
 
     def lines(self) -> list[str]:
-        """Its output since the last call. A child that prints waits for this call once the pipe is full."""
+        """Its output since the last call. A child that prints waits for this call once the pipe is
+        full.
+        """
         closed = self.status() is not None
         *complete, self._incomplete = (self._incomplete + self._read()).split(b"\n")
         if closed:
@@ -130,7 +137,9 @@ class Child:
 def stop(
     children: Sequence[Child], limit_s: float, hurry: Callable[[], bool] = lambda: False
 ) -> list[Child]:
-    """End all that still run: ask, wait up to `limit_s` or until `hurry`, then kill. Returns those that had to be killed."""
+    """End all that still run: ask, wait up to `limit_s` or until `hurry`, then kill. Returns those
+    that had to be killed.
+    """
     for child in children:
         child.terminate()
     deadline = time.monotonic() + limit_s
@@ -151,14 +160,16 @@ def stop(
 
 
 def forward(child: Child) -> None:
-    """Print its new output as ours, but for the line that says why it failed, which is its supervisor's to use."""
+    """Print its new output as ours, but for the line that says why it failed, which is its
+    supervisor's to use.
+    """
     for line in child.lines():
         if not line.startswith(ERROR):
             print(line, file=sys.stderr, flush=True)
 
 
 def given_reason(last_lines: Iterable[str]) -> str:
-    """Why a process of ours failed, by its own last words, or ""."""
+    """The reason a process of ours gave in its last output for its failure, or ""."""
     reasons = [line.removeprefix(ERROR) for line in last_lines if line.startswith(ERROR)]
     return reasons[-1] if reasons else ""
 
@@ -189,7 +200,9 @@ def python_path() -> dict[str, str]:
 
 
 def _signalled_with_parent(parent: int, number: int) -> Callable[[], None]:
-    """To be called in a new child: the kernel sends it signal `number` when the thread that started it ends."""
+    """To be called in a new child: the kernel sends it signal `number` when the thread that started
+    it ends.
+    """
 
     def arm() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -201,7 +214,9 @@ def _signalled_with_parent(parent: int, number: int) -> Callable[[], None]:
 
 
 def _oom_kills() -> int:
-    """How many processes the kernel has killed for lack of memory since it started; 0 if it does not say."""
+    """How many processes the kernel has killed for lack of memory since it started; 0 if it does
+    not say.
+    """
     try:
         found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
     except OSError:

@@ -1,7 +1,9 @@
-"""Which living processes belong to a supervisor, however deep they are and whichever session they moved to.
+"""Which living processes belong to a supervisor, however deep they are and whichever session they
+moved to.
 
-Each child is started with a folder of its own in its environment, and all of its descendants inherit that; the children of a descendant
-that supervises others get folders below it. Uses nothing but `/proc`.
+Each child is started with a folder of its own in its environment, and all of its descendants
+inherit that; the children of a descendant that supervises others get folders below it. Uses nothing
+but `/proc`.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ KILL_S = 5.0  # a process inside the kernel, writing to a dead disk say, is not 
 
 def marks(folder: Path) -> dict[str, str]:
     """The environment that makes a process and its descendants those of `folder`."""
-    # setproctitle, which vLLM and Ray use, would otherwise overwrite the environment that /proc shows.
+    # setproctitle, which vLLM and Ray use, would otherwise overwrite the environment that /proc
+    # shows.
     return {OWNER: str(folder), "TMPDIR": str(folder), "SPT_NOENV": "1"}
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Pids of the living processes whose folder is `folder` or one below it, the caller's left out."""
+    """Pids of the living processes whose folder is `folder` or one below it, the
+    caller's left out.
+    """
     own = f"{OWNER}={folder}".encode()
     found = []
     for pid in all_pids():

@@ -1,7 +1,9 @@
-"""`python -m buffer.processes.janitor FOLDER GRACE_S`: cleans up after a supervisor, however that one ends.
+"""`python -m buffer.processes.janitor FOLDER GRACE_S`: cleans up after a supervisor, however that
+one ends.
 
-Owns no process. Waits until its standard input closes, which the kernel does for a supervisor that is killed; then ends the processes of
-the folder, and removes the folder and the shared memory of those processes. Started by `buffer.processes.private_folder`.
+Owns no process. Waits until its standard input closes, which the kernel does for a supervisor that
+is killed; then ends the processes of the folder, and removes the folder and the shared memory of
+those processes. Started by `buffer.processes.private_folder`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The temporary folder of a supervisor and of everything that it starts, which goes when they do."""
+"""The temporary folder of a supervisor and of everything that it starts, which goes
+when they do.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,19 @@ from buffer.processes.descendants import OWNER, kill_processes_of, marks
 from buffer.processes.janitor import AT_ONCE
 
 PR_SET_CHILD_SUBREAPER = 36
-# A Unix socket's path has at most 107 bytes; the names that vLLM and our own folders add leave this much.
+# A Unix socket's path has at most 107 bytes; the names that vLLM and our own folders add leave this
+# much.
 LONGEST_PARENT = 20
 LEAVE_S = 10.0  # for the janitor
 
 
 @contextmanager
 def private_folder(grace_s: float = 30.0) -> Iterator[Path]:
-    """Have `tempfile`, here and in all children, use a new folder. Afterwards, or once this process was killed, nothing is left of it:
-    no file, no shared memory, and no process that was started meanwhile. If this process was killed, the others, which the kernel tells
-    to end, have `grace_s`. A process that was started by a supervisor has such a folder already, and goes on to use that.
+    """Have `tempfile`, here and in all children, use a new folder. Afterwards, or once this process
+    was killed, nothing is left of it: no file, no shared memory, and no process that was started
+    meanwhile. If this process was killed, the others, which the kernel tells to end, have
+    `grace_s`. A process that was started by a supervisor has such a folder already, and goes on to
+    use that.
     """
     if OWNER in os.environ:
         yield Path(os.environ[OWNER])
@@ -38,11 +43,11 @@ def private_folder(grace_s: float = 30.0) -> Iterator[Path]:
         [sys.executable, "-S", "-m", "buffer.processes.janitor", str(folder), str(grace_s)],
         env={**os.environ, **python_path()},
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,  # it must not hold open what this process writes to
+        stdout=subprocess.DEVNULL,  # it must not keep this process's output open
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)  # what dies as an orphan is reaped here
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans that die are reaped here
     os.environ.update(marks(folder))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiled())
     tempfile.tempdir = None  # chosen again when it is next needed

@@ -1,4 +1,6 @@
-"""How often something may be started again: a number of times within a window, so that a long run is not worn out by rare deaths."""
+"""How often something may be started again: a number of times within a window, so that a long run
+is not worn out by rare deaths.
+"""
 
 from __future__ import annotations
 

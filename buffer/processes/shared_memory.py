@@ -1,7 +1,9 @@
-"""Shared memory that killed processes leave in `/dev/shm`: vLLM's message queues, multiprocessing's semaphores.
+"""Shared memory that killed processes leave in `/dev/shm`: vLLM's message queues, multiprocessing's
+semaphores.
 
-A name there does not say whose it is, so the owner of each new one is looked up while it lives. Never touches a name that no process of
-this run was seen with, or that any process still holds. Driven by the janitor.
+A name there does not identify its owner, so the owner of each new file is looked up while it lives.
+Never touches a name that no process of this run was seen with, or that any process still holds.
+Driven by the janitor.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ class SharedMemory:
         self._holders: dict[str, set[int]] = {}  # name of this run -> processes seen with it
 
     def look(self) -> None:
-        """Find the holders of new names, and remove the names of which every holder has died. Call it often."""
+        """Find the holders of new names, and remove the names of which every holder has died. Call
+        it often.
+        """
         names = _names()
         self._foreign &= names
         if new := names - self._foreign - self._holders.keys():

@@ -1,7 +1,8 @@
-"""Requests to stop: the first Ctrl-C is answered at once, the second one kills. SIGTERM and SIGHUP count as Ctrl-C.
+"""Requests to stop: the first Ctrl-C is answered at once, the second one kills. SIGTERM and SIGHUP
+count as Ctrl-C.
 
-A thread answers, because the main thread may be in a call that takes seconds, a backward pass say. Never ends anything but its own
-process; a supervisor looks at `repeated` and kills its children.
+A thread answers, because the main thread may be in a call that takes seconds, a backward pass say.
+Never ends anything but its own process; a supervisor looks at `repeated` and kills its children.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class StopRequest:
     """Entered in the main thread, around everything that a signal may interrupt."""
 
     def __init__(self, answer: Callable[[], None], limit_s: float | None = None) -> None:
-        """`answer` tells the user what goes on now and how long it may take, in another thread.
+        """`answer` tells the user in another thread what happens now and how long it may take.
 
         With `limit_s`, this process ends with status 130 so long after the first signal, or at the
         second one. Without, its main thread sees to that, and only a third signal ends it here.

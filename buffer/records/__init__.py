@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and the live picture that monitors draw."""
+"""The files of a run, and the live state that monitors draw."""

@@ -1,8 +1,9 @@
-"""The buffer's event log, `events/`: every event before it is handled, its decisions after it, and notes.
+"""The buffer's event log, `events/`: every event before it is handled, its decisions after it, and
+notes.
 
-A segmented log (`segments`). A segment starts with a `Checkpoint` and continues with records: an event
-of the core, the decisions that followed it, or a note about a fact outside the core that a restarted
-buffer needs. A restart reads the newest segment; `tools.replay` reads all that are kept.
+A segmented log (`segments`). A segment starts with a `Checkpoint` and continues with records: an
+event of the core, the decisions that followed it, or a note about a fact outside the core that a
+restarted buffer needs. A restart reads the newest segment; `tools.replay` reads all that are kept.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Learner(msgspec.Struct, frozen=True, tag=True):
 
 
 class BufferState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the buffer knows besides its core, at the end of a step with no evaluation under way."""
+    """The buffer's state besides its core, at the end of a step with no evaluation under way."""
 
     step: int
     cursor: Cursor
@@ -103,7 +104,7 @@ class Session(NamedTuple):
 
 
 class Recovered(NamedTuple):
-    """What a restarted buffer reads: the newest checkpoint, and (time, event or note) after it."""
+    """Read for a restarted buffer: the newest checkpoint, and (time, event or note) after it."""
 
     checkpoint: Checkpoint
     entries: list[tuple[float, ev.Event | Note]]
@@ -121,7 +122,9 @@ class EventLog:
     def open(
         cls, folder: Path, config: CoreConfig, fsync_s: float, executor: Executor | None = None
     ) -> tuple[EventLog, Recovered]:
-        """Open or start the log in `folder`. Raises ValueError if it is damaged or of another version."""
+        """Open or start the log in `folder`. Raises ValueError if it is damaged or of another
+        version.
+        """
         is_new = not folder.is_dir() or not any(folder.glob("*.log"))
         first = msgspec.msgpack.encode(Checkpoint(config=config))
         log, found = SegmentLog.open(
@@ -146,7 +149,9 @@ class EventLog:
         self.log.append(self._encode(("note", note)), time_s)
 
     def rotate(self, checkpoint: Checkpoint, time_s: float, keep_bytes: int) -> None:
-        """Start a segment from which a restart begins, and drop the oldest ones above `keep_bytes`."""
+        """Start a segment from which a restart begins, and drop the oldest
+        ones above `keep_bytes`.
+        """
         self.log.rotate(self._encode(checkpoint), time_s)
         self.log.retain(keep_bytes)
 
@@ -155,7 +160,9 @@ class EventLog:
 
 
 def read_sessions(folder: Path) -> Iterator[Session]:
-    """Every segment that is kept, oldest first. Raises ValueError if the folder holds no event log."""
+    """Every segment that is kept, oldest first. Raises ValueError if the folder holds
+    no event log.
+    """
     segments = read_segments(folder, DISK) if folder.is_dir() else []
     for segment in segments:
         checkpoint = _checkpoint(folder, segment.checkpoint.payload)

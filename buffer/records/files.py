@@ -1,7 +1,9 @@
-"""Files that are whole or absent whatever kills the process: atomic writes, torn last lines, the lock on a run's folder.
+"""Files that are whole or absent, however the process dies: atomic writes, torn last lines, the
+lock on a run's folder.
 
-Owns the few operations on a disk that durability rests on (`Disk`), so that a test can stop between any two of them.
-Never decides what is written. Used by every process of a run, so it imports nothing heavy.
+Owns the few operations on a disk that durability rests on (`Disk`), so that a test can stop between
+any two of them. Never decides what is written. Used by every process of a run, so it imports
+nothing heavy.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ _BLOCK = 65_536
 
 
 class Disk:
-    """The disk of this machine. Each method is one system call or a read, and raises `OSError` as that does."""
+    """The disk of this machine. Each method is one system call or a read, and raises `OSError` as
+    that does.
+    """
 
     def names(self, folder: Path) -> list[str]:
         return os.listdir(folder)
@@ -94,8 +98,8 @@ def atomic_write(
 ) -> None:
     """Write the file `path` so that a reader sees the old content or the new one, never a part.
 
-    With `durable`, the new content also survives a power cut once this returns. `mode` is that of a new
-    file before the umask; 0o600 keeps a secret. If it fails, the old content is still there.
+    With `durable`, the new content also survives a power cut once this returns. `mode` is that of a
+    new file before the umask; 0o600 keeps a secret. If it fails, the old content is still there.
     """
     data = data.encode() if isinstance(data, str) else data
     unfinished = _unfinished(path)
@@ -117,7 +121,9 @@ def atomic_write(
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which gets the name `path` when the block ends well, and is removed when it does not."""
+    """A folder to fill, which gets the name `path` when the block ends well, and is removed when it
+    does not.
+    """
     unfinished = _unfinished(path)
     unfinished.mkdir(parents=True)
     try:
@@ -128,7 +134,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename `source` to `target`, durably and with all that it holds; a folder that was there before is removed."""
+    """Rename `source` to `target`, durably and with all that it holds; a folder that was there
+    before is removed.
+    """
     sync_tree(source)
     replaced = _unfinished(target)
     if target.exists():
@@ -154,8 +162,8 @@ def sync_tree(folder: Path) -> None:
 def cut_torn_line(path: Path) -> int:
     """Remove a last line that a kill left without its end, and return its length in bytes.
 
-    Call it before appending to a file of lines: a record added to half a line would lose both. A file that
-    does not exist has no torn line.
+    Call it before appending to a file of lines: a record added to half a line would lose both. A
+    file that does not exist has no torn line.
     """
     if not path.exists():
         return 0
@@ -174,10 +182,11 @@ def cut_torn_line(path: Path) -> int:
 
 
 class RunLock:
-    """One process at a time writes a run's folder. Held until `release`, or until the process ends, however it ends.
+    """One process at a time writes a run's folder. Held until `release`, or until the process ends,
+    however it ends.
 
-    Raises `ValueError` if another process holds it, with that process in words. The file stays, since
-    removing it would let two processes lock two files of one name.
+    Raises `ValueError` if another process holds it, with that process in words. The file stays,
+    since removing it would let two processes lock two files of one name.
     """
 
     def __init__(self, folder: Path, role: str = "buffer") -> None:
@@ -190,8 +199,10 @@ class RunLock:
             holder = os.pread(self._handle, 1000, 0).decode(errors="replace").strip()
             os.close(self._handle)
             raise ValueError(
-                f"run directory {folder} is in use by another {role}: {holder or 'it has just started'}. "
-                f"Two of them would corrupt its records; stop that process, or choose another run.name"
+                f"run directory {folder} is in use by another {role}: "
+                f"{holder or 'it has just started'}. "
+                "Two of them would corrupt its records; stop that process, or choose another "
+                "run.name"
             ) from error
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         os.ftruncate(self._handle, 0)

@@ -18,10 +18,11 @@ from darts.lengths import LengthStats
 
 
 class Journal:
-    """What outlives the buffer: length statistics per prompt, "" being the pool of all. SQLite in WAL mode, nothing cached.
+    """Length statistics per prompt, which outlive the buffer; "" is the pool of all prompts. SQLite
+    in WAL mode, nothing cached.
 
-    Each call commits once, so a kill loses at most the call under way and never damages the file. (A power cut may lose the
-    last commits: they are statistics, not worth an fsync each.)
+    Each call commits once, so a kill loses at most the call under way and never damages the file.
+    (A power cut may lose the last commits: they are statistics, not worth an fsync each.)
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,17 +35,21 @@ class Journal:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute(
-                "CREATE TABLE IF NOT EXISTS lengths (prompt_id TEXT PRIMARY KEY, stats BLOB NOT NULL) WITHOUT ROWID"
+                "CREATE TABLE IF NOT EXISTS lengths (prompt_id TEXT PRIMARY KEY, stats BLOB NOT "
+                "NULL) WITHOUT ROWID"
             )
             self._db.execute("CREATE TABLE IF NOT EXISTS run (id TEXT NOT NULL)")
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise ValueError(
-                f"journal {self.path} cannot be used ({error}): move it away to start without length statistics"
+                f"journal {self.path} cannot be used ({error}): move it away to start without "
+                "length statistics"
             ) from error
 
     def run_id(self) -> str:
-        """A name drawn when this journal was made: the same across resumes, another for every other run."""
+        """A name drawn when this journal was made: the same across resumes, another for every other
+        run.
+        """
         if self._db.execute("SELECT id FROM run").fetchone() is None:
             self._db.execute("INSERT INTO run VALUES (?)", (secrets.token_hex(8),))
         return self._db.execute("SELECT id FROM run").fetchone()[0]
@@ -63,7 +68,7 @@ class Journal:
         self._db.execute("COMMIT")
 
     def lengths(self, prompt_ids: Iterable[str]) -> dict[str, LengthStats]:
-        """What is remembered of these prompts; those never seen are left out."""
+        """The statistics of these prompts. Prompts never seen are left out."""
         found: dict[str, LengthStats] = {}
         asked = list(prompt_ids)
         for start in range(0, len(asked), 500):  # SQLite bounds the number of parameters
@@ -80,7 +85,8 @@ class Journal:
             return msgspec.msgpack.decode(stats, type=LengthStats)
         except msgspec.MsgspecError as error:
             raise ValueError(
-                f"journal {self.path} was written by another version ({error}): move it away to start without it"
+                f"journal {self.path} was written by another version ({error}): move it away to "
+                "start without it"
             ) from error
 
     def close(self) -> None:

@@ -1,8 +1,10 @@
 """From closed groups and peers' reports to one row of `metrics.jsonl` per learner step.
 
-Owns the sums; never decides anything. Driven by the service: `shipped`, `dropped`, `evaluated` and the `note_*` methods as
-things happen, `row` once per step. Lengths and tokens count sampled tokens. *Generated* is every rollout of a step's groups,
-a cancelled one at the length where it was cut; *selected* is what was shipped to the learner, which trains on most of it. `tokens/*` are cumulative over the run.
+Owns the sums; never decides anything. Driven by the service: `shipped`, `dropped`, `evaluated` and
+the `note_*` methods as things happen, `row` once per step. Lengths and tokens count sampled tokens.
+*Generated* is every rollout of a step's groups, a cancelled one at the length where it was cut;
+*selected* tokens were shipped to the learner, which trains on most of them. `tokens/*` are
+cumulative over the run.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ WINDOW = 2048  # rollouts and lags that the live histograms look back on
 
 
 class Latest:
-    """What peers reported last, and the prompts that closed last."""
+    """The peers' last reports, and the prompts that closed last."""
 
     def __init__(self) -> None:
         self.reports: dict[str, EngineReport] = {}
@@ -47,7 +49,9 @@ class Latest:
 
 
 class Metrics:
-    """Running sums of one run. `restore` continues the cumulative ones from the last row of an earlier life."""
+    """Running sums of one run. `restore` continues the cumulative ones from the last row of an
+    earlier life.
+    """
 
     def __init__(self) -> None:
         self.tokens: Counter[str] = Counter()
@@ -65,7 +69,8 @@ class Metrics:
             {k.removeprefix("tokens/"): int(v) for k, v in row.items() if k.startswith("tokens/")}
         )
 
-    # As things happen ---------------------------------------------------------------------------------------------
+    # As things happen
+    # ---------------------------------------------------------------------------------------------
 
     def closed(self, record: GroupRecord) -> None:
         """A training group reached its end, trained or dropped: its tokens have met their fate."""
@@ -89,7 +94,9 @@ class Metrics:
         self.tokens["cancelled"] += late.num_tokens
 
     def evaluated(self, records: Sequence[GroupRecord], step: int) -> dict[str, float]:
-        """Held-out groups of one evaluation, all of them: every rollout counts, at temperature and length limit of training."""
+        """Held-out groups of one evaluation, all of them: every rollout counts, at temperature and
+        length limit of training.
+        """
         ended = [r for record in records for r in record.rollouts if r.reward is not None]
         lengths = np.array([r.tokens for r in ended])
         self._evaluation = {
@@ -111,10 +118,13 @@ class Metrics:
     def note_report(self, engine_id: str, report: EngineReport) -> None:
         self._reports.setdefault(engine_id, []).append(report)
 
-    # One row ------------------------------------------------------------------------------------------------------
+    # One row
+    # ----------------------------------------------------------------------------------------------
 
     def row(self, records: Sequence[GroupRecord]) -> dict[str, float]:
-        """What is known of the step that trained `records`, and of the time since the last row; starts the next."""
+        """The row of the step that trained `records`, and of the time since the last row; starts
+        the next.
+        """
         rollouts = [r for record in records for r in record.rollouts]
         selected = [
             (record, r)
@@ -149,7 +159,7 @@ class Metrics:
         return row
 
     def take_evaluation(self) -> dict[str, float]:
-        """What was evaluated since the last row; each evaluation stands in one row."""
+        """The evaluations since the last row. Each evaluation appears in one row."""
         taken, self._evaluation = self._evaluation, {}
         return taken
 

@@ -21,7 +21,9 @@ Tracker = Callable[[str], Any]  # opens a writer in a folder
 
 
 class RunFiles:
-    """Appends to the files of one run. `folder` must exist; `trackers` come from `load_trackers`."""
+    """Appends to the files of one run. `folder` must exist; `trackers`
+    come from `load_trackers`.
+    """
 
     def __init__(self, folder: Path, trackers: Sequence[Tracker] = ()) -> None:
         self.folder = folder
@@ -65,7 +67,9 @@ class RunFiles:
 
 
 def load_trackers(names: Sequence[str]) -> list[Tracker]:
-    """The constructors of the trackers in `run.trackers`. Raises ValueError if a package is missing."""
+    """The constructors of the trackers in `run.trackers`. Raises ValueError if a package is
+    missing.
+    """
     needed_by = "run.trackers=[tensorboard] ([] does without it)"
     return [import_extra("tensorboard.summary", needed_by, "trackers").Writer for _ in names]
 

@@ -1,14 +1,18 @@
-"""The format of a log's segments: how records are framed, found again, and told from damage. Reads; `segments` writes.
+"""The format of a log's segments: how records are framed, found again, and told from damage. Reads;
+`segments` writes.
 
     segment   preamble, checkpoint frame, frames
     preamble  magic, segment number, random salt, CRC32
-    frame     magic, kind, payload length, CRC32 of all the rest, unsynced, sequence number, time_s, payload
+    frame     magic, kind, payload length, CRC32 of the rest, unsynced, sequence number, time_s,
+              payload
 
-Frames count from the salt, so that a payload cannot pass for one. A checkpoint's number is that of the first record after it.
+Frames count from the salt, so that a payload cannot pass for one. A checkpoint's number is that of
+the first record after it.
 
-A bad frame in the newest segment is either the torn end of a crash, to be cut off, or damage, to be refused. A power cut may
-persist the pages of what was not synced in any order, so whole records after a bad one do not tell. Each frame says how many
-records before it were not durable when it was written; if one after the bad frame proves that this was durable, it is damage.
+A bad frame in the newest segment is either the torn end of a crash, to be cut off, or damage, to be
+refused. A power cut may persist unsynced pages in any order, so whole records after a bad one do
+not tell. Each frame says how many records before it were not durable when it was written; if one
+after the bad frame proves that this was durable, it is damage.
 """
 
 from __future__ import annotations
@@ -97,7 +101,8 @@ def segment_sizes(folder: Path, disk: Disk = DISK) -> dict[int, int]:
         if number != before + 1:
             raise ValueError(
                 f"log {folder} lacks {segment_path(folder, before + 1).name}, which stood between "
-                f"{before:06d}.log and {number:06d}.log: restore it from a copy, or start another run"
+                f"{before:06d}.log and {number:06d}.log: restore it from a copy, or start another "
+                "run"
             )
     return {number: disk.size(segment_path(folder, number)) for number in numbers}
 
@@ -110,7 +115,9 @@ def remove_unfinished(folder: Path, disk: Disk) -> None:
 
 
 def newest_segment(folder: Path, disk: Disk = DISK) -> Segment | None:
-    """The newest segment that has its checkpoint; None in an empty folder. ValueError if it is damaged."""
+    """The newest segment that has its checkpoint; None in an empty folder. ValueError if it is
+    damaged.
+    """
     numbers, last = _whole_segments(folder, disk)
     return _read(folder, numbers[-1], last, disk) if numbers else None
 
@@ -131,7 +138,8 @@ def read_segments(folder: Path, disk: Disk = DISK) -> Iterator[Segment]:
         segment = _read(folder, number, last, disk)
         if next_seq is not None and segment.checkpoint.seq != next_seq:
             raise ValueError(
-                f"{segment_path(folder, number)} begins at record {segment.checkpoint.seq}, but the "
+                f"{segment_path(folder, number)} begins at record {segment.checkpoint.seq}, but "
+                "the "
                 f"segment before it ends before record {next_seq}: one of them is not of this log"
             )
         next_seq = segment.next_seq
@@ -139,7 +147,9 @@ def read_segments(folder: Path, disk: Disk = DISK) -> Iterator[Segment]:
 
 
 def _whole_segments(folder: Path, disk: Disk) -> tuple[list[int], int]:
-    """The segments that have their checkpoint, and the last number in the folder: the newest may lack its."""
+    """The segments that have their checkpoint, and the last number in the folder: the newest may
+    lack its.
+    """
     numbers = list(segment_sizes(folder, disk))
     last = numbers[-1] if numbers else 0
     if len(numbers) > 1 and _is_incomplete(disk.read(segment_path(folder, last))):
@@ -220,7 +230,9 @@ def _frames_after(data: bytes, offset: int, key: int) -> Iterator[_Frame]:
 
 
 def _was_durable(data: bytes, offset: int, key: int, seq: int) -> bool:
-    """Whether a frame after `offset` proves that record `seq`, which is not whole there, was durable."""
+    """Whether a frame after `offset` proves that record `seq`, which is not whole there, was
+    durable.
+    """
     return any(seq < found.seq - found.unsynced for found in _frames_after(data, offset, key))
 
 

@@ -1,12 +1,14 @@
 """An append-only log of records in numbered files, which a crash at any moment leaves readable.
 
-A segment, `000001.log`, is a preamble, a checkpoint record that its owner supplies, and the records after it. A restart needs
-the newest segment alone: its checkpoint, and what follows. Older ones are history, dropped when the owner says so. Formats
-and the reading of them are in `segment_files`. Never looks into a payload. One process appends; it holds the `RunLock`.
+A segment, `000001.log`, is a preamble, a checkpoint record that its owner supplies, and the records
+after it. A restart needs only the newest segment: its checkpoint and the records after it. Older
+ones are history, dropped when the owner says so. Formats and the reading of them are in
+`segment_files`. Never looks into a payload. One process appends; it holds the `RunLock`.
 
-Guarantees. A record is durable once `synced_seq` reaches its number, and is then found by every later `open`. Records
-that were not durable yet may be lost, the newest first and never one from between others. Numbers ascend by one and no
-surviving number is given out twice. If a write fails, the log is as it was before.
+Guarantees. A record is durable once `synced_seq` reaches its number, and is then found by every
+later `open`. Records that were not durable yet may be lost, the newest first and never one from
+between others. Numbers ascend by one and no surviving number is given out twice. If a write fails,
+the log is as it was before.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ _POLL_S = 0.001  # while another thread syncs
 
 @dataclass(frozen=True)
 class Recovered:
-    """What `open` found: the newest checkpoint, and the records after it in order."""
+    """The result of `open`: the newest checkpoint, and the records after it in order."""
 
     checkpoint: bytes
     records: list[Record]
@@ -67,7 +69,9 @@ class SegmentLog:
         self._handle = -1
         self._key = 0
         self._sync_at: float | None = None  # when the window of the oldest unsynced record ends
-        self._syncing: tuple[Future[None], int] | None = None  # what it will have made durable
+        self._syncing: tuple[Future[None], int] | None = (
+            None  # the last record that it makes durable
+        )
         self._closed_at = -1  # `next_seq` when it was last closed
         self._broken: OSError | None = None
 
@@ -84,9 +88,10 @@ class SegmentLog:
     ) -> tuple[SegmentLog, Recovered]:
         """Open the log in `folder`, or start one there with `first_checkpoint`.
 
-        `fsync_s` is the window of group commit: `poll` syncs once the oldest record that is not durable has waited so
-        long; 0 syncs in each `append`. With `executor` (one thread is enough), `poll` syncs there and does not block.
-        Raises `ValueError`, which names the file and the offset, if the log is damaged.
+        `fsync_s` is the window of group commit: `poll` syncs once the oldest record that is not
+        durable has waited so long; 0 syncs in each `append`. With `executor` (one thread is
+        enough), `poll` syncs there and does not block. Raises `ValueError`, which names the file
+        and the offset, if the log is damaged.
         """
         log = cls(folder, fsync_s=fsync_s, clock=clock, executor=executor, disk=disk)
         disk.make_folder(folder)
@@ -112,7 +117,8 @@ class SegmentLog:
         return self.sizes[self.number]
 
     def append(self, payload: bytes, time_s: float) -> int:
-        """Write a record and return its number. It outlives this process at once, and a power cut once it is synced.
+        """Write a record and return its number. It outlives this process at once, and a power cut
+        once it is synced.
 
         Raises `OSError` if it could not be written; the log is then as it was before.
         """
@@ -126,7 +132,9 @@ class SegmentLog:
         return seq
 
     def poll(self) -> int:
-        """Sync if the window has passed. Returns `synced_seq`: what waited for records up to it may be done now."""
+        """Sync if the window has passed. Returns `synced_seq`: messages that waited for records up
+        to it may be done now.
+        """
         if self._syncing is not None and self._syncing[0].done():
             self._end_sync()
         if self._syncing is None and self._sync_at is not None and self._clock() >= self._sync_at:
@@ -149,8 +157,8 @@ class SegmentLog:
     def rotate(self, checkpoint: bytes, time_s: float) -> int:
         """Start the next segment, from which a restart will begin, and return its number.
 
-        `checkpoint` must hold the owner's state after the last record. If it cannot be written, the log goes on in
-        the present segment.
+        `checkpoint` must hold the owner's state after the last record. If it cannot be written, the
+        log goes on in the present segment.
         """
         self.sync()
         self._start_segment(self.number + 1, checkpoint, time_s)
@@ -164,7 +172,9 @@ class SegmentLog:
             del self.sizes[old]
 
     def retain(self, max_bytes: int) -> None:
-        """Remove the oldest segments until the log has at most `max_bytes`. The newest always stays."""
+        """Remove the oldest segments until the log has at most `max_bytes`. The newest always
+        stays.
+        """
         excess, number = self.num_bytes - max_bytes, min(self.sizes)
         while excess > 0 and number < self.number:
             excess -= self.sizes[number]
@@ -172,7 +182,9 @@ class SegmentLog:
         self.drop_before(number)
 
     def close(self) -> None:
-        """Make everything durable, and mark the end, so that damage to the last records will be noticed. May be called twice."""
+        """Make everything durable, and mark the end, so that damage to the last records will be
+        noticed. May be called twice.
+        """
         if self._handle < 0:
             return
         try:
@@ -226,7 +238,7 @@ class SegmentLog:
             try:
                 self._disk.truncate(self._handle, self.segment_bytes)
             except OSError:
-                self._broken = error  # what follows would stand behind a part of a record
+                self._broken = error  # later records would follow a partial one
             raise
         self.sizes[self.number] += len(data)
 
@@ -253,7 +265,7 @@ class SegmentLog:
         try:
             future.result()
         except OSError as error:
-            self._broken = error  # the kernel may have dropped what it could not write
+            self._broken = error  # the kernel may have dropped pages that it could not write
             raise
         self.synced_seq = seq
 
@@ -262,6 +274,7 @@ class SegmentLog:
         if self._broken is not None:
             raise OSError(
                 self._broken.errno,
-                f"log {self.folder} takes no more records since a write failed ({self._broken.strerror}); "
+                f"log {self.folder} takes no more records since a write failed "
+                f"({self._broken.strerror}); "
                 f"a restart continues from the last whole record",
             )

@@ -1,9 +1,10 @@
-"""The tokens of outstanding rollouts on disk: what a restarted buffer fills its `TrajectoryStore` from.
+"""The tokens of outstanding rollouts on disk: a restarted buffer fills its store from them.
 
-Owns `tokens/`, a segmented log with one record per stored chunk. A record is about one rollout and tells its own place in
-it, so records may stand in any order: compaction moves those of outstanding rollouts from the oldest segments to the
-newest, and drops the rest. Disk use therefore follows what is outstanding. Decides nothing: its owner says which rollouts
-are wanted at a restart, and when one is discarded. Rollout ids are never used twice.
+Owns `tokens/`, a segmented log with one record per stored chunk. A record is about one rollout and
+tells its own place in it, so records may stand in any order: compaction moves those of outstanding
+rollouts from the oldest segments to the newest, and drops the rest. Disk use therefore follows what
+is outstanding. Decides nothing: its owner says which rollouts are wanted at a restart, and when one
+is discarded. Rollout ids are never used twice.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class _Piece(NamedTuple):
 
 @dataclass
 class _Pieces:
-    """The records of one rollout, in whatever order they stood."""
+    """The records of one rollout, in any order."""
 
     group_id: int | None = None  # None until its first record was seen
     continued: bool = False
@@ -81,7 +82,9 @@ class _Pieces:
 
 
 class TokenLog:
-    """Appends what the store takes. Open it with `TokenLog.open`. Each method takes `time_s`, kept with its record."""
+    """Appends the tokens that the store takes. Open it with `TokenLog.open`. Each method takes
+    `time_s`, kept with its record.
+    """
 
     def __init__(self, log: SegmentLog, segment_bytes: int, disk: Disk) -> None:
         self.log = log  # to `poll`, and to wait for `synced_seq`
@@ -103,10 +106,11 @@ class TokenLog:
         executor: Executor | None = None,
         disk: Disk = DISK,
     ) -> tuple[TokenLog, dict[int, StoredRollout]]:
-        """Open or start the log in `folder`, and return the `wanted` rollouts that it holds, bit for bit.
+        """Open or start the log in `folder`, and return the `wanted` rollouts that it holds, bit
+        for bit.
 
-        After a power cut a rollout may lack its newest tokens, and one begun within the last `fsync_s` may be
-        missing. Raises `ValueError` if the log is damaged.
+        After a power cut a rollout may lack its newest tokens, and one begun within the last
+        `fsync_s` may be missing. Raises `ValueError` if the log is damaged.
         """
         inner, _ = SegmentLog.open(
             folder, fsync_s=fsync_s, clock=clock, executor=executor, disk=disk
@@ -150,7 +154,8 @@ class TokenLog:
     def discard(self, rollout_id: int) -> None:
         """Its records may go. No-op if the rollout is not outstanding.
 
-        Call it once the event that ended the rollout is durable: a restart that has lost the event wants the tokens.
+        Call it once the event that ended the rollout is durable: a restart that has lost the event
+        wants the tokens.
         """
         for segment, num_bytes in self._sizes.pop(rollout_id, {}).items():
             self.live_bytes -= num_bytes
@@ -181,7 +186,9 @@ class TokenLog:
         self.live_bytes += num_bytes
 
     def _compact(self) -> None:
-        """Drop old segments without outstanding rollouts; move live records if more than half of the log is garbage."""
+        """Drop old segments without outstanding rollouts; move live records if more than half of
+        the log is garbage.
+        """
         self._drop_dead()
         for _ in range(_MOVED_SEGMENTS):
             oldest = min(self.log.sizes)
@@ -246,7 +253,9 @@ class TokenLog:
 
 
 def _add(payload: bytes, pieces: _Pieces) -> bool:
-    """Take a record; whether it agrees with those before it. A crash in mid-move leaves some of them twice."""
+    """Take a record; whether it agrees with those before it. A crash in mid-move leaves some of
+    them twice.
+    """
     kind, flag, version, _, number = _HEAD.unpack_from(payload)
     if kind == _BEGIN:
         pieces.group_id, pieces.continued = number, flag

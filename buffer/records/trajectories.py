@@ -16,10 +16,11 @@ from darts.events import ProtocolError
 
 
 class TrajectoryStore:
-    """The tokens, log-probabilities and versions of rollouts in flight, or finished and not yet handed over.
+    """The tokens, log-probabilities and versions of rollouts in flight, or finished and not yet
+    handed over.
 
-    `max_bytes` bounds it through `full`, at which admission pauses; what is in flight by then is still taken, since dropping
-    it would waste what was already decoded.
+    `max_bytes` bounds it through `full`, at which admission pauses. Tokens in flight by then are
+    still taken, since dropping them would waste decoding already done.
     """
 
     def __init__(self, max_bytes: int, log: TokenLog | None = None) -> None:
@@ -40,7 +41,9 @@ class TrajectoryStore:
         return len(self._rollouts)
 
     def open(self, rollout_id: int, group_id: int, continues: int | None) -> None:
-        """Begin a rollout; with what `continues` had so far, if that is still held. That one must be discarded by the caller."""
+        """Begin a rollout, with the tokens of `continues` if that rollout is still held. That one
+        must be discarded by the caller.
+        """
         assert rollout_id not in self._rollouts, f"rollout {rollout_id} is open already"
         lost = None if continues is None else self._rollouts.get(continues)
         rollout = StoredRollout(group_id) if lost is None else lost.copy(group_id)
@@ -73,7 +76,7 @@ class TrajectoryStore:
         self.bytes_held += 2 * len(chunk.tokens)
 
     def restore(self, rollouts: dict[int, StoredRollout]) -> None:
-        """Take over what the log held when the buffer was started again."""
+        """Load the tokens that the log held when the buffer restarted."""
         self._rollouts |= rollouts
         self.bytes_held += sum(rollout.num_bytes for rollout in rollouts.values())
 
@@ -88,17 +91,18 @@ class TrajectoryStore:
         versions = [version for sampled, version, _ in self._rollout(rollout_id).runs if sampled]
         if not versions:
             raise ProtocolError(
-                f"rollout {rollout_id} has no sampled token, so no policy version: its engine must send chunks before it finishes"
+                f"rollout {rollout_id} has no sampled token, so no policy version: its engine "
+                "must send chunks before it finishes"
             )
         return min(versions)
 
     def prefix(self, rollout_id: int) -> bytes:
-        """The sampled tokens so far, int32: what another engine continues from."""
+        """The sampled tokens so far (int32), from which another engine continues."""
         rollout = self._rollout(rollout_id)
         return b"".join(bytes(part) for part, sampled in _spans(rollout) if sampled)
 
     def discard(self, rollout_id: int) -> None:
-        """Forget a rollout; one that is not held is none to forget."""
+        """Forget a rollout. No-op if it is not held."""
         rollout = self._rollouts.pop(rollout_id, None)
         if rollout is not None:
             self.bytes_held -= rollout.num_bytes
@@ -142,8 +146,10 @@ class TrajectoryStore:
         held = bytes(rollout.tokens[: 4 * rollout.runs[0][2]])
         if held != chunk.tokens:
             raise ProtocolError(
-                f"rollout {chunk.rollout_id} continues a lost one, but its prompt has other tokens ({len(chunk.tokens) // 4} against "
-                f"{len(held) // 4}): the engines of a run must have the same tokenizer and chat template"
+                f"rollout {chunk.rollout_id} continues a lost one, but its prompt has other "
+                f"tokens ({len(chunk.tokens) // 4} against "
+                f"{len(held) // 4}): the engines of a run must have the same tokenizer and chat "
+                "template"
             )
 
 
@@ -174,9 +180,11 @@ def _check(chunk: Chunk) -> None:
     if chunk.sampled:
         if chunk.version < 0:
             raise ProtocolError(
-                f"{where} version is {chunk.version}; sampled tokens need the policy version that sampled them, 0 or more"
+                f"{where} version is {chunk.version}; sampled tokens need the policy version that "
+                "sampled them, 0 or more"
             )
         if not np.isfinite(np.frombuffer(chunk.logprobs, "<f4")).all():
             raise ProtocolError(
-                f"{where} logprobs hold a value that is not finite; training on it would destroy the policy"
+                f"{where} logprobs hold a value that is not finite; training on it would destroy "
+                "the policy"
             )

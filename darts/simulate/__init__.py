@@ -1,1 +1,3 @@
-"""A simulated world around the core: virtual clock, engines with drawn lengths, learner, prompts."""
+"""A simulated world around the core: virtual clock, engines with drawn
+lengths, learner, prompts.
+"""

@@ -1,7 +1,9 @@
-"""Two published synchronous schedulers that the core does not express, for comparison in the simulator only.
+"""Two published synchronous schedulers that the core does not express, for comparison in the
+simulator only.
 
-Both speak the core's events and decisions, so the same world drives them. Neither knows budgets, length statistics or
-cancels by proof. A step is a round: it starts when the learner asks and every engine has the newest policy.
+Both speak the core's events and decisions, so the same world drives them. Neither knows budgets,
+length statistics or cancels by proof. A step is a round: it starts when the learner asks and every
+engine has the newest policy.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from darts.simulate.schema import SimulateConfig
 
 @dataclass(slots=True, eq=False)
 class RoundGroup:
-    """A prompt's responses in one round. `waiting` holds rollout ids to continue, or None for fresh ones."""
+    """A prompt's responses in one round. `waiting` holds rollout ids to continue, or None for fresh
+    ones.
+    """
 
     group_id: int
     prompt: ev.Prompt
@@ -61,7 +65,7 @@ class RoundGroup:
 
 
 class Rounds:
-    """What both share: engines with free slots, launches in order, a round's ready groups."""
+    """Shared by both: engines with free slots, launches in order, a round's ready groups."""
 
     def __init__(self, config: SimulateConfig) -> None:
         self.groups_per_step = config.batch.groups
@@ -90,8 +94,11 @@ class Rounds:
         return len(self._pending)
 
     def waiting_for(self) -> str:
-        """Who waits for whom, as `Core.waiting_for`."""
-        return f"step {self._step}, round open: {self._round_open}, groups open {len(self._open)}, ready {len(self._ready)}"
+        """Which side waits for the other, as `Core.waiting_for`."""
+        return (
+            f"step {self._step}, round open: {self._round_open}, "
+            f"groups open {len(self._open)}, ready {len(self._ready)}"
+        )
 
     def handle(self, event: ev.Event) -> Sequence[ev.Decision]:
         match event:
@@ -143,7 +150,7 @@ class Rounds:
         raise NotImplementedError
 
     def end(self) -> None:
-        """A full batch is ready: what becomes of the groups still open."""
+        """A full batch is ready: decide about the groups still open."""
         raise NotImplementedError
 
     def open(self, prompt: ev.Prompt, budget: int) -> None:
@@ -253,8 +260,9 @@ class Rounds:
 
 
 class TailBatching(Rounds):
-    """Short rounds start more prompts, and more responses each, than they need, and keep what completes first; prompts left over
-    are answered anew in a long round, all together, which waits for every response. Source: RollPacker (arXiv 2509.21009).
+    """Short rounds start more prompts, and more responses each, than they need, and keep those that
+    complete first; the remaining prompts are answered again together in a long round, which waits
+    for every response. Source: RollPacker (arXiv 2509.21009).
     """
 
     def __init__(self, config: SimulateConfig) -> None:
@@ -285,8 +293,9 @@ class TailBatching(Rounds):
 
 
 class PartialRollout(Rounds):
-    """A round starts more prompts than it needs; once enough are complete the others are interrupted, and continue from where
-    they stood, under the next policy, in the next round. Source: partial rollouts as in Kimi k1.5 (arXiv 2501.12599) and APRIL.
+    """A round starts more prompts than it needs; once enough are complete the others are
+    interrupted, and continue from where they stood, under the next policy, in the next round.
+    Source: partial rollouts as in Kimi k1.5 (arXiv 2501.12599) and APRIL.
     """
 
     def begin(self) -> None:

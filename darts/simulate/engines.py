@@ -1,8 +1,10 @@
-"""A simulated engine: continuous batching at the latency that its curve gives, a key-value cache, preemption and pauses.
+"""A simulated engine: continuous batching at the latency that its curve gives, a key-value cache,
+preemption and pauses.
 
-All rollouts in flight advance together, one token per PTL(batch), so an engine is one number, `position` (tokens decoded
-since it started), and what is to happen next is a position too: the next finish, the next report, the cache running full.
-An engine thus costs one heap entry however many rollouts it holds. Never decides; `darts.simulate` drives it.
+All rollouts in flight advance together, one token per PTL(batch), so an engine is one number,
+`position` (tokens decoded since it started), and the next thing to happen is a position too: the
+next finish, the next report, the cache running full. An engine thus costs one heap entry however
+many rollouts it holds. Never decides; `darts.simulate` drives it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ RESUME_FRAC = 0.95  # a preempted rollout returns when the cache is at most this
 
 @dataclass(slots=True, eq=False)
 class SimRollout:
-    """A rollout as the world knows it. `length` is what it would reach; `origin` the engine's position at its token 0."""
+    """A rollout as the world knows it. `length` is its full length; `origin` the engine's position
+    at its token 0.
+    """
 
     rollout_id: int
     group_id: int
@@ -74,7 +78,8 @@ class SimEngine:
         self._target = math.inf
         self._kv_base = 0.0  # cache use is _kv_base + batch * position
 
-    # Time ---------------------------------------------------------------------------------------------------------
+    # Time
+    # ----------------------------------------------------------------------------------------------
 
     def advance(self, time_s: float) -> None:
         """Decodes up to `time_s`."""
@@ -92,7 +97,9 @@ class SimEngine:
         self._paused_until_s = max(self._paused_until_s, self._time_s) + seconds
 
     def plan(self) -> float:
-        """When something will happen next, unless the batch changes before; inf for an idle engine. Voids earlier plans."""
+        """When something will happen next, unless the batch changes before; inf for an idle engine.
+        Voids earlier plans.
+        """
         self.serial += 1
         batch = len(self.decoding)
         if not batch:
@@ -113,7 +120,8 @@ class SimEngine:
         self.advance(time_s)
         self.position = target
 
-    # What is due --------------------------------------------------------------------------------------------------
+    # What is due
+    # ----------------------------------------------------------------------------------------------
 
     def finished(self) -> Iterator[SimRollout]:
         """Takes out the rollouts that have reached their length."""
@@ -131,10 +139,13 @@ class SimEngine:
         self._next_report = self.position + self.chunk_tokens
         return True
 
-    # Rollouts -----------------------------------------------------------------------------------------------------
+    # Rollouts
+    # ----------------------------------------------------------------------------------------------
 
     def admit(self, rollout: SimRollout) -> bool:
-        """Takes a new rollout. False: the cache has no room yet, it waits behind those preempted."""
+        """Takes a new rollout. False: the cache has no room yet, it waits
+        behind those preempted.
+        """
         rollout.engine = self
         needed = rollout.prompt_tokens + rollout.tokens
         if self.preempted or (
@@ -155,7 +166,7 @@ class SimEngine:
         heapq.heappush(self._finishes, (rollout.origin + rollout.length, rollout.rollout_id))
 
     def remove(self, rollout: SimRollout) -> None:
-        """Stops decoding; `rollout.tokens` keeps what it has."""
+        """Stops decoding; `rollout.tokens` keeps its value."""
         if not rollout.decoding:
             self.preempted.remove(rollout)
             return
@@ -167,7 +178,9 @@ class SimEngine:
         )
 
     def relieve_cache(self) -> float:
-        """Preempts the youngest while the cache is full, resumes the oldest while it is not. Returns tokens to recompute."""
+        """Preempts the youngest while the cache is full, resumes the oldest while it is not.
+        Returns tokens to recompute.
+        """
         while len(self.decoding) > 1 and self._cache_use() >= self.kv_tokens - SLACK:
             youngest = next(reversed(self.decoding.values()))
             self.remove(youngest)

@@ -1,9 +1,11 @@
-"""What simulated policies answer: how long a prompt's responses are, and which are right. Draws only, decides nothing.
+"""Answers of simulated policies: how long a prompt's responses are, and which are right. Draws
+only, decides nothing.
 
-A prompt's lengths are lognormal; whether a response is right depends on its length, one way or the other:
-pattern I (ineffective verbosity), right ones are shorter; pattern II (necessary depth), right ones are longer.
-The j-th response of a prompt's n-th visit is drawn from (seed, prompt, n, j) alone: every policy is given the same work.
-`Shaping` is an assumption about learning, off unless asked for.
+A prompt's lengths are lognormal; whether a response is right depends on its length, one way or the
+other: pattern I (ineffective verbosity), right ones are shorter; pattern II (necessary depth),
+right ones are longer. The j-th response of a prompt's n-th visit is drawn from (seed, prompt, n, j)
+alone: every policy is given the same work. `Shaping` is an assumption about learning, off unless
+asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ MAX_DRAWS = 8192
 
 @dataclass(frozen=True, slots=True)
 class SimPrompt:
-    """Moments of log length, log-odds of a right response of median length, and how those change per deviation of length."""
+    """Moments of log length, log-odds of a right response of median length, and how those change
+    per deviation of length.
+    """
 
     prompt_id: str
     mean_log: float
@@ -65,8 +69,9 @@ def make_prompts(keys: LengthKeys, pattern: PatternKeys, seed: int) -> list[SimP
 
 
 def recorded_prompts(path: Path, pattern: PatternKeys) -> list[SimPrompt]:
-    """Prompts of a run's ledger: lognormals fitted to all its groups, cancelled rollouts as lower bounds; pass rates and patterns
-    as seen. Raises ValueError where it cannot be read."""
+    """Prompts of a run's ledger: lognormals fitted to all its groups, cancelled rollouts as lower
+    bounds; pass rates and patterns as seen. Raises ValueError if it cannot be read.
+    """
     seen: dict[str, list[dict]] = {}
     try:
         for line in path.read_text().splitlines():
@@ -75,12 +80,14 @@ def recorded_prompts(path: Path, pattern: PatternKeys) -> list[SimPrompt]:
         fits = {prompt_id: _fit(rollouts) for prompt_id, rollouts in seen.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"lengths.recorded={path}: not a readable groups.jsonl ({error}); give the ledger of a run"
+            f"lengths.recorded={path}: not a readable groups.jsonl ({error}); give the ledger of "
+            "a run"
         ) from None
     known = [stats for stats in fits.values() if stats is not None]
     if not known:
         raise ValueError(
-            f"lengths.recorded={path}: no response finished in it, so there is nothing to draw lengths from"
+            f"lengths.recorded={path}: no response finished in it, so there is nothing to draw "
+            "lengths from"
         )
     pool = lengths.POOL_PRIOR
     for stats in known:
@@ -119,13 +126,16 @@ def _recorded_prompt(
 
 
 class Shaping:
-    """ASSUMPTION: what is trained on is what the policy moves toward. Per step, on prompts of pattern I only,
+    """ASSUMPTION: the policy moves toward the responses that it trains on. Per step, on prompts of
+    pattern I only,
 
-        shift  += rate * mean(log trained - log drawn)                 in units of each prompt's spread
-        factor *= 1 - rate * (1 - spread trained / spread drawn)       spreads as roots of mean variances over the step
+        shift  += rate * mean(log trained - log drawn)
+        factor *= 1 - rate * (1 - spread trained / spread drawn)
 
-    both held within `floor` and 1/floor of where they began. On pattern II the short responses are wrong, so nothing pulls
-    toward them. With selection at random, or with none, both stay where they are but for noise.
+    with logs in units of each prompt's spread, and spreads as roots of mean variances over the
+    step; both held within `floor` and 1/floor of their initial values. On pattern II the short
+    responses are wrong, so nothing pulls toward them. With selection at random, or with none, both
+    stay as they are except for noise.
     """
 
     def __init__(self, keys: ShapingKeys) -> None:
@@ -133,7 +143,9 @@ class Shaping:
         self.shift, self.factor = 0.0, 1.0
 
     def learn(self, steps: Sequence[tuple[SimPrompt, Sequence[int], Sequence[int]]]) -> None:
-        """One learner step: for each of its groups the prompt, every length drawn for it, and the lengths trained on."""
+        """One learner step: for each of its groups the prompt, every length drawn for it, and the
+        lengths trained on.
+        """
         if not self._rate:
             return
         gaps, var_drawn, var_trained = [], 0.0, 0.0
@@ -175,7 +187,7 @@ class Responses:
         self._rng = random.Random(f"{seed} {prompt.prompt_id} {visit}")
 
     def next(self) -> Draw:
-        """The next response. Truncated at the limit, where it is wrong."""
+        """The next response. One truncated at the limit is wrong."""
         assert len(self.draws) < MAX_DRAWS, (self.prompt.prompt_id, len(self.draws))
         z, luck = self._rng.gauss(0, 1), self._rng.random()
         mean_log, spread = self._moments
@@ -188,7 +200,9 @@ class Responses:
 
 
 class SimPromptStream:
-    """Prompts in shuffled passes, each with what is remembered of its lengths, and the responses of each of its visits."""
+    """Prompts in shuffled passes, each with the statistics of its lengths, and the responses of
+    each of its visits.
+    """
 
     def __init__(self, prompts: Sequence[SimPrompt], max_tokens: int, seed: int) -> None:
         self._by_id = {prompt.prompt_id: prompt for prompt in prompts}

@@ -1,7 +1,9 @@
-"""What a simulated run leaves behind: rows of metrics, the selection ledger, and how selections compare with the offline rule.
+"""The results of a simulated run: rows of metrics, the selection ledger, and how selections compare
+with the offline rule.
 
-Writes the files of a real run's directory with the same keys, so that reports, monitors and comparisons read both.
-Pure sums but for `Files`. Driven by `darts.simulate`. Lengths and tokens count sampled tokens.
+Writes the files of a real run's directory with the same keys, so that reports, monitors and
+comparisons read both. Pure sums but for `Files`. Driven by `darts.simulate`. Lengths and tokens
+count sampled tokens.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class Tally:
         self.tokens["cancelled"] += num_tokens
 
     def compare_offline(self, record: GroupRecord, draws: Sequence[Draw]) -> None:
-        """Against the rule that would have seen every response to its end: seats as lengths, so that ties are no difference."""
+        """Against the rule that would have seen every response to its end: seats as lengths, so
+        that ties are no difference.
+        """
         ids = [Candidate(draw.length, index) for index, draw in enumerate(draws)]
         finished = [c for c in ids if not draws[c.rollout_id].truncated]
         truncated = [c for c in ids if draws[c.rollout_id].truncated]
@@ -79,8 +83,9 @@ class Tally:
         )
 
     def summary(self, rows: Sequence[Row]) -> Row:
-        """The comparison table's row, given the run's metrics. `step_s` leaves out the first step, which starts from empty engines;
-        all else is of the whole run: lengths and lags of every trajectory trained on.
+        """The comparison table's row, given the run's metrics. `step_s` leaves out the first step,
+        which starts from empty engines; all else is of the whole run: lengths and lags of every
+        trajectory trained on.
         """
         selected, compared = np.array(self.selected_lengths), max(1, self.num_compared)
         total_s = rows[-1]["time_s"]

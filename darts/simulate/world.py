@@ -1,8 +1,11 @@
-"""`python -m darts.simulate [key=value ...]`: the core's own decisions in a simulated world, hours of it in minutes, without a GPU.
+"""`python -m darts.simulate [key=value ...]`: the core's own decisions in a simulated world, hours
+of it in minutes, without a GPU.
 
-Owns the virtual clock, the engines, the learner and the prompt stream around one `Core` (or one of `darts.simulate.baselines`), and
-tells it what a real service would. The loop below is the only driver; nothing in it decides. Deterministic by `run.seed`.
-What is a model and not a measurement, latency curves, length distributions, learning, is a configuration key (`darts.simulate.schema`).
+Owns the virtual clock, the engines, the learner and the prompt stream around one `Core` (or one of
+`darts.simulate.baselines`), and tells it the same events as a real service would. The loop below is
+the only driver; nothing in it decides. Deterministic by `run.seed`. Everything modelled and not
+measured, latency curves, length distributions, learning, is a configuration key
+(`darts.simulate.schema`).
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ Observer = Callable[[ev.Event, list[ev.Decision]], None]
 
 @dataclass(slots=True)
 class OpenedGroup:
-    """What the world knows of a group: what each of its rollouts would answer, and those that it launched."""
+    """A group as the world knows it: the answer of each of its rollouts, and those that it
+    launched.
+    """
 
     responses: Responses
     rollouts: dict[int, SimRollout] = field(default_factory=dict)
@@ -91,10 +96,13 @@ class Simulation:
             )
         return engines
 
-    # The clock ----------------------------------------------------------------------------------------------------
+    # The clock
+    # ----------------------------------------------------------------------------------------------
 
     def run(self) -> Row:
-        """Simulates `run.steps` learner steps; returns the comparison table's row. RuntimeError if the world comes to a halt before."""
+        """Simulates `run.steps` learner steps; returns the comparison table's row. RuntimeError if
+        the world comes to a halt before.
+        """
         self._send(ev.PolicyPublished(0))
         for engine in self._engines.values():
             self._send(ev.EngineJoined(engine.engine_id, engine.engine_type, engine.slots, 0))
@@ -116,7 +124,8 @@ class Simulation:
                 self._engines
             ):  # nothing is due any more but engines' latency reports
                 raise RuntimeError(
-                    f"simulation stands still at {self.now:.1f} s in step {self._step}: {self.scheduler.waiting_for()}"
+                    f"simulation stands still at {self.now:.1f} s in step {self._step}: "
+                    f"{self.scheduler.waiting_for()}"
                 )
         if self._files is not None:
             self._files.close()
@@ -127,7 +136,9 @@ class Simulation:
         heapq.heappush(self._agenda, (time_s, self._serial, action, arguments))
 
     def _settle(self) -> None:
-        """After each happening: enough prompts are drawn, and engines whose batch changed plan anew."""
+        """After each event: draw enough prompts, and have engines whose batch
+        changed plan again.
+        """
         while self.scheduler.num_pending < self._keep_pending:
             self._send(ev.PromptsDrawn(self._stream.draw(self.config.batch.groups)))
         for engine in self._dirty.values():
@@ -168,7 +179,8 @@ class Simulation:
                 case ev.RememberLengths():
                     self._stream.remember(decision.prompt_id, decision.lengths)
 
-    # Engines ------------------------------------------------------------------------------------------------------
+    # Engines
+    # ----------------------------------------------------------------------------------------------
 
     def _open(self, decision: ev.OpenGroup) -> None:
         self._groups[decision.group_id] = OpenedGroup(
@@ -271,7 +283,8 @@ class Simulation:
         engine.pause(self.config.weights.swap_s)
         self._send(ev.PolicyLoaded(engine.engine_id, version))
 
-    # Learner ------------------------------------------------------------------------------------------------------
+    # Learner
+    # ----------------------------------------------------------------------------------------------
 
     def _request(self) -> None:
         self._requested_s = self.now
@@ -299,7 +312,7 @@ class Simulation:
         )
 
     def _offline_draws(self, record: ev.GroupRecord, group: OpenedGroup) -> list[Any]:
-        """What all of the group's budget would have answered, launched or not."""
+        """The answers of the group's whole budget, launched or not."""
         while len(group.responses.draws) < record.budget:
             group.responses.next()
         return group.responses.draws
@@ -364,7 +377,9 @@ class Simulation:
 
 
 def simulate(config: SimulateConfig, files: Files | None = None) -> Row:
-    """Runs one simulation and returns the comparison table's row. ValueError where the configuration cannot be simulated."""
+    """Runs one simulation and returns the comparison table's row. Raises ValueError if the
+    configuration cannot be simulated.
+    """
     return Simulation(config, files).run()
 
 
