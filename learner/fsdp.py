@@ -132,6 +132,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Free parameters that a forward pass left whole, so that a rank holds its shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def barrier() -> None:
     """Return once every rank is here."""
     dist.barrier()

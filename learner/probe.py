@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from buffer.wire.probe import probe_sequences
+from learner import fsdp
 from learner.batch import Pack
 from learner.boundaries import Boundaries
 from learner.loss import token_logprobs
@@ -27,6 +28,8 @@ def probe_logprobs(boundaries: Boundaries, device: torch.device) -> bytes:
         for sequence in probe_sequences(vocab_size)
         for pack in [_pack(sequence).to(device)]
     ]
+    # A forward pass without a backward one leaves the root's parameters whole.
+    fsdp.reshard(boundaries.model)
     return torch.cat(logprobs).float().cpu().numpy().astype("<f4").tobytes()
 
 
