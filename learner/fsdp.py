@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from configs.errors import one_line
+from configs.extras import import_extra
 from configs.schema import Config, ModelConfig
 from learner.attention import PACKED_SDPA
 
@@ -102,6 +103,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         raise ValueError(
             "model.attention=flash_attention_2: the learner needs model.dtype=bfloat16 with it; it never trains in float16"
         )
+    if config.attention == "flash_attention_2":
+        import_extra("flash_attn", "model.attention=flash_attention_2", "flash-attn")
     disable_progress_bar()
     ours = config.attention == "sdpa"
     try:

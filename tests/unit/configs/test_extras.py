@@ -15,7 +15,8 @@ from actors.environments import load_verifier
 from buffer.data.sources import make_sources
 from buffer.run_state import RunState
 from configs import cli
-from configs.schema import Config, DataConfig, LaunchConfig
+from configs.schema import Config, DataConfig, LaunchConfig, ModelConfig
+from learner.fsdp import load_model
 from tools.launch import run_all
 
 ROOT = Path(__file__).parents[3]
@@ -61,6 +62,14 @@ def test_a_verifier_without_its_package_names_the_extra(
     absent(monkeypatch, name)
     with pytest.raises(ValueError, match=rf"environment={name}: .*pip install 'darts-rl\[data\]'"):
         load_verifier(name)
+
+
+def test_flash_attention_without_its_package_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    absent(monkeypatch, "flash_attn")
+    with pytest.raises(ValueError, match=r"flash_attention_2: .*install 'darts-rl\[flash-attn\]'"):
+        load_model(ModelConfig(attention="flash_attention_2", dtype="bfloat16"))
 
 
 def test_the_ray_launcher_without_ray_names_the_extra(

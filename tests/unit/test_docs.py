@@ -1,0 +1,99 @@
+"""The documentation is true: its keys, paths, modules, targets, links and metrics exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from configs import cli
+from configs.schema import Config
+from darts.simulate.schema import SimulateConfig
+from tests.pages import PAGES, ROOT, TOP_LEVEL, explained_metrics, spans
+from tools.compare import CompareConfig
+
+
+def test_blocks_say_what_they_hold() -> None:
+    """A block without a language would escape the test that runs every command."""
+    for page in PAGES:
+        fences = re.findall(r"^ *```(.*)$", page.read_text(), re.M)
+        assert set(fences[::2]) <= {"sh", "text", "yaml", "python"}, page
+        assert set(fences[1::2]) <= {""}, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_inline_commands_name_modules_and_targets_that_exist(page: Path) -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    for span in spans(page):
+        if match := re.match(r"(?:\.venv/bin/)?python -m ([\w.]+)", span):
+            assert importlib.util.find_spec(match[1]), span
+        elif match := re.match(r"make (\w+)", span):
+            assert match[1] in targets, span
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_exist(page: Path) -> None:
+    schemas = (Config, SimulateConfig, CompareConfig)
+    known = {key.path for schema in schemas for key in cli.keys(schema)}
+    sections = {path.partition(".")[0] for path in known if "." in path}
+    for span in spans(page):
+        for word in span.split():
+            match = re.fullmatch(r"([a-z]+)\.([a-z_]+)(=.*)?", word)
+            if match and match[1] in sections and match[2] not in ("py", "yaml"):
+                assert f"{match[1]}.{match[2]}" in known or is_module(match[1], match[2]), span
+
+
+def is_module(package: str, name: str) -> bool:
+    return (ROOT / package / name).exists() or (ROOT / package / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_and_links_exist(page: Path) -> None:
+    for span in set(spans(page)) - explained_metrics():
+        path = span.partition("::")[0]
+        if re.fullmatch(r"[\w./-]+", path) and path.partition("/")[0] in TOP_LEVEL and "/" in path:
+            assert (ROOT / path).exists(), span
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith("https:"):
+            path, _, anchor = target.partition("#")
+            linked = (page.parent / path).resolve() if path else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them from headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def metrics_in_the_source() -> set[str]:
+    """String literals of the form of a metric's name, but not the parts of an f-string."""
+    found: set[str] = set()
+    for path in [*(ROOT / "buffer").rglob("*.py"), *(ROOT / "learner").rglob("*.py")]:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        parts = {
+            id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values
+        }
+        found |= {
+            node.value
+            for node in nodes
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in parts
+            if re.fullmatch(r"[a-z]+/[a-z][a-z0-9_]*", node.value)
+        }
+    return found
+
+
+def test_every_metric_is_explained() -> None:
+    assert metrics_in_the_source() - explained_metrics() == set()
+
+
+def test_every_explained_metric_exists() -> None:
+    composed = {"length", "tokens", "cancel", "eval"}  # put together from parts: see integration
+    named = {name for name in explained_metrics() if name.partition("/")[0] not in composed}
+    assert named - metrics_in_the_source() == set()
