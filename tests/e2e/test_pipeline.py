@@ -215,6 +215,7 @@ def test_killed_learner_resumes_from_its_checkpoint(
         "learner.checkpoint_every=2",
         "learner.num_ranks=2",
         "weights.transport=file",
+        "launch.max_restarts=0",
     ]
     process = launch(tmp_path, free_port(), *overrides)
     wait_for_steps(tmp_path, 3, process)
