@@ -28,7 +28,7 @@ from configs.extras import import_extra
 from configs.schema import Config
 from tools.launching.processes import Command, LocalHost
 from tools.launching.progress import make_view
-from tools.launching.run_plan import commands_of, prepare, share_gpus, visible_gpus
+from tools.launching.run_plan import commands_of, has_ended, prepare, share_gpus, visible_gpus
 from tools.launching.summary import print_summary, resume_hint
 from tools.launching.supervision import Host, Run
 
@@ -36,6 +36,10 @@ from tools.launching.supervision import Host, Run
 def run_all(config: Config) -> int:
     """Start everything, watch it, end it, and tell how it went. Returns the exit status."""
     config = prepare(config)
+    if has_ended(config):
+        print(f"run {config.run.name} has ended already, after {config.run.steps} steps")
+        print_summary(Path(config.run.dir) / config.run.name, {}, 0.0)
+        return ExitStatus.OK
     commands = commands_of(config)
     host: AbstractContextManager[Host]
     if config.launch.launcher == "ray":

@@ -1,4 +1,4 @@
-"""`python -m tools.check`: the embedded default passes, and a model without an engine is refused in one line."""
+"""`python -m tools.check`: a dense model passes, and a model without an engine is refused in one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.families import save_family
 
 pytestmark = pytest.mark.e2e
 
+SMALL = ("model.max_context=512", "sampling.max_tokens=256")
 CHECKS = [
     "packed equals alone",
     "engine equals learner",
@@ -26,8 +27,8 @@ def check(*overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_the_embedded_default_passes_every_check() -> None:
-    done = check()
+def test_a_dense_model_passes_every_check(tmp_path: Path) -> None:
+    done = check(f"model.path={save_family(tmp_path, 'qwen3')}", *SMALL)
     assert done.returncode == 0, done.stderr
     passed = [line for line in done.stdout.splitlines() if line.startswith("  ok")]
     assert len(passed) == len(CHECKS)
@@ -35,7 +36,7 @@ def test_the_embedded_default_passes_every_check() -> None:
 
 
 def test_a_model_that_no_engine_runs_is_refused_in_one_line(tmp_path: Path) -> None:
-    done = check(f"model.path={save_family(tmp_path, 'bamba')}", "model.max_context=512")
+    done = check(f"model.path={save_family(tmp_path, 'bamba')}", *SMALL)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -26,7 +26,7 @@ overrides = [f"run.dir={sys.argv[1]}", f"buffer.address=tcp://127.0.0.1:{sys.arg
 config = cli.load([*overrides, "launch.launcher=ray"])
 note = "import os, sys, time; open(os.path.join(%r, str(os.getpid())), 'w').close(); " % sys.argv[1]
 stubs = {"buffer": "time.sleep(300)", "actors": "time.sleep(300)", "learner": "time.sleep(1); sys.exit('error: broke')"}
-commands = [(name, Command(name, name, ("-c", note + code))) for name, code in stubs.items()]
+commands = [Command(name, name, ("-c", note + code)) for name, code in stubs.items()]
 if __name__ == "__main__":
     sys.exit(launch.conduct(config, RayCluster(config, commands), commands))
 """

@@ -162,7 +162,6 @@ def _measure_step(
         return make_packs(
             shard,
             state.config.batch.max_tokens,
-            state.config.loss.train_truncated,
             UNPUBLISHED,
             state.config.loss.kind,
         )

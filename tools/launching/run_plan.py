@@ -20,6 +20,7 @@ from buffer.wire.transport import Publisher, TransportError, next_port
 from configs import cli
 from configs.schema import Config
 from tools.launching.processes import CONFIG, Command
+from tools.reporting.run_directory import RunDirectory
 
 BUILDERS = {
     "tiny": "tools.warm_start",
@@ -50,6 +51,14 @@ def prepare(config: Config) -> Config:
             f"{Path(config.run.dir) / config.run.name} holds a run already, so this one is {name} (run.resume=true continues that one)"
         )
     return replace(config, run=replace(config.run, name=name))
+
+
+def has_ended(config: Config) -> bool:
+    """Whether a run to be resumed has taken its last step, and its last evaluation is recorded."""
+    if not config.run.resume:
+        return False
+    metrics = RunDirectory.read(Path(config.run.dir) / config.run.name).metrics
+    return len(metrics) >= config.run.steps
 
 
 def free_name(config: Config) -> str:

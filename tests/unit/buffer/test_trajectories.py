@@ -226,7 +226,10 @@ def test_bytes_held_is_exact_whatever_happens(operations):
             chunk = (
                 given_chunk(target, [1]) if what == "given" else sampled_chunk(target, [2] * size)
             )
-            take(store, chunk)
+            try:
+                take(store, chunk)
+            except ProtocolError:  # a continued rollout whose engine sends another prompt
+                assert what == "given"
         held = sum(
             len(finish(store, id).tokens) + len(finish(store, id).actor_logprobs) for id in ids
         )
