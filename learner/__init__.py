@@ -11,4 +11,5 @@ class RunStopped(Exception):
 
 
 class BufferLost(TransportError):
-    """The buffer did not come back within `buffer.rejoin_timeout_s`; a resume goes on from a checkpoint."""
+    """The buffer did not come back within `buffer.rejoin_timeout_s`; a resume goes on from a
+    checkpoint."""

@@ -1,8 +1,9 @@
 """Whether the engines sample from the very distribution that is trained, judged step by step.
 
-Owns the bound on `train/logprob_diff` and the memory of a few steps. With equal weights on both sides, engine and learner differ by
-rounding alone: a larger difference is a swap gone wrong, another model, or another distribution, and every gradient after it is wrong.
-Never stops a run by itself: `learner.train` calls it before the weights are touched, on every rank with the same sums.
+Owns the bound on `train/logprob_diff` and the memory of a few steps. With equal weights on both
+sides, engine and learner differ by rounding alone: a larger difference is a swap gone wrong,
+another model, or another distribution, and every gradient after it is wrong. Never stops a run by
+itself: `learner.train` calls it before the weights are touched, on every rank with the same sums.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from statistics import median_low
 from configs.schema import Config
 from learner.metrics import TokenSums
 
-# Mean nats per token between engine and learner. Measured on CPU engines: 2e-6 in float32, 0.01 in bfloat16, which engine and
-# learner round in different places. A wrong swap was off by 0.13 and more.
+# Mean nats per token between engine and learner. Four tiny families on CPU engines gave at most
+# 4e-7 in float32, 0.001 in float16 and 0.007 in bfloat16, which engine and learner round in
+# different places; a wrong swap gave 0.13 and more.
 DEFAULT_BOUNDS = {"float32": 0.005, "float16": 0.05, "bfloat16": 0.1}
-# A response that was in flight while weights were swapped keeps the key-value cache of the older ones. In the demo this makes 0.001.
+# A response that was in flight while weights were swapped keeps the key-value cache of the older
+# ones. In the demo this makes 0.001.
 IN_FLIGHT_NATS = 0.05
 MEMORY = 3  # steps
 
@@ -34,10 +37,12 @@ class Agreement:
         self._excesses: deque[float] = deque(maxlen=MEMORY)
 
     def judge(self, step: int, sums: TokenSums) -> None:
-        """Raise `Disagreement` if the difference is too large; a step without tokens of the newest weights says nothing.
+        """Raise `Disagreement` if the difference is too large.
 
-        The mean over tokens is judged, since single tokens round badly in bfloat16. The lower median over three steps is, since one
-        odd step is no reason to end a run: the first step stops it by itself, a later one together with a second among three.
+        A step without tokens of the newest weights does not count. The mean over tokens is judged,
+        because single tokens round badly in bfloat16, and the lower median over three steps,
+        because one odd step is no reason to end a run. So the first step can stop a run by itself,
+        and a later one only together with another among three.
         """
         difference, in_flight = sums.current_difference()
         if difference is None:
@@ -46,7 +51,9 @@ class Agreement:
         self._excesses.append(difference / allowed)
         if median_low(self._excesses) > 1:
             raise Disagreement(
-                f"step {step}: engines and learner disagree by {difference:.3g} nats per token at equal weights, and "
-                f"learner.max_logprob_diff allows {allowed:g} with model.dtype={self._dtype}; probably the engines do not run the "
-                "weights that are trained (a swap that this model's engine does not support), or sample from another distribution"
+                f"step {step}: engines and learner disagree by {difference:.3g} nats per token at "
+                f"equal weights, and learner.max_logprob_diff allows {allowed:g} with "
+                f"model.dtype={self._dtype}; probably the engines do not run the weights that are "
+                "trained (a swap that this model's engine does not support), or sample from "
+                "another distribution"
             )

@@ -1,9 +1,12 @@
-"""Causal attention over packed sequences, one sequence at a time: the cost grows with each sequence's length, not with the pack's.
+"""Causal attention over packed sequences, one sequence at a time: the cost grows with each
+sequence's length, not with the pack's.
 
-Owns one attention function, registered with transformers as `PACKED_SDPA`, which `model.attention=sdpa` tries first. It attends to all
-that came before and to nothing else: a layer that asks for a window, a bias or sinks is refused, and `learner.capability` then takes
-transformers' own. Given a pack, transformers' own sdpa builds a mask of pack x pack: measured on one core with the embedded default, 1.4
-times the time of a whole step at 512 tokens in a pack, and several times at 4,096. Driven by the model's layers.
+Owns one attention function, registered with transformers as `PACKED_SDPA`, which
+`model.attention=sdpa` tries first. It attends to all that came before and to nothing else: a layer
+that asks for a window, a bias or sinks is refused, and `learner.capability` then takes
+transformers' own. Given a pack, transformers' own sdpa builds a mask of pack x pack: measured on
+one core with the embedded default, 1.4 times the time of a whole step at 512 tokens in a pack, and
+several times at 4,096. Driven by the model's layers.
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ def packed_sdpa(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`query` [1, heads, T, dim], `key` and `value` [1, kv heads, T, dim], `lengths` summing to T; returns [1, T, heads, dim].
+    """`query` [1, heads, T, dim], `key` and `value` [1, kv heads, T, dim], `lengths` summing to T;
+    returns [1, T, heads, dim].
 
-    Without `lengths` all is one sequence. Raises `NotImplementedError` for any other attention than plain causal attention.
+    Without `lengths` all is one sequence. Raises `NotImplementedError` for any other attention than
+    plain causal attention.
     """
     asked = [name for name in REFUSED if options.get(name) is not None]
     if asked or attention_mask is not None or options.get("is_causal") is False:

@@ -1,7 +1,9 @@
-"""Trajectories to packed tensors: several sequences in one row, no padding, nothing that sees across a boundary.
+"""Trajectories to packed tensors: several sequences in one row, no padding, nothing that sees
+across a boundary.
 
-Owns the layout of a micro-batch. Never touches the model, and never decides what is trained on: the shard came balanced from the buffer.
-Driven by `learner.train`. Shapes: T tokens in a pack, S of its positions that predict a token to train on.
+Owns the layout of a micro-batch. Never touches the model, and never decides what is trained on: the
+shard came balanced from the buffer. Driven by `learner.train`. Shapes: T tokens in a pack, S of its
+positions that predict a token to train on.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from learner.advantage import group_advantage
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One micro-batch. Position p of a sequence predicts its token p + 1, so a sequence's last token is only ever a target."""
+    """One micro-batch. Position p of a sequence predicts its token p + 1, so a sequence's last
+    token is only ever a target."""
 
     input_ids_T: torch.Tensor  # int64
     position_ids_T: (
@@ -45,12 +48,14 @@ TENSORS = tuple(column.name for column in fields(Pack) if column.name != "length
 def make_packs(
     shard: Shard, max_tokens: int, current_version: int, kind: str = "grpo"
 ) -> list[Pack]:
-    """Micro-batches of at most `max_tokens` input tokens, in which every trajectory of `shard` that moves the weights appears once.
+    """Micro-batches of at most `max_tokens` input tokens, in which every trajectory of `shard` that
+    moves the weights appears once.
 
-    A trajectory longer than `max_tokens` has a pack to itself. `current_version` is the policy version whose weights the learner holds
-    now (one that no actor can have, such as -1, if it holds unpublished ones). Trajectories without an advantage (`kind`: see
-    `group_advantage`), as those of groups whose rewards are all equal, are left out: they have no gradient, and their tokens stay in the
-    loss's denominator. Raises `ProtocolError` for a malformed trajectory.
+    A trajectory longer than `max_tokens` has a pack to itself. `current_version` is the policy
+    version whose weights the learner holds now (one that no actor can have, such as -1, if it holds
+    unpublished ones). Trajectories without an advantage (`kind`: see `group_advantage`), as those
+    of groups whose rewards are all equal, are left out: they have no gradient, and their tokens
+    stay in the loss's denominator. Raises `ProtocolError` for a malformed trajectory.
     """
     sequences = [
         _sequence(trajectory, advantage, current_version)
@@ -62,7 +67,8 @@ def make_packs(
 
 
 def empty_pack() -> Pack:
-    """A micro-batch without a loss, for a rank that has fewer than the others: collectives need every rank."""
+    """A micro-batch without a loss, for a rank that has fewer than the others: collectives need
+    every rank."""
     nothing = torch.zeros(0)
     start = torch.zeros(2, dtype=torch.int64)
     return Pack(
@@ -79,7 +85,8 @@ def empty_pack() -> Pack:
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `capacity`, longest first; what exceeds it lies alone."""
+    """Indices of `lengths` in bins of at most `capacity`, longest first; what exceeds it lies
+    alone."""
     bins: list[list[int]] = []
     free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -125,9 +132,15 @@ def _check(
 ) -> None:
     wrong = ""
     if not len(tokens_T) == len(sampled_T) == len(logprobs_T):
-        wrong = f"has {len(tokens_T)} tokens, {len(sampled_T)} marks and {len(logprobs_T)} log-probabilities"
+        wrong = (
+            f"has {len(tokens_T)} tokens, {len(sampled_T)} marks and {len(logprobs_T)} "
+            "log-probabilities"
+        )
     elif len(tokens_T) < 2 or sampled_T[0]:
-        wrong = "begins with a sampled token, or has no second one: nothing precedes what is to be predicted"
+        wrong = (
+            "begins with a sampled token, or has no second one: nothing precedes the first token "
+            "to be predicted"
+        )
     elif len(versions_S) != sampled_T.sum():
         wrong = (
             f"has {sampled_T.sum()} sampled tokens, of which versions account for {len(versions_S)}"

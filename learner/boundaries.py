@@ -1,9 +1,10 @@
 """One forward pass over a pack, and the layers in it that cannot tell where a sequence ends.
 
-Owns the call of the model: training and the probe in `learner.capability` both go through `Boundaries.logits`. Positions that start at 0
-again keep attention apart. A layer with state (a convolution, a recurrence, a scan) is told by `seq_idx` and `cu_seq_lens_q`, which only
-some kernels obey. `split` hands such a layer one sequence at a time, so that everything around it stays packed. Never decides which
-layers need that.
+Owns the call of the model: training and the probe in `learner.capability` both go through
+`Boundaries.logits`. Positions that start at 0 again keep attention apart. A layer with state (a
+convolution, a recurrence, a scan) is told by `seq_idx` and `cu_seq_lens_q`, which only some kernels
+obey. `split` hands such a layer one sequence at a time, so that everything around it stays packed.
+Never decides which layers need that.
 
 Shapes: T tokens in a pack, S of its positions that predict a token to train on, V vocabulary.
 """
@@ -30,7 +31,8 @@ TOLD = (
 
 
 class Boundaries:
-    """The model of one rank as a function of packs. `kinds` names the classes of layers that take one sequence at a time."""
+    """The model of one rank as a function of packs. `kinds` names the classes of layers that take
+    one sequence at a time."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -54,7 +56,8 @@ class Boundaries:
         return logits if kept else logits[pack.predicts_S]  # a model may not know `logits_to_keep`
 
     def plain_logits(self, pack: Pack) -> torch.Tensor:
-        """Logits [T, V] of the one sequence in `pack`, the model being told nothing but its tokens."""
+        """Logits [T, V] of the one sequence in `pack`, the model being told nothing but its
+        tokens."""
         return self._call(pack)
 
     def _call(self, pack: Pack, **arguments: Any) -> torch.Tensor:
@@ -78,7 +81,8 @@ class Boundaries:
         self._whole, self.kinds = {}, ()
 
     def _told(self, pack: Pack) -> dict[str, Any]:
-        """Where sequences begin: our attention asks for `lengths`, kernels for what transformers' flattening collator gives."""
+        """Where sequences begin: our attention asks for `lengths`, kernels for what transformers'
+        flattening collator gives."""
         if self.model.config._attn_implementation == PACKED_SDPA:
             return {"lengths": pack.lengths}
         lengths = torch.tensor(pack.lengths, device=pack.input_ids_T.device)
@@ -102,7 +106,8 @@ class Boundaries:
 
 
 def _parts(value: Any, lengths: tuple[int, ...]) -> list[Any]:
-    """`value` once per sequence: tensors [1, T, ...] cut along T, also inside tuples and dicts; all else as it is."""
+    """`value` once per sequence: tensors [1, T, ...] cut along T, also inside tuples and dicts; all
+    else as it is."""
     if isinstance(value, torch.Tensor) and value.shape[:2] == (1, sum(lengths)):
         return list(value.split(lengths, 1))
     if isinstance(value, tuple):
@@ -115,7 +120,8 @@ def _parts(value: Any, lengths: tuple[int, ...]) -> list[Any]:
 
 
 def _join(outputs: list[Any]) -> Any:
-    """The inverse for what a layer returned: a tensor [1, T, ...], or a tuple of such and of None."""
+    """The inverse for what a layer returned: a tensor [1, T, ...], or a tuple of such and of
+    None."""
     first = outputs[0]
     if first is None:
         return None

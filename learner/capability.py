@@ -1,9 +1,11 @@
-"""Whether a model's packed sequences equal the same sequences alone, measured, and the layout of packs that follows.
+"""Whether a model's packed sequences equal the same sequences alone, measured, and the layout of
+packs that follows.
 
-Owns the probe: three short sequences of drawn tokens through the model that is about to be trained, on its device and in its type. It
-compares log-probabilities and gradients. It decides by what it measured, never by a list of models. The model is left without gradients,
-and as it was but for its attention and for the layers that `Boundaries` splits. Driven by `learner.train` before the first step and by a
-check before a run. With several ranks it is a collective.
+Owns the probe: three short sequences of drawn tokens through the model that is about to be trained,
+on its device and in its type. It compares log-probabilities and gradients. It decides by what it
+measured, never by a list of models. The model is left without gradients, and as it was but for its
+attention and for the layers that `Boundaries` splits. Driven by `learner.train` before the first
+step and by a check before a run. With several ranks it is a collective.
 """
 
 from __future__ import annotations
@@ -19,17 +21,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from configs.errors import one_line
 from learner.attention import PACKED_SDPA
 from learner.batch import Pack, concatenate
 from learner.boundaries import Boundaries
 from learner.loss import token_logprobs
 
 LENGTHS = (23, 17, 29)  # unequal, odd, and longer than any convolution's kernel
-# A right layout was at most 1e-6 off in float32 and, with experts, 0.07 in bfloat16; a wrong one at least 0.05 nats and 2 %.
+# A right layout was at most 1e-6 off in float32 and, with experts, 0.07 in bfloat16; a wrong one at
+# least 0.05 nats and 2 %.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.2}
-# What other sequences hold changes nothing at all where they are kept apart: the same kernels run on the same shapes.
+# The tokens of other sequences change nothing at all if sequences are kept apart, since the same
+# kernels run on the same shapes.
 LEAK_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
-SMALL_FRAC = 1e-3  # of the whole gradient: what is smaller is measured against this much, so that rounding is no difference
+SMALL_FRAC = 1e-3  # of the whole gradient; a smaller one is measured against this much
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +79,25 @@ class Packing:
         if not (self.split_kinds or self.one_per_pack):
             return f"{self.model_type}: packed sequences equal the same alone ({self.difference})"
         remedy = (
-            f"{', '.join(self.split_kinds)} layers take one sequence at a time, a call per response in each"
+            f"{', '.join(self.split_kinds)} layers take one sequence at a time, which costs a call "
+            "per response in each of them"
             if self.split_kinds
-            else "every response has a micro-batch to itself, a forward and a backward pass per response"
+            else "every response has a micro-batch to itself, which costs a forward and a backward "
+            "pass per response"
         )
         return (
-            f"{self.model_type}: packed sequences do not equal the same alone ({self.unaided}), so {remedy} "
-            f"(then: {self.difference})"
+            f"{self.model_type}: packed sequences do not equal the same alone ({self.unaided}), so "
+            f"{remedy} (then: {self.difference})"
         )
 
 
 def probe_packing(boundaries: Boundaries, dtype: torch.dtype = torch.float32) -> Packing:
-    """The cheapest layout of packs under which every sequence is computed as if it were alone; `dtype` is the type of computation.
+    """The cheapest layout of packs under which every sequence is computed as if it were alone;
+    `dtype` is the type of computation.
 
-    Tried in this order: packed; packed, with the layers through which sequences leak split; one sequence per pack; each with our
-    attention before transformers' own. Raises `ValueError` if none is right, with the model's type, the layer and the difference.
+    Tried in this order: packed; packed, with the layers through which sequences leak split; one
+    sequence per pack; each with our attention before transformers' own. Raises `ValueError` if none
+    is right, with the model's type and the difference.
     """
     model, probe = boundaries.model, _Probe(boundaries)
     given = str(model.config._attn_implementation)
@@ -112,8 +121,9 @@ def probe_packing(boundaries: Boundaries, dtype: torch.dtype = torch.float32) ->
         if tried[-1].within_bounds(dtype):
             return _packing(boundaries, tried, one_per_pack=True)
     raise ValueError(
-        f"{model.config.model_type} models cannot be trained: even one sequence per pack is not what the model computes by itself: "
-        f"{tried[-1]} (allowed: {BOUNDS[dtype]:g}); the policy gradient would be wrong"
+        f"{model.config.model_type} models cannot be trained: even one sequence per pack differs "
+        f"from the model by itself, {tried[-1]} (allowed: {BOUNDS[dtype]:g}), so the policy "
+        "gradient would be wrong"
     )
 
 
@@ -131,7 +141,8 @@ def _packing(
 
 
 class _Probe:
-    """The sequences, and what the model makes of each of them alone when it is called as plainly as it can be."""
+    """The sequences, and what the model makes of each of them alone when it is called as plainly as
+    it can be."""
 
     def __init__(self, boundaries: Boundaries) -> None:
         self._boundaries = boundaries
@@ -149,7 +160,8 @@ class _Probe:
                 self._logprobs, self._gradients = self._run(self._sequences, plainly=True)
             except Exception as error:  # whatever a model's own code raises: it is its refusal
                 raise ValueError(
-                    f"{model.config.model_type} models cannot be trained: a plain forward and backward pass fails: {_one_line(error)}"
+                    f"{model.config.model_type} models cannot be trained: a plain forward and "
+                    f"backward pass fails: {one_line(error, with_type=True)}"
                 ) from error
 
     def packed(self) -> Difference:
@@ -163,7 +175,7 @@ class _Probe:
             logprobs, gradients = self._run(packs)
             leak = self._leak(logprobs) if len(packs) == 1 else 0.0
         except Exception as error:  # this layout is not one for this model: the next is tried
-            return Difference(error=_one_line(error))
+            return Difference(error=one_line(error, with_type=True))
         finally:
             _settle(self._boundaries.model)
         logprob = (logprobs - self._logprobs).abs().max().item()
@@ -174,7 +186,8 @@ class _Probe:
     def _run(
         self, packs: list[Pack], plainly: bool = False
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Log-probabilities of all targets, and this rank's part of the gradients of a drawn weighting of them."""
+        """Log-probabilities of all targets, and this rank's part of the gradients of a drawn
+        weighting of them."""
         logprobs = []
         for pack in packs:
             logprobs_S = self._pack_logprobs(pack, plainly)
@@ -200,7 +213,8 @@ class _Probe:
 
     @torch.no_grad()
     def leaking_kinds(self) -> list[str]:
-        """Classes of the innermost layers that gave the middle sequence other values though they were given the same, in their order.
+        """Classes of the innermost layers that gave the middle sequence other values though they
+        were given the same, in their order.
 
         Layers that are split already are left out.
         """
@@ -223,7 +237,8 @@ class _Probe:
 
 
 class _Watch:
-    """What the middle sequence's rows were before and after each layer that maps tokens [1, T, ...] to tokens [1, T, ...]."""
+    """What the middle sequence's rows were before and after each layer that maps tokens [1, T, ...]
+    to tokens [1, T, ...]."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -256,7 +271,8 @@ class _Watch:
 
 
 def _middle_rows(values: tuple[Any, ...]) -> torch.Tensor | None:
-    """A copy of the middle sequence's rows in the first floating-point tensor [1, T, ...] of `values`, if there is one."""
+    """A copy of the middle sequence's rows in the first floating-point tensor [1, T, ...] of
+    `values`, if there is one."""
     lengths = [n - 1 for n in LENGTHS]
     for value in values:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -266,7 +282,8 @@ def _middle_rows(values: tuple[Any, ...]) -> torch.Tensor | None:
 
 
 def _ordinary_ids(model: PreTrainedModel) -> torch.Tensor:
-    """Tokens to draw from: all but the ones that the configuration names, which may stand for an image or for padding."""
+    """Tokens to draw from: all but the ones that the configuration names, which may stand for an
+    image or for padding."""
     config = model.config.get_text_config()
     named = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
     named |= {value for name, value in model.config.to_dict().items() if name.endswith("token_id")}
@@ -275,7 +292,8 @@ def _ordinary_ids(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _sequence(ids: torch.Tensor, num_tokens: int, generator: torch.Generator) -> Pack:
-    """A drawn sequence, every token of which is predicted; the advantages weigh its log-probabilities."""
+    """A drawn sequence, every token of which is predicted; the advantages weigh its
+    log-probabilities."""
     tokens = ids[torch.randint(len(ids), (num_tokens,), generator=generator)]
     return Pack(
         input_ids_T=tokens[:-1],
@@ -304,7 +322,8 @@ def _reference_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _settle(model: PreTrainedModel) -> None:
-    """As before a first step: without gradients, and sharded, which a forward pass without a backward pass leaves undone."""
+    """As before a first step: without gradients, and sharded, which a forward pass without a
+    backward pass leaves undone."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -349,7 +368,3 @@ def _same_on_all_ranks(names: list[str]) -> list[str]:
     if dist.is_initialized():
         dist.broadcast_object_list(held, src=0)
     return held[0]
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,9 +1,12 @@
-"""Checkpoints a learner can resume from, on any number of ranks: never half-written, never unpickled.
+"""Checkpoints a learner can resume from, on any number of ranks: never half-written, never
+unpickled.
 
-Owns <run>/checkpoints: `step_000040/` (model and optimizer as sharded safetensors, `meta.json`) and `latest`, which names the newest
-complete one. A checkpoint of step 40 holds the state after 40 steps. Never decides when to save. Driven by `learner.train`.
+Owns <run>/checkpoints: `step_000040/` (model and optimizer as sharded safetensors, `meta.json`) and
+`latest`, which names the newest complete one. A checkpoint of step 40 holds the state after 40
+steps. Never decides when to save. Driven by `learner.train`.
 
-Left out: the random state (training draws nothing) and the learning rate's schedule (a function of the step).
+Left out: the random state (training draws nothing) and the learning rate's schedule (a function of
+the step).
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ def save(
     meta: dict[str, int],
     keep: int,
 ) -> None:
-    """Write the checkpoint of `meta["step"]`, point `latest` at it, and remove all but the newest `keep`. A collective.
+    """Write the checkpoint of `meta["step"]`, point `latest` at it, and remove all but the newest
+    `keep`. A collective.
 
-    It is written under another name and gets its own once it is complete and durable, so a rank killed or a power
-    cut at any moment leaves the previous checkpoint intact.
+    It is written under another name and gets its own once it is complete and durable, so a rank
+    killed or a power cut at any moment leaves the previous checkpoint intact.
     """
     name = f"step_{meta['step']:06d}"
     partial = folder / f".{name}{UNFINISHED}"
@@ -45,7 +49,8 @@ def save(
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     dist.barrier()
-    # Sharded safetensors: torch.distributed.checkpoint's default format keeps its metadata as a pickle.
+    # Sharded safetensors: torch.distributed.checkpoint's default format keeps its metadata as a
+    # pickle.
     dcp.save(
         _tensors(model, optimizer),
         storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
@@ -65,7 +70,8 @@ def save(
 def load_latest(
     folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, int] | None:
-    """Load the newest complete checkpoint in place and return its `meta.json`; None where there is none. A collective.
+    """Load the newest complete checkpoint in place and return its `meta.json`; None where there is
+    none. A collective.
 
     Raises `ValueError` if it does not fit the model or is damaged.
     """
@@ -85,7 +91,8 @@ def load_latest(
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Load the weights alone of the checkpoint `folder` into an unsharded model; no process group is needed.
+    """Load the weights alone of the checkpoint `folder` into an unsharded model; no process group
+    is needed.
 
     Raises `ValueError` if they do not fit.
     """
@@ -115,7 +122,8 @@ def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    """AdamW's state as it is before its first step, for parameters that have none: not stepped yet, or never given a gradient."""
+    """AdamW's state as it is before its first step, for parameters that have none: not stepped yet,
+    or never given a gradient."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if optimizer.state[parameter]:

@@ -1,7 +1,9 @@
-"""Process group, model and sharding of one learner rank: everything that differs between devices and numbers of ranks.
+"""Process group, model and sharding of one learner rank: everything that differs between devices
+and numbers of ranks.
 
-Owns: where a rank runs, how many threads it takes, FSDP2, mixed precision, activation checkpointing, and the few collectives that
-training needs besides FSDP's own. Never trains. Driven by `learner.train`. One rank takes the very same path as many.
+Owns: where a rank runs, how many threads it takes, FSDP2, mixed precision, activation
+checkpointing, and the few collectives that training needs besides FSDP's own. Never trains. Driven
+by `learner.train`. One rank takes the very same path as many.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,21 +28,40 @@ from configs.extras import import_extra
 from configs.schema import Config, ModelConfig
 from learner.attention import PACKED_SDPA
 
-# float16 gradients would underflow without loss scaling, so a learner whose engines use float16 computes in float32.
+# float16 gradients would underflow without loss scaling, so a learner whose engines use float16
+# computes in float32.
 COMPUTE_DTYPE = {"float32": torch.float32, "float16": torch.float32, "bfloat16": torch.bfloat16}
+
+CPUINFO = Path("/proc/cpuinfo")
+NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, and of Arm
 
 
 def pick_device(config: Config, local_rank: int) -> torch.device:
-    """This rank's device. Raises `ValueError` if CUDA is asked for, or short of one GPU per rank."""
+    """This rank's device. Raises `ValueError` if CUDA is asked for, or short of one GPU per
+    rank."""
     wanted = config.learner.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if torch.cuda.device_count() <= local_rank:
         raise ValueError(
-            f"learner.device={wanted}: rank {local_rank} of this node needs a GPU of its own, and {torch.cuda.device_count()} are visible; "
-            "lower learner.num_ranks, or take learner.device=cpu"
+            f"learner.device={wanted}: rank {local_rank} of this node needs a GPU of its own, and "
+            f"{torch.cuda.device_count()} are visible; lower learner.num_ranks, or take "
+            "learner.device=cpu"
         )
     return torch.device("cuda", local_rank)
+
+
+def slow_dtype(config: Config, device: torch.device, cpuinfo: Path = CPUINFO) -> str:
+    """One line if this CPU computes `model.dtype` in software, "" otherwise."""
+    if device.type != "cpu" or config.model.dtype != "bfloat16":
+        return ""
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    if flags & NATIVE_BFLOAT16:
+        return ""
+    return (
+        "model.dtype=bfloat16: this CPU has no bfloat16 arithmetic, so a step takes 15 to 30 times "
+        "as long as in float32; take model.dtype=float32"
+    )
 
 
 @contextmanager
@@ -48,13 +70,15 @@ def process_group(
 ) -> Iterator[torch.device]:
     """Join the learner's process group, yielding this rank's device.
 
-    A single rank needs no rendezvous. Several meet where `learner.__main__` says (`LEARNER_RENDEZVOUS`), or where torchrun does.
+    A single rank needs no rendezvous. Several meet where `learner.__main__` says
+    (`LEARNER_RENDEZVOUS`), or where torchrun does.
     """
     device = pick_device(config, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        # One core stays with whatever feeds us: engine and buffer share this machine in a small run.
+        # One core stays with whatever feeds us: engine and buffer share this machine in a small
+        # run.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
         torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // ranks_here))
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -71,7 +95,8 @@ def process_group(
 
 
 def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
-    """The model of `model.path`, float32 master weights, sharded over all ranks. Raises `ValueError` if it cannot be loaded."""
+    """The model of `model.path`, float32 master weights, sharded over all ranks. Raises
+    `ValueError` if it cannot be loaded."""
     model = load_model(config.model)
     # Evaluation mode: dropout would make the learner's log-probabilities differ from the actors'.
     model.eval()
@@ -91,17 +116,20 @@ def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
         fully_shard(module, mesh=mesh, mp_policy=precision)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The loss is already divided by the token count of the whole step, so gradients are summed; FSDP would average them.
+            # The loss is already divided by the token count of the whole step, so gradients are
+            # summed; FSDP would average them.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
     return model.to(device)  # buffers outside the blocks
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The model of `model.path` on the CPU, in float32, not sharded. Raises `ValueError` if it cannot be loaded."""
+    """The model of `model.path` on the CPU, in float32, not sharded. Raises `ValueError` if it
+    cannot be loaded."""
     if config.attention == "flash_attention_2" and config.dtype == "float16":
         raise ValueError(
-            "model.attention=flash_attention_2: the learner needs model.dtype=bfloat16 with it; it never trains in float16"
+            "model.attention=flash_attention_2: the learner needs model.dtype=bfloat16 with it; it "
+            "never trains in float16"
         )
     if config.attention == "flash_attention_2":
         import_extra("flash_attn", "model.attention=flash_attention_2", "flash-attn")

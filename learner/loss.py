@@ -1,6 +1,7 @@
 """Log-probabilities and the clipped surrogate, as pure functions of tensors.
 
-Never reads a message, owns no parameter and reduces nothing: sums and denominators belong to `learner.train`, its only driver.
+Never reads a message, owns no parameter and reduces nothing: sums and denominators belong to
+`learner.train`, its only driver.
 Shapes: S positions of a pack that predict a token to train on, V vocabulary.
 """
 
@@ -17,7 +18,8 @@ MAX_LOG_RATIO = 20.0  # keeps the ratio finite for its mean; every rule below ac
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Rows are converted to float32 a chunk at a time, forward and backward, so that logits never exist twice in full."""
+    """Rows are converted to float32 a chunk at a time, forward and backward, so that logits never
+    exist twice in full."""
 
     @staticmethod
     def forward(
@@ -58,8 +60,9 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target [S] and entropy of its distribution [S], both float32 in nats.
 
-    `temperature` divides the logits, as the engine does before it samples, so these compare with `actor_logprobs`. Gradients flow through
-    the log-probabilities only. `chunk_rows`: rows taken at once; 0 fits them into `CHUNK_ELEMENTS`.
+    `temperature` divides the logits, as the engine does before it samples, so these compare with
+    `actor_logprobs`. Gradients flow through the log-probabilities only. `chunk_rows`: rows taken at
+    once; 0 fits them into `CHUNK_ELEMENTS`.
     """
     rows = chunk_rows or max(1, CHUNK_ELEMENTS // logits_SV.shape[1])
     return _ChunkedLogprobs.apply(logits_SV, targets_S, temperature, rows)  # type: ignore[no-any-return]
@@ -90,14 +93,16 @@ def clipped_surrogate(
     either      else                  -min(r, cap)A    -min(r, cap) A grad(logprob)
     ==========  ====================  ==============  ===========================
 
-    The clip is PPO's min(rA, clip(r)A), with `clip_high` above `clip_low` (clip-higher). That min leaves r unbounded where A is negative:
-    a token that a stale or mismatched actor found improbable would outweigh the whole batch. There the importance weight is truncated at
-    `tis_cap` and taken as a constant, so such a token still learns, with a bounded weight. (Where A is positive the cap acts only if it
-    is below 1 + clip_high.) The actor's own distribution is the old policy: with one update per shard, the learner's at the start of the
-    step equals the current one, and its ratio would always be 1.
+    The clip is PPO's min(rA, clip(r)A), with `clip_high` above `clip_low` (clip-higher). That min
+    leaves r unbounded where A is negative: a token that a stale or mismatched actor found
+    improbable would outweigh the whole batch. There the importance weight is truncated at `tis_cap`
+    and taken as a constant, so such a token still learns, with a bounded weight. (Where A is
+    positive the cap acts only if it is below 1 + clip_high.) The actor's own distribution is the
+    old policy: with one update per shard, the learner's at the start of the step equals the current
+    one, and its ratio would always be 1.
 
-    Source: PPO (arXiv 1707.06347); clip-higher and the token-level mean: DAPO (arXiv 2503.14476); truncated importance sampling: IMPALA
-    (arXiv 1802.01561).
+    Source: PPO (arXiv 1707.06347); clip-higher and the token-level mean: DAPO (arXiv 2503.14476);
+    truncated importance sampling: IMPALA (arXiv 1802.01561).
     """
     log_ratio_S = (learner_logprobs_S.detach() - actor_logprobs_S).clamp(
         -MAX_LOG_RATIO, MAX_LOG_RATIO

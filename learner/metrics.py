@@ -1,4 +1,5 @@
-"""What a training step measured: sums over tokens, and their names in `metrics.jsonl`. Never touches a model. Driven by `learner.train`."""
+"""What a training step measured: sums over tokens, and their names in `metrics.jsonl`. Never
+touches a model. Driven by `learner.train`."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from learner.loss import Surrogate
 
 @dataclass
 class TokenSums:
-    """Sums over the tokens of a rank, or of all ranks. All but `inputs` are over the tokens that are trained on."""
+    """Sums over the tokens of a rank, or of all ranks. All but `inputs` are over the tokens that
+    are trained on."""
 
     inputs: float = 0.0  # tokens that went through the model, prompts included
     trained: float = 0.0
@@ -59,9 +61,11 @@ class TokenSums:
             setattr(self, name, getattr(self, name) + value)
 
     def current_difference(self) -> tuple[float | None, bool]:
-        """Mean |learner - actor| at equal weights, and whether it is of responses that were in flight across a swap.
+        """Mean |learner - actor| at equal weights, and whether it is of responses that were in
+        flight across a swap.
 
-        Those keep a key-value cache of older weights, and count only if there are no others. None without tokens of the current weights.
+        Those keep a key-value cache of older weights, and count only if there are no others. None
+        without tokens of the current weights.
         """
         if self.fresh:
             return self.fresh_logprob_diff / self.fresh, False

@@ -1,9 +1,10 @@
-"""One rank's conversation with the buffer: join, pull, publish, acknowledge, over any number of connections.
+"""One rank's conversation with the buffer: join, pull, publish, acknowledge, over any number of
+connections.
 
 Owns the link and what must be said again when it breaks: a step is pulled, and reported as trained,
 until the buffer has answered, and the newest publication is repeated if the buffer missed it. The
-learner's incarnation tells the buffer that it is the same process as before. Never trains. Driven by
-`learner.train`.
+learner's incarnation tells the buffer that it is the same process as before. Never trains. Driven
+by `learner.train`.
 
     consumes       Shard, Acknowledged, Shutdown
     waits for      the buffer; its heartbeat is the deadline, and `buffer.rejoin_timeout_s` if it is lost
@@ -46,8 +47,8 @@ class RunEnded(Exception):
 class BufferSession:
     """A context manager. `incarnation` is shared by the ranks of one learner, and no other has it.
 
-    A wait of a single rank ends with `RunStopped` once `stop_requested`; several ranks are stopped by
-    the process that started them.
+    A wait of a single rank ends with `RunStopped` once `stop_requested`; several ranks are stopped
+    by the process that started them.
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class BufferSession:
         self._ask(report, Acknowledged, step)
 
     def wait_for_the_end(self) -> None:
-        """Serve the last snapshot until the buffer ends the run, which raises `RunEnded` or `RunStopped`."""
+        """Serve the last snapshot until the buffer ends the run, which raises `RunEnded` or
+        `RunStopped`."""
         while True:
             try:
                 self._receive(Shard, -1)
@@ -126,7 +128,8 @@ class BufferSession:
                 return message
 
     def _reconnect(self, lost: TransportError) -> None:
-        """The trained weights are worth more than a clean start, so wait for the buffer to come back."""
+        """The trained weights are worth more than a clean start, so wait for the buffer to come
+        back."""
         if isinstance(lost, Refused):
             raise lost
         limit_s = self._config.buffer.rejoin_timeout_s

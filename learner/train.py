@@ -6,13 +6,16 @@
 
     consumes        one `Shard` per step and rank: token-balanced, of bounded staleness
     waits for       the buffer (a shard is ready), the other ranks (collectives)
-    unblocked by    enough finished groups; a `Shutdown` ends every wait on the buffer, a silent buffer raises `TransportError`
+    unblocked by    enough finished groups; a `Shutdown` ends every wait on the buffer, and a silent
+                    buffer raises `TransportError`
 
-Owns: the order of things in a step, the learning rate, the metrics. Never decides what is trained on, nor when a trajectory is too stale.
-Rank 0 alone speaks for all: it publishes and acknowledges. Every collective is called by every rank in the same order: token sums and
-micro-batch count, forward and backward, gradient norm, publication, checkpoint.
+Owns: the order of things in a step, the learning rate, the metrics. Never decides what is trained
+on, nor when a trajectory is too stale. Rank 0 alone speaks for all: it publishes and acknowledges.
+Every collective is called by every rank in the same order: token sums and micro-batch count,
+forward and backward, gradient norm, publication, checkpoint.
 
-Left out: several updates per shard, a KL penalty and its reference model, a critic, pulling the next shard while this one trains.
+Left out: several updates per shard, a KL penalty and its reference model, a critic, pulling the
+next shard while this one trains.
 """
 
 from __future__ import annotations
@@ -82,7 +85,8 @@ def run_rank(
 ) -> int:
     """Train until the buffer says that the run is over; 0 if it ended well.
 
-    Raises `RunStopped` (the buffer's error, or `stop_requested`), `TransportError` (no buffer), `ValueError` (configuration), or whatever broke.
+    Raises `RunStopped` (the buffer's error, or `stop_requested`), `TransportError` (no buffer),
+    `ValueError` (configuration), or whatever broke.
     """
     with fsdp.process_group(config, rank, num_ranks, local_rank) as device:
         state = build_state(config, device, rank, num_ranks)
@@ -121,10 +125,13 @@ def _train(state: LearnerState, session: BufferSession, publisher: Publisher) ->
 def build_state(
     config: Config, device: torch.device, rank: int = 0, num_ranks: int = 1
 ) -> LearnerState:
-    """Model, sharding, layout of packs and optimizer, fresh from `model.path`. Needs `fsdp.process_group`.
+    """Model, sharding, layout of packs and optimizer, fresh from `model.path`. Needs
+    `fsdp.process_group`.
 
     Raises `ValueError` for a model that cannot be loaded or is not computed right in any layout.
     """
+    if rank == 0 and (slow := fsdp.slow_dtype(config, device)):
+        print(f"learner: {slow}", file=sys.stderr, flush=True)
     model = fsdp.load_sharded(config, device)
     boundaries = Boundaries(model)
     try:
@@ -147,12 +154,15 @@ def build_state(
 
 
 def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
-    """One update on this rank's shard; afterwards `state.step` is one higher. Returns the step's metrics, equal on every rank.
+    """One update on this rank's shard; afterwards `state.step` is one higher. Returns the step's
+    metrics, equal on every rank.
 
-    The loss is the sum of the surrogate over tokens, divided by the number of tokens in the loss on all ranks: neither the packing nor
-    the number of ranks changes the gradient. A step in which no trajectory has an advantage leaves weights and optimizer as they are:
-    AdamW would otherwise move on by momentum and decay. Raises `FloatingPointError` if the gradient is not finite and `Disagreement` if
-    engines and learner are not the same policy, both before the weights are touched.
+    The loss is the sum of the surrogate over tokens, divided by the number of tokens in the loss on
+    all ranks: neither the packing nor the number of ranks changes the gradient. A step in which no
+    trajectory has an advantage leaves weights and optimizer as they are: AdamW would otherwise move
+    on by momentum and decay. Raises `FloatingPointError` if the gradient is not finite and
+    `Disagreement` if engines and learner are not the same policy, both before the weights are
+    touched.
     """
     started = time.monotonic()
     config = state.config
@@ -186,7 +196,8 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
 def micro_batch_loss(
     state: LearnerState, pack: Pack, num_in_loss: int, totals: TokenSums
 ) -> torch.Tensor:
-    """This pack's part of the step's loss, a scalar to call `backward` on; what it measured is added to `totals`."""
+    """This pack's part of the step's loss, a scalar to call `backward` on; what it measured is
+    added to `totals`."""
     logprobs_S, entropy_S = token_logprobs(
         state.boundaries.logits(pack), pack.targets_S, state.config.sampling.temperature
     )
@@ -198,14 +209,16 @@ def micro_batch_loss(
 
 
 def update(state: LearnerState) -> float:
-    """Clip the accumulated gradient, step the optimizer, clear the gradient. Returns its norm before clipping, over all ranks."""
+    """Clip the accumulated gradient, step the optimizer, clear the gradient. Returns its norm
+    before clipping, over all ranks."""
     norm = torch.nn.utils.clip_grad_norm_(
         state.model.parameters(), state.config.optimizer.max_grad_norm
     )
     grad_norm = fsdp.whole(norm).item()
     if not grad_norm < float("inf"):
         raise FloatingPointError(
-            f"step {state.step}: the gradient's norm is {grad_norm}; lower optimizer.lr, or look at the rewards"
+            f"step {state.step}: the gradient's norm is {grad_norm}; lower optimizer.lr, or look "
+            "at the rewards"
         )
     state.optimizer.step()
     state.optimizer.zero_grad()
@@ -217,7 +230,7 @@ def learning_rate(config: Config, step: int) -> float:
     return config.optimizer.lr * min(1.0, (step + 1) / max(1, config.optimizer.warmup_steps))
 
 
-# With the buffer ---------------------------------------------------------------------------------------------------
+# With the buffer --------------------------------------------------------------------------------
 
 
 def _join(state: LearnerState, session: BufferSession) -> None:
@@ -250,7 +263,8 @@ def _publish(state: LearnerState, publisher: Publisher, session: BufferSession) 
 
 @contextmanager
 def _until_told_to_stop(state: LearnerState, session: BufferSession) -> Iterator[None]:
-    """Leave quietly when the run ended well; tell the buffer of any exception of ours before it ends this process."""
+    """Leave quietly when the run ended well; tell the buffer of any exception of ours before it
+    ends this process."""
     try:
         yield
     except RunEnded:
@@ -262,13 +276,14 @@ def _until_told_to_stop(state: LearnerState, session: BufferSession) -> Iterator
         raise  # the buffer cannot be told
     except Exception as error:
         if state.num_ranks > 1 and isinstance(error, RuntimeError):
-            # A dead rank breaks the collectives of all others: let whoever watches us find it, before we are taken for the cause.
+            # A dead rank breaks the collectives of all others: let whoever watches us find it,
+            # before we are taken for the cause.
             time.sleep(SURVIVOR_GRACE_S)
         session.link.send(LearnerFailed(rank=state.rank, error=one_line(error, with_type=True)))
         raise
 
 
-# Checkpoints -------------------------------------------------------------------------------------------------------
+# Checkpoints ------------------------------------------------------------------------------------
 
 
 def _checkpoints(config: Config) -> Path:

@@ -1,7 +1,9 @@
-"""Tiny random models, one per family of architectures: a folder like a downloaded one, made in a second.
+"""Tiny random models, one per family of architectures: a folder like a downloaded one, made in a
+second.
 
-Owns what a tiny member of each family looks like. `save_family` writes configuration, safetensors (under the names that a checkpoint
-has) and a byte-level tokenizer. The same seed always gives the same files. Used by every test that asks whether a family works.
+Owns what a tiny member of each family looks like. `save_family` writes configuration, safetensors
+(under the names that a checkpoint has) and a byte-level tokenizer. The same seed always gives the
+same files. Used by every test that asks whether a family works.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 VOCABULARY = 320
-SPREAD = 0.1  # added to every weight: the initial distribution hardly depends on positions and neighbours
+SPREAD = 0.1  # added to every weight: at first, outputs hardly depend on other tokens
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -76,7 +78,8 @@ FAMILIES: dict[str, dict[str, Any]] = {  # by model type, what differs from `SIZ
 
 
 def save_family(folder: Path, family: str, *, seed: int = 0, **changes: Any) -> Path:
-    """Write a tiny `family` (a model type: `FAMILIES`, or any that takes its sizes) with drawn weights to `folder`, and return it.
+    """Write a tiny `family` (a model type: `FAMILIES`, or any that takes its sizes) with drawn
+    weights to `folder`, and return it.
 
     `changes` override the configuration, such as `tie_word_embeddings=False`.
     """

@@ -1,4 +1,5 @@
-"""What the learner's tests share: a tiny model on disk, drawn trajectories, and a buffer that hands out prepared shards."""
+"""What the learner's tests share: a tiny model on disk, drawn trajectories, and a buffer that hands
+out prepared shards."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ from buffer.wire.messages import (
 from buffer.wire.transport import Router
 from configs.schema import Config
 from learner import fsdp
-from learner.train import LearnerState, build_state
+from learner.batch import make_packs
+from learner.metrics import TokenSums
+from learner.train import LearnerState, build_state, micro_batch_loss, train_step
 
 VOCABULARY = 48
 
@@ -128,7 +131,8 @@ def num_sampled(trajectories: list[Trajectory]) -> int:
 def make_shards(
     trajectories: list[Trajectory], step: int = 0, parts: list[int] | None = None, version: int = 0
 ) -> list[Shard]:
-    """A step's shards, one per rank: `parts` says how many trajectories each takes, in order; all to one rank if None."""
+    """A step's shards, one per rank: `parts` says how many trajectories each takes, in order; all
+    to one rank if None."""
     shards, start = [], 0
     for part in parts or [len(trajectories)]:
         shards.append(
@@ -150,9 +154,42 @@ def single_rank(config: Config) -> Iterator[LearnerState]:
         yield build_state(config, device)
 
 
+def pack_gradients(state: LearnerState, max_tokens: int) -> dict[str, torch.Tensor]:
+    """The gradient of a step's loss, with packs of `max_tokens`."""
+    shard = make_shards(make_trajectories(seed=0))[0]
+    for pack in make_packs(shard, max_tokens, 0):
+        micro_batch_loss(state, pack, shard.step_loss_tokens, TokenSums()).backward()
+    gradients = {
+        name: fsdp.whole(parameter.grad)
+        for name, parameter in state.model.named_parameters()
+        if parameter.grad is not None
+    }
+    state.model.zero_grad()
+    return gradients
+
+
+def step_gradients(
+    state: LearnerState, shard: Shard
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Takes a training step. Returns its metrics, and the gradient as the optimizer was given
+    it."""
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        for name, parameter in state.model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] = fsdp.whole(parameter.grad).clone()
+
+    handle = state.optimizer.register_step_pre_hook(keep)
+    metrics = train_step(state, shard)
+    handle.remove()
+    return metrics, gradients
+
+
 @dataclass
 class FakeBuffer:
-    """Answers hellos and pulls from prepared shards, `steps[step][rank]`, then says `Shutdown`. Records all it hears."""
+    """Answers hellos and pulls from prepared shards, `steps[step][rank]`, then says `Shutdown`.
+    Records all it hears."""
 
     address: str
     steps: dict[int, list[Shard]]

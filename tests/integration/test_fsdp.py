@@ -1,4 +1,5 @@
-"""The learner as a user starts it, real processes and sockets, against a buffer that hands out prepared shards."""
+"""The learner as a user starts it, real processes and sockets, against a buffer that hands out
+prepared shards."""
 
 from __future__ import annotations
 
@@ -46,9 +47,18 @@ def started(
 ) -> Iterator[subprocess.Popen[str]]:
     """`python -m learner`; whatever is left of it at the end is killed."""
     keys = [
-        f"model.path={model}", f"run.dir={run.parent}", f"run.name={run.name}", f"run.steps={NUM_STEPS}", f"buffer.address={address}",
-        "learner.device=cpu", "batch.max_tokens=64", "optimizer.lr=1e-3", "weights.transport=file", "learner.max_logprob_diff=9", *overrides,
-    ]  # fmt: skip
+        f"model.path={model}",
+        f"run.dir={run.parent}",
+        f"run.name={run.name}",
+        f"run.steps={NUM_STEPS}",
+        f"buffer.address={address}",
+        "learner.device=cpu",
+        "batch.max_tokens=64",
+        "optimizer.lr=1e-3",
+        "weights.transport=file",
+        "learner.max_logprob_diff=9",  # the actors' log-probabilities are drawn
+        *overrides,
+    ]
     with subprocess.Popen(
         [sys.executable, "-m", "learner", *keys], cwd=ROOT, stderr=subprocess.PIPE, text=True
     ) as learner:
@@ -133,25 +143,28 @@ def test_the_conversation_of_a_run(reference: FakeBuffer) -> None:
     )
     assert [message.step for message in reference.of(Pull)] == list(range(NUM_STEPS))
     expected = {
-        "train/loss", "train/grad_norm", "train/entropy", "train/clip_frac", "train/ratio_mean", "train/tis_clip_frac",
-        "train/tokens_per_s", "train/lr", "train/tokens", "train/skipped", "train/logprob_diff", "train/logprob_diff_all", "train/step_s", "publish/seconds",
-        "publish/bytes", "memory/learner_peak_bytes", "wait/pull_s",
-    }  # fmt: skip
+        *("train/loss", "train/grad_norm", "train/entropy", "train/clip_frac", "train/ratio_mean"),
+        *("train/tis_clip_frac", "train/tokens_per_s", "train/lr", "train/tokens", "train/skipped"),
+        *("train/logprob_diff", "train/logprob_diff_all", "train/step_s", "publish/seconds"),
+        *("publish/bytes", "memory/learner_peak_bytes", "wait/pull_s"),
+    }
     assert all(set(metrics) == expected for metrics in reference.trained.values())
 
 
-def test_two_ranks_train_the_same_weights_as_one(
-    reference: FakeBuffer, model_path: Path, tmp_path: Path, address: str
+# 11 trajectories against 1: the second rank runs out of micro-batches and must keep the first
+# company.
+@pytest.mark.parametrize("parts", [[11, 1], [5, 0, 7]])
+def test_several_ranks_train_the_same_weights_as_one(
+    reference: FakeBuffer, model_path: Path, tmp_path: Path, address: str, parts: list[int]
 ) -> None:
-    # 11 trajectories against 1: the second rank runs out of micro-batches and must keep the first company.
-    two = train(model_path, tmp_path / "two", address, [11, 1])
-    expected, measured = newest_weights(reference), newest_weights(two)
+    several = train(model_path, tmp_path / "several", address, parts)
+    expected, measured = newest_weights(reference), newest_weights(several)
     assert expected.keys() == measured.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(measured[name], tensor, rtol=1e-3, atol=1e-5)
     for step in range(NUM_STEPS):
         for name in ("train/loss", "train/grad_norm", "train/entropy", "train/logprob_diff_all"):
-            assert two.trained[step][name] == pytest.approx(
+            assert several.trained[step][name] == pytest.approx(
                 reference.trained[step][name], rel=1e-3
             ), (step, name)
 

@@ -16,7 +16,8 @@ def agreement(dtype: str = "float32", max_logprob_diff: float = 0.0) -> Agreemen
 
 
 def fresh(nats: float) -> TokenSums:
-    """A step with 50 tokens in responses of the newest weights alone, and with some in flight, which must not matter."""
+    """A step with 50 tokens in responses of the newest weights alone, and with some in flight,
+    which must not matter."""
     return TokenSums(current=100, current_logprob_diff=900, fresh=50, fresh_logprob_diff=50 * nats)
 
 

@@ -1,4 +1,5 @@
-"""Packed equals alone for every family: as it is, with layers split, with one sequence per pack, or not at all and said so."""
+"""Packed equals alone for every family: as it is, with layers split, with one sequence per pack, or
+not at all and said so."""
 
 from __future__ import annotations
 
@@ -7,16 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from learner.attention import PACKED_SDPA
 from learner.batch import make_packs
 from learner.boundaries import Boundaries
 from learner.capability import Packing, probe_packing
-from learner.metrics import TokenSums
-from learner.train import LearnerState, micro_batch_loss
 from tests.families import FAMILIES, save_family
-from tests.learner_cases import make_config, make_shards, make_trajectories, single_rank
+from tests.learner_cases import (
+    make_config,
+    make_shards,
+    make_trajectories,
+    pack_gradients,
+    single_rank,
+)
 
 SPLIT = {
     "qwen3_5_text": ("Qwen3_5GatedDeltaNet",),
@@ -32,18 +37,6 @@ def load(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> PreTr
     return AutoModelForCausalLM.from_pretrained(save_family(folder / family, family), dtype=dtype)
 
 
-def step_gradients(state: LearnerState, capacity: int) -> dict[str, torch.Tensor]:
-    """Those of a training step's loss, with packs of `capacity` tokens."""
-    shard = make_shards(make_trajectories(seed=0))[0]
-    for pack in make_packs(shard, capacity, 0):
-        micro_batch_loss(state, pack, shard.step_loss_tokens, TokenSums()).backward()
-    named = {
-        n: p.grad.full_tensor() for n, p in state.model.named_parameters() if p.grad is not None
-    }  # type: ignore[attr-defined]
-    state.model.zero_grad()
-    return named
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_packed_as_alone(tmp_path: Path, family: str) -> None:
     path = save_family(tmp_path / "model", family)
@@ -56,8 +49,8 @@ def test_every_family_trains_packed_as_alone(tmp_path: Path, family: str) -> Non
         assert (max(packing.unaided.logprob, packing.unaided.gradient) > 0.05) == (family in SPLIT)
         expected = "sdpa" if family in WINDOWED else PACKED_SDPA
         assert state.model.config._attn_implementation == expected
-        alone = step_gradients(state, capacity=1)
-        packed = step_gradients(state, packing.capacity(4096))
+        alone = pack_gradients(state, max_tokens=1)
+        packed = pack_gradients(state, packing.capacity(4096))
         assert alone.keys() == packed.keys()
         for name, gradient in alone.items():
             scale = max(gradient.norm().item(), 1e-4)
@@ -78,7 +71,8 @@ def test_what_no_layer_can_be_blamed_for_is_packed_one_by_one(tmp_path: Path) ->
 
 
 def test_a_model_that_positions_change_is_refused_by_name(tmp_path: Path) -> None:
-    """RoBERTa's own positions begin behind its padding token: even alone, positions from 0 are wrong."""
+    """RoBERTa's own positions begin behind its padding token: even alone, positions from 0 are
+    wrong."""
     model = load(tmp_path, "roberta")
     with pytest.raises(ValueError, match=r"roberta models cannot be trained: .* nats.*0\.0001"):
         probe_packing(Boundaries(model))
@@ -100,7 +94,7 @@ class Smear(torch.nn.Linear):
         )
 
 
-def smeared(folder: Path) -> LlamaForCausalLM:
+def smeared(folder: Path) -> PreTrainedModel:
     model = load(folder, "llama")
     for layer in model.model.layers:
         weight = layer.self_attn.o_proj.weight

@@ -1,4 +1,5 @@
-"""Advantages, log-probabilities and every branch of the surrogate, against numbers worked out by hand."""
+"""Advantages, log-probabilities and every branch of the surrogate, against numbers worked out by
+hand."""
 
 from __future__ import annotations
 
@@ -105,7 +106,8 @@ def test_logprobs_and_entropy_by_hand() -> None:
 
 
 def test_temperature_divides_the_logits() -> None:
-    # At temperature 1/2 probabilities are squared and renormalised: 4/5 and 1/5 become 16/17 and 1/17.
+    # At temperature 1/2 probabilities are squared and renormalised: 4/5 and 1/5 become 16/17 and
+    # 1/17.
     logits_SV = torch.log(torch.tensor([[0.8, 0.2]]))
     logprobs_S, _ = token_logprobs(logits_SV, torch.tensor([1]), temperature=0.5)
     assert logprobs_S.item() == pytest.approx(math.log(1 / 17))

@@ -1,4 +1,5 @@
-"""A training step on one rank: what the gradient must not depend on, and that state survives on disk and on the wire."""
+"""A training step on one rank: what the gradient must not depend on, and that state survives on
+disk and on the wire."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -18,16 +18,14 @@ from transformers import AutoModelForCausalLM
 from buffer.wire.transport import TransportError
 from learner import checkpoint, publish
 from learner.agreement import Disagreement
-from learner.batch import make_packs
 from learner.fsdp import load_model, whole
-from learner.metrics import TokenSums
-from learner.train import LearnerState, learning_rate, micro_batch_loss, run_rank, save, train_step
+from learner.train import LearnerState, learning_rate, run_rank, save, train_step
 from tests.families import save_family
 from tests.learner_cases import (
     make_config,
     make_shards,
     make_trajectories,
-    num_sampled,
+    pack_gradients,
     save_model,
     single_rank,
 )
@@ -45,18 +43,6 @@ def weights(state: LearnerState) -> dict[str, torch.Tensor]:
     }
 
 
-def gradients(state: LearnerState, max_tokens: int) -> dict[str, torch.Tensor]:
-    shard = make_shards(make_trajectories(seed=0))[0]
-    state.model.zero_grad()
-    for pack in make_packs(shard, max_tokens, 0):
-        micro_batch_loss(state, pack, shard.step_loss_tokens, TokenSums()).backward()
-    return {
-        name: whole(parameter.grad)
-        for name, parameter in state.model.named_parameters()
-        if parameter.grad is not None
-    }
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("max_tokens", [64, 4096])
 def test_the_gradient_does_not_depend_on_the_packing(
@@ -65,8 +51,8 @@ def test_the_gradient_does_not_depend_on_the_packing(
     with single_rank(
         make_config(model_path, tmp_path / "run", model__attention=attention)
     ) as state:
-        separate = gradients(state, max_tokens=1)
-        packed = gradients(state, max_tokens)
+        separate = pack_gradients(state, max_tokens=1)
+        packed = pack_gradients(state, max_tokens)
         assert separate.keys() == packed.keys() == dict(state.model.named_parameters()).keys()
         for name, gradient in packed.items():
             torch.testing.assert_close(gradient, separate[name], rtol=1e-4, atol=1e-7)
@@ -79,66 +65,6 @@ def test_a_model_with_a_sliding_window_keeps_it(tmp_path: Path) -> None:
     with single_rank(make_config(path, tmp_path / "run")) as state, torch.no_grad():
         measured = state.model(input_ids=tokens, use_cache=False).logits
         torch.testing.assert_close(measured, plain(input_ids=tokens).logits)
-
-
-def test_the_gradient_is_that_of_the_written_out_loss(model_path: Path, tmp_path: Path) -> None:
-    """A plain model, one trajectory at a time, PPO's own min and clamp: as the papers have it."""
-    trajectories = make_trajectories(seed=0)
-    config = make_config(model_path, tmp_path / "run", loss__tis_cap=1e9, sampling__temperature=0.7)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    shard = make_shards(trajectories)[0]
-    for pack in make_packs(shard, 1, 0):
-        logits_TV = model(input_ids=pack.input_ids_T[None]).logits[0] / 0.7
-        logprobs_S = torch.log_softmax(logits_TV, -1)[pack.predicts_S, pack.targets_S]
-        ratio_S = (logprobs_S - pack.actor_logprobs_S).exp()
-        clipped_S = ratio_S.clamp(0.8, 1.28)
-        (
-            -torch.min(ratio_S * pack.advantages_S, clipped_S * pack.advantages_S).sum()
-            / shard.step_loss_tokens
-        ).backward()
-    with single_rank(config) as state:
-        measured = gradients(state, max_tokens=256)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        torch.testing.assert_close(measured[name], parameter.grad, rtol=1e-4, atol=1e-7)
-
-
-def test_groups_of_equal_rewards_cost_no_pass_and_change_no_gradient(
-    model_path: Path, tmp_path: Path
-) -> None:
-    """Three groups, one of which is right throughout: its tokens count in the mean, and are not run."""
-    mixed, uniform = (
-        make_trajectories(seed=0, num_groups=2),
-        make_trajectories(seed=1, num_groups=1),
-    )
-    uniform = [msgspec.structs.replace(t, reward=0.1, group_rewards=[0.1] * 3) for t in uniform]
-    shard = make_shards([*uniform, *mixed])[0]
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    for trajectory in shard.trajectories:
-        tokens_T = torch.tensor(np.frombuffer(trajectory.tokens, "<i4").astype(np.int64))
-        sampled_T = torch.tensor(np.frombuffer(trajectory.sampled, np.uint8).astype(bool))
-        actor_T = torch.tensor(np.frombuffer(trajectory.actor_logprobs, "<f4"))
-        logprobs_TV = model(input_ids=tokens_T[None]).logits[0].log_softmax(-1)
-        logprobs_T = logprobs_TV[:-1].gather(1, tokens_T[1:, None])[:, 0]
-        ratio_S = (logprobs_T - actor_T[1:]).exp()[sampled_T[1:]]
-        rewards = np.array(trajectory.group_rewards)
-        advantage = (trajectory.reward - rewards.mean()) / (rewards.std() + 1e-6)
-        surrogate_S = torch.min(ratio_S * advantage, ratio_S.clamp(0.8, 1.28) * advantage)
-        (-surrogate_S.sum() / num_sampled([*uniform, *mixed])).backward()
-    config = make_config(
-        model_path, tmp_path / "run", loss__tis_cap=1e9, optimizer__max_grad_norm=1e9
-    )
-    with single_rank(config) as state:
-        captured: dict[str, torch.Tensor] = {}
-        state.optimizer.register_step_pre_hook(
-            lambda *_: captured.update(
-                {n: whole(p.grad) for n, p in state.model.named_parameters()}
-            )
-        )
-        metrics = train_step(state, shard)
-    assert metrics["train/tokens"] == num_sampled(mixed)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(captured[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_a_disagreement_stops_before_the_weights_are_touched(
@@ -158,11 +84,11 @@ def test_activation_checkpointing_changes_nothing_but_memory(
     model_path: Path, tmp_path: Path
 ) -> None:
     with single_rank(make_config(model_path, tmp_path / "run")) as state:
-        plain = gradients(state, 128)
+        plain = pack_gradients(state, 128)
     with single_rank(
         make_config(model_path, tmp_path / "run", learner__activation_checkpointing=True)
     ) as state:
-        recomputed = gradients(state, 128)
+        recomputed = pack_gradients(state, 128)
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient)
 
