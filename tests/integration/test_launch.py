@@ -253,7 +253,7 @@ def test_a_learner_that_failed_or_was_told_to_stop_is_not_started_again(
     assert len(run.started(0)) == 3
 
 
-def test_a_killed_pool_is_started_again_and_a_killed_buffer_is_not(
+def test_a_killed_pool_and_a_killed_buffer_are_started_again(
     launched: Callable[..., Launched],
 ) -> None:
     run = launched(
@@ -265,7 +265,7 @@ def test_a_killed_pool_is_started_again_and_a_killed_buffer_is_not(
         "launch.max_restarts=2",
     )
     assert "buffer (pid" in run.ended()[2]
-    assert len(run.started(0)) == 4
+    assert len(run.started(0)) == 6  # the buffer three times, the pool twice, the learner once
 
 
 def test_a_killed_launcher_leaves_nothing(launched: Callable[..., Launched]) -> None:
