@@ -179,7 +179,9 @@ def _events(folder: Path, records: Sequence[Record]) -> Iterator[LoggedEvent]:
             pending = None
         elif not isinstance(entry, Note):
             if pending is not None:
-                yield LoggedEvent(*pending, [], complete=True)
+                # A buffer that was killed may not have logged the decisions of its last event.
+                killed = isinstance(entry, ev.BufferRestarted)
+                yield LoggedEvent(*pending, [], complete=not killed)
             pending = (record.time_s, entry)
     if pending is not None:
         yield LoggedEvent(*pending, [], complete=False)

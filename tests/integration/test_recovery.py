@@ -25,7 +25,7 @@ from configs.schema import Config
 from darts import events as ev
 from learner import BufferLost, RunStopped
 from learner.session import BufferSession, RunEnded
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, fake_probe
 from tools.replay import replay
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ class Learner(threading.Thread):
         policy = msg.SnapshotRef(
             version=self.version, digest="", num_bytes=0, address="", path="nowhere"
         )
-        self.session.announce(policy, 0.0)
+        self.session.announce(policy, 0.0, fake_probe(self.version))
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from statistics import median
 from typing import NoReturn
 
+import msgspec
 import torch
 
 from buffer.wire.messages import Shard
@@ -151,8 +152,22 @@ def measure_learner(config: Config, shards: Sequence[Shard]) -> list[LearnerStep
     with fsdp.process_group(config) as device, Publisher(config, 0) as publisher:
         state = build_state(config, device)
         for index, shard in enumerate(shards):
+            shard = _with_signal(shard)
             steps.append(_measure_step(state, publisher, shard, bare_first=index % 2 == 0))
     return steps[1:]
+
+
+def _with_signal(shard: Shard) -> Shard:
+    """The same trajectories with alternating rewards: groups of equal ones would cost no pass."""
+    trajectories = [
+        msgspec.structs.replace(
+            trajectory,
+            reward=float(index % 2),
+            group_rewards=[float(i % 2) for i in range(len(trajectory.group_rewards))],
+        )
+        for index, trajectory in enumerate(shard.trajectories)
+    ]
+    return msgspec.structs.replace(shard, trajectories=trajectories)
 
 
 def _measure_step(
