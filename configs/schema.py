@@ -506,7 +506,7 @@ class LearnerConfig:
         0.0,
         "Largest difference between engine and learner, in nats per token at equal weights; a run "
         "above it stops. 0: 0.005 in float32, 0.05 in float16, 0.1 in bfloat16, and for the probe, "
-        "whose tokens are fixed, 0.0001 in float32. Raise it only for an engine that is known to "
+        "whose tokens are fixed, 0.0001, 0.05 and 0.3. Raise it only for an engine that is known to "
         "round more.",
         ge=0,
     )

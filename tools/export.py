@@ -58,24 +58,21 @@ def export(run: Path, target: Path, step: int | None = None) -> int:
         raise ValueError(
             f"{target} exists already: name a folder that does not, or an engine would load two models from one"
         )
-    from transformers import AutoTokenizer  # here: --help need not wait for it
-
-    from learner.publish import DTYPES
+    from learner.publish import DTYPES  # here: --help need not wait for it
 
     model = load_checkpoint(config, run, step)
     with atomic_folder(target) as folder:
-        _save(model.to(DTYPES[config.model.dtype]), config.model.path, folder)
-        AutoTokenizer.from_pretrained(config.model.path).save_pretrained(folder)
+        write_model(model.to(DTYPES[config.model.dtype]), config.model.path, folder)
     return step
 
 
-def _save(model: Any, source: str, folder: Path) -> None:
-    """Write the model, with the generation settings of `source` exactly as they are there.
+def write_model(model: Any, source: str, folder: Path) -> None:
+    """Write the model, with the tokenizer and exactly the generation settings of `source`.
 
     transformers reads settings that contradict each other (a temperature beside do_sample=false,
     as some published models have), and refuses to write them.
     """
-    from transformers import GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
     from transformers.utils import cached_file
 
     model.generation_config = GenerationConfig()
@@ -85,6 +82,7 @@ def _save(model: Any, source: str, folder: Path) -> None:
         (folder / GENERATION_FILE).unlink()
     else:
         shutil.copyfile(settings, folder / GENERATION_FILE)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

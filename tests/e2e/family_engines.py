@@ -1,5 +1,6 @@
 """`python -m tests.e2e.family_engines FOLDER FAMILY ...`: the gate on tiny models, engine after engine in one process.
 
+The engine starts from an export of the model that the learner loads, so that both must be equal.
 Prints one JSON object per family. vLLM's process is forked instead of spawned: it then needs not
 import torch and vLLM again, a third of the time. That is safe where no thread has computed yet, so this
 is a process of its own, with one thread.
@@ -14,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ import actors.engine  # noqa: F401  before any other part of vLLM
 from buffer.wire.probe import largest, probe_sequences
 from buffer.wire.snapshots import fetch
 from configs.schema import Config
+from learner.fsdp import load_model
 from tests.families import VOCABULARY, save_family
 from tools.checking.gate import LearnerSide, Refused, ask_engine, ask_learner, local_publisher
+from tools.export import write_model
 
 PR_SET_PDEATHSIG = 1
+UNWRITABLE = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5]}
 
 
 @dataclass
@@ -49,13 +53,17 @@ def judge(family: str, folder: Path) -> Outcome:
     config.model.path = str(save_family(folder / family, model_type, **changes))
     config.model.max_context, config.actors.slots, config.actors.kv_cache_gib = 256, 4, 0.1
     config.learner.device = config.actors.device = "cpu"
+    exported = folder / f"{family} exported"
+    (folder / family / "generation_config.json").write_text(json.dumps(UNWRITABLE))
+    write_model(load_model(config.model), config.model.path, exported)
+    of_engine = replace(config, model=replace(config.model, path=str(exported)))
     try:
         with local_publisher(config) as publisher:
             learner = ask_learner(config, publisher)
             outcome.differences["learner equals transformers"] = plain_difference(
                 folder / family, learner
             )
-            for verdict in [learner.packing, *ask_engine(config, learner)]:
+            for verdict in [learner.packing, *ask_engine(of_engine, learner)]:
                 outcome.differences[verdict.check] = verdict.difference
     except Refused as error:
         outcome.refused = str(error)

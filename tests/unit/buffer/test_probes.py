@@ -58,9 +58,9 @@ def test_the_allowed_difference_follows_the_type_or_the_key() -> None:
     config = Config()
     assert allowed_difference(config) == 1e-4
     config.model.dtype = "bfloat16"
-    assert allowed_difference(config) == 0.1
-    config.learner.max_logprob_diff = 0.3
     assert allowed_difference(config) == 0.3
+    config.learner.max_logprob_diff = 0.7
+    assert allowed_difference(config) == 0.7
 
 
 def test_an_engine_that_agrees_is_reported_once() -> None:

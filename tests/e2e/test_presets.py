@@ -1,0 +1,94 @@
+"""Every preset of a run trains: at its own settings but for sizes and machines, two steps on this CPU.
+
+`configs/demo.yaml` is the one that tests/e2e/test_pipeline.py runs, at length.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from buffer.data.tagged_sum import draw_problem
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["run.steps=2", "eval.every=0", "launch.progress=none", "batch.groups=2"]
+
+
+def smollm2(folder: Path) -> list[str]:
+    """The model as the README makes it."""
+    model = folder / "smollm2"
+    subprocess.run([sys.executable, "-m", "tools.smollm2", str(model)], check=True, cwd=ROOT)
+    return [f"model.path={model}", "sampling.max_tokens=24", "actors.kv_cache_gib=0.25"]
+
+
+def qwen(folder: Path) -> list[str]:
+    """The tiny reasoner in Qwen's place, on problems that math_verify can judge."""
+    random, data = Random(0), folder / "math_train.jsonl"
+    problems = [draw_problem(random) for _ in range(64)]
+    rows = [{"prompt": p, "solution": str(sum(map(int, p[1::2][: len(p) // 2])))} for p in problems]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    machine = [
+        "actors.device=cpu",
+        "learner.device=cpu",
+        "actors.num_engines=1",
+        "learner.num_ranks=1",
+    ]
+    sizes = ["model.max_context=512", "sampling.max_tokens=200", "actors.slots=32"]
+    return [
+        *machine,
+        *sizes,
+        "model.path=models/tiny-reasoner",
+        "model.dtype=float32",
+        "batch.max_tokens=2048",
+        f"data.train={data}",
+    ]
+
+
+REDUCED: dict[str, Callable[[Path], list[str]] | None] = {
+    "demo": None,
+    "qwen2.5_7b_gpu": qwen,
+    "smollm2_cpu": smollm2,
+}
+
+
+def test_every_preset_is_run() -> None:
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == REDUCED.keys()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    shutil.rmtree(tmp_path)  # gigabytes, with SmolLM2's weights and moments
+
+
+@pytest.mark.parametrize("preset", [name for name, reduce in REDUCED.items() if reduce])
+def test_a_preset_trains_two_steps(preset: str, folder: Path, free_port: Callable[[], int]) -> None:
+    reduce = REDUCED[preset]
+    assert reduce is not None
+    where = [f"run.dir={folder}", "run.name=r", f"buffer.address=tcp://127.0.0.1:{free_port()}"]
+    command = [sys.executable, "-m", "tools.launch", "--config", f"configs/{preset}.yaml"]
+    done = subprocess.run(
+        [*command, *SMALL, *where, *reduce(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in (folder / "r" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["step"] for row in rows] == [0, 1]
+    assert rows[-1]["tokens/trained"] > 0
+    assert max(row["train/grad_norm"] for row in rows) > 0
+    assert max(row["probe/logprob_diff"] for row in rows) < 1e-4
