@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.device import engine_device
+from actors.inference.device import engine_device
 from actors.process import DONE, GAVE_UP, RUN_FAILED
 from buffer.processes.child import Child, forward, given_reason, stop
 from buffer.processes.restarts import Restarts

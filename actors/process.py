@@ -14,10 +14,10 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from actors.device import engine_type
 from actors.environments import Environment, make_environment
-from actors.generation import EngineDied
-from actors.weights import SwapFailed, in_thread
+from actors.inference.device import engine_type
+from actors.inference.generation import EngineDied
+from actors.inference.weights import SwapFailed, in_thread
 from actors.worker import PolicyUnavailable, Worker
 from buffer.processes.child import ERROR
 from buffer.wire.client import EngineLink
@@ -29,7 +29,7 @@ from configs.errors import ExitStatus, one_line
 from configs.schema import Config
 
 if TYPE_CHECKING:
-    from actors.engine import Engine
+    from actors.inference.engine import Engine
 
 # Before vLLM has configured its logging, and in vLLM's own processes too, which import this module as they start.
 logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
@@ -50,7 +50,7 @@ def serve(config: Config, engine_id: str) -> int:
     try:
         environment = make_environment(config)
         welcome = link.connect(_hello(config, engine_id, -1), config.buffer.connect_timeout_s)
-        from actors.engine import Engine  # seconds of import, and only now needed
+        from actors.inference.engine import Engine  # seconds of import, and only now needed
 
         engine = Engine(config)
     except Exception as error:  # whatever it is, another attempt would end the same way

@@ -19,10 +19,10 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from actors import weights
 from actors.environments import Environment, EnvironmentFailure
-from actors.generation import BASE_VERSION, EngineDied, Generation, Measurement
-from actors.probing import probe
+from actors.inference import weights
+from actors.inference.generation import BASE_VERSION, EngineDied, Generation, Measurement
+from actors.inference.probing import probe
 from buffer.wire import messages as msg
 from buffer.wire.snapshots import SnapshotGoneError
 from buffer.wire.transport import TransportError
@@ -43,7 +43,7 @@ CROWDED_BYTES = (
 
 
 class Sampler(Protocol):
-    """What a worker needs of an engine: `actors.engine.Engine`, or a fake in its place."""
+    """What a worker needs of an engine: `actors.inference.engine.Engine`, or a fake in its place."""
 
     tokenizer: Any
     eos_ids: frozenset[int]

@@ -23,7 +23,7 @@ from buffer.probes import ProbeFailed
 from buffer.run_state import RunFailed, RunState
 from buffer.wire import messages as msg
 from darts import events as ev
-from darts.groups import Rollout
+from darts.state.groups import Rollout
 
 MAX_NAME = 200  # characters of an engine's name
 MAX_TEXT = 8000  # characters of a response or an error that are kept

@@ -17,7 +17,7 @@ from buffer.records.token_log import TokenLog
 from buffer.run_state import RunState
 from darts import events as ev
 from darts.core import Core
-from darts.groups import RolloutState
+from darts.state.groups import RolloutState
 
 HELD = (RolloutState.RUNNING, RolloutState.FINISHED, RolloutState.TRUNCATED)
 

@@ -34,7 +34,7 @@ from darts import events as ev
 from darts.checkpoint import restore, save
 from darts.config import core_config
 from darts.core import Core
-from darts.lengths import LengthStats, spread
+from darts.sizing.lengths import LengthStats, spread
 
 
 class RunFailed(Exception):

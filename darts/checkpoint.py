@@ -13,20 +13,20 @@ from collections import deque
 from dataclasses import dataclass
 
 from configs.schema import LongEnd
-from darts.admission import HeldOut, Waiting
 from darts.config import CoreConfig
 from darts.core import Core
-from darts.engines import Engine
 from darts.events import Prompt, Purpose
-from darts.groups import Group, GroupState, Planned, Rollout, RolloutState
-from darts.latency import LatencyCurve, SavedCurve
-from darts.lengths import LengthStats
 from darts.selection import Candidate, Selection
+from darts.sizing.latency import LatencyCurve, SavedCurve
+from darts.sizing.lengths import LengthStats
+from darts.state.admission import HeldOut, Waiting
+from darts.state.engines import Engine
+from darts.state.groups import Group, GroupState, Planned, Rollout, RolloutState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedRollout:
-    """A `darts.groups.Rollout`; its group is the one that holds it."""
+    """A `darts.state.groups.Rollout`; its group is the one that holds it."""
 
     rollout_id: int
     index: int
@@ -41,7 +41,7 @@ class SavedRollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedGroup:
-    """A `darts.groups.Group`. `planned`: index, attempt, and the rollout to continue, if any."""
+    """A `darts.state.groups.Group`. `planned`: index, attempt, and the rollout to continue, if any."""
 
     group_id: int
     prompt: Prompt
@@ -67,7 +67,7 @@ class SavedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedEngine:
-    """A `darts.engines.Engine`: rollouts in flight and groups in its backlog by id, in order."""
+    """A `darts.state.engines.Engine`: rollouts in flight and groups in its backlog by id, in order."""
 
     engine_id: str
     engine_type: str

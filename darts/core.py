@@ -29,14 +29,16 @@ from typing import Any
 
 from configs.schema import LongEnd
 from darts import events as ev
-from darts import lengths, survivors, waiting
-from darts.admission import PromptQueue
-from darts.budgets import Budget, Budgeter
+from darts import waiting
 from darts.config import CoreConfig
-from darts.engines import Engine, Engines
-from darts.groups import Group, GroupState, Planned, Rollout, RolloutState
 from darts.selection import select_dual_end, select_random
-from darts.staleness import OutstandingGroups
+from darts.sizing import lengths
+from darts.sizing.budgets import Budget, Budgeter
+from darts.state import survivors
+from darts.state.admission import PromptQueue
+from darts.state.engines import Engine, Engines
+from darts.state.groups import Group, GroupState, Planned, Rollout, RolloutState
+from darts.state.staleness import OutstandingGroups
 
 NOTHING: list[ev.Decision] = []
 SKIPPED_IDS = 1_000_000  # after a restart: more than could have been launched and not recorded

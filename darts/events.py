@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Union
 
 from configs.schema import LongEnd
-from darts.lengths import LengthStats
+from darts.sizing.lengths import LengthStats
 
 Purpose = Literal["train", "eval"]
 RolloutEnd = Literal[

@@ -9,8 +9,8 @@ from __future__ import annotations
 from math import inf
 
 from darts.core import Core
-from darts.engines import Engine
-from darts.groups import Group, GroupState, Rollout, RolloutState
+from darts.state.engines import Engine
+from darts.state.groups import Group, GroupState, Rollout, RolloutState
 
 
 def validate_state(core: Core) -> None:

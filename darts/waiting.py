@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from darts.groups import GroupState
+from darts.state.groups import GroupState
 
 if TYPE_CHECKING:
     from darts.core import Core

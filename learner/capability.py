@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from configs.errors import one_line
-from learner.attention import PACKED_SDPA
-from learner.batch import Pack, concatenate
-from learner.boundaries import Boundaries
-from learner.loss import token_logprobs
+from learner.packs.attention import PACKED_SDPA
+from learner.packs.batch import Pack, concatenate
+from learner.packs.boundaries import Boundaries
+from learner.packs.loss import token_logprobs
 
 LENGTHS = (23, 17, 29)  # unequal, odd, and longer than any convolution's kernel
 # A right layout was at most 1e-6 off in float32 and, with experts, 0.07 in bfloat16; a wrong one at

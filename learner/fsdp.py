@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from configs.errors import one_line
 from configs.extras import import_extra
 from configs.schema import Config, ModelConfig
-from learner.attention import PACKED_SDPA
+from learner.packs.attention import PACKED_SDPA
 
 # float16 gradients would underflow without loss scaling, so a learner whose engines use float16
 # computes in float32.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from learner.batch import Pack
-from learner.loss import Surrogate
+from learner.packs.batch import Pack
+from learner.packs.loss import Surrogate
 
 
 @dataclass

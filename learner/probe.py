@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from buffer.wire.probe import probe_sequences
 from learner import fsdp
-from learner.batch import Pack
-from learner.boundaries import Boundaries
-from learner.loss import token_logprobs
+from learner.packs.batch import Pack
+from learner.packs.boundaries import Boundaries
+from learner.packs.loss import token_logprobs
 
 DISTURBANCE = 0.05  # of its neighbour is added to a weight: far more than rounding, and no nonsense
 

@@ -37,11 +37,11 @@ from configs.errors import one_line
 from configs.schema import Config
 from learner import RunStopped, checkpoint, fsdp
 from learner.agreement import Agreement
-from learner.batch import Pack, empty_pack, make_packs
-from learner.boundaries import Boundaries
 from learner.capability import Packing, probe_packing
-from learner.loss import clipped_surrogate, token_logprobs
 from learner.metrics import TokenSums, peak_bytes
+from learner.packs.batch import Pack, empty_pack, make_packs
+from learner.packs.boundaries import Boundaries
+from learner.packs.loss import clipped_surrogate, token_logprobs
 from learner.probe import probe_logprobs
 from learner.publish import Publisher
 from learner.session import BufferSession, RunEnded

@@ -33,8 +33,8 @@ from buffer.wire.messages import (
 from buffer.wire.transport import Router
 from configs.schema import Config
 from learner import fsdp
-from learner.batch import make_packs
 from learner.metrics import TokenSums
+from learner.packs.batch import make_packs
 from learner.train import LearnerState, build_state, micro_batch_loss, train_step
 
 VOCABULARY = 48

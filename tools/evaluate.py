@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from actors import weights
 from actors.environments import Environment, make_environment
+from actors.inference import weights
 from buffer.data.sources import make_sources
 from buffer.records.files import atomic_write
 from buffer.wire.messages import PromptPayload
@@ -61,7 +61,9 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
 def _judge(config: Config, run: Path, steps: list[int]) -> Iterator[Row]:
     import safetensors.torch
 
-    from actors.engine import Engine  # seconds of import: after everything that may be wrong
+    from actors.inference.engine import (
+        Engine,  # seconds of import: after everything that may be wrong
+    )
     from learner.publish import DTYPES, gather
 
     prompts = make_sources(config).eval_prompts

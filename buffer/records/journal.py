@@ -14,7 +14,7 @@ from typing import Self
 
 import msgspec
 
-from darts.lengths import LengthStats
+from darts.sizing.lengths import LengthStats
 
 
 class Journal:

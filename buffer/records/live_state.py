@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from buffer.records.metrics import HISTOGRAM_EDGES
 from buffer.wire import messages as msg
-from darts.engines import Engine
-from darts.groups import Group
-from darts.survivors import short_cutoff
+from darts.state.engines import Engine
+from darts.state.groups import Group
+from darts.state.survivors import short_cutoff
 
 if TYPE_CHECKING:
     from buffer.run_state import RunState

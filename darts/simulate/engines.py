@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from darts.latency import LatencyCurve
+from darts.sizing.latency import LatencyCurve
 
 SLACK = 1e-6  # tokens: positions are floats, tokens are not
 RESUME_FRAC = 0.95  # a preempted rollout returns when the cache is at most this full with it

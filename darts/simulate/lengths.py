@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from darts import lengths
 from darts.events import Prompt
 from darts.simulate.schema import LengthKeys, PatternKeys, ShapingKeys
+from darts.sizing import lengths
 
 MAX_DRAWS = 8192
 

@@ -22,7 +22,7 @@ from configs.schema import (
     key,
 )
 from darts.config import core_config
-from darts.latency import LatencyCurve
+from darts.sizing.latency import LatencyCurve
 
 
 @dataclass

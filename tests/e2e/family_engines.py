@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-import actors.engine  # noqa: F401  before any other part of vLLM
+import actors.inference.engine  # noqa: F401  before any other part of vLLM
 from buffer.wire.probe import largest, probe_sequences
 from buffer.wire.snapshots import fetch
 from configs.schema import Config
@@ -90,7 +90,7 @@ def plain_difference(folder: Path, learner: LearnerSide) -> float:
 
 def main(folder: str, *families: str) -> None:
     torch.set_num_threads(1)
-    # A forked engine does not import `actors.extension` again, which would watch over it.
+    # A forked engine does not import `actors.inference.extension` again, which would watch over it.
     os.register_at_fork(
         after_in_child=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     )

@@ -1,4 +1,4 @@
-"""`actors.engine.Engine` on real vLLM: aborts, weight swaps with requests in flight, and the death of vLLM's own process.
+"""`actors.inference.engine.Engine` on real vLLM: aborts, weight swaps with requests in flight, and the death of vLLM's own process.
 
 The model is tiny, random and made here, so that it never says <eos> unless its weights are made to (`eos_logit`).
 """
@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from actors.engine import BASE_VERSION, Engine
-from actors.generation import Generation, TokenRun
+from actors.inference.engine import BASE_VERSION, Engine
+from actors.inference.generation import Generation, TokenRun
 from configs.schema import Config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]

@@ -26,7 +26,7 @@ def model() -> None:
 
 
 def test_an_engine_keeps_to_its_share_of_memory() -> None:
-    from actors.engine import Engine
+    from actors.inference.engine import Engine
 
     config = Config()
     config.model.path, config.actors.device, config.actors.gpu_memory_frac = str(MODEL), "cuda", 0.3

@@ -43,7 +43,7 @@ def test_loads_no_torch_and_no_engine(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["darts.events", "darts.core", "darts.redundancy", "darts.latency"]
+    "module", ["darts.events", "darts.core", "darts.sizing.redundancy", "darts.sizing.latency"]
 )
 def test_darts_loads_no_input_or_output(module: str) -> None:
     assert not loaded_by(module) & {*HEAVY, "asyncio", "zmq", "msgspec", "omegaconf", "logging"}

@@ -1,7 +1,7 @@
 """The actors' half of `python -m tools.bench pipeline`: bare vLLM, and the same engine behind worker, wire and buffer.
 
 Both decode with `actors.slots` requests always in flight, on the same prompts with the same options. The pipeline is the real one
-(`actors.worker`, `actors.engine`, `python -m buffer`, the snapshot server); the learner alone is a stand-in that acknowledges each shard
+(`actors.worker`, `actors.inference.engine`, `python -m buffer`, the snapshot server); the learner alone is a stand-in that acknowledges each shard
 at once, and so asks more of the actors than any real one. Driven by `tools.benchmarks.pipeline`.
 """
 
@@ -28,9 +28,9 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from actors.device import engine_type
-from actors.engine import Engine
 from actors.environments import make_environment
+from actors.inference.device import engine_type
+from actors.inference.engine import Engine
 from actors.worker import Worker
 from buffer.data.sources import make_sources
 from buffer.processes.child import Child, stop

@@ -22,8 +22,8 @@ from configs.checks import check
 from configs.command import run_command
 from configs.schema import Config, key
 from learner import fsdp
-from learner.attention import PACKED_SDPA
-from learner.batch import Pack, make_packs
+from learner.packs.attention import PACKED_SDPA
+from learner.packs.batch import Pack, make_packs
 from learner.publish import Publisher
 from learner.train import UNPUBLISHED, LearnerState, build_state, train_step
 from tools.benchmarks.actors import BARE, ONE_POLICY, SWAPS, Window, measure_actors

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from actors import weights
-from actors.generation import EngineDied
-from actors.probing import probe
-from actors.weights import SwapFailed
+from actors.inference import weights
+from actors.inference.generation import EngineDied
+from actors.inference.probing import probe
+from actors.inference.weights import SwapFailed
 from buffer.wire.messages import SnapshotRef
 from buffer.wire.probe import (
     BROKEN_SWAP,
@@ -81,8 +81,8 @@ def local_publisher(config: Config) -> Any:
 def ask_learner(config: Config, publisher: Any) -> LearnerSide:
     """Load the model as a learner of one rank would, probe it, publish it twice, and free it."""
     from learner import fsdp
-    from learner.boundaries import Boundaries
     from learner.capability import probe_packing
+    from learner.packs.boundaries import Boundaries
     from learner.probe import disturb, probe_logprobs
 
     with fsdp.process_group(config) as device:
@@ -111,7 +111,7 @@ def ask_learner(config: Config, publisher: Any) -> LearnerSide:
 
 def ask_engine(config: Config, learner: LearnerSide) -> Iterator[Verdict]:
     """Start an engine and compare it, before and after swaps, with what the learner said."""
-    from actors.engine import Engine  # seconds of import, and only now needed
+    from actors.inference.engine import Engine  # seconds of import, and only now needed
 
     at_temperature_one = replace(config, sampling=replace(config.sampling, temperature=1.0))
     try:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from actors.device import engine_device
+from actors.inference.device import engine_device
 from actors.pool import check_model
 from buffer.wire.transport import Publisher, TransportError, next_port
 from configs import cli

@@ -1,4 +1,4 @@
-"""`actors.worker.Worker` with a fake engine, link and environment; and the ledgers of `actors.generation`."""
+"""`actors.worker.Worker` with a fake engine, link and environment; and the ledgers of `actors.inference.generation`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from actors.environments import EnvironmentFailure
-from actors.generation import EngineDied, Generation, Measurement, Meter
+from actors.inference.generation import EngineDied, Generation, Measurement, Meter
 from actors.worker import PolicyUnavailable, Worker, next_flush_s
 from buffer.wire.messages import (
     Cancel,

@@ -16,7 +16,7 @@ from buffer.records.journal import Journal
 from buffer.records.trajectories import TrajectoryStore
 from buffer.wire.messages import Chunk
 from darts.events import ProtocolError
-from darts.lengths import LengthStats
+from darts.sizing.lengths import LengthStats
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -306,7 +306,7 @@ def test_a_failed_call_leaves_nothing_behind(tmp_path):
 def test_a_kill_loses_nothing_that_was_committed(tmp_path):
     path = tmp_path / "journal.sqlite"
     program = (
-        "import sys\nfrom buffer.records.journal import Journal\nfrom darts.lengths import LengthStats\n"
+        "import sys\nfrom buffer.records.journal import Journal\nfrom darts.sizing.lengths import LengthStats\n"
         "journal, number = Journal(sys.argv[1]), 0\n"
         "while True:\n"
         "    journal.remember_lengths([(f'a{number}', LengthStats(1.0, number, 1.0)), (f'b{number}', LengthStats(1.0, number, 1.0))])\n"

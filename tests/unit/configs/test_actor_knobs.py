@@ -86,14 +86,14 @@ def dying_pool(config: Config, own: Path) -> object:
 
 
 def engine_options(config: Config, _: Path) -> object:
-    from actors.engine import engine_args  # loads vLLM: ten seconds
+    from actors.inference.engine import engine_args  # loads vLLM: ten seconds
 
     args = engine_args(config)
     return {name: getattr(args, name) for name in ("kv_cache_memory_bytes", "max_num_seqs")}
 
 
 def engine_options_for_a_gpu(config: Config, _: Path) -> object:
-    from actors import engine
+    from actors.inference import engine
 
     with patch.object(engine, "current_platform", SimpleNamespace(device_type="cuda")):
         return engine.engine_args(config).gpu_memory_utilization

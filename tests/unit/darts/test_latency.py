@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darts.latency import LatencyCurve
+from darts.sizing.latency import LatencyCurve
 
 CPU_POINTS = [(1, 5.9), (4, 6.3), (8, 5.9), (16, 7.0), (32, 8.6), (64, 13.7), (128, 22.8)]
 

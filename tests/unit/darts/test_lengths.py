@@ -6,7 +6,7 @@ from statistics import fmean, pstdev
 
 import pytest
 
-from darts.lengths import (
+from darts.sizing.lengths import (
     MAX_MEAN_LOG,
     POOL_PRIOR,
     LengthStats,

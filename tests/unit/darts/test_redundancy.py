@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import LongEnd, largest_budget
-from darts.latency import LatencyCurve
-from darts.lengths import LengthStats
-from darts.redundancy import (
+from darts.sizing.latency import LatencyCurve
+from darts.sizing.lengths import LengthStats
+from darts.sizing.redundancy import (
     marginal_budget,
     net_tokens,
     normalised_spread,

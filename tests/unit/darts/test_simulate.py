@@ -12,7 +12,6 @@ import pytest
 from configs import cli
 from darts import events as ev
 from darts.core import Core
-from darts.lengths import POOL_PRIOR
 from darts.simulate.engines import SimEngine, SimRollout, ptl_table
 from darts.simulate.lengths import (
     Responses,
@@ -24,6 +23,7 @@ from darts.simulate.lengths import (
 from darts.simulate.schema import LengthKeys, PatternKeys, ShapingKeys, SimulateConfig, check
 from darts.simulate.tally import Files
 from darts.simulate.world import Simulation, simulate
+from darts.sizing.lengths import POOL_PRIOR
 from tools.monitor.playback import snapshots
 from tools.reporting.run_directory import RunDirectory
 

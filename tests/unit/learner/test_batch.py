@@ -9,7 +9,7 @@ import torch
 
 from buffer.wire.messages import Trajectory
 from darts.events import ProtocolError
-from learner.batch import empty_pack, first_fit, make_packs
+from learner.packs.batch import empty_pack, first_fit, make_packs
 from tests.learner_cases import make_shards, make_trajectories, num_sampled
 
 

@@ -10,10 +10,10 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from learner.attention import PACKED_SDPA
-from learner.batch import make_packs
-from learner.boundaries import Boundaries
 from learner.capability import Packing, probe_packing
+from learner.packs.attention import PACKED_SDPA
+from learner.packs.batch import make_packs
+from learner.packs.boundaries import Boundaries
 from tests.families import FAMILIES, save_family
 from tests.learner_cases import (
     make_config,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from configs.schema import LossConfig
-from learner.advantage import group_advantage
-from learner.loss import clipped_surrogate, token_logprobs
+from learner.packs.advantage import group_advantage
+from learner.packs.loss import clipped_surrogate, token_logprobs
 
 LOSS = LossConfig(clip_low=0.2, clip_high=0.28, tis_cap=2.0)
 

@@ -3,7 +3,7 @@
 vLLM logs the cause of a failure where it happens, and raises "see root cause above" elsewhere. A
 `CauseKeeper` on its loggers notes the cause in a file that lives as long as the frontend. Tracebacks
 of a failed start are shown only if VLLM_LOGGING_LEVEL asks for progress. Installed by
-`actors.engine` in the frontend and by `actors.extension` in vLLM's own processes.
+`actors.inference.engine` in the frontend and by `actors.inference.extension` in vLLM's own processes.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
-from darts.groups import Group, Planned, Rollout
-from darts.latency import LatencyCurve
+from darts.sizing.latency import LatencyCurve
+from darts.state.groups import Group, Planned, Rollout
 
 
 @dataclass(slots=True, eq=False)

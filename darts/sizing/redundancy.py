@@ -19,8 +19,8 @@ from statistics import NormalDist
 import numpy as np
 
 from configs.schema import LongEnd, largest_budget
-from darts.latency import LatencyCurve
-from darts.lengths import LengthStats, spread
+from darts.sizing.latency import LatencyCurve
+from darts.sizing.lengths import LengthStats, spread
 
 # The length limit truncates lognormals wider than this.
 MAX_TABLE_SPREAD, TABLE_STEPS = 2.0, 40

@@ -12,7 +12,7 @@ from __future__ import annotations
 from math import inf
 from random import Random
 
-from darts.groups import Group, Rollout
+from darts.state.groups import Group, Rollout
 
 
 def short_cutoff(group: Group) -> float:

@@ -1,4 +1,4 @@
-"""Group-relative advantages. Pure; never sees tokens. Driven by `learner.batch`."""
+"""Group-relative advantages. Pure; never sees tokens. Driven by `learner.packs.batch`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """vLLM's scheduler, with the log-probabilities of a step in one array instead of three small ones for every request.
 
 Runs in EngineCore's process. Encoding, sending and decoding those arrays costs more than the tokens that they belong to; the sampled
-tokens' own log-probabilities are all that anybody here reads. `actors.engine._Router` unpacks them. Changes nothing that is scheduled.
+tokens' own log-probabilities are all that anybody here reads. `actors.inference.engine._Router` unpacks them. Changes nothing that is scheduled.
 """
 
 from __future__ import annotations

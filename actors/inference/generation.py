@@ -2,7 +2,7 @@
 
 Owns two ledgers without I/O: `Generation` (tokens, logprobs, and which policy version sampled each) and `Meter` (batch, time per
 token, occupied slots). Never talks to an engine or a socket, and imports no vLLM, so that a worker is tested without one. Filled by
-`actors.engine`, emptied by `actors.worker`.
+`actors.inference.engine`, emptied by `actors.worker`.
 """
 
 from __future__ import annotations

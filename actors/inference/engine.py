@@ -6,7 +6,7 @@ bare by a benchmark. The CUDA branch differs in the options of `engine_args` alo
 Every token carries the policy version that sampled it, exactly, even where a swap falls between two tokens of one request: EngineCore
 labels each step with the version it ran under, and `_Router` reads the label. vLLM's own output processor would hold tokens back for
 `stream_interval` steps and merge them across a swap, and costs several times the Python per token; `_Router` takes its place inside
-`AsyncLLM`. That, `actors.logprob_packing`, and pausing without vLLM's courtesy sleep of 20 ms are all we use of its internals: check all three
+`AsyncLLM`. That, `actors.inference.logprob_packing`, and pausing without vLLM's courtesy sleep of 20 ms are all we use of its internals: check all three
 when vLLM is upgraded.
 """
 
@@ -21,10 +21,10 @@ from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from typing import Any
 
-from actors import vllm_errors
-from actors.device import engine_device
-from actors.generation import BASE_VERSION, EngineDied, Generation, Measurement, Meter
-from actors.weights import SwapFailed
+from actors.inference import vllm_errors
+from actors.inference.device import engine_device
+from actors.inference.generation import BASE_VERSION, EngineDied, Generation, Measurement, Meter
+from actors.inference.weights import SwapFailed
 from configs.errors import one_line
 from configs.schema import Config
 
@@ -48,7 +48,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessorOutput
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from actors.extension import FRONTEND_PID
+from actors.inference.extension import FRONTEND_PID
 
 CLOSE_S = 7.0  # then vLLM's processes are killed, and leave shared memory behind
 
@@ -66,7 +66,7 @@ def engine_args(config: Config) -> AsyncEngineArgs:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         special: dict[str, Any] = {
             "enforce_eager": True, "kv_cache_memory_bytes": int(config.actors.kv_cache_gib * 2**30), "block_size": 32,
-            "scheduler_cls": "actors.logprob_packing.CompactScheduler",
+            "scheduler_cls": "actors.inference.logprob_packing.CompactScheduler",
         }  # fmt: skip
         if config.actors.tensor_parallel == 1:
             # By itself vLLM puts a CPU model into a process of its own, and both then spin while they wait for one another: on two cores
@@ -84,7 +84,7 @@ def engine_args(config: Config) -> AsyncEngineArgs:
         tensor_parallel_size=config.actors.tensor_parallel,
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
-        worker_extension_cls="actors.extension.SnapshotLoader",
+        worker_extension_cls="actors.inference.extension.SnapshotLoader",
         disable_log_stats=True,
         use_tqdm_on_load=False,
         seed=config.run.seed,
@@ -346,7 +346,7 @@ class _Router:
         for output in outputs:
             if (
                 output.new_logprobs is not None
-            ):  # its own, or, from `actors.logprob_packing`, those of the outputs after it as well
+            ):  # its own, or, from `actors.inference.logprob_packing`, those of the outputs after it as well
                 logprobs = iter(output.new_logprobs.logprobs[:, 0].tolist())
             of_output = list(islice(logprobs, len(output.new_token_ids)))
             generation = self._running.get(output.request_id)

@@ -2,7 +2,7 @@
 time.
 
 Owns no state; `darts.core.Core` asks it. The rules themselves are pure functions in
-`darts.redundancy`.
+`darts.sizing.redundancy`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from configs.schema import LongEnd, largest_budget
-from darts import redundancy
-from darts.latency import LatencyCurve
-from darts.lengths import LengthStats, length_std
+from darts.sizing import redundancy
+from darts.sizing.latency import LatencyCurve
+from darts.sizing.lengths import LengthStats, length_std
 
 # Times the pool's spread: about one prompt in twenty, as published, if spreads are lognormal.
 SATURATING_SPREAD = 1.5

@@ -16,7 +16,7 @@ import torch
 
 from buffer.wire.messages import Shard, Trajectory
 from darts.events import ProtocolError
-from learner.advantage import group_advantage
+from learner.packs.advantage import group_advantage
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from learner.attention import PACKED_SDPA
-from learner.batch import Pack
+from learner.packs.attention import PACKED_SDPA
+from learner.packs.batch import Pack
 
 TOLD = (
     "seq_idx",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from darts.groups import Group, GroupState
+from darts.state.groups import Group, GroupState
 
 
 def ships_left(

@@ -1,7 +1,7 @@
 """Our code inside vLLM's own processes: loads a snapshot into the running model, and dies with the frontend.
 
 vLLM imports this module, by name, in every process that holds a part of the model. Owns nothing there but one watching thread.
-Driven by `actors.engine`, from the frontend, through `AsyncLLM.collective_rpc`.
+Driven by `actors.inference.engine`, from the frontend, through `AsyncLLM.collective_rpc`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.platforms import current_platform
 
-from actors import vllm_errors
+from actors.inference import vllm_errors
 
 vllm_errors.install(vllm_errors.IN_CORE)
 FRONTEND_PID = "DARTS_FRONTEND_PID"

@@ -12,7 +12,7 @@ from buffer.wire.probe import probe_sequences
 
 
 class Scorer(Protocol):
-    """What a probe needs of an engine: `actors.engine.Engine`, or a fake in its place."""
+    """What a probe needs of an engine: `actors.inference.engine.Engine`, or a fake in its place."""
 
     @property
     def vocab_size(self) -> int: ...

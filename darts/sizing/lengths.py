@@ -5,7 +5,7 @@ Owns the whole memory of a prompt (three numbers) and of the pool of all prompts
 truncated rollout shows only that its length exceeds c. Ignoring it, or using c as its length, loses
 half of the spread for the prompts whose budgets depend on it most, so each group is fitted by
 expectation-maximisation on right-censored data. Never decides anything; `darts.core` calls it once
-per closed group, and `darts.redundancy` reads the result. Lengths are in sampled tokens, logs are
+per closed group, and `darts.sizing.redundancy` reads the result. Lengths are in sampled tokens, logs are
 natural.
 """
 

@@ -2,7 +2,7 @@
 engine type.
 
 Owns the fit of the engines' reports to a curve that never falls; `darts.core` feeds it and
-`darts.redundancy` prices extra rollouts with its slope. Never judges an engine, never keeps more
+`darts.sizing.redundancy` prices extra rollouts with its slope. Never judges an engine, never keeps more
 than a few numbers per bin of batch size.
 """
 

@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from darts import lengths
-from darts.budgets import Budget, Budgeter
 from darts.events import EvaluationRequested, Prompt
-from darts.latency import LatencyCurve
-from darts.lengths import LengthStats
+from darts.sizing import lengths
+from darts.sizing.budgets import Budget, Budgeter
+from darts.sizing.latency import LatencyCurve
+from darts.sizing.lengths import LengthStats
 
 
 class Waiting(NamedTuple):
