@@ -1,1 +1,3 @@
-"""Actor pools: vLLM engines that generate, stream, obey cancels and swap weights with requests in flight."""
+"""Actor pools: vLLM engines that generate, stream, obey cancels and swap weights with requests in
+flight.
+"""

@@ -1,4 +1,6 @@
-"""`python -m actors [key=value ...]`: the engines of this node, for the run whose buffer is at `buffer.address`."""
+"""`python -m actors [key=value ...]`: the engines of this node, for the run whose buffer is at
+`buffer.address`.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""Verifiers: what scores a response. (`actors.prompts` turns prompts into tokens.)
+"""Verifiers, which score responses. (`actors.prompts` turns prompts into tokens.)
 
-Cheap verifiers that cannot hang run inline. The others (math_verify, reasoning_gym, a user's own) run in worker processes,
-`python -m actors.environments VERIFIER`, which are killed when they take too long: neither the engine nor its event loop
-ever waits for one, and a failure is an `EnvironmentFailure`, never a reward of zero. Driven by the actors' worker. Never
-generates, and never learns why a rollout was launched.
+Cheap verifiers that cannot hang run inline. The others (math_verify, reasoning_gym, a user's own)
+run in worker processes, `python -m actors.environments VERIFIER`, which are killed when they take
+too long: neither the engine nor its event loop ever waits for one, and a failure is an
+`EnvironmentFailure`, never a reward of zero. Driven by the actors' worker. Never generates, and
+never learns why a rollout was launched.
 
-To add a verifier: a function (prompt, response, answer, metadata) -> float, and a line in INLINE or in `load_verifier`.
+To add a verifier: a function (prompt, response, answer, metadata) -> float, and a line in INLINE or
+in `load_verifier`.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ Verifier = Callable[[str, str, str, dict[str, Any]], float]
 
 
 class EnvironmentFailure(Exception):
-    """A response could not be scored. One line: verifier, prompt, what went wrong, how to mend it."""
+    """A response could not be scored. One line: verifier, prompt, cause, and how to fix it."""
 
 
 class Environment(Protocol):
@@ -64,7 +66,10 @@ class Environment(Protocol):
 
 
 def make_environment(config: Config) -> Environment:
-    """The environment that `data.environment` names. ValueError when there is none, or its verifier cannot be imported."""
+    """The environment that `data.environment` names.
+
+    ValueError when there is none, or its verifier cannot be imported.
+    """
     return SingleTurn(config)
 
 
@@ -137,11 +142,13 @@ def _verifier_of_source(form: str) -> str:
     )
 
 
-# Verifiers ---------------------------------------------------------------------------------------------------------
+# Verifiers ----------------------------------------------------------------------------------------
 
 
 def final_answer(text: str) -> str:
-    r"""What a text says in the end: in its last <answer> tag, else in its last \boxed{}, else after its last ####, else all of it."""
+    r"""What a text says in the end: in its last <answer> tag, else in its last \boxed{}, else after
+    its last ####, else all of it.
+    """
     if tags := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
         return tags[-1].strip()
     if boxes := re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text):
@@ -155,7 +162,9 @@ def exact(_prompt: str, response: str, answer: str, _metadata: dict[str, Any]) -
 
 
 def numeric(_prompt: str, response: str, answer: str, _metadata: dict[str, Any]) -> float:
-    """1 iff the last number of the final answer equals the reference to nine digits; `1,200` and `1200.0` are one number."""
+    """1 iff the last number of the final answer equals the reference to nine digits; `1,200` and
+    `1200.0` are one number.
+    """
     reference = _numbers(final_answer(answer))
     if not reference:
         raise ValueError(f"the reference answer {answer[:60]!r} holds no number")
@@ -166,7 +175,7 @@ def numeric(_prompt: str, response: str, answer: str, _metadata: dict[str, Any])
 
 
 def numeric_or_exact(prompt: str, response: str, answer: str, metadata: dict[str, Any]) -> float:
-    """Files' own verifier: numeric where the reference is a number and nothing else, else exact."""
+    """Files' own verifier: numeric if the reference is a number and nothing else, else exact."""
     is_number = re.fullmatch(_NUMBER, final_answer(answer)) is not None
     return (numeric if is_number else exact)(prompt, response, answer, metadata)
 
@@ -191,7 +200,10 @@ INLINE: dict[str, Verifier] = {
 
 
 def load_verifier(name: str) -> Verifier:
-    """The function behind a verifier that runs in a worker process. Imports what it needs; raises whatever that raises."""
+    """The function behind a verifier that runs in a worker process.
+
+    Raises any error of the import that it needs.
+    """
     if name == "math_verify":
         math_verify = import_extra("math_verify", "data.environment=math_verify", "data")
         parse, verify = math_verify.parse, math_verify.verify
@@ -199,7 +211,8 @@ def load_verifier(name: str) -> Verifier:
         def verify_math(
             _prompt: str, response: str, answer: str, _metadata: dict[str, Any]
         ) -> float:
-            # Without the dollars the library would look for a number only; its own time limits leave a response unproven: 0.
+            # Without the dollars the library would look for a number only; its own time limits
+            # leave a response unproven: 0.
             reference = parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$")
             if not reference:
                 raise ValueError(
@@ -228,11 +241,14 @@ def load_verifier(name: str) -> Verifier:
     return cast(Verifier, verifier)
 
 
-# Worker processes --------------------------------------------------------------------------------------------------
+# Worker processes ---------------------------------------------------------------------------------
 
 
 class WorkerPool:
-    """Up to NUM_WORKERS processes, one response each at a time. Waiting for a free one does not count as the verifier's time."""
+    """Up to NUM_WORKERS processes, one response each at a time.
+
+    Waiting for a free one does not count as the verifier's time.
+    """
 
     def __init__(self, verifier: str, timeout_s: float) -> None:
         self.verifier, self.timeout_s = verifier, timeout_s
@@ -240,7 +256,7 @@ class WorkerPool:
         self._idle: queue.LifoQueue[WorkerProcess] = queue.LifoQueue()
         self._idle.put(
             WorkerProcess(verifier)
-        )  # at once, so that what cannot be imported is known at start
+        )  # at once, so that a failing import is known at start
 
     async def score(self, prompt: PromptPayload, response: str) -> float:
         return await asyncio.get_running_loop().run_in_executor(
@@ -294,7 +310,10 @@ class WorkerPool:
 
 
 class WorkerProcess:
-    """One verifier in its own process; JSON lines over pipes. ValueError when the verifier cannot be imported."""
+    """One verifier in its own process; JSON lines over pipes.
+
+    ValueError when the verifier cannot be imported.
+    """
 
     def __init__(self, verifier: str) -> None:
         here = os.pathsep.join(path for path in sys.path if path)
@@ -314,7 +333,9 @@ class WorkerProcess:
             )
 
     def call(self, request: list[Any], timeout_s: float) -> dict[str, Any]:
-        """The reply, {"reward"} or {"error"}. TimeoutError: not within `timeout_s`; another OSError: the process died."""
+        """The reply, {"reward"} or {"error"}. TimeoutError: not within `timeout_s`; another
+        OSError: the process died.
+        """
         deadline = time.monotonic() + timeout_s
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -328,7 +349,7 @@ class WorkerProcess:
             assert pipe is not None
             try:
                 pipe.close()
-            except BrokenPipeError:  # what was still buffered for a dead process
+            except BrokenPipeError:  # data was still buffered for a dead process
                 continue
 
     def _receive(self, deadline: float) -> dict[str, Any]:
@@ -350,7 +371,7 @@ def serve(name: str) -> None:
     """The worker's side: says {} when ready, then answers each request; ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a verifier prints must not look like a reply
+    os.dup2(2, 1)  # a verifier's prints must not look like a reply
     requests: queue.Queue[list[Any]] = queue.Queue()
     try:
         verifier = load_verifier(name)

@@ -1,8 +1,9 @@
-"""The engines of one node: starts a process for each, restarts those that die, and ends all with it.
+"""The engines of one node: starts a process for each, restarts those that die, and ends all with
+it.
 
 Owns those processes, and how often each is restarted. An engine that fails is its own loss: the
-others go on. Never speaks to the buffer: each engine does, and its hello after a restart, before its
-model is loaded, says that its predecessor's rollouts are lost. Driven by `python -m actors`.
+others go on. Never speaks to the buffer: each engine does, and its hello after a restart, before
+its model is loaded, says that its predecessor's rollouts are lost. Driven by `python -m actors`.
 """
 
 from __future__ import annotations
@@ -144,9 +145,11 @@ def say(line: str) -> None:
 
 
 def engine_gpus(config: Config, index: int, visible: str) -> dict[str, str]:
-    """The environment that gives engine `index` its own `tensor_parallel` of the visible GPUs; nothing on a CPU.
+    """The environment that gives engine `index` its own `tensor_parallel` of the visible GPUs;
+    nothing on a CPU.
 
-    `visible` is CUDA_VISIBLE_DEVICES; empty: all from 0. `ValueError` where it names too few. Never run on a GPU by us.
+    `visible` is CUDA_VISIBLE_DEVICES; empty: all from 0. Raises `ValueError` if it names too few.
+    We have never run this on a GPU.
     """
     if engine_device(config) != "cuda":
         return {}
@@ -161,7 +164,9 @@ def engine_gpus(config: Config, index: int, visible: str) -> dict[str, str]:
 
 
 def check_model(path: str) -> None:
-    """`ValueError` where `model.path` can be neither a model's folder nor the name of one on the hub."""
+    """Raise `ValueError` if `model.path` can be neither a model's folder nor the name of one on the
+    hub.
+    """
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

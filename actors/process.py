@@ -1,7 +1,8 @@
-"""The process of one engine: joins the buffer, loads the model, serves the run, and tells its pool how it ended.
+"""The process of one engine: joins the buffer, loads the model, serves the run, and tells its pool
+how it ended.
 
-Owns the process: its signals, its status, the one line that it leaves. Never restarts anything. Started by `actors.pool` as
-`python -m actors.process`, and ends with it.
+Owns the process: its signals, its status, the one line that it leaves. Never restarts anything.
+Started by `actors.pool` as `python -m actors.process`, and ends with it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from configs.schema import Config
 if TYPE_CHECKING:
     from actors.inference.engine import Engine
 
-# Before vLLM has configured its logging, and in vLLM's own processes too, which import this module as they start.
+# Before vLLM has configured its logging, and in vLLM's own processes too, which import this module
+# as they start.
 logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
 
 # How this process ends, for its pool. GAVE_UP: another attempt would end the same way.
@@ -41,7 +43,8 @@ DONE, DIED, RUN_FAILED, GAVE_UP = 0, 1, 3, 4
 def serve(config: Config, engine_id: str) -> int:
     """Run one worker; returns its status, having said why in one line unless it is `DONE`.
 
-    It joins the buffer before it loads the model, so that a wrong address shows at once; with policy -1 nothing is launched on it.
+    It joins the buffer before it loads the model, so that a wrong address shows at once; with
+    policy -1 nothing is launched on it.
     """
     link = EngineLink(
         config.buffer.address, engine_id, config.buffer.keys, config.buffer.peer_timeout_s
@@ -53,7 +56,7 @@ def serve(config: Config, engine_id: str) -> int:
         from actors.inference.engine import Engine  # seconds of import, and only now needed
 
         engine = Engine(config)
-    except Exception as error:  # whatever it is, another attempt would end the same way
+    except Exception as error:  # another attempt would end the same way
         fail(f"could not start: {one_line(error)}")
         return GAVE_UP
     else:
@@ -90,7 +93,9 @@ async def _until_shutdown(
     environment: Environment,
     welcome: Welcome,
 ) -> Shutdown:
-    """Serve, and when the buffer is lost wait for it to come back: the loaded model is worth more than a clean start."""
+    """Serve, and when the buffer is lost wait for it to come back: the loaded model is worth more
+    than a clean start.
+    """
 
     def fetch_policy(policy: SnapshotRef) -> bytes:
         return fetch(policy, config.buffer.keys, config.buffer.peer_timeout_s)

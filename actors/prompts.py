@@ -18,7 +18,7 @@ def tokenise(messages: list[Message], tokenizer: Any, data: DataConfig) -> list[
 
     The prompt begins with at most one begin token and never ends with an end-of-sequence token: the
     model would take it for the end of the conversation. Raises `ValueError` if no token is left,
-    and whatever a template or tokenizer raises.
+    and any error that a template or tokenizer raises.
     """
     if data.system_prompt:
         messages = [{"role": "system", "content": data.system_prompt}, *messages]

@@ -1,11 +1,12 @@
 """One engine's life in a run: launch -> generate -> score -> report, and obey every cancel at once.
 
-Owns the rollouts in flight on one engine: each is answered exactly once, by `Finished`, `Failed` or `Stopped`, after all its tokens.
-Decides nothing: the buffer says what to launch and what to cancel. Driven by commands from the buffer and by its engine; run by
-`actors.process`.
+Owns the rollouts in flight on one engine: each is answered exactly once, by `Finished`, `Failed` or
+`Stopped`, after all its tokens. Decides nothing: the buffer says what to launch and what to cancel.
+Driven by commands from the buffer and by its engine; run by `actors.process`.
 
-Consumes Launch, Cancel, PolicyPublished, Shutdown. Waits for its engine, for verifiers and for snapshots, each in a task of its own, so
-that none holds up another. Unblocks the buffer with every Progress, Finished, Failed, Stopped and PolicyLoaded.
+Consumes Launch, Cancel, PolicyPublished, Shutdown. Waits for its engine, for verifiers and for
+snapshots, each in a task of its own, so that none holds up another. Unblocks the buffer with every
+Progress, Finished, Failed, Stopped and PolicyLoaded.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CROWDED_BYTES = (
 
 
 class Sampler(Protocol):
-    """What a worker needs of an engine: `actors.inference.engine.Engine`, or a fake in its place."""
+    """The part of an engine that a worker uses: `actors.inference.engine.Engine`, or a fake in its place."""
 
     tokenizer: Any
     eos_ids: frozenset[int]
@@ -67,7 +68,7 @@ class Sampler(Protocol):
 
 
 class Link(Protocol):
-    """What a worker needs of `buffer.wire.client.EngineLink`."""
+    """The part of `buffer.wire.client.EngineLink` that a worker uses."""
 
     def send(self, message: msg.EngineMessage) -> None: ...
     def receive(self, timeout_s: float) -> Any: ...
@@ -79,7 +80,10 @@ class PolicyUnavailable(Exception):
 
 @dataclass(slots=True, eq=False)
 class Rollout:
-    """A launched rollout until it is answered. `prefix`: sampled by an engine that died, and known to the buffer."""
+    """A launched rollout until it is answered.
+
+    `prefix`: sampled by an engine that died, and known to the buffer.
+    """
 
     rollout_id: int
     prompt: msg.PromptPayload
@@ -93,7 +97,7 @@ class Rollout:
         return len(self.prefix) + len(self.generation.tokens)
 
     def take_chunks(self) -> list[msg.Chunk]:
-        """What was sampled since the last call."""
+        """Return the tokens sampled since the last call."""
         return [
             msg.Chunk(
                 rollout_id=self.rollout_id,
@@ -107,7 +111,9 @@ class Rollout:
 
 
 class Worker:
-    """Serves one run on one engine, from the buffer's welcome to its shutdown, or until the buffer is lost."""
+    """Serves one run on one engine, from the buffer's welcome to its shutdown, or until the buffer
+    is lost.
+    """
 
     def __init__(
         self,
@@ -134,7 +140,8 @@ class Worker:
     async def run(self, welcome: msg.Welcome) -> msg.Shutdown:
         """Until the buffer ends the run. Leaves the engine empty.
 
-        Raises `TransportError` when the buffer is lost, `EngineDied`, `SwapFailed`, `PolicyUnavailable`.
+        Raises `TransportError` when the buffer is lost, `EngineDied`, `SwapFailed`,
+        `PolicyUnavailable`.
         """
         if welcome.policy is not None:
             self._learn_of(welcome.policy)
@@ -171,7 +178,7 @@ class Worker:
         if not task.cancelled() and (error := task.exception()) and not self._broken.done():
             self._broken.set_exception(error)
 
-    # Commands --------------------------------------------------------------------------------------------------
+    # Commands -------------------------------------------------------------------------------------
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
         """On a thread of its own: the link's blocking `receive`, into the event loop's inbox."""
@@ -179,7 +186,7 @@ class Worker:
         while not isinstance(message, (msg.Shutdown, Exception)):
             try:
                 message = self._link.receive(RECEIVE_S)
-            except Exception as error:  # it must reach whoever waits for commands
+            except Exception as error:  # it must reach the task that waits for commands
                 message = error
             if message is not None:
                 try:
@@ -205,9 +212,7 @@ class Worker:
         prompt = command.prompt
         try:
             prompt_ids = self._environment.render(prompt, self._engine.tokenizer)
-        except (
-            Exception
-        ) as error:  # a template or tokenizer that cannot take this prompt, in whatever way
+        except Exception as error:  # a template or tokenizer that cannot take this prompt
             line = f"prompt {prompt.prompt_id} cannot be turned into tokens: {one_line(error)}; see its row, or data.chat_template"
             self._fail(command.rollouts, line, fatal=False)
             return
@@ -277,7 +282,7 @@ class Worker:
         if decoding:
             await self._engine.abort([rollout.generation.request_id for rollout in decoding])
 
-    # A rollout's end -------------------------------------------------------------------------------------------
+    # A rollout's end ------------------------------------------------------------------------------
 
     async def _follow(self, rollout: Rollout) -> None:
         answer = await self._answer(rollout)
@@ -286,7 +291,10 @@ class Worker:
             self._link.send(answer)
 
     async def _answer(self, rollout: Rollout) -> msg.Finished | msg.Failed | msg.Stopped | None:
-        """What the buffer is told at the end, its last tokens sent before. None where the whole engine is lost."""
+        """Return the final message for the buffer, after sending the last tokens.
+
+        None if the whole engine is lost.
+        """
         try:
             outcome = await rollout.generation.finished
         except Exception as error:  # of this request alone, unless the engine is gone
@@ -318,10 +326,13 @@ class Worker:
             text=text[:TEXT_CHARS],
         )
 
-    # Reports ---------------------------------------------------------------------------------------------------
+    # Reports --------------------------------------------------------------------------------------
 
     def _send_progress(self, rollouts: Iterable[Rollout]) -> int:
-        """Everything these have sampled since their last chunk, as one message. Returns its payload bytes."""
+        """Everything these have sampled since their last chunk, as one message.
+
+        Returns its payload bytes.
+        """
         chunks = [chunk for rollout in rollouts for chunk in rollout.take_chunks()]
         if chunks:
             self._link.send(msg.Progress(chunks=chunks))
@@ -362,7 +373,7 @@ class Worker:
         last_lines = "their last lines are above, if they wrote any"
         raise EngineDied(f"vLLM's processes ended by themselves: {cause or last_lines}")
 
-    # Policies --------------------------------------------------------------------------------------------------
+    # Policies -------------------------------------------------------------------------------------
 
     def _learn_of(self, policy: msg.SnapshotRef) -> None:
         self._newest = policy
@@ -407,7 +418,9 @@ class Worker:
 
 
 def next_flush_s(interval_s: float, fastest_s: float, late_s: float, num_bytes: int) -> float:
-    """Seconds until the next flush: longer while this process is behind (`late_s`) or its messages are large, else back to the fastest."""
+    """Seconds until the next flush: longer while this process is behind (`late_s`) or its messages
+    are large, else back to the fastest.
+    """
     crowded = late_s > interval_s / 2 or num_bytes > CROWDED_BYTES
     return (
         min(interval_s * 1.5, SLOWEST_FLUSH * fastest_s)

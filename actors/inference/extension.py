@@ -1,7 +1,9 @@
-"""Our code inside vLLM's own processes: loads a snapshot into the running model, and dies with the frontend.
+"""Our code inside vLLM's own processes: loads a snapshot into the running model, and dies with the
+frontend.
 
-vLLM imports this module, by name, in every process that holds a part of the model. Owns nothing there but one watching thread.
-Driven by `actors.inference.engine`, from the frontend, through `AsyncLLM.collective_rpc`.
+vLLM imports this module, by name, in every process that holds a part of the model. Owns nothing
+there but one watching thread. Driven by `actors.inference.engine`, from the frontend, through
+`AsyncLLM.collective_rpc`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class SnapshotLoader:
     model_runner: Any
 
     def load_snapshot(self, path: str) -> str:
-        """Replace the model's weights by those of the safetensors file `path`, under checkpoint names.
+        """Replace the model's weights by those of the safetensors file `path`, under checkpoint
+        names.
 
         Returns "" or, in one line, why the weights are now a mixture of two policies. (vLLM would
         print an exception's traceback before handing it on.) Reloads layer by layer, because
@@ -77,9 +80,10 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
 def _tensors(
     snapshot: Any, model: torch.nn.Module, tied: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor; where embeddings are tied, with the head exactly if this engine keeps one.
+    """Every tensor; if embeddings are tied, with the head exactly if this engine keeps one.
 
-    Without it such an engine would silently keep its old head; an engine that keeps none refuses it.
+    Without it such an engine would silently keep its old head; an engine that keeps none refuses
+    it.
     """
     modules = model.named_modules(remove_duplicate=False)  # it may be the embeddings themselves
     has_head = any(name.rpartition(".")[2] == "lm_head" for name, _ in modules)
@@ -102,7 +106,8 @@ def _embeddings(model: torch.nn.Module, names: list[str]) -> str:
 
 
 def _die_with(frontend_pid: int) -> None:
-    """Kill this process, and vLLM's EngineCore above it, as soon as the frontend is gone: it may have been SIGKILLed.
+    """Kill this process, and vLLM's EngineCore above it, as soon as the frontend is gone: it may
+    have been SIGKILLed.
 
     EngineCore itself never notices, and would keep its cores and memory for ever.
     """

@@ -1,8 +1,9 @@
 """What an engine has sampled: one request's tokens as they come, and what decoding them cost.
 
-Owns two ledgers without I/O: `Generation` (tokens, logprobs, and which policy version sampled each) and `Meter` (batch, time per
-token, occupied slots). Never talks to an engine or a socket, and imports no vLLM, so that a worker is tested without one. Filled by
-`actors.inference.engine`, emptied by `actors.worker`.
+Owns two ledgers without I/O: `Generation` (tokens, logprobs, and which policy version sampled each)
+and `Meter` (batch, time per token, occupied slots). Never talks to an engine or a socket, and
+imports no vLLM, so that a worker is tested without one. Filled by `actors.inference.engine`, emptied by
+`actors.worker`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ class TokenRun:
 class Generation:
     """One request in an engine. Made inside a running event loop.
 
-    `tokens` holds everything sampled so far; `finished` ends with "stop", "length" or "abort", or with the exception that ended it.
-    `prompt_logprobs`: of each token of the prompt after the first, if they were asked for.
+    `tokens` holds everything sampled so far; `finished` ends with "stop", "length" or "abort", or
+    with the exception that ended it. `prompt_logprobs`: of each token of the prompt after the
+    first, if they were asked for.
     """
 
     __slots__ = ("request_id", "tokens", "prompt_logprobs", "finished", "num_pending", "_pending")
@@ -46,7 +48,9 @@ class Generation:
         self._pending: list[TokenRun] = []
 
     def extend(self, version: int, token_ids: Iterable[int], logprobs: Iterable[float]) -> None:
-        """Tokens sampled by policy `version`, each with its log-probability under the distribution that was sampled."""
+        """Tokens sampled by policy `version`, each with its log-probability under the distribution
+        that was sampled.
+        """
         if not self._pending or self._pending[-1].version != version:
             self._pending.append(TokenRun(version, array("i"), array("f")))
         run, before = self._pending[-1], len(self.tokens)
@@ -56,12 +60,12 @@ class Generation:
         self.num_pending += len(self.tokens) - before
 
     def take(self) -> list[TokenRun]:
-        """What was sampled since the last take, in order, one run per policy version."""
+        """Return the tokens sampled since the last take, in order, one run per policy version."""
         taken, self._pending, self.num_pending = self._pending, [], 0
         return taken
 
     def end(self, outcome: str | Exception) -> None:
-        """Settle `finished`, once; what comes later is ignored."""
+        """Settle `finished`, once; later outcomes are ignored."""
         if self.finished.done():
             return
         if isinstance(outcome, str):
@@ -72,9 +76,11 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """An engine between two reports. `batch` and `ms_per_token` belong together: the same intervals, weighted by time.
+    """An engine between two reports.
 
-    Both are 0 where no request decoded two tokens in a row.
+    `batch` and `ms_per_token` belong together: the same intervals, weighted by time.
+
+    Both are 0 if no request decoded two tokens in a row.
     """
 
     batch: float
@@ -84,7 +90,10 @@ class Measurement:
 
 
 class Meter:
-    """Latency and occupancy of one engine, from its steps. Every `time_s` is of one monotonic clock."""
+    """Latency and occupancy of one engine, from its steps.
+
+    Every `time_s` is of one monotonic clock.
+    """
 
     def __init__(self, slots: int, time_s: float) -> None:
         self._slots = slots
@@ -105,10 +114,11 @@ class Meter:
         self._occupied, self._occupied_since_s = num_requests, time_s
 
     def step(self, time_s: float, num_tokens: int, num_ended: int) -> None:
-        """The engine reported one step: a token each of `num_tokens` requests, of which `num_ended` ended with it.
+        """The engine reported one step: a token each of `num_tokens` requests, of which `num_ended`
+        ended with it.
 
-        The time since the last step is what the requests that decoded in both waited for a token. Where none went on from the
-        last step, it was idle time and measures nothing.
+        The time since the last step is what the requests that decoded in both waited for a token.
+        Where none went on from the last step, it was idle time and measures nothing.
         """
         if self._last_step_s is not None and self._decoding:
             interval_s = max(time_s - self._last_step_s, 0.0)
@@ -119,11 +129,13 @@ class Meter:
         self._last_step_s, self._decoding = time_s, num_tokens - num_ended
 
     def interrupt(self) -> None:
-        """Decoding pauses for something else (a swap): the interval up to the next step measures nothing."""
+        """Decoding pauses for something else (a swap): the interval up to the next step measures
+        nothing.
+        """
         self._last_step_s = None
 
     def report(self, time_s: float) -> Measurement:
-        """What was measured since the last report; starts the next one."""
+        """Return the measurements since the last report, and start the next one."""
         self.occupy(self._occupied, time_s)
         elapsed_s = max(time_s - self._since_s, 1e-9)
         measured = self._decode_s > 0

@@ -1,7 +1,9 @@
-"""vLLM's scheduler, with the log-probabilities of a step in one array instead of three small ones for every request.
+"""vLLM's scheduler, with the log-probabilities of a step in one array instead of three small ones
+for every request.
 
-Runs in EngineCore's process. Encoding, sending and decoding those arrays costs more than the tokens that they belong to; the sampled
-tokens' own log-probabilities are all that anybody here reads. `actors.inference.engine._Router` unpacks them. Changes nothing that is scheduled.
+Runs in EngineCore's process. Encoding, sending and decoding those arrays costs more than the tokens
+that they belong to; the sampled tokens' own log-probabilities are all that anybody here reads.
+`actors.inference.engine._Router` unpacks them. Changes nothing that is scheduled.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class CompactScheduler(Scheduler):
 
 
 def pack_logprobs(outputs: Sequence[Any]) -> None:
-    """Moves all sampled tokens' log-probabilities to the first output that has any, in the order of the outputs: float32 [tokens, 1]."""
+    """Moves all sampled tokens' log-probabilities to the first output that has any, in the order of
+    the outputs: float32 [tokens, 1].
+    """
     sampled = [output for output in outputs if output.new_logprobs is not None]
     if not sampled:
         return

@@ -1,4 +1,4 @@
-"""The engine's half of the probe: what its present weights make of the fixed sequences.
+"""The engine's half of the probe: its present weights' log-probabilities of the fixed sequences.
 
 Driven by `actors.worker` whenever weights have been loaded, and by `tools.check`.
 """
@@ -12,7 +12,7 @@ from buffer.wire.probe import probe_sequences
 
 
 class Scorer(Protocol):
-    """What a probe needs of an engine: `actors.inference.engine.Engine`, or a fake in its place."""
+    """The part of an engine that a probe uses: `actors.inference.engine.Engine`, or a fake in its place."""
 
     @property
     def vocab_size(self) -> int: ...

@@ -1,8 +1,8 @@
 """Why vLLM failed, in one line instead of several tracebacks from several processes.
 
 vLLM logs the cause of a failure where it happens, and raises "see root cause above" elsewhere. A
-`CauseKeeper` on its loggers notes the cause in a file that lives as long as the frontend. Tracebacks
-of a failed start are shown only if VLLM_LOGGING_LEVEL asks for progress. Installed by
+`CauseKeeper` on its loggers notes the cause in a file that lives as long as the frontend.
+Tracebacks of a failed start are shown only if VLLM_LOGGING_LEVEL asks for progress. Installed by
 `actors.inference.engine` in the frontend and by `actors.inference.extension` in vLLM's own processes.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from configs.errors import one_line
 
 CAUSE_FILE = "DARTS_CAUSE_FILE"
-AT_START = ("vllm.model_executor.models.registry",)  # what the frontend itself logs
+AT_START = ("vllm.model_executor.models.registry",)  # logged by the frontend itself
 IN_CORE = ("vllm.v1.engine.core",)
 VERBOSE = ("DEBUG", "INFO", "WARNING")
 FAILED_START = "EngineCore failed to start."
@@ -64,7 +64,7 @@ class Causes:
         install(AT_START)
 
     def first(self) -> str:
-        """The first cause noted so far, "" if there is none: whatever follows, it led to it."""
+        """The first cause noted so far, or "" if there is none; later errors follow from it."""
         return next(iter(Path(self._path).read_text().splitlines()), "")
 
     def close(self) -> None:

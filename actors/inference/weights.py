@@ -1,7 +1,7 @@
 """A snapshot's way into an engine: fetched while it decodes, verified, then swapped in.
 
-Owns the snapshot's bytes between the network and the engine, in memory that vanishes with this process. Never decides which policy is
-due. Driven by `actors.worker`.
+Owns the snapshot's bytes between the network and the engine, in memory that vanishes with this
+process. Never decides which policy is due. Driven by `actors.worker`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,26 @@ from typing import Protocol, TypeVar
 
 from buffer.wire.messages import PolicyLoaded, SnapshotRef
 
-Fetch = Callable[[SnapshotRef], bytes]  # blocks; raises what buffer.wire.snapshots.fetch raises
+Fetch = Callable[[SnapshotRef], bytes]  # blocks; raises like buffer.wire.snapshots.fetch
 T = TypeVar("T")
 
 
 class SwapFailed(Exception):
-    """An engine could not load a policy's weights; what it holds now may be a mixture."""
+    """An engine could not load a policy's weights; it may now hold a mixture."""
 
 
 class Swappable(Protocol):
-    """What an engine must offer: load the safetensors file `path` as policy `version`, and say how long decoding paused."""
+    """The interface that an engine must offer: load the safetensors file `path` as policy
+    `version`, and say how long decoding paused.
+    """
 
     async def swap(self, path: str, version: int) -> float: ...
 
 
 async def load(policy: SnapshotRef, fetch: Fetch, engine: Swappable) -> PolicyLoaded:
-    """Fetch `policy` and swap it into `engine`. Raises what `fetch` raises, with the engine untouched, and `SwapFailed`.
+    """Fetch `policy` and swap it into `engine`.
+
+    Raises the errors of `fetch`, with the engine untouched, and `SwapFailed`.
 
     Once the swap has begun it is carried through, even if the caller is cancelled.
     """
@@ -42,9 +46,12 @@ async def load(policy: SnapshotRef, fetch: Fetch, engine: Swappable) -> PolicyLo
 
 
 async def swap(version: int, data: bytes, engine: Swappable) -> float:
-    """Have `engine` load `data`, a snapshot's bytes, as policy `version`. Returns the seconds that decoding paused."""
-    # An anonymous file, which vLLM's processes map: through their message queue the bytes would be pickled and copied several times,
-    # and a real file could be left behind.
+    """Have `engine` load `data`, a snapshot's bytes, as policy `version`.
+
+    Returns the seconds that decoding paused.
+    """
+    # An anonymous file, which vLLM's processes map: through their message queue the bytes would be
+    # pickled and copied several times, and a real file could be left behind.
     handle = os.memfd_create(f"policy-{version}")
     try:
         await in_thread(lambda: _write(handle, data))
@@ -60,7 +67,9 @@ def _write(handle: int, data: bytes) -> None:
 
 
 async def in_thread(function: Callable[[], T]) -> T:
-    """Like `asyncio.to_thread`, but on a daemon thread: a fetch that hangs must not hold up the end of the process."""
+    """Like `asyncio.to_thread`, but on a daemon thread: a fetch that hangs must not hold up the end
+    of the process.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -76,7 +85,7 @@ async def in_thread(function: Callable[[], T]) -> T:
         try:
             loop.call_soon_threadsafe(settle, result, error)
         except RuntimeError:
-            return  # the loop has closed: nobody waits any more
+            return  # the loop has closed, so no task waits any more
 
     threading.Thread(target=run, daemon=True, name="snapshot").start()
     return await future

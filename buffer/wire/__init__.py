@@ -1,1 +1,1 @@
-"""What travels between processes, and the sockets it travels on; shared by every process."""
+"""Messages between processes, and the sockets that carry them; shared by every process."""

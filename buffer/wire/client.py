@@ -1,8 +1,9 @@
-"""Links to the buffer: what an engine, a learner rank or a monitor holds to speak with it.
+"""Links to the buffer, for an engine, a learner rank or a monitor.
 
-Owns, per link, one background thread with one socket: it says hello, keeps the heartbeat, and notices when the buffer is
-gone. Never decides, never retries work: a link that breaks raises once for all, because what was under way may be lost;
-calling `connect` again, with a fresh hello, starts anew. Driven by actors, learner ranks and monitors.
+Owns, per link, one background thread with one socket: it says hello, keeps the heartbeat, and
+notices when the buffer is gone. Never decides, never retries work: a link that breaks raises once
+for all, because what was under way may be lost; calling `connect` again, with a fresh hello, starts
+again. Driven by actors, learner ranks and monitors.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ from buffer.wire.transport import (
 
 HEARTBEAT_S = 1.0
 CONNECT_RETRY_S = 0.05
-SUSPENDED_S = 5.0  # a thread that slept this long (a stopped process, a closed laptop) cannot blame the buffer for silence
-ANY_SIZE = -1  # the buffer is trusted with the size of what it sends
+# A thread that slept this long (a stopped process, a closed laptop) cannot blame the buffer for
+# silence.
+SUSPENDED_S = 5.0
+ANY_SIZE = -1  # the buffer is trusted with the size of its messages
 
 HANDSHAKE_FAILURES = (
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -67,7 +70,9 @@ class Refused(TransportError):
 
 
 class _Connection:
-    """One stream with the buffer, from hello to close or failure: the socket, its thread, and the queues to both sides."""
+    """One stream with the buffer, from hello to close or failure: the socket, its thread, and the
+    queues to both sides.
+    """
 
     def __init__(
         self,
@@ -90,7 +95,8 @@ class _Connection:
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = open_socket(self._context, zmq.DEALER, address, ANY_SIZE)
         try:
-            # Each connection has a name of its own: ROUTER's handover of a name from one live connection to another can end its process.
+            # Each connection has a name of its own: ROUTER's handover of a name from one live
+            # connection to another can end its process.
             self._socket.setsockopt(zmq.IDENTITY, f"{identity}~{secrets.token_hex(4)}".encode())
             self._socket.setsockopt(
                 zmq.IMMEDIATE, 1
@@ -134,7 +140,8 @@ class _Connection:
             linger_ms = LINGER_MS
         except TransportError as error:
             self.failure = error
-        except Exception as error:  # whatever broke here must reach whoever waits for a message
+        except Exception as error:
+            # Any failure here must reach the caller that waits for a message.
             self.failure = TransportError(
                 f"the link to the buffer at {self._address} failed: {type(error).__name__}: {error}"
             )
@@ -178,7 +185,10 @@ class _Connection:
                 )
 
     def _give_sign(self) -> float:
-        """Say hello until welcomed, then keep the heartbeat. Returns seconds until the next sign is due."""
+        """Say hello until welcomed, then keep the heartbeat.
+
+        Returns seconds until the next sign is due.
+        """
         if self._welcomed:
             if not self._outbox:  # a full outbox is not helped by one more
                 self._outbox.append(encode(Heartbeat()))
@@ -221,7 +231,8 @@ class _Connection:
             if event & HANDSHAKE_FAILURES:
                 self.handshake_refused = True
             elif self._welcomed:
-                # What either side had under way may be lost, so the stream cannot simply go on over a new connection.
+                # Messages under way in either direction may be lost, so the stream cannot simply go
+                # on over a new connection.
                 self._socket.poll(50)  # zmq tells of the end before it hands over the last messages
                 self._read()
                 raise TransportError(
@@ -230,9 +241,12 @@ class _Connection:
 
 
 class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
-    """A named peer's link to the buffer. `send` may be called from any thread; `connect`, `receive`, `close` from one.
+    """A named peer's link to the buffer.
 
-    `identity` names it in logs; each connection is a peer of its own to the buffer, which takes no link of another run.
+    `send` may be called from any thread; `connect`, `receive`, `close` from one.
+
+    `identity` names it in logs; each connection is a peer of its own to the buffer, which takes no
+    link of another run.
     """
 
     _welcome_type: type
@@ -252,7 +266,10 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
         self._run = ""  # that this link has served before
 
     def connect(self, hello: HelloT, timeout_s: float) -> WelcomeT:
-        """Say hello, each second, until the buffer answers. Once more after a TransportError: a new stream."""
+        """Say hello, each second, until the buffer answers.
+
+        Once more after a TransportError: a new stream.
+        """
         self.close()
         hello = msgspec.structs.replace(hello, run=self._run)
         self._connection = _Connection(
@@ -289,14 +306,20 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
         return f"no buffer answered at {self.address} within {timeout_s:g} s: start `python -m buffer` there, or set buffer.address"
 
     def send(self, message: SentT) -> None:
-        """Hand a message to the link's thread: never waits, keeps the order. TransportError once the buffer is lost."""
+        """Hand a message to the link's thread: never waits, keeps the order.
+
+        TransportError once the buffer is lost.
+        """
         connection = self._connected()
         if connection.failure is not None:
             raise TransportError(str(connection.failure)) from connection.failure
         connection.send(encode(message))
 
     def receive(self, timeout_s: float) -> ReceivedT | None:
-        """The next message, or None after `timeout_s`. TransportError, each time, once the buffer is lost."""
+        """The next message, or None after `timeout_s`.
+
+        TransportError, each time, once the buffer is lost.
+        """
         connection = self._connected()
         try:
             item = connection.inbox.get(timeout=max(0.0, timeout_s))
@@ -315,7 +338,7 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
         return self._connection
 
     def close(self) -> None:
-        """Give what was sent up to two seconds to leave, then close. May be called twice."""
+        """Give sent messages up to two seconds to leave, then close. May be called twice."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -345,7 +368,10 @@ class LearnerLink(Link[LearnerHello, LearnerWelcome, LearnerMessage, LearnerComm
 
 
 class MonitorLink:
-    """Listens to the buffer's published state. Survives the buffer's restart; never slows it. Used by one thread."""
+    """Listens to the buffer's published state.
+
+    Survives the buffer's restart; never slows it. Used by one thread.
+    """
 
     def __init__(self, publisher_address: str, keys: str = "") -> None:
         check_address(publisher_address, keys)

@@ -1,7 +1,8 @@
 """Every message on the wire: one tagged union per sender, named by who sends it to whom.
 
-Encoded as msgpack against these types (unknown fields and wrong types are refused, nothing is unpickled). Tokens,
-log-probabilities and masks travel as little-endian arrays: `tokens` int32, `logprobs` float32.
+Encoded as msgpack against these types (unknown fields and wrong types are refused, nothing is
+unpickled). Tokens, log-probabilities and masks travel as little-endian arrays: `tokens` int32,
+`logprobs` float32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True, frozen=True,
 
 
 class SnapshotRef(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Where to fetch an immutable weight snapshot, and how to know that it is the right one."""
+    """The address of an immutable weight snapshot, and the means to verify it."""
 
     version: int
     digest: str  # sha256 of the safetensors bytes, hex
@@ -26,7 +27,9 @@ class SnapshotRef(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
 
 
 class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Consecutive tokens of one rollout: sampled by one policy version, or given (`sampled=False`, no logprobs)."""
+    """Consecutive tokens of one rollout: sampled by one policy version, or given (`sampled=False`,
+    no logprobs).
+    """
 
     rollout_id: int
     sampled: bool
@@ -35,7 +38,7 @@ class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     logprobs: bytes
 
 
-# both --------------------------------------------------------------------------------------------------------------
+# both ---------------------------------------------------------------------------------------------
 
 
 class Heartbeat(Message):
@@ -48,13 +51,16 @@ class Shutdown(Message):
     error: str
 
 
-# actor -> buffer ---------------------------------------------------------------------------------------------------
+# actor -> buffer ----------------------------------------------------------------------------------
 
 
 class EngineHello(Message):
-    """An engine offers `slots` credits. Repeated until a `Welcome` comes; on another connection it replaces the engine of that name.
+    """An engine offers `slots` credits.
 
-    `run`: the run that this link has served before, "" for none; a buffer of another run refuses it.
+    Repeated until a `Welcome` comes; on another connection it replaces the engine of that name.
+
+    `run`: the run that this link has served before, "" for none; a buffer of another run refuses
+    it.
     """
 
     engine_id: str
@@ -86,7 +92,9 @@ class Finished(Message):
 
 
 class Failed(Message):
-    """A rollout could not be generated or scored; `error` is one line that names what, where and how to mend it."""
+    """A rollout could not be generated or scored; `error` is one line that names the cause, the
+    place and the fix.
+    """
 
     rollout_id: int
     error: str
@@ -94,7 +102,10 @@ class Failed(Message):
 
 
 class Stopped(Message):
-    """The engine confirms a cancel, so the slot is free. `num_tokens` were sampled until it stopped."""
+    """The engine confirms a cancel, so the slot is free.
+
+    `num_tokens` were sampled until it stopped.
+    """
 
     rollout_id: int
     num_tokens: int
@@ -109,7 +120,7 @@ class PolicyLoaded(Message):
 
 
 class EngineReport(Message):
-    """What the engine measured since its last report."""
+    """The engine's measurements since its last report."""
 
     batch: float  # mean number of requests decoding
     ms_per_token: float  # mean time between two tokens of one request
@@ -118,7 +129,7 @@ class EngineReport(Message):
 
 
 class Probed(Message):
-    """What the engine's weights of `version` make of the probe (`buffer.wire.probe`)."""
+    """The probe's results under the engine's weights of `version` (`buffer.wire.probe`)."""
 
     version: int  # -1: the weights that it started with
     model_type: str
@@ -130,14 +141,16 @@ EngineMessage = Union[
 ]
 
 
-# buffer -> actor ---------------------------------------------------------------------------------------------------
+# buffer -> actor ----------------------------------------------------------------------------------
 
 
 class PromptPayload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A prompt as its source gave it: text, or chat messages, and whatever its environment needs to score it."""
+    """A prompt as its source gave it: text, or chat messages, and the data that its environment
+    needs to score it.
+    """
 
     prompt_id: str
-    text: str  # "" where `messages` is given
+    text: str  # "" if `messages` is given
     messages: list[dict[str, str]]
     answer: str
     metadata: str  # JSON, for the environment (reasoning_gym's entry, say)
@@ -166,7 +179,10 @@ class Cancel(Message):
 
 
 class Welcome(Message):
-    """The buffer accepts an engine. `policy`: the newest snapshot, if one was published. `run` names the run, across its resumes."""
+    """The buffer accepts an engine.
+
+    `policy`: the newest snapshot, if one was published. `run` names the run, across its resumes.
+    """
 
     policy: SnapshotRef | None
     run: str = ""
@@ -181,7 +197,7 @@ class PolicyPublished(Message):
 EngineCommand = Union[Welcome, Launch, Cancel, PolicyPublished, Heartbeat, Shutdown]
 
 
-# learner -> buffer -------------------------------------------------------------------------------------------------
+# learner -> buffer --------------------------------------------------------------------------------
 
 
 class LearnerHello(Message):
@@ -210,7 +226,10 @@ class Pull(Message):
 
 
 class Trained(Message):
-    """Rank 0: `step` is done. Repeated until `Acknowledged`. Metrics by their `metrics.jsonl` names."""
+    """Rank 0: `step` is done.
+
+    Repeated until `Acknowledged`. Metrics by their `metrics.jsonl` names.
+    """
 
     step: int
     num_tokens: int  # over all ranks, those that contributed to the gradient
@@ -222,7 +241,7 @@ class Published(Message):
 
     policy: SnapshotRef
     seconds: float
-    probe: bytes = b""  # float32: what these weights make of it (`buffer.wire.probe`)
+    probe: bytes = b""  # float32: its results under these weights (`buffer.wire.probe`)
 
 
 class LearnerFailed(Message):
@@ -235,23 +254,29 @@ class LearnerFailed(Message):
 LearnerMessage = Union[LearnerHello, Pull, Trained, Published, LearnerFailed]
 
 
-# buffer -> learner -------------------------------------------------------------------------------------------------
+# buffer -> learner --------------------------------------------------------------------------------
 
 
 class LearnerWelcome(Message):
-    """The buffer's policy version: -1 before any publication. A learner publishes first, with the next version."""
+    """The buffer's policy version: -1 before any publication.
+
+    A learner publishes first, with the next version.
+    """
 
     policy_version: int
     run: str = ""
 
 
 class Trajectory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A selected rollout: prompt and response in one row. `sampled` is 1 for tokens that the policy sampled.
+    """A selected rollout: prompt and response in one row.
+
+    `sampled` is 1 for tokens that the policy sampled.
 
     Example: two prompt tokens, then three sampled ones, of which a newer policy sampled the last.
 
         Trajectory(
-            rollout_id=68, group_id=17, tokens=int32([5, 9, 4, 4, 2]), sampled=uint8([0, 0, 1, 1, 1]),
+            rollout_id=68, group_id=17, tokens=int32([5, 9, 4, 4, 2]), sampled=uint8([0, 0, 1, 1,
+            1]),
             actor_logprobs=float32([0, 0, -0.1, -1.2, -0.3]), versions=[(4, 2), (5, 1)],
             reward=1.0, truncated=False, group_rewards=[1.0, 0.0, 1.0],
         )
@@ -299,7 +324,7 @@ Inbound = Union[EngineMessage, LearnerMessage, Heartbeat]
 Outbound = Union[EngineCommand, LearnerCommand]
 
 
-# buffer -> monitors (PUB) ------------------------------------------------------------------------------------------
+# buffer -> monitors (PUB) -------------------------------------------------------------------------
 
 
 class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
@@ -335,7 +360,7 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PromptView(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a recently closed prompt."""
+    """The record of a recently closed prompt."""
 
     prompt_id: str
     spread: float  # standard deviation of log length
@@ -346,7 +371,10 @@ class PromptView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LiveState(Message):
-    """The live state, published a few times a second. `histogram` counts ends by length bin over recent groups."""
+    """The live state, published a few times a second.
+
+    `histogram` counts ends by length bin over recent groups.
+    """
 
     time_s: float
     run_name: str
@@ -369,7 +397,7 @@ class LiveState(Message):
     prompts: list[PromptView]
 
 
-# weights: actor <-> the learner's snapshot server ------------------------------------------------------------------
+# weights: actor <-> the learner's snapshot server -------------------------------------------------
 
 
 class FetchSnapshot(Message):

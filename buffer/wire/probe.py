@@ -1,7 +1,7 @@
 """The probe: fixed sequences that engines and learner score at every policy version.
 
-Owns the tokens, the comparison and its default bounds. Scored by `actors.worker` and `learner.train`,
-compared by the buffer in a run and by `tools.check` before one.
+Owns the tokens, the comparison and its default bounds. Scored by `actors.worker` and
+`learner.train`, compared by the buffer in a run and by `tools.check` before one.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ BROKEN_SWAP = (
 
 
 def probe_sequences(vocab_size: int) -> list[list[int]]:
-    """The token ids: from the middle of the vocabulary, where no tokenizer has special tokens."""
+    """The token ids: from the middle of the vocabulary, which holds no tokenizer's special tokens."""
     random = Random(0)
     first, last = vocab_size // 4, max(vocab_size // 2 - 1, vocab_size // 4)
     return [[random.randint(first, last) for _ in range(NUM_TOKENS)] for _ in range(NUM_SEQUENCES)]
 
 
 def allowed_difference(config: Config) -> float:
-    """Largest difference of two sides, in nats per token: `learner.max_logprob_diff` or the default."""
+    """Largest difference of two sides, in nats per token: `learner.max_logprob_diff` or the
+    default.
+    """
     return config.learner.max_logprob_diff or DEFAULT_BOUNDS[config.model.dtype]
 
 

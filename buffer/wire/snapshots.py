@@ -1,7 +1,9 @@
-"""Weight snapshots on their way from the learner to the actors: a small server, a folder, and `fetch` for both.
+"""Weight snapshots on their way from the learner to the actors: a small server, a folder, and
+`fetch` for both.
 
-Owns the bytes of the newest two snapshots and their digests. Knows nothing of tensors. The learner publishes; actors fetch,
-so that a slow link slows nobody else and a late joiner simply takes the newest.
+Owns the bytes of the newest two snapshots and their digests. Knows nothing of tensors. The learner
+publishes; actors fetch, so that a slow link slows no other reader and a late joiner simply takes
+the newest.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from buffer.wire.transport import (
 )
 
 CHUNK_BYTES = 1 << 20
-MAX_CHUNK_BYTES = 4 << 20  # served at most per request, whatever is asked for
+MAX_CHUNK_BYTES = 4 << 20  # served at most per request, however much is asked for
 CHUNKS_IN_FLIGHT = 4
 ASK_AGAIN_S = 3.0
 NUM_KEPT = 2
@@ -41,7 +43,10 @@ _Answer = Union[SnapshotChunk, SnapshotGone]
 
 
 class SnapshotGoneError(Exception):
-    """The snapshot asked for is no longer kept. `newest` is the version that is (-1: unknown); take that one instead."""
+    """The snapshot asked for is no longer kept.
+
+    `newest` is the version that is (-1: unknown); take that one instead.
+    """
 
     def __init__(self, version: int, newest: int, where: str) -> None:
         super().__init__(
@@ -103,7 +108,9 @@ class SnapshotServer:
 
 
 def write_snapshot(folder: str | Path, version: int, data: bytes) -> SnapshotRef:
-    """Write `data` as `version` into `folder` so that it is there whole or not at all; keep it and the one before it."""
+    """Write `data` as `version` into `folder` so that it is there whole or not at all; keep it and
+    the one before it.
+    """
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"policy_{version:08d}.safetensors"
@@ -121,8 +128,8 @@ def write_snapshot(folder: str | Path, version: int, data: bytes) -> SnapshotRef
 def fetch(ref: SnapshotRef, keys: str = "", timeout_s: float = 60) -> bytes:
     """The snapshot's bytes, checked against size and digest.
 
-    Raises SnapshotGoneError (a newer one has replaced it), TransportError (nothing came for `timeout_s`), ValueError (the
-    bytes are not those that were published).
+    Raises SnapshotGoneError (a newer one has replaced it), TransportError (nothing came for
+    `timeout_s`), ValueError (the bytes are not those that were published).
     """
     if ref.path:
         try:
@@ -141,7 +148,9 @@ def fetch(ref: SnapshotRef, keys: str = "", timeout_s: float = 60) -> bytes:
 
 
 def _pull(ref: SnapshotRef, keys: str, timeout_s: float) -> bytes:
-    """Ask for chunks, a few at a time, until all are there; ask again for those whose answer is late."""
+    """Ask for chunks, a few at a time, until all are there; ask again for those whose answer is
+    late.
+    """
     check_address(ref.address, keys)
     context: zmq.Context[Any] = zmq.Context()
     try:
@@ -201,7 +210,9 @@ def _reference(version: int, data: bytes, address: str = "", path: str = "") -> 
 
 
 def _reachable(address: str) -> str:
-    """The endpoint as other machines reach it: a wildcard host becomes this machine's outward address."""
+    """The endpoint as other machines reach it: a wildcard host becomes this machine's outward
+    address.
+    """
     host, _, port = address.rpartition(":")
     if host != "tcp://0.0.0.0":
         return address
@@ -216,7 +227,10 @@ def _reachable(address: str) -> str:
 
 
 def _prune(folder: Path, version: int) -> None:
-    """Keep `version` and the newest older one. Newer ones belong to a run that was resumed from before them."""
+    """Keep `version` and the newest older one.
+
+    Newer ones belong to a run that was resumed from before them.
+    """
     found = {
         int(match[1]): path
         for path in folder.iterdir()

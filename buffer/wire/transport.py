@@ -1,8 +1,10 @@
-"""Sockets of the serving side: ROUTER and PUB, their framing, CURVE keys, and what every socket here has in common.
+"""Sockets of the serving side: ROUTER and PUB, their framing, CURVE keys, and the options common to
+every socket here.
 
-Owns the rules that keep messages safe: nothing is unpickled, garbage is counted and never raises, and nothing is lost or
-reordered at a high-water mark. Knows messages only as msgspec types; decides nothing. Driven by the buffer's service and the
-snapshot server (servers), and by `client.py` and `snapshots.py` (which use the helpers of the connecting side).
+Owns the rules that keep messages safe: nothing is unpickled, garbage is counted and never raises,
+and nothing is lost or reordered at a high-water mark. Knows messages only as msgspec types; decides
+nothing. Driven by the buffer's service and the snapshot server (servers), and by `client.py` and
+`snapshots.py` (which use the helpers of the connecting side).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from buffer.wire.messages import EngineHello, LearnerHello, Message
 
 MAX_FRAME_BYTES = (
     64 << 20
-)  # of a message sent to a server; what the buffer sends may be larger (a step's shard)
+)  # of a message sent to a server; the buffer's own may be larger (a step's shard)
 MAX_PER_RECEIVE = 1000  # so that a flood cannot keep the service from its clock
 MAX_BACKLOG = 10_000  # messages kept for a peer that does not read, beyond the socket's own queue
 QUEUE_MESSAGES = 1000  # zmq's queue per peer and direction
@@ -41,19 +43,23 @@ encode = msgspec.msgpack.Encoder().encode
 
 @cache
 def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
-    """A decoder for a message type or a union of them: refuses unknown tags, unknown fields and wrong types."""
+    """A decoder for a message type or a union of them: refuses unknown tags, unknown fields and
+    wrong types.
+    """
     return msgspec.msgpack.Decoder(kind)
 
 
 class TransportError(Exception):
-    """The network, or the other side, failed: one line that names the address, what happened, and how to mend it."""
+    """The network, or the other side, failed: one line that names the address, the event, and the
+    fix.
+    """
 
 
-# Addresses ---------------------------------------------------------------------------------------------------------
+# Addresses ----------------------------------------------------------------------------------------
 
 
 def _split_tcp(address: str) -> tuple[str, str]:
-    """("host", "port") of a tcp address; ValueError where it is none."""
+    """("host", "port") of a tcp address; raises `ValueError` if it is none."""
     match = re.fullmatch(r"tcp://(\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]]+):(\*|\d{1,5})", address)
     if match is None or (match[2] != "*" and not 1 <= int(match[2]) <= 65535):
         raise ValueError(
@@ -75,7 +81,9 @@ def _is_local(address: str) -> bool:
 
 
 def check_address(address: str, keys: str) -> None:
-    """Refuse a malformed address, and one beyond this machine without CURVE keys, with a ValueError that says what to do."""
+    """Refuse a malformed address, and one beyond this machine without CURVE keys, with a
+    `ValueError` that names the fix.
+    """
     if not _is_local(address) and not keys:
         raise ValueError(
             f"address {address!r} is reachable from other machines, so CURVE keys are required: "
@@ -84,7 +92,9 @@ def check_address(address: str, keys: str) -> None:
 
 
 def next_port(address: str) -> str:
-    """The publisher's endpoint for a router's resolved endpoint: the next port, or `.pub` appended for ipc and inproc."""
+    """The publisher's endpoint for a router's resolved endpoint: the next port, or `.pub` appended
+    for ipc and inproc.
+    """
     if not address.startswith("tcp://"):
         return address + ".pub"
     _, port = _split_tcp(address)
@@ -95,13 +105,15 @@ def next_port(address: str) -> str:
     return f"{address.rpartition(':')[0]}:{int(port) + 1}"
 
 
-# Sockets -----------------------------------------------------------------------------------------------------------
+# Sockets ------------------------------------------------------------------------------------------
 
 
 def open_socket(
     context: zmq.Context[Any], kind: int, address: str, max_frame_bytes: int
 ) -> zmq.Socket[bytes]:
-    """A socket with what all of ours share: bounded queues and frames, keepalive and heartbeats against half-open connections."""
+    """A socket with the options that all of ours share: bounded queues and frames, keepalive and
+    heartbeats against half-open connections.
+    """
     socket = context.socket(kind)
     socket.linger = LINGER_MS
     socket.sndhwm = socket.rcvhwm = QUEUE_MESSAGES
@@ -129,7 +141,7 @@ def _load_key(folder: str, name: str) -> tuple[bytes, bytes | None]:
 
 
 class _OneKey:
-    """Lets in whoever holds the secret of one public key."""
+    """Admits only peers that hold the secret of one public key."""
 
     def __init__(self, public_key: bytes) -> None:
         self._public_key = public_key
@@ -141,7 +153,10 @@ class _OneKey:
 def secure_server(
     context: zmq.Context[Any], socket: zmq.Socket[bytes], keys: str
 ) -> ThreadAuthenticator | None:
-    """Make `socket` accept only the client key of the folder `keys`. The authenticator returned must be stopped."""
+    """Make `socket` accept only the client key of the folder `keys`.
+
+    The authenticator returned must be stopped.
+    """
     if not keys:
         return None
     _, secret = _load_key(keys, SERVER_FILES[0])
@@ -202,7 +217,7 @@ class _Server:
         """Options of the kind of socket, set before it is bound."""
 
     def close(self) -> None:
-        """Give what was sent up to two seconds to leave, then close. May be called twice."""
+        """Give sent messages up to two seconds to leave, then close. May be called twice."""
         if self._context.closed:
             return
         self._socket.close()
@@ -225,8 +240,8 @@ class _Server:
 class Router(_Server):
     """Receives from many peers and sends to each by name. Used by one thread at a time.
 
-    A peer is known by the identity that its socket announces. Its hello begins its stream anew: what was still kept for
-    an earlier stream under the same identity is forgotten.
+    A peer is known by the identity that its socket announces. Its hello begins its stream again:
+    messages still kept for an earlier stream under the same identity is forgotten.
     """
 
     def __init__(self, address: str, decode_type: Any, keys: str = "") -> None:
@@ -237,11 +252,12 @@ class Router(_Server):
         super().__init__(zmq.ROUTER, address, keys)
 
     def _configure(self, socket: zmq.Socket[bytes]) -> None:
-        # Without MANDATORY a ROUTER drops silently what exceeds a peer's queue; with it, send() says so and we keep it.
+        # Without MANDATORY a ROUTER silently drops messages beyond a peer's queue; with it, send()
+        # says so and we keep it.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
 
     def close(self) -> None:
-        """Give what was sent up to two seconds to leave, then close. May be called twice."""
+        """Give sent messages up to two seconds to leave, then close. May be called twice."""
         deadline = time.monotonic() + LINGER_MS / 1000
         while self._backlog and time.monotonic() < deadline:
             self._flush_backlog()
@@ -249,10 +265,11 @@ class Router(_Server):
         super().close()
 
     def receive(self, timeout_s: float) -> list[tuple[bytes, Message]]:
-        """(peer, message) pairs, in order of arrival: waits up to `timeout_s` for the first, then takes what is there.
+        """(peer, message) pairs, in order of arrival: waits up to `timeout_s` for the first, then
+        takes those already there.
 
-        What does not decode is counted in `num_rejected`. Frames above four times MAX_FRAME_BYTES never get here: zmq closes
-        the connection that sends them.
+        Messages that do not decode are counted in `num_rejected`. Frames above four times
+        MAX_FRAME_BYTES never get here: zmq closes the connection that sends them.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -268,7 +285,10 @@ class Router(_Server):
                 return []
 
     def send(self, peer: bytes, message: Message) -> bool:
-        """Send, in order. False: the peer is gone, or so far behind that it counts as lost; it must say hello again."""
+        """Send, in order.
+
+        False: the peer is gone, or so far behind that it counts as lost; it must say hello again.
+        """
         if peer in self._lost:
             return False
         frame = encode(message)
@@ -339,7 +359,7 @@ class Router(_Server):
 
 
 class Publisher(_Server):
-    """Publishes to whoever listens. A slow listener misses messages; it never slows the publisher."""
+    """Publishes to all listeners. A slow listener misses messages; it never slows the publisher."""
 
     def __init__(self, address: str, keys: str = "") -> None:
         super().__init__(zmq.PUB, address, keys)
