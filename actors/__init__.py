@@ -1,3 +1,3 @@
-"""Actor pools: vLLM engines that generate, stream, obey cancels and swap weights with requests in
+"""Actor pools: vLLM engines that generate, stream, handle cancels and swap weights with requests in
 flight.
 """

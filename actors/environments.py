@@ -129,7 +129,8 @@ def _verifier_name(config: Config) -> str:
     if train != held_out:
         raise ValueError(
             f"data.environment=auto would score data.train={config.data.train} with {train} "
-            f"but data.eval={config.data.eval} with {held_out}; name one verifier for both with data.environment"
+            f"but data.eval={config.data.eval} with {held_out}; name one verifier for both with "
+            "data.environment"
         )
     return train
 
@@ -329,7 +330,8 @@ class WorkerProcess:
         if error:
             self.kill()
             raise ValueError(
-                f"data.environment={verifier}: {error}; it must be {NAMES}, importable from {os.getcwd()}"
+                f"data.environment={verifier}: {error}; it must be {NAMES}, importable from "
+                f"{os.getcwd()}"
             )
 
     def call(self, request: list[Any], timeout_s: float) -> dict[str, Any]:

@@ -157,7 +157,8 @@ def engine_gpus(config: Config, index: int, visible: str) -> dict[str, str]:
     gpus = visible.split(",") if visible else [str(gpu) for gpu in range(engines * size)]
     if len(gpus) < engines * size:
         raise ValueError(
-            f"actors.num_engines={engines} x actors.tensor_parallel={size} need {engines * size} GPUs, but CUDA_VISIBLE_DEVICES={visible} "
+            f"actors.num_engines={engines} x actors.tensor_parallel={size} need {engines * size} "
+            f"GPUs, but CUDA_VISIBLE_DEVICES={visible} "
             f"names {len(gpus)}: start fewer engines here"
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index * size : (index + 1) * size])}
@@ -171,7 +172,8 @@ def check_model(path: str) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(
-                f"model.path={path}: this folder holds no model (no config.json); give the folder of a Hugging Face model"
+                f"model.path={path}: this folder holds no model (no config.json); give the folder "
+                "of a Hugging Face model"
             )
     elif (
         folder.parent.is_dir()
@@ -179,6 +181,7 @@ def check_model(path: str) -> None:
         or path.startswith(("models/", "runs/"))
     ):
         raise ValueError(
-            f"model.path={path}: no such folder; give the folder of a Hugging Face model, or its name on the hub. "
+            f"model.path={path}: no such folder; give the folder of a Hugging Face model, or its "
+            "name on the hub. "
             "The embedded default is made by `make demo`"
         )

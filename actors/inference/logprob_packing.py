@@ -2,7 +2,7 @@
 for every request.
 
 Runs in EngineCore's process. Encoding, sending and decoding those arrays costs more than the tokens
-that they belong to; the sampled tokens' own log-probabilities are all that anybody here reads.
+that they belong to; the sampled tokens' own log-probabilities are all that is read here.
 `actors.inference.engine._Router` unpacks them. Changes nothing that is scheduled.
 """
 

@@ -55,7 +55,7 @@ def last_line(error: BaseException) -> str:
 
 
 class Causes:
-    """The frontend's file of causes, for itself and for the processes that it starts from here on."""
+    """The frontend's file of causes, for itself and for the processes that it starts later."""
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("vllm-causes")

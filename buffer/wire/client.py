@@ -2,7 +2,7 @@
 
 Owns, per link, one background thread with one socket: it says hello, keeps the heartbeat, and
 notices when the buffer is gone. Never decides, never retries work: a link that breaks raises once
-for all, because what was under way may be lost; calling `connect` again, with a fresh hello, starts
+for all, because messages may be lost; calling `connect` again, with a fresh hello, starts
 again. Driven by actors, learner ranks and monitors.
 """
 
@@ -180,7 +180,8 @@ class _Connection:
             silent_s = time.monotonic() - last_heard
             if self._welcomed and self._stop_at is None and silent_s > self._peer_timeout_s:
                 raise TransportError(
-                    f"nothing heard from the buffer at {self._address} for {silent_s:.1f} s: see whether `python -m buffer` still runs "
+                    f"nothing heard from the buffer at {self._address} for {silent_s:.1f} s: see "
+                    "whether `python -m buffer` still runs "
                     f"there, or raise buffer.peer_timeout_s"
                 )
 
@@ -216,7 +217,8 @@ class _Connection:
                 message = self._decode(frame)
             except msgspec.MsgspecError as error:
                 raise TransportError(
-                    f"the buffer at {self._address} sent what this side does not understand ({error}): run the same version on both sides"
+                    f"the buffer at {self._address} sent what this side does not understand "
+                    f"({error}): run the same version on both sides"
                 ) from error
             if isinstance(message, self._welcome):
                 if self._welcomed:
@@ -236,7 +238,8 @@ class _Connection:
                 self._socket.poll(50)  # zmq tells of the end before it hands over the last messages
                 self._read()
                 raise TransportError(
-                    f"the buffer at {self._address} closed the connection: it ended, or the network broke; see its last lines"
+                    f"the buffer at {self._address} closed the connection: it ended, or the "
+                    "network broke; see its last lines"
                 )
 
 
@@ -258,7 +261,8 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
         check_address(address, keys)
         if not 1 <= len(identity.encode()) <= 240:
             raise ValueError(
-                f"identity {identity!r}: 1 to 240 bytes are allowed, it names this peer to the buffer"
+                f"identity {identity!r}: 1 to 240 bytes are allowed, it names this peer to the "
+                "buffer"
             )
         self.address = address
         self._identity, self._keys, self._peer_timeout_s = identity, keys, peer_timeout_s
@@ -287,7 +291,8 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
                 raise TransportError(self._unanswered(timeout_s))
             if isinstance(answer, Shutdown):
                 raise Refused(
-                    f"the buffer at {self.address} does not let {self._identity} join: {answer.error or 'the run is over'}"
+                    f"the buffer at {self.address} does not let {self._identity} join: "
+                    f"{answer.error or 'the run is over'}"
                 )
         except BaseException:
             self.close()
@@ -300,10 +305,14 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
         if self._connection is not None and self._connection.handshake_refused:
             keys = f"the keys in {self._keys}" if self._keys else "a client without keys"
             return (
-                f"what listens at {self.address} refuses {keys}: give both sides the folder of one `python -m tools.keys FOLDER` "
+                f"what listens at {self.address} refuses {keys}: give both sides the folder of one "
+                "`python -m tools.keys FOLDER` "
                 "as buffer.keys, and check that buffer.address is the buffer's"
             )
-        return f"no buffer answered at {self.address} within {timeout_s:g} s: start `python -m buffer` there, or set buffer.address"
+        return (
+            f"no buffer answered at {self.address} within {timeout_s:g} s: start `python -m "
+            "buffer` there, or set buffer.address"
+        )
 
     def send(self, message: SentT) -> None:
         """Hand a message to the link's thread: never waits, keeps the order.
@@ -388,7 +397,7 @@ class MonitorLink:
             raise
 
     def receive(self, timeout_s: float) -> LiveState | None:
-        """The newest state that has arrived, waiting up to `timeout_s` for one; None if none came."""
+        """The newest state to arrive; waits up to `timeout_s` for one. None if none came."""
         if not self._socket.poll(max(0, int(timeout_s * 1000))):
             return None
         newest: bytes = b""
@@ -401,7 +410,8 @@ class MonitorLink:
             return decoder(LiveState).decode(newest)
         except msgspec.MsgspecError as error:
             raise TransportError(
-                f"what is published at {self.address} is no state that this monitor understands ({error}): run the buffer's version"
+                f"what is published at {self.address} is no state that this monitor understands "
+                f"({error}): run the buffer's version"
             ) from error
 
     def close(self) -> None:

@@ -112,7 +112,7 @@ class Stopped(Message):
 
 
 class PolicyLoaded(Message):
-    """The engine swapped in a snapshot: seconds to fetch it, and seconds for which decoding paused."""
+    """The engine swapped in a snapshot: seconds to fetch it, and seconds that decoding paused."""
 
     version: int
     fetch_s: float
@@ -275,8 +275,8 @@ class Trajectory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
     Example: two prompt tokens, then three sampled ones, of which a newer policy sampled the last.
 
         Trajectory(
-            rollout_id=68, group_id=17, tokens=int32([5, 9, 4, 4, 2]), sampled=uint8([0, 0, 1, 1,
-            1]),
+            rollout_id=68, group_id=17,
+            tokens=int32([5, 9, 4, 4, 2]), sampled=uint8([0, 0, 1, 1, 1]),
             actor_logprobs=float32([0, 0, -0.1, -1.2, -0.3]), versions=[(4, 2), (5, 1)],
             reward=1.0, truncated=False, group_rewards=[1.0, 0.0, 1.0],
         )

@@ -29,7 +29,7 @@ BROKEN_SWAP = (
 
 
 def probe_sequences(vocab_size: int) -> list[list[int]]:
-    """The token ids: from the middle of the vocabulary, which holds no tokenizer's special tokens."""
+    """The token ids, from the middle of the vocabulary: no tokenizer has special tokens there."""
     random = Random(0)
     first, last = vocab_size // 4, max(vocab_size // 2 - 1, vocab_size // 4)
     return [[random.randint(first, last) for _ in range(NUM_TOKENS)] for _ in range(NUM_SEQUENCES)]

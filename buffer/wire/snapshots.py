@@ -50,7 +50,8 @@ class SnapshotGoneError(Exception):
 
     def __init__(self, version: int, newest: int, where: str) -> None:
         super().__init__(
-            f"snapshot {version} is no longer kept at {where}; newest there: {newest if newest >= 0 else 'unknown'}"
+            f"snapshot {version} is no longer kept at {where}; newest there: "
+            f"{newest if newest >= 0 else 'unknown'}"
         )
         self.version, self.newest = version, newest
 
@@ -141,7 +142,8 @@ def fetch(ref: SnapshotRef, keys: str = "", timeout_s: float = 60) -> bytes:
     digest = hashlib.sha256(data).hexdigest()
     if len(data) != ref.num_bytes or digest != ref.digest:
         raise ValueError(
-            f"snapshot {ref.version} from {ref.path or ref.address} is damaged: sha256 {digest} over {len(data)} bytes, "
+            f"snapshot {ref.version} from {ref.path or ref.address} is damaged: sha256 {digest} "
+            f"over {len(data)} bytes, "
             f"published as {ref.digest} over {ref.num_bytes}; it was not loaded, fetch it again"
         )
     return data
@@ -180,9 +182,12 @@ def _pull_chunks(socket: zmq.Socket[bytes], ref: SnapshotRef, timeout_s: float) 
         if not socket.poll(int(min(ASK_AGAIN_S, timeout_s) * 1000)):
             if time.monotonic() - last_heard >= timeout_s:
                 raise TransportError(
-                    f"no answer from the snapshot server at {ref.address} for {timeout_s:g} s ({len(chunks)} of "
-                    f"{len(chunks) + len(missing)} chunks of snapshot {ref.version} are here): see whether the learner still runs, "
-                    "whether this machine can reach weights.address, and whether both use the same buffer.keys"
+                    f"no answer from the snapshot server at {ref.address} for {timeout_s:g} s "
+                    f"({len(chunks)} of "
+                    f"{len(chunks) + len(missing)} chunks of snapshot {ref.version} are here): see "
+                    "whether the learner still runs, "
+                    "whether this machine can reach weights.address, and whether both use the same "
+                    "buffer.keys"
                 )
             continue
         try:

@@ -63,7 +63,8 @@ def _split_tcp(address: str) -> tuple[str, str]:
     match = re.fullmatch(r"tcp://(\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]]+):(\*|\d{1,5})", address)
     if match is None or (match[2] != "*" and not 1 <= int(match[2]) <= 65535):
         raise ValueError(
-            f"address {address!r}: expected tcp://HOST:PORT (PORT 1..65535, or * to bind a free one), ipc://PATH or inproc://NAME"
+            f"address {address!r}: expected tcp://HOST:PORT (PORT 1..65535, or * to bind a free "
+            "one), ipc://PATH or inproc://NAME"
         )
     return match[1].strip("[]"), match[2]
 
@@ -87,7 +88,8 @@ def check_address(address: str, keys: str) -> None:
     if not _is_local(address) and not keys:
         raise ValueError(
             f"address {address!r} is reachable from other machines, so CURVE keys are required: "
-            "run `python -m tools.keys FOLDER` and set buffer.keys=FOLDER, or use a loopback address such as tcp://127.0.0.1:5577"
+            "run `python -m tools.keys FOLDER` and set buffer.keys=FOLDER, or use a loopback "
+            "address such as tcp://127.0.0.1:5577"
         )
 
 
@@ -100,7 +102,8 @@ def next_port(address: str) -> str:
     _, port = _split_tcp(address)
     if port == "*" or int(port) == 65535:
         raise ValueError(
-            f"address {address!r} has no next port to publish statistics on: name a port between 1 and 65534"
+            f"address {address!r} has no next port to publish statistics on: name a port between 1 "
+            "and 65534"
         )
     return f"{address.rpartition(':')[0]}:{int(port) + 1}"
 
@@ -136,7 +139,8 @@ def _load_key(folder: str, name: str) -> tuple[bytes, bytes | None]:
         return zmq.auth.load_certificate(Path(folder) / name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"buffer.keys={folder!r}: no usable {name} there ({error}); run `python -m tools.keys {folder}`"
+            f"buffer.keys={folder!r}: no usable {name} there ({error}); run `python -m tools.keys "
+            f"{folder}`"
         ) from error
 
 
@@ -188,8 +192,10 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> str:
         )  # zmq binds numbers and interfaces, not names
     except zmq.ZMQError as error:
         why = {
-            errno.EADDRINUSE: "is in use: another run listens there, or has just ended; stop it, or choose another address",
-            errno.EADDRNOTAVAIL: "is no address of this machine; choose one of its own, or 127.0.0.1",
+            errno.EADDRINUSE: "is in use: another run listens there, or has just ended; "
+            "stop it, or choose another address",
+            errno.EADDRNOTAVAIL: "is no address of this machine; "
+            "choose one of its own, or 127.0.0.1",
             errno.ENODEV: "names no interface of this machine; choose one of its own, or 127.0.0.1",
             errno.EACCES: "may not be bound by this user; choose a port above 1023",
         }.get(error.errno or 0, f"cannot be bound: {error.strerror}; choose another address")
@@ -241,7 +247,7 @@ class Router(_Server):
     """Receives from many peers and sends to each by name. Used by one thread at a time.
 
     A peer is known by the identity that its socket announces. Its hello begins its stream again:
-    messages still kept for an earlier stream under the same identity is forgotten.
+    messages still kept for an earlier stream under the same identity are forgotten.
     """
 
     def __init__(self, address: str, decode_type: Any, keys: str = "") -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 PACKED_SDPA = "packed_sdpa"
-# Arguments that transformers' models pass to their attention and that would silently be lost here.
+# What transformers' models hand to their attention, and would silently lose here.
 REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias", "indices")
 
 
