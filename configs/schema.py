@@ -179,6 +179,19 @@ class DataConfig:
         "it for verifiers that run programs.",
         gt=0,
     )
+    verifier_memory_mb: int = key(
+        16384,
+        "Memory limit of each process of a verifier, in MB of address space; 0: none. A verifier "
+        "that needs more has failed; libraries for GPUs reserve more than the default.",
+        ge=0,
+    )
+    verifier_workers: int = key(
+        0,
+        "Number of processes per engine that verify at the same time; 0: half the machine's cores, "
+        "at most 16. Raise it if rewards are late.",
+        ge=0,
+        le=1024,
+    )
     on_error: Literal["stop", "skip"] = key(
         "stop",
         "What happens once a rollout has failed darts.max_attempts times, for instance because its "

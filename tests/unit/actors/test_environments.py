@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from actors.environments import Environment, EnvironmentFailure, final_answer, make_environment
+from actors.environments import Environment, EnvironmentFailure, make_environment
+from actors.verifiers import final_answer
 from buffer.wire.messages import PromptPayload
 from configs.schema import Config
 

@@ -26,7 +26,7 @@ from configs.schema import Config, key
 ROOT = Path(__file__).parents[3]
 PRODUCT = ("actors", "buffer", "configs", "darts", "learner", "tools")
 # Started by us alone, with pipes.
-INTERNAL = {"actors.environments", "actors.process", "buffer.processes.janitor"}
+INTERNAL = {"actors.process", "actors.verifier_process", "buffer.processes.janitor"}
 
 
 def is_main_guard(node: ast.stmt) -> bool:

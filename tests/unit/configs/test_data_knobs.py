@@ -60,6 +60,19 @@ def scored(config: Config, _: Path) -> object:
         environment.close()
 
 
+def processes_that_verify(config: Config, _: Path) -> object:
+    """How many different processes score two responses at the same time."""
+    environment = make_environment(config)
+
+    async def both() -> set[float]:
+        return set(await asyncio.gather(*(environment.score(PROMPT, "4") for _ in range(2))))
+
+    try:
+        return len(asyncio.run(both()))
+    finally:
+        environment.close()
+
+
 ROWS, HELD_OUT = "data.train={folder}/rows.jsonl", "{folder}/held-out.jsonl"
 FEW = ("data.num_prompts=60", "eval.num_prompts=5")
 TURNS = {
@@ -73,6 +86,12 @@ TURNS = {
     "data.environment": Turn("exact", "numeric", scored),
     "data.verifier_timeout_s": Turn(
         "0.1", "60", scored, ("data.environment=slow_verifier:verify",)
+    ),
+    "data.verifier_memory_mb": Turn(
+        "500", "4096", scored, ("data.environment=large_verifier:verify",)
+    ),
+    "data.verifier_workers": Turn(
+        "1", "2", processes_that_verify, ("data.environment=busy_verifier:verify",)
     ),
     "data.system_prompt": Turn('""', "Be brief.", rendered),
     "data.chat_template": Turn("auto", "never", rendered),
@@ -91,6 +110,12 @@ def test_a_key_changes_prompts_or_rewards(
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "slow_verifier.py").write_text(
         "import time\n\n\ndef verify(*_):\n    time.sleep(0.5)\n    return 1.0\n"
+    )
+    (tmp_path / "busy_verifier.py").write_text(
+        "import os, time\n\n\ndef verify(*_):\n    time.sleep(0.2)\n    return os.getpid()\n"
+    )
+    (tmp_path / "large_verifier.py").write_text(
+        "def verify(*_):\n    return float(len(bytearray(10**9)) > 0)\n"
     )
     monkeypatch.chdir(tmp_path)
     check_turn(path, TURNS[path], tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.environments import load_verifier
+from actors.verifiers import load_verifier
 from buffer.data.sources import make_sources
 from buffer.run_state import RunState
 from configs import cli

@@ -1,0 +1,257 @@
+"""Processes that run one verifier each, so that nothing that it does can harm the engine.
+
+Owns their number, their time limit and their end: every process that a verifier started ends with
+its worker. Every fault is a `VerifierFailure` that names it, never a reward. The worker's own side
+is `actors.verifier_process`. Driven by `actors.environments`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import queue
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from buffer.processes.child import in_words
+from buffer.processes.descendants import kill_processes_of, marks
+from buffer.wire.messages import PromptPayload
+from configs.schema import DataConfig
+
+START_TIMEOUT_S = 300.0  # importing a verifier's libraries on a busy machine
+LEAVE_S = 5.0  # for a worker to end all that its verifier started
+OUTPUT_BYTES = 1 << 20  # that one verification may print
+REPLY_BYTES = 1 << 16
+LAST_OUTPUT_BYTES = 300
+MOST_WORKERS = 16  # unless data.verifier_workers says otherwise
+FIX = "fix the verifier, or choose another with data.environment"
+
+
+class VerifierFailure(Exception):
+    """A verifier gave no reward. Cause and remedy, as the rest of a sentence about it."""
+
+
+class WorkerPool:
+    """Workers are started when they are needed. Waiting for a free one is not the verifier's time."""
+
+    def __init__(self, verifier: str, data: DataConfig) -> None:
+        self._verifier, self._data = verifier, data
+        num_workers = data.verifier_workers or min(MOST_WORKERS, max(1, (os.cpu_count() or 1) // 2))
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="verifier")
+        self._lock = threading.Lock()
+        self._workers: set[WorkerProcess] = set()
+        self._closed = False
+        self._idle: queue.LifoQueue[WorkerProcess] = queue.LifoQueue()
+        self._idle.put(self._start())  # at once, so that an import that fails is known at start
+
+    async def score(self, prompt: PromptPayload, response: str) -> float:
+        request = [
+            prompt_text(prompt),
+            response,
+            prompt.answer,
+            json.loads(prompt.metadata or "{}"),
+        ]
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._score, request)
+
+    def _score(self, request: list[Any]) -> float:
+        try:
+            worker = self._idle.get_nowait()
+        except queue.Empty:
+            worker = self._start()
+        try:
+            reward = worker.call(request, self._data.verifier_timeout_s)
+        except VerifierFailure:
+            if worker.usable:
+                self._idle.put(worker)
+            else:
+                self._end(worker)
+            raise
+        self._idle.put(worker)
+        return reward
+
+    def _start(self) -> WorkerProcess:
+        worker = WorkerProcess(self._verifier, self._data.verifier_memory_mb)
+        with self._lock:
+            self._workers.add(worker)
+            closed = self._closed
+        try:
+            if closed:
+                raise VerifierFailure("was not started, because the engine ends")
+            worker.await_start()
+        except BaseException:
+            self._end(worker)
+            raise
+        return worker
+
+    def _end(self, worker: WorkerProcess) -> None:
+        with self._lock:
+            self._workers.discard(worker)
+        worker.kill()
+
+    def close(self) -> None:
+        """End all workers; verifications that are under way fail."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._closed = True
+            workers = list(self._workers)
+        for worker in workers:
+            worker.kill()
+        self._threads.shutdown()
+
+
+class WorkerProcess:
+    """One verifier in a session of its own; JSON lines over pipes. `usable`: it awaits a request."""
+
+    def __init__(self, verifier: str, memory_mb: int) -> None:
+        self.usable = False
+        self._busy, self._ending, self._ended = threading.Lock(), threading.Lock(), False
+        self._folder = Path(tempfile.mkdtemp(prefix="verifier-"))
+        here = os.pathsep.join(path for path in sys.path if path)
+        requests, self._requests = os.pipe()
+        self._replies, replies = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "actors.verifier_process", verifier]
+            + [str(requests), str(replies), str(memory_mb)],
+            stdin=subprocess.PIPE,  # its end tells the worker that this process has ended
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(requests, replies),
+            env={**os.environ, "PYTHONPATH": here, **marks(self._folder)},
+            start_new_session=True,
+        )
+        os.close(requests)
+        os.close(replies)
+        assert self._process.stdout is not None
+        self._output: int | None = self._process.stdout.fileno()
+        self._last_output = b""
+        os.set_blocking(self._requests, False)
+
+    def await_start(self) -> None:
+        """Raises VerifierFailure if the verifier cannot be imported."""
+        error = self._exchange(b"", START_TIMEOUT_S).get("error")
+        if error is not None:
+            raise VerifierFailure(f"cannot be imported ({error})")
+
+    def call(self, request: list[Any], timeout_s: float) -> float:
+        """The reward. Raises VerifierFailure; a worker that is not `usable` then has to be killed."""
+        self.usable = False
+        reply = self._exchange(json.dumps(request).encode() + b"\n", timeout_s)
+        self.usable = "lost" not in reply
+        if isinstance(reward := reply.get("reward"), float):
+            return reward
+        raise VerifierFailure(f"{reply.get('error', 'gave no reward')}; {FIX}")
+
+    def kill(self) -> None:
+        """End it, and all that its verifier started. May be called from any thread, and twice."""
+        with self._ending:
+            if self._ended:
+                return
+            self._ended = True
+            assert self._process.stdin is not None and self._process.stdout is not None
+            self._process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(LEAVE_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            kill_processes_of(self._folder)
+            self._process.wait()
+            with self._busy:  # no thread reads from the pipes any more
+                os.close(self._requests)
+                os.close(self._replies)
+                self._process.stdout.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _exchange(self, request: bytes, timeout_s: float) -> dict[str, Any]:
+        """Send a request and wait for the reply. Raises VerifierFailure if none comes."""
+        with self._busy:
+            if self._ended:
+                raise VerifierFailure("was stopped, because the engine ends")
+            return _parsed(self._talk(memoryview(request), timeout_s))
+
+    def _talk(self, request: memoryview, timeout_s: float) -> bytes:
+        deadline = time.monotonic() + timeout_s
+        reply, num_printed = b"", 0
+        while not reply.endswith(b"\n"):
+            ready = self._wait(bool(request), deadline)
+            if not ready:
+                raise VerifierFailure(
+                    f"took longer than {timeout_s:g} s and was stopped; raise "
+                    f"data.verifier_timeout_s, or {FIX}"
+                )
+            if self._output in ready:
+                num_printed += self._read_output()
+                if num_printed > OUTPUT_BYTES:
+                    raise VerifierFailure(f"printed more than {OUTPUT_BYTES} bytes; {FIX}")
+            if self._requests in ready:
+                request = self._send(request)
+            if self._replies in ready:
+                data = os.read(self._replies, REPLY_BYTES)
+                if not data:
+                    raise VerifierFailure(f"{self._how_it_ended()}; {FIX}")
+                reply += data
+                if len(reply) > REPLY_BYTES:
+                    raise VerifierFailure(f"wrote to the pipe of its rewards; {FIX}")
+        return reply
+
+    def _wait(self, sends: bool, deadline: float) -> set[int]:
+        """The pipes that are ready; none once it is too late."""
+        poller = select.poll()  # not select(): a busy engine holds more than 1,024 descriptors
+        poller.register(self._replies, select.POLLIN)
+        if self._output is not None:
+            poller.register(self._output, select.POLLIN)
+        if sends:
+            poller.register(self._requests, select.POLLOUT)
+        left_s = deadline - time.monotonic()
+        return {fd for fd, _ in poller.poll(left_s * 1000)} if left_s > 0 else set()
+
+    def _read_output(self) -> int:
+        assert self._output is not None
+        text = os.read(self._output, 1 << 16)
+        self._last_output = (self._last_output + text)[-LAST_OUTPUT_BYTES:]
+        if not text:
+            self._output = None  # every process that could print has ended
+        return len(text)
+
+    def _send(self, request: memoryview) -> memoryview:
+        try:
+            return request[os.write(self._requests, request) :]
+        except BlockingIOError:
+            return request
+        except BrokenPipeError:
+            return request[:0]  # the end of the replies will say why
+
+    def _how_it_ended(self) -> str:
+        try:
+            status = self._process.wait(LEAVE_S)
+        except subprocess.TimeoutExpired:
+            return "closed the pipe of its rewards"
+        if status > 128:
+            status = 128 - status
+        said = self._last_output.decode(errors="replace").split()
+        return in_words(status) + (f", saying {' '.join(said)!r}" if said else "")
+
+
+def _parsed(reply: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(reply)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise VerifierFailure(f"wrote to the pipe of its rewards; {FIX}")
+    return parsed
+
+
+def prompt_text(prompt: PromptPayload) -> str:
+    return prompt.text or "\n\n".join(message["content"] for message in prompt.messages)

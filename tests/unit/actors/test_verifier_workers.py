@@ -1,0 +1,334 @@
+"""Verifiers that misbehave: each ends as a failure that names it, and nothing that it started is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.verifier_workers import OUTPUT_BYTES, VerifierFailure, WorkerPool
+from buffer.processes.descendants import processes_of
+from buffer.wire.messages import PromptPayload
+from configs.schema import DataConfig
+
+VERIFIERS = '''
+import ctypes, os, signal, subprocess, sys, threading, time
+
+HELPER = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+
+
+class Unpicklable(Exception):
+    def __reduce__(self):
+        raise RuntimeError("not to be pickled")
+
+    def __str__(self):
+        raise RuntimeError("not to be shown")
+
+
+class Odd:
+    def __repr__(self):
+        raise RuntimeError("not to be shown")
+
+
+def sleeper(**options):
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], **options)
+
+
+def raising(error):
+    def verify():
+        raise error
+    return verify
+
+
+def ignore_and_sleep():
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    time.sleep(1000)
+
+
+def allocate():
+    kept = []
+    while True:
+        kept.append(bytearray(1 << 24))
+
+
+def fork_and_exit():
+    if os.fork():
+        os._exit(0)
+    return 1.0
+
+
+def fork_and_return():
+    os.fork()
+    return 1.0
+
+
+def daemon():
+    """Double fork, a session and an environment of its own: the whole disguise."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execve(sys.executable, [sys.executable, "-c", "import time; time.sleep(1000)"], {})
+        os._exit(0)
+    return 1.0
+
+
+def stop_oneself():
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return 1.0
+
+
+def write_to_every_pipe():
+    for fd in range(3, 64):
+        try:
+            os.write(fd, b"1.0\\n")
+        except OSError:
+            continue
+    return 1.0
+
+
+def recurse():
+    return recurse()
+
+
+CASES = {
+    "ignores SIGTERM": ignore_and_sleep,
+    "spins": lambda: [None for _ in iter(int, 1)],
+    "allocates": allocate,
+    "prints": lambda: print("x" * 5_000_000) or 1.0,
+    "forks and exits": fork_and_exit,
+    "kills itself": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "kills its group": lambda: os.killpg(0, signal.SIGKILL),
+    "segfaults": lambda: ctypes.string_at(0),
+    "stops itself": stop_oneself,
+    "closes everything": lambda: os.closerange(0, 1000) or 1.0,
+    "writes to every pipe": write_to_every_pipe,
+    "unpicklable": raising(Unpicklable()),
+    "SystemExit": raising(SystemExit(0)),
+    "KeyboardInterrupt": raising(KeyboardInterrupt()),
+    "GeneratorExit": raising(GeneratorExit()),
+    "recursion": recurse,
+    "nan": lambda: float("nan"),
+    "inf": lambda: float("-inf"),
+    "text": lambda: "1.0",
+    "none": lambda: None,
+    "list": lambda: [1.0],
+    "huge float": lambda: 1e300,
+    "huge int": lambda: 10 ** 400,
+    "complex": lambda: 1j,
+    "odd": Odd,
+    "bool": lambda: True,
+    "waits for a child": lambda: float(sleeper().kill() is None),
+    "leaves a child": lambda: float(bool(sleeper())),
+    "leaves a session": lambda: float(bool(sleeper(start_new_session=True))),
+    "leaves a daemon": daemon,
+    "forks and returns": fork_and_return,
+    "reads input": lambda: float(sys.stdin.read() == ""),
+    "helper": lambda: float(HELPER.poll() is None),
+}
+
+
+def verify(prompt, response, answer, metadata):
+    return CASES[response]()
+'''
+
+FAILURES = {  # what it does -> what the failure says
+    "ignores SIGTERM": "took longer than 2 s",
+    "spins": "took longer than 2 s",
+    "allocates": "data.verifier_memory_mb",
+    "prints": f"printed more than {OUTPUT_BYTES} bytes",
+    "forks and exits": "ended with exit status 0",
+    "kills itself": "was killed by SIGKILL",
+    "kills its group": "was killed by SIGKILL",
+    "segfaults": "was killed by SIGSEGV",
+    "stops itself": "took longer than 2 s",
+    "closes everything": "ended with exit status",
+    "writes to every pipe": "wrote to the pipe of its rewards",
+    "unpicklable": "raised Unpicklable",
+    "SystemExit": "raised SystemExit: 0",
+    "KeyboardInterrupt": "raised KeyboardInterrupt",
+    "GeneratorExit": "raised GeneratorExit",
+    "recursion": "raised RecursionError",
+    "nan": "returned nan",
+    "inf": "returned -inf",
+    "text": "returned '1.0'",
+    "none": "returned None",
+    "list": "returned [1.0]",
+    "huge float": "returned 1e+300",
+    "huge int": "raised OverflowError",
+    "complex": "returned 1j",
+    "odd": "raised RuntimeError",
+}
+REWARDED = [
+    "bool",
+    "waits for a child",
+    "leaves a child",
+    "leaves a session",
+    "leaves a daemon",
+    "forks and returns",
+    "reads input",
+    "helper",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verifiers")
+    (folder / "odd_verifiers.py").write_text(VERIFIERS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_pool(folder: Path) -> Iterator[Callable[..., WorkerPool]]:
+    pools = []
+
+    def make(**data: float) -> WorkerPool:
+        settings = {"verifier_timeout_s": 2.0, "verifier_memory_mb": 600, "verifier_workers": 1}
+        pools.append(WorkerPool("odd_verifiers:verify", DataConfig(**{**settings, **data})))
+        return pools[-1]
+
+    before = Path.cwd()
+    os.chdir(folder)
+    yield make
+    for pool in pools:
+        pool.close()
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def pool(make_pool: Callable[..., WorkerPool]) -> WorkerPool:
+    return make_pool()
+
+
+def score(pool: WorkerPool, response: str) -> float:
+    prompt = PromptPayload(prompt_id="p", text="?", messages=[], answer="", metadata="")
+    return asyncio.run(pool.score(prompt, response))
+
+
+def processes(before: set[int]) -> set[int]:
+    """Those that are there now and were not before, zombies included."""
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()} - before
+
+
+def commands(pids: set[int]) -> list[str]:
+    found = []
+    for pid in pids:
+        try:
+            found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], bool], within_s: float = 10.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_verifier_that_misbehaves_is_named_and_the_next_one_is_scored(
+    pool: WorkerPool, case: str
+) -> None:
+    started_s = time.monotonic()
+    with pytest.raises(VerifierFailure) as failure:
+        score(pool, case)
+    assert FAILURES[case] in str(failure.value) and "\n" not in str(failure.value)
+    assert time.monotonic() - started_s < 20
+    assert score(pool, "bool") == 1.0
+
+
+@pytest.mark.parametrize("case", REWARDED)
+def test_a_verifier_may_start_processes(pool: WorkerPool, case: str) -> None:
+    assert score(pool, case) == 1.0
+    assert score(pool, "bool") == 1.0
+
+
+def sleepers() -> list[str]:
+    return [one for one in commands(processes(set())) if "time.sleep(1000)" in one]
+
+
+@pytest.mark.parametrize("case", ["leaves a child", "leaves a session", "leaves a daemon"])
+def test_a_process_that_a_verification_left_behind_is_ended(pool: WorkerPool, case: str) -> None:
+    assert score(pool, "bool") == 1.0  # the worker is there, with its helper
+    before = len(sleepers())
+    assert score(pool, case) == 1.0
+    assert wait_for(lambda: len(sleepers()) == before)
+    assert score(pool, "helper") == 1.0  # which was started at import, and stays
+
+
+@pytest.mark.parametrize("case", ["leaves a daemon", "ignores SIGTERM", "forks and exits"])
+def test_with_a_pool_ends_all_that_its_verifiers_started(
+    make_pool: Callable[..., WorkerPool], case: str
+) -> None:
+    before = processes(set())
+    pool = make_pool(verifier_timeout_s=0.5)
+    try:
+        score(pool, case)
+    except VerifierFailure:
+        pass  # its reward is not what this test is about
+    pool.close()
+    assert wait_for(lambda: not [c for c in commands(processes(before)) if "sleep(1000)" in c])
+    assert wait_for(lambda: not [c for c in commands(processes(before)) if "odd_verif" in c])
+
+
+def test_closing_does_not_wait_for_a_verification(make_pool: Callable[..., WorkerPool]) -> None:
+    pool = make_pool(verifier_timeout_s=600)
+
+    async def close_meanwhile() -> float:
+        prompt = PromptPayload(prompt_id="p", text="?", messages=[], answer="", metadata="")
+        scoring = asyncio.ensure_future(pool.score(prompt, "ignores SIGTERM"))
+        await asyncio.sleep(1.0)
+        started_s = time.monotonic()
+        await asyncio.to_thread(pool.close)
+        with pytest.raises(VerifierFailure):
+            await scoring
+        return time.monotonic() - started_s
+
+    assert asyncio.run(close_meanwhile()) < 10
+
+
+def test_workers_end_with_a_killed_engine(folder: Path, tmp_path: Path) -> None:
+    """The engine's process is killed in the middle of a verification that ignores every signal it can."""
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(folder)
+        os.environ["DARTS_PROCESS_FOLDER"] = str(tmp_path)
+        data = DataConfig(verifier_timeout_s=600, verifier_workers=1)
+        pool = WorkerPool("odd_verifiers:verify", data)
+        (tmp_path / "ready").touch()
+        score(pool, "ignores SIGTERM")
+        os._exit(0)
+    assert wait_for(lambda: (tmp_path / "ready").exists(), 60)
+    time.sleep(0.5)
+    mine = [c for c in sleepers() if "1000" in c]
+    assert mine
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert wait_for(lambda: len(sleepers()) < len(mine))
+    assert wait_for(lambda: not processes_of(tmp_path))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_as_many_verify_at_once_as_there_are_workers(
+    make_pool: Callable[..., WorkerPool], workers: int
+) -> None:
+    pool = make_pool(verifier_workers=workers, verifier_timeout_s=1.0)
+    prompt = PromptPayload(prompt_id="p", text="?", messages=[], answer="", metadata="")
+
+    async def hang(times: int) -> float:
+        started_s = time.monotonic()
+        await asyncio.gather(
+            *(pool.score(prompt, "ignores SIGTERM") for _ in range(times)), return_exceptions=True
+        )
+        return time.monotonic() - started_s
+
+    took_s = asyncio.run(hang(3))
+    assert took_s > 2.9 if workers == 1 else took_s < 20
+    assert len(pool._workers) <= workers
