@@ -9,6 +9,7 @@ answers requests, one JSON line each, with a reward or an error. Started by
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -44,7 +45,10 @@ def main(argv: list[str]) -> NoReturn:
 
 
 def _guard(pid: int) -> int:
-    """Until process `pid` or the engine has ended; then nothing is left of either. Returns its status."""
+    """Wait until process `pid` or the engine has ended, then end every process that is left.
+
+    Returns the status of `pid`.
+    """
     wake, woken = os.pipe()
     for end in (wake, woken):
         os.set_blocking(end, False)
@@ -157,9 +161,9 @@ def _verified(verify: Any, request: list[Any]) -> dict[str, Any]:
         return {"reward": finite(verify(*request))}
     except BadReward as error:
         return {"error": str(error)}
-    except MemoryError:
-        return {"error": "ran out of memory (data.verifier_memory_mb)", "lost": True}
     except BaseException as error:  # whatever a user's code raises, KeyboardInterrupt included
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return {"error": "ran out of memory (data.verifier_memory_mb)", "lost": True}
         return {"error": f"raised {_described(error)}"}
 
 

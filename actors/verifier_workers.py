@@ -43,7 +43,10 @@ class VerifierFailure(Exception):
 
 
 class WorkerPool:
-    """Workers are started when they are needed. Waiting for a free one is not the verifier's time."""
+    """Up to data.verifier_workers processes, started when they are needed.
+
+    Waiting for a free one does not count as the verifier's time.
+    """
 
     def __init__(self, verifier: str, data: DataConfig) -> None:
         self._verifier, self._data = verifier, data
@@ -112,7 +115,7 @@ class WorkerPool:
 
 
 class WorkerProcess:
-    """One verifier in a session of its own; JSON lines over pipes. `usable`: it awaits a request."""
+    """One verifier in a session of its own; JSON lines over pipes. `usable`: it can be called."""
 
     def __init__(self, verifier: str, memory_mb: int) -> None:
         self.usable = False
@@ -145,7 +148,7 @@ class WorkerProcess:
             raise VerifierFailure(f"cannot be imported ({error})")
 
     def call(self, request: list[Any], timeout_s: float) -> float:
-        """The reward. Raises VerifierFailure; a worker that is not `usable` then has to be killed."""
+        """The reward. Raises VerifierFailure; if it is not `usable` then, it has to be killed."""
         self.usable = False
         reply = self._exchange(json.dumps(request).encode() + b"\n", timeout_s)
         self.usable = "lost" not in reply

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any, SupportsFloat, cast
 
 from buffer.data import tagged_sum
+from buffer.wire.messages import MAX_REWARD
 from configs.extras import import_extra
 
 Verifier = Callable[[str, str, str, dict[str, Any]], float]
-LARGEST_REWARD = 1e9
 
 
 class BadReward(ValueError):
@@ -27,9 +27,9 @@ class BadReward(ValueError):
 def finite(reward: Any) -> float:
     """The reward as a number. Raises BadReward for anything that cannot be trained on."""
     number = isinstance(reward, SupportsFloat) and not isinstance(reward, str | bytes)
-    if not number or not abs(float(reward)) <= LARGEST_REWARD:
+    if not number or not abs(float(reward)) <= MAX_REWARD:
         raise BadReward(
-            f"returned {repr(reward)[:100]}, which is not a finite number up to {LARGEST_REWARD:g}"
+            f"returned {repr(reward)[:100]}, which is not a finite number up to {MAX_REWARD:g}"
         )
     return float(reward)
 

@@ -27,7 +27,6 @@ from darts.state.groups import Rollout
 
 MAX_NAME = 200  # characters of an engine's name
 MAX_TEXT = 8000  # characters of a response or an error that are kept
-MAX_REWARD = 1e6
 
 
 class EngineSide:
@@ -236,10 +235,10 @@ class EngineSide:
                     f"rollout {rollout_id} finished with {message.num_tokens} tokens, "
                     f"but {num_tokens} were sent"
                 )
-            if not abs(message.reward) <= MAX_REWARD:
+            if not abs(message.reward) <= msg.MAX_REWARD:
                 raise ev.ProtocolError(
                     f"rollout {rollout_id} finished with reward {message.reward}: "
-                    f"rewards lie within -{MAX_REWARD:g}..{MAX_REWARD:g}"
+                    f"rewards lie within -{msg.MAX_REWARD:g}..{msg.MAX_REWARD:g}"
                 )
             oldest = run.store.oldest_version(rollout_id)
             run.texts[rollout_id] = message.text[:MAX_TEXT]

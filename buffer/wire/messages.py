@@ -11,6 +11,8 @@ from typing import Union
 
 import msgspec
 
+MAX_REWARD = 1e6  # and the least is its negative
+
 
 class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Base of everything that travels."""
