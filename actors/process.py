@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import sys
-from functools import partial
 from typing import TYPE_CHECKING
 
 from actors.environments import Environment, make_environment
 from actors.inference.device import engine_type
-from actors.inference.generation import EngineDied
-from actors.inference.weights import SwapFailed, in_thread
+from actors.inference.generation import BASE_VERSION, EngineDied
+from actors.inference.weights import SwapFailed
 from actors.worker import PolicyUnavailable, Worker
 from buffer.processes.child import ERROR
 from buffer.wire.client import EngineLink
@@ -49,10 +49,18 @@ def serve(config: Config, engine_id: str) -> int:
     link = EngineLink(
         config.buffer.address, engine_id, config.buffer.keys, config.buffer.peer_timeout_s
     )
+    hello = EngineHello(
+        engine_id=engine_id,
+        engine_type=engine_type(config),
+        slots=config.actors.slots,
+        policy_version=BASE_VERSION,
+        pid=os.getpid(),
+        incarnation=secrets.token_hex(8),
+    )
     environment = engine = None
     try:
         environment = make_environment(config)
-        welcome = link.connect(_hello(config, engine_id, -1), config.buffer.connect_timeout_s)
+        welcome = link.connect(hello, config.buffer.connect_timeout_s)
         from actors.inference.engine import Engine  # seconds of import, and only now needed
 
         engine = Engine(config)
@@ -62,7 +70,7 @@ def serve(config: Config, engine_id: str) -> int:
     else:
         try:
             shutdown = asyncio.run(
-                _until_shutdown(config, engine_id, engine, link, environment, welcome)
+                _until_shutdown(config, hello, engine, link, environment, welcome)
             )
         except (
             TransportError,
@@ -87,39 +95,20 @@ def serve(config: Config, engine_id: str) -> int:
 
 async def _until_shutdown(
     config: Config,
-    engine_id: str,
+    hello: EngineHello,
     engine: Engine,
     link: EngineLink,
     environment: Environment,
     welcome: Welcome,
 ) -> Shutdown:
-    """Serve, and when the buffer is lost wait for it to come back: the loaded model is worth more
-    than a clean start.
-    """
-
     def fetch_policy(policy: SnapshotRef) -> bytes:
         return fetch(policy, config.buffer.keys, config.buffer.peer_timeout_s)
 
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    while True:
-        try:
-            return await Worker(config, engine, link, environment, fetch_policy).run(welcome)
-        except TransportError as error:
-            print(f"actors: {engine_id}: {one_line(error)}", file=sys.stderr, flush=True)
-        hello = _hello(config, engine_id, engine.version)
-        welcome = await in_thread(partial(link.connect, hello, config.buffer.connect_timeout_s))
-
-
-def _hello(config: Config, engine_id: str, policy_version: int) -> EngineHello:
-    return EngineHello(
-        engine_id=engine_id,
-        engine_type=engine_type(config),
-        slots=config.actors.slots,
-        policy_version=policy_version,
-        pid=os.getpid(),
-    )
+    worker = Worker(config, engine, link, environment, fetch_policy, hello=hello)
+    return await worker.run(welcome)
 
 
 def _stop_while_loading(number: int, frame: object) -> None:

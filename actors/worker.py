@@ -1,12 +1,14 @@
 """One engine's life in a run: launch -> generate -> score -> report, and obey every cancel at once.
 
-Owns the rollouts in flight on one engine: each is answered exactly once, by `Finished`, `Failed` or
-`Stopped`, after all its tokens. Decides nothing: the buffer says what to launch and what to cancel.
-Driven by commands from the buffer and by its engine; run by `actors.process`.
+Owns the rollouts of one engine, with all their tokens: each is answered by `Finished`, `Failed` or
+`Stopped`, after all its tokens, and kept until the buffer has `Settled` it. It outlives its link:
+while that is down the engine decodes on, and after the next welcome the buffer gets the tokens and
+answers that it lacks. Decides nothing: the buffer says what to launch and what to cancel. Driven by
+commands from the buffer and by its engine; run by `actors.process`.
 
-Consumes Launch, Cancel, PolicyPublished, Shutdown. Waits for its engine, for verifiers and for
-snapshots, each in a task of its own, so that none holds up another. Unblocks the buffer with every
-Progress, Finished, Failed, Stopped and PolicyLoaded.
+Consumes Launch, Cancel, Settled, PolicyPublished, Shutdown. Waits for its engine, for verifiers and
+for snapshots, each in a task of its own, so that none holds up another. Unblocks the buffer with
+every Progress, Finished, Failed, Stopped and PolicyLoaded.
 """
 
 from __future__ import annotations
@@ -17,14 +19,18 @@ import threading
 import time
 from array import array
 from collections.abc import Coroutine, Iterable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
+
+import msgspec
 
 from actors.environments import Environment, EnvironmentFailure
 from actors.inference import weights
 from actors.inference.generation import BASE_VERSION, EngineDied, Generation, Measurement
 from actors.inference.probing import probe
+from actors.rollouts import Rollout
 from buffer.wire import messages as msg
+from buffer.wire.client import LinkLost
 from buffer.wire.snapshots import SnapshotGoneError
 from buffer.wire.transport import TransportError
 from configs.errors import one_line
@@ -37,6 +43,7 @@ TEXT_CHARS = 4000  # of a response, for samples.jsonl
 REPORT_S = 1.0
 FETCH_ATTEMPTS, FETCH_RETRY_S = 3, 1.0  # of the first policy
 RECEIVE_S = 1.0
+RECONNECT_S = 0.5  # between the loss of a link and the next attempt
 SLOWEST_FLUSH = 10  # times actors.flush_s
 CROWDED_BYTES = (
     1 << 18
@@ -70,6 +77,7 @@ class Sampler(Protocol):
 class Link(Protocol):
     """The part of `buffer.wire.client.EngineLink` that a worker uses."""
 
+    def connect(self, hello: msg.EngineHello, timeout_s: float) -> msg.Welcome: ...
     def send(self, message: msg.EngineMessage) -> None: ...
     def receive(self, timeout_s: float) -> Any: ...
 
@@ -78,41 +86,11 @@ class PolicyUnavailable(Exception):
     """The first policy cannot be had or run, and nothing is launched on an engine without one."""
 
 
-@dataclass(slots=True, eq=False)
-class Rollout:
-    """A launched rollout until it is answered.
-
-    `prefix`: sampled by an engine that died, and known to the buffer.
-    """
-
-    rollout_id: int
-    prompt: msg.PromptPayload
-    prefix: array[int]
-    generation: Generation
-    cancelled: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        """Sampled tokens so far, those of the prefix included."""
-        return len(self.prefix) + len(self.generation.tokens)
-
-    def take_chunks(self) -> list[msg.Chunk]:
-        """Return the tokens sampled since the last call."""
-        return [
-            msg.Chunk(
-                rollout_id=self.rollout_id,
-                sampled=True,
-                version=run.version,
-                tokens=run.tokens.tobytes(),
-                logprobs=run.logprobs.tobytes(),
-            )
-            for run in self.generation.take()
-        ]
-
-
 class Worker:
     """Serves one run on one engine, from the buffer's welcome to its shutdown, or until the buffer
-    is lost.
+    stays away for `buffer.rejoin_timeout_s`.
+
+    `hello`: as the engine joined; it joins again with its policy version and rollouts of then.
     """
 
     def __init__(
@@ -122,6 +100,8 @@ class Worker:
         link: Link,
         environment: Environment,
         fetch: weights.Fetch,
+        *,
+        hello: msg.EngineHello,
     ) -> None:
         self._config, self._engine, self._link, self._environment, self._fetch = (
             config,
@@ -130,6 +110,10 @@ class Worker:
             environment,
             fetch,
         )
+        self._hello = hello
+        self._joined = True  # else the link is down, and nothing is sent
+        self._loaded: msg.PolicyLoaded | None = None  # the newest, in case that the link breaks
+        self._probed: msg.Probed | None = None
         self._rollouts: dict[int, Rollout] = {}
         self._newest: msg.SnapshotRef | None = None
         self._published = asyncio.Event()
@@ -140,14 +124,10 @@ class Worker:
     async def run(self, welcome: msg.Welcome) -> msg.Shutdown:
         """Until the buffer ends the run. Leaves the engine empty.
 
-        Raises `TransportError` when the buffer is lost, `EngineDied`, `SwapFailed`,
+        Raises `TransportError` when the buffer is lost for good, `EngineDied`, `SwapFailed`,
         `PolicyUnavailable`.
         """
-        if welcome.policy is not None:
-            self._learn_of(welcome.policy)
-        threading.Thread(
-            target=self._read, args=(asyncio.get_running_loop(),), daemon=True, name="commands"
-        ).start()
+        self._enter(welcome)
         for loop in (
             self._flush_often(),
             self._report_often(),
@@ -160,12 +140,11 @@ class Worker:
             await asyncio.wait({obeying, self._broken}, return_when=asyncio.FIRST_COMPLETED)
             return self._broken.result() if self._broken.done() else obeying.result()
         finally:
+            decoding = [rollout for rollout in self._rollouts.values() if rollout.decodes]
             for task in self._tasks:
                 task.cancel()
             if not self._engine.died.is_set():
-                await self._engine.abort(
-                    [rollout.generation.request_id for rollout in self._rollouts.values()]
-                )
+                await self._abort(decoding)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(coroutine)
@@ -180,8 +159,18 @@ class Worker:
 
     # Commands -------------------------------------------------------------------------------------
 
+    def _enter(self, welcome: msg.Welcome) -> None:
+        """The buffer has welcomed this engine: serve it over the present connection."""
+        if welcome.policy is not None:
+            self._learn_of(welcome.policy)
+        threading.Thread(
+            target=self._read, args=(asyncio.get_running_loop(),), daemon=True, name="commands"
+        ).start()
+
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
-        """On a thread of its own: the link's blocking `receive`, into the event loop's inbox."""
+        """On a thread of its own, one per connection: the link's blocking `receive`, into the event
+        loop's inbox.
+        """
         message: Any = None
         while not isinstance(message, (msg.Shutdown, Exception)):
             try:
@@ -201,10 +190,15 @@ class Worker:
                 self._launch(command)
             elif isinstance(command, msg.Cancel):
                 self._spawn(self._cancel(command.rollout_ids))
+            elif isinstance(command, msg.Settled):
+                for rollout_id in command.rollout_ids:
+                    self._rollouts.pop(rollout_id, None)
             elif isinstance(command, msg.PolicyPublished):
                 self._learn_of(command.policy)
             elif isinstance(command, msg.Shutdown):
                 return command
+            elif isinstance(command, LinkLost):
+                await self._join_again(command)
             elif isinstance(command, Exception):
                 raise command
 
@@ -229,27 +223,13 @@ class Worker:
             )
             self._fail(command.rollouts, line, fatal=True)
             return
-        given = array("i", prompt_ids).tobytes()
-        self._link.send(
-            msg.Progress(
-                chunks=[
-                    msg.Chunk(
-                        rollout_id=launched.rollout_id,
-                        sampled=False,
-                        version=0,
-                        tokens=given,
-                        logprobs=b"",
-                    )
-                    for launched in command.rollouts
-                ]
-            )
-        )
-        for launched in command.rollouts:
-            self._start(launched, prompt, prompt_ids, min(room, self._config.sampling.max_tokens))
+        max_tokens = min(room, self._config.sampling.max_tokens)
+        launched = [r for r in command.rollouts if r.rollout_id not in self._rollouts]
+        self._send_progress([self._start(r, prompt, prompt_ids, max_tokens) for r in launched])
 
     def _fail(self, rollouts: Iterable[msg.LaunchedRollout], error: str, fatal: bool) -> None:
         for launched in rollouts:
-            self._link.send(msg.Failed(rollout_id=launched.rollout_id, error=error, fatal=fatal))
+            self._send(msg.Failed(rollout_id=launched.rollout_id, error=error, fatal=fatal))
 
     def _start(
         self,
@@ -257,7 +237,7 @@ class Worker:
         prompt: msg.PromptPayload,
         prompt_ids: list[int],
         max_tokens: int,
-    ) -> None:
+    ) -> Rollout:
         prefix = array("i", launched.prefix)
         request_id, left = str(launched.rollout_id), max_tokens - len(prefix)
         if prefix and (
@@ -270,30 +250,83 @@ class Worker:
                 request_id, [*prompt_ids, *prefix], left, launched.seed
             )
         rollout = self._rollouts[launched.rollout_id] = Rollout(
-            launched.rollout_id, prompt, prefix, generation
+            launched.rollout_id, prompt, array("i", prompt_ids), prefix, generation
         )
         self._spawn(self._follow(rollout))
+        return rollout
 
     async def _cancel(self, rollout_ids: list[int]) -> None:
         """Those that ended already are answered, or are about to be, by their `Finished`."""
         decoding = [
             rollout
             for rollout_id in rollout_ids
-            if (rollout := self._rollouts.get(rollout_id))
-            and not rollout.generation.finished.done()
+            if (rollout := self._rollouts.get(rollout_id)) and rollout.decodes
         ]
         for rollout in decoding:
             rollout.cancelled = True
-        if decoding:
-            await self._engine.abort([rollout.generation.request_id for rollout in decoding])
+        await self._abort(decoding)
+
+    async def _abort(self, rollouts: list[Rollout]) -> None:
+        if rollouts:
+            await self._engine.abort([rollout.generation.request_id for rollout in rollouts])
+
+    # Joining again --------------------------------------------------------------------------------
+
+    def _send(self, message: msg.EngineMessage) -> None:
+        """Nothing is sent while the link is down: after the next welcome, all that the buffer lacks
+        is sent again.
+        """
+        if not self._joined:
+            return
+        try:
+            self._link.send(message)
+        except LinkLost:
+            self._joined = False  # `receive` raises it too, and then this engine joins again
+
+    async def _join_again(self, lost: LinkLost) -> None:
+        self._joined = False
+        limit_s = self._config.buffer.rejoin_timeout_s
+        print(
+            f"actors: {self._hello.engine_id}: {lost}; it decodes on and joins again "
+            f"(for up to {limit_s:g} s)",
+            file=sys.stderr,
+            flush=True,
+        )
+        await asyncio.sleep(RECONNECT_S)
+        hello = msgspec.structs.replace(
+            self._hello,
+            policy_version=self._engine.version,
+            rollouts=list(self._rollouts),
+        )
+        welcome = await weights.in_thread(partial(self._link.connect, hello, limit_s))
+        self._joined = True
+        self._enter(welcome)
+        self._catch_up(welcome, hello.policy_version)
+
+    def _catch_up(self, welcome: msg.Welcome, known_version: int) -> None:
+        """Send everything that the buffer lacks, and free the rollouts that it does not want."""
+        if self._loaded is not None and self._loaded.version > known_version:
+            self._send(self._loaded)
+        if self._probed is not None:
+            self._send(self._probed)
+        unable = [i for i, n in welcome.resend.items() if not self._rollouts[i].resume(n)]
+        given_up = [self._rollouts.pop(i) for i in [*welcome.forget, *unable]]
+        self._spawn(self._abort([rollout for rollout in given_up if rollout.decodes]))
+        for rollout_id in unable:
+            error = "the buffer lost records of this rollout, so it cannot go on"
+            self._send(msg.Failed(rollout_id=rollout_id, error=error, fatal=False))
+        self._send_progress(self._rollouts[i] for i in welcome.resend if i not in unable)
+        for rollout in self._rollouts.values():
+            if rollout.answer is not None:
+                self._send(rollout.answer)
 
     # A rollout's end ------------------------------------------------------------------------------
 
     async def _follow(self, rollout: Rollout) -> None:
         answer = await self._answer(rollout)
-        del self._rollouts[rollout.rollout_id]
-        if answer is not None:
-            self._link.send(answer)
+        if answer is not None and self._rollouts.get(rollout.rollout_id) is rollout:
+            rollout.answer = answer
+            self._send(answer)
 
     async def _answer(self, rollout: Rollout) -> msg.Finished | msg.Failed | msg.Stopped | None:
         """Return the final message for the buffer, after sending the last tokens.
@@ -346,7 +379,7 @@ class Worker:
         """
         chunks = [chunk for rollout in rollouts for chunk in rollout.take_chunks()]
         if chunks:
-            self._link.send(msg.Progress(chunks=chunks))
+            self._send(msg.Progress(chunks=chunks))
         return sum(len(chunk.tokens) + len(chunk.logprobs) for chunk in chunks)
 
     async def _flush_often(self) -> None:
@@ -366,7 +399,7 @@ class Worker:
         while True:
             await asyncio.sleep(REPORT_S)
             measured = self._engine.measure()
-            self._link.send(
+            self._send(
                 msg.EngineReport(
                     batch=measured.batch,
                     ms_per_token=measured.ms_per_token,
@@ -419,14 +452,16 @@ class Worker:
                     raise PolicyUnavailable(one_line(error)) from error
             else:
                 num_failed = 0
-                self._link.send(loaded)
+                self._loaded = loaded
+                self._send(loaded)
                 await self._probe()
 
     async def _probe(self) -> None:
         """Have the present weights score the probe; the buffer compares it with the learner's."""
         version, logprobs = self._engine.version, await probe(self._engine)
         model_type = self._engine.model_type
-        self._link.send(msg.Probed(version=version, model_type=model_type, logprobs=logprobs))
+        self._probed = msg.Probed(version=version, model_type=model_type, logprobs=logprobs)
+        self._send(self._probed)
 
 
 def next_flush_s(interval_s: float, fastest_s: float, late_s: float, num_bytes: int) -> float:

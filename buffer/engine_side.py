@@ -7,8 +7,8 @@ messages.
     unblocked by   the core's launches and cancels, which `flush` sends once per turn of the loop
 
 Checks a whole message before anything of it is stored, and stores it before the core hears of it.
-Owns state that the core does not need: decisions that wait to be sent, and when each cancel was
-decided. Driven by `buffer.service`.
+Owns state that the core does not need: decisions and settled rollouts that wait to be sent, and
+when each cancel was decided. Driven by `buffer.service`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from __future__ import annotations
 import time
 import zlib
 from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
+from buffer import rejoin
 from buffer.peers import Peer
 from buffer.probes import ProbeFailed
 from buffer.run_state import RunFailed, RunState
@@ -25,8 +27,16 @@ from buffer.wire import messages as msg
 from darts import events as ev
 from darts.state.groups import Rollout
 
-MAX_NAME = 200  # characters of an engine's name
 MAX_TEXT = 8000  # characters of a response or an error that are kept
+
+
+@dataclass(slots=True)
+class Outbox:
+    """Waits to be sent to one engine at the end of a turn of the loop."""
+
+    launches: list[ev.Launch] = field(default_factory=list[ev.Launch])
+    cancels: list[int] = field(default_factory=list[int])
+    settled: list[int] = field(default_factory=list[int])
 
 
 class EngineSide:
@@ -45,51 +55,76 @@ class EngineSide:
         }
         self._cancelled_s: dict[int, float] = {}
         self._never_sent: list[int] = []  # cancelled before their launch was sent
-        self._outbox: dict[str, list[ev.Launch | ev.Cancel]] = defaultdict(list)
+        self._outboxes: dict[str, Outbox] = defaultdict(Outbox)
 
     # Peers
     # --------------------------------------------------------------------------------------------
 
     def hello(self, identity: bytes, hello: msg.EngineHello) -> list[ev.Event]:
-        """An engine repeats its hello until it is answered. From another connection, it is a new
-        engine.
+        """An engine joins, or joins again over another connection, and goes on with its rollouts.
+
+        It repeats its hello until it is answered, so the same one may come twice.
         """
         run = self.run
         run.require_own(hello.run)
-        if not (1 <= len(hello.engine_id) <= MAX_NAME and hello.engine_id.isprintable()):
-            raise ev.ProtocolError(
-                f"an engine named {hello.engine_id[:MAX_NAME]!r}: names have 1 to {MAX_NAME} "
-                "printable characters"
-            )
-        if hello.slots < 1:
-            raise ev.ProtocolError(
-                f"engine {hello.engine_id} offers {hello.slots} slots; at least 1 is needed"
-            )
-        events: list[ev.Event] = []
+        rejoin.check_hello(hello)
         known = run.peers.engine(hello.engine_id)
-        if known is None or known.identity != identity:
+        events: list[ev.Event] = []
+        if known is not None and rejoin.is_same_process(known.incarnation, hello, run.core):
+            if known.identity != identity:
+                run.peers.remove(known)
+                run.say(f"engine {hello.engine_id} has joined again")
+            if hello.policy_version > run.core.engines.by_id[hello.engine_id].version:
+                events.append(ev.PolicyLoaded(hello.engine_id, hello.policy_version))
+            welcome, stopped = self._reconcile(hello)
+            events += stopped
+        else:
             if known is not None:
                 error = (
                     f"process {hello.pid} has joined as engine {hello.engine_id}: "
                     "names must be unique"
                 )
                 run.send(known, msg.Shutdown(error=error))
-                events += self.lose(known, "it has joined again")
-            # Weights of a policy that this run does not know are not sampled from.
-            known_policy = hello.policy_version <= run.core.policy_version
-            version = hello.policy_version if known_policy else -1
-            events.append(ev.EngineJoined(hello.engine_id, hello.engine_type, hello.slots, version))
-            run.peers.add(Peer(identity, time.monotonic(), hello.engine_id))
-            run.say(f"engine {hello.engine_id} joined ({hello.engine_type}, {hello.slots} slots)")
-        run.router.send(identity, msg.Welcome(policy=run.policy, run=run.run_id))
+                events += self.lose(known, "another process has joined in its name")
+            events.append(self._joined(hello))
+            welcome = msg.Welcome(policy=run.policy, forget=hello.rollouts, run=run.run_id)
+        run.peers.add(Peer(identity, time.monotonic(), hello.engine_id, hello.incarnation))
+        run.router.send(identity, welcome)
         return events
+
+    def _joined(self, hello: msg.EngineHello) -> ev.EngineJoined:
+        run = self.run
+        run.say(f"engine {hello.engine_id} joined ({hello.engine_type}, {hello.slots} slots)")
+        # Weights of a policy that this run does not know are not sampled from.
+        known_policy = hello.policy_version <= run.core.policy_version
+        version = hello.policy_version if known_policy else -1
+        return ev.EngineJoined(hello.engine_id, hello.engine_type, hello.slots, version)
+
+    def _reconcile(self, hello: msg.EngineHello) -> tuple[msg.Welcome, list[ev.Event]]:
+        """Agree with an engine about its rollouts. Messages on the way to it are lost, and those
+        that wait here are decided again.
+        """
+        run, engine_id = self.run, hello.engine_id
+        in_flight = run.core.engines.by_id[engine_id].in_flight
+        agreed = rejoin.reconcile({i: r.runs for i, r in in_flight.items()}, set(hello.rollouts))
+        launches = [rejoin.launch_again(in_flight[i]) for i in agreed.launch]
+        self._outboxes[engine_id] = Outbox(launches, agreed.cancel)
+        welcome = msg.Welcome(
+            policy=run.policy,
+            resend={i: run.store.num_tokens(i) for i in agreed.resend},
+            forget=agreed.forget,
+            run=run.run_id,
+        )
+        for rollout_id in agreed.stopped:
+            self._note_freed(rollout_id)
+        return welcome, [ev.RolloutStopped(i, in_flight[i].tokens) for i in agreed.stopped]
 
     def lose(self, peer: Peer, reason: str, keep_tokens: bool = True) -> list[ev.Event]:
         """Its rollouts continue elsewhere; from its tokens only if those can be trusted."""
         in_flight = self.run.core.engines.by_id[peer.engine_id].in_flight
         for rollout_id in in_flight:
             self._cancelled_s.pop(rollout_id, None)
-        self._outbox.pop(peer.engine_id, None)
+        self._outboxes.pop(peer.engine_id, None)
         self.run.peers.remove(peer)
         self.run.probes.forget(peer.engine_id)
         self.run.warn(
@@ -114,45 +149,42 @@ class EngineSide:
         store.open(decision.rollout_id, decision.group_id, decision.continues)
         if decision.continues is not None:
             store.discard(decision.continues)
-        self._outbox[decision.engine_id].append(decision)
+        self._outboxes[decision.engine_id].launches.append(decision)
 
     def cancel(self, decision: ev.Cancel) -> None:
         self._cancelled_s[decision.rollout_id] = time.monotonic()
         self.run.store.discard(decision.rollout_id)
-        unsent = self._outbox[decision.engine_id]
-        launched = next(
-            (d for d in unsent if isinstance(d, ev.Launch) and d.rollout_id == decision.rollout_id),
-            None,
-        )
+        outbox = self._outboxes[decision.engine_id]
+        launched = next((d for d in outbox.launches if d.rollout_id == decision.rollout_id), None)
         if launched is None:
-            unsent.append(decision)
+            outbox.cancels.append(decision.rollout_id)
         else:  # decided within one turn of the loop: its engine need never know
-            unsent.remove(launched)
+            outbox.launches.remove(launched)
             self._never_sent.append(decision.rollout_id)
 
     def flush(self) -> list[ev.Event]:
         """Send each engine its decisions: the launches of one group together, then the cancels."""
-        outbox, self._outbox = self._outbox, defaultdict(list)
-        for engine_id, decisions in outbox.items():
+        outboxes, self._outboxes = self._outboxes, defaultdict(Outbox)
+        for engine_id, outbox in outboxes.items():
             peer = self.run.peers.engine(engine_id)
             if peer is not None:
-                self._send(peer, decisions)
+                self._send(peer, outbox)
         never_sent, self._never_sent = self._never_sent, []
         rollouts = self.run.core.rollouts
         for rollout_id in never_sent:
             self._cancelled_s.pop(rollout_id, None)
         return [ev.RolloutStopped(i, rollouts[i].tokens) for i in never_sent if i in rollouts]
 
-    def _send(self, peer: Peer, decisions: list[ev.Launch | ev.Cancel]) -> None:
+    def _send(self, peer: Peer, outbox: Outbox) -> None:
         groups: dict[int, list[ev.Launch]] = defaultdict(list)
-        for decision in decisions:
-            if isinstance(decision, ev.Launch):
-                groups[decision.group_id].append(decision)
+        for decision in outbox.launches:
+            groups[decision.group_id].append(decision)
         for launches in groups.values():
             self.run.send(peer, self._launch_message(launches))
-        cancels = [d.rollout_id for d in decisions if isinstance(d, ev.Cancel)]
-        if cancels:
-            self.run.send(peer, msg.Cancel(rollout_ids=cancels))
+        if outbox.cancels:
+            self.run.send(peer, msg.Cancel(rollout_ids=outbox.cancels))
+        if outbox.settled:  # the events about them are logged before they are handled
+            self.run.send(peer, msg.Settled(rollout_ids=outbox.settled))
 
     def _launch_message(self, launches: list[ev.Launch]) -> msg.Launch:
         run, first = self.run, launches[0]
@@ -196,21 +228,26 @@ class EngineSide:
         return rollout if rollout.runs else None
 
     def _progress(self, peer: Peer, message: msg.Progress) -> list[ev.Event]:
-        store, num_tokens = self.run.store, dict[int, int]()
+        store, num_sampled, ends = self.run.store, dict[int, int](), dict[int, int]()
         chunks: list[msg.Chunk] = []
         for chunk in message.chunks:
-            rollout = self._running(peer, chunk.rollout_id)
+            rollout_id = chunk.rollout_id
+            rollout = self._running(peer, rollout_id)
             if rollout is None:
                 continue  # cancelled, as a rule
-            store.check(chunk)
-            chunks.append(chunk)
-            if chunk.sampled:
-                before = num_tokens.get(rollout.rollout_id, store.num_sampled(rollout.rollout_id))
-                num_tokens[rollout.rollout_id] = before + len(chunk.tokens) // 4
-                self._check_sampled(rollout, chunk, num_tokens[rollout.rollout_id])
+            new = store.new_part(chunk, ends.get(rollout_id))
+            num_new = len(new.tokens) // 4
+            if not num_new:
+                continue
+            chunks.append(new)
+            ends[rollout_id] = new.offset + num_new
+            if new.sampled:
+                before = num_sampled.get(rollout_id, store.num_sampled(rollout_id))
+                num_sampled[rollout_id] = before + num_new
+                self._check_sampled(rollout, new, num_sampled[rollout_id])
         for chunk in chunks:
             store.append(chunk)
-        return [ev.RolloutProgressed(i, store.num_sampled(i)) for i in num_tokens]
+        return [ev.RolloutProgressed(i, store.num_sampled(i)) for i in num_sampled]
 
     def _check_sampled(self, rollout: Rollout, chunk: msg.Chunk, num_tokens: int) -> None:
         core = self.run.core
@@ -242,7 +279,7 @@ class EngineSide:
                 )
             oldest = run.store.oldest_version(rollout_id)
             run.texts[rollout_id] = message.text[:MAX_TEXT]
-        self._note_freed(rollout_id)
+        self._settle(peer, rollout_id)
         return [
             ev.RolloutFinished(
                 rollout_id, message.num_tokens, message.truncated, message.reward, oldest
@@ -258,13 +295,17 @@ class EngineSide:
             run.warn(f"{peer.name}: {error}")
             run.errors[rollout.group.group_id] = error
             run.store.discard(message.rollout_id)
-        self._note_freed(message.rollout_id)
+        self._settle(peer, message.rollout_id)
         return [ev.RolloutFailed(message.rollout_id)]
 
     def _stopped(self, peer: Peer, message: msg.Stopped) -> list[ev.Event]:
         self._running(peer, message.rollout_id)
-        self._note_freed(message.rollout_id)
+        self._settle(peer, message.rollout_id)
         return [ev.RolloutStopped(message.rollout_id, message.num_tokens)]
+
+    def _settle(self, peer: Peer, rollout_id: int) -> None:
+        self._outboxes[peer.engine_id].settled.append(rollout_id)
+        self._note_freed(rollout_id)
 
     def _note_freed(self, rollout_id: int) -> None:
         cancelled_s = self._cancelled_s.pop(rollout_id, None)

@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Peer:
-    """One connection: an engine's has an `engine_id`, a learner rank's a `rank`."""
+    """One connection: an engine's has an `engine_id`, a learner rank's a `rank`.
+
+    incarnation: of an engine's process, "" after the buffer's restart until it joins again.
+    """
 
     identity: bytes
     heard_s: float
     engine_id: str = ""
+    incarnation: str = ""
     rank: int = -1
 
     @property

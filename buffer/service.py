@@ -181,8 +181,12 @@ class Service:
         if isinstance(message, (msg.EngineHello, msg.LearnerHello)):
             return self._greet(identity, message)
         peer = self.run.peers.heard(identity, time.monotonic())
-        if peer is None or isinstance(message, msg.Heartbeat):
-            return  # a peer that was lost, or never said hello, finds out by the silence
+        if isinstance(message, msg.Heartbeat):
+            if peer is None:  # it was lost; a heartbeat comes once a second, so answers are few
+                self.run.router.send(identity, msg.HelloAgain())
+            return
+        if peer is None:
+            return
         side = self.engines if peer.engine_id else self.learner
         try:
             self._apply(side.handle(peer, message))

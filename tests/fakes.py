@@ -6,6 +6,7 @@ The world knows what the core does not, every rollout's true length, and so can 
 from __future__ import annotations
 
 import random
+import secrets
 import threading
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from buffer.wire import messages as msg
-from buffer.wire.client import EngineLink, LearnerLink
+from buffer.wire.client import EngineLink, LearnerLink, LinkLost
 from darts import events as ev
 from darts.config import CoreConfig
 from darts.core import Core
@@ -323,11 +324,56 @@ def fake_probe(version: int, nats: float = 0.0) -> bytes:
 # Over real sockets ------------------------------------------------------------------------------------------------
 
 
+PROMPT = [1, 2, 3]
+FIRST_TOKEN = 10  # sampled token number i is FIRST_TOKEN + i, whichever engine samples it
+
+
+@dataclass
+class FakeRollout:
+    """One on a fake engine. `start`: tokens that it was given as a prefix."""
+
+    rollout_id: int
+    start: int
+    length: int
+    versions: list[int] = field(default_factory=list)  # of each token sampled here
+    num_sent: int = 0  # of the whole row, prompt included
+    answer: msg.Finished | msg.Failed | msg.Stopped | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.start + len(self.versions)
+
+    def take(self) -> list[msg.Chunk]:
+        """Its tokens from `num_sent` on."""
+        chunks: list[msg.Chunk] = []
+        if self.num_sent == 0:
+            chunks.append(chunk(self.rollout_id, 0, PROMPT, None))
+            self.num_sent = len(PROMPT) + self.start
+        first = self.num_sent - len(PROMPT)
+        assert first >= self.start, "it cannot send its prefix"
+        for index in range(first, self.num_tokens):
+            version = self.versions[index - self.start]
+            offset = len(PROMPT) + index
+            chunks.append(chunk(self.rollout_id, offset, [FIRST_TOKEN + index], version))
+        self.num_sent = len(PROMPT) + self.num_tokens
+        return chunks
+
+
 class FakeEngine(threading.Thread):
-    """An engine that speaks the protocol and draws lengths instead of decoding. `kill` drops it without a word."""
+    """An engine that speaks the protocol and draws lengths instead of decoding.
+
+    A link that breaks is joined again, with its rollouts and what was decoded meanwhile. `kill` drops
+    it without a word.
+    """
 
     def __init__(
-        self, address: str, engine_id: str, slots: int = 8, seed: int = 0, max_tokens: int = 64
+        self,
+        address: str,
+        engine_id: str,
+        slots: int = 8,
+        seed: int = 0,
+        max_tokens: int = 64,
+        peer_timeout_s: float = 10,
     ) -> None:
         super().__init__(daemon=True)
         self.address, self.engine_id, self.slots, self.max_tokens = (
@@ -336,41 +382,73 @@ class FakeEngine(threading.Thread):
             slots,
             max_tokens,
         )
+        self.peer_timeout_s = peer_timeout_s
         self.rng = random.Random(f"{seed}/{engine_id}")
+        self.incarnation = secrets.token_hex(8)
         self.version = -1
-        self.in_flight: dict[int, list[int]] = {}  # rollout -> [tokens so far, length]
-        self.num_launched = self.most_in_flight = 0
+        self.held: dict[int, FakeRollout] = {}  # launched and not yet settled
+        self.launched: list[int] = []
+        self.most_in_flight = self.num_rejoined = 0
         self.fail_rollouts = ""
         self.probe_nats = 0.0  # by which it differs from the learner
+        self.pause_s = 0.0  # between two rounds of decoding
         self.killed = threading.Event()
         self.shutdown: msg.Shutdown | None = None
 
+    @property
+    def num_launched(self) -> int:
+        return len(self.launched)
+
     def run(self) -> None:
+        with EngineLink(self.address, self.engine_id, peer_timeout_s=self.peer_timeout_s) as link:
+            self.load(link, self.join_buffer(link).policy)
+            while not self.killed.is_set():
+                try:
+                    self.turn(link)
+                except LinkLost:
+                    self.num_rejoined += 1
+                    for _ in range(3):
+                        self.decode()
+                    self.catch_up(link, self.join_buffer(link))
+                if self.shutdown is not None:
+                    return
+                time.sleep(self.pause_s)
+
+    def join_buffer(self, link: EngineLink) -> msg.Welcome:
         hello = msg.EngineHello(
             engine_id=self.engine_id,
             engine_type="fake",
             slots=self.slots,
-            policy_version=-1,
+            policy_version=self.version,
             pid=id(self) % 10**6,
+            incarnation=self.incarnation,
+            rollouts=list(self.held),
         )
-        with EngineLink(self.address, self.engine_id, peer_timeout_s=10) as link:
-            self.load(link, link.connect(hello, 20).policy)
-            while not self.killed.is_set():
-                message = link.receive(0.002)
-                while message is not None:
-                    if isinstance(message, msg.Shutdown):
-                        self.shutdown = message
-                        return
-                    self.obey(link, message)
-                    message = link.receive(0)
-                self.decode(link)
+        return link.connect(hello, 20)
+
+    def turn(self, link: EngineLink) -> None:
+        message = link.receive(0.002)
+        while message is not None:
+            if isinstance(message, msg.Shutdown):
+                self.shutdown = message
+                return
+            self.obey(link, message)
+            message = link.receive(0)
+        for rollout in self.decode():
+            self.tell(link, rollout)
+        in_flight = sum(r.answer is None for r in self.held.values())
+        link.send(
+            msg.EngineReport(
+                batch=in_flight or 1, ms_per_token=1.0, tokens_per_s=100.0, busy_frac=1.0
+            )
+        )
 
     def kill(self) -> None:
         self.killed.set()
         self.join(5)
 
     def load(self, link: EngineLink, policy: msg.SnapshotRef | None) -> None:
-        if policy is not None:
+        if policy is not None and policy.version > self.version:
             if self.version == -1:
                 self.probe(link)
             self.version = policy.version
@@ -386,56 +464,82 @@ class FakeEngine(threading.Thread):
             case msg.PolicyPublished():
                 self.load(link, message.policy)
             case msg.Launch():
-                for rollout in message.rollouts:
-                    self.num_launched += 1
-                    length = min(self.max_tokens, max(1, round(self.rng.lognormvariate(2.5, 0.9))))
-                    done = len(rollout.prefix) // 4
-                    self.in_flight[rollout.rollout_id] = [done, max(length, done + 1)]
-                    link.send(msg.Progress(chunks=[chunk(rollout.rollout_id, [1, 2, 3], None)]))
-                self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+                for launched in message.rollouts:
+                    if launched.rollout_id not in self.held:
+                        self.tell(link, self.start_rollout(launched))
             case msg.Cancel():
                 for rollout_id in message.rollout_ids:
-                    if (state := self.in_flight.pop(rollout_id, None)) is not None:
-                        link.send(msg.Stopped(rollout_id=rollout_id, num_tokens=state[0]))
+                    rollout = self.held.get(rollout_id)
+                    if rollout is not None and rollout.answer is None:
+                        rollout.answer = msg.Stopped(
+                            rollout_id=rollout_id, num_tokens=rollout.num_tokens
+                        )
+                        link.send(rollout.answer)
+            case msg.Settled():
+                for rollout_id in message.rollout_ids:
+                    self.held.pop(rollout_id, None)
             case _:
                 pass
 
-    def decode(self, link: EngineLink) -> None:
-        for rollout_id, state in list(self.in_flight.items()):
-            num = min(state[1] - state[0], self.rng.randint(1, 6))
-            state[0] += num
-            link.send(msg.Progress(chunks=[chunk(rollout_id, [7] * num, self.version)]))
-            if state[0] == state[1]:
-                del self.in_flight[rollout_id]
-                if self.fail_rollouts:
-                    link.send(
-                        msg.Failed(rollout_id=rollout_id, error=self.fail_rollouts, fatal=False)
-                    )
-                else:
-                    reward = float(self.rng.random() < 0.5)
-                    truncated = state[1] >= self.max_tokens
-                    link.send(
-                        msg.Finished(
-                            rollout_id=rollout_id,
-                            num_tokens=state[1],
-                            truncated=truncated,
-                            reward=reward,
-                            text="x" * state[1],
-                        )
-                    )
-        link.send(
-            msg.EngineReport(
-                batch=len(self.in_flight) or 1, ms_per_token=1.0, tokens_per_s=100.0, busy_frac=1.0
-            )
-        )
+    def start_rollout(self, launched: msg.LaunchedRollout) -> FakeRollout:
+        length = min(self.max_tokens, max(1, round(self.rng.lognormvariate(2.5, 0.9))))
+        start = len(launched.prefix) // 4
+        rollout = FakeRollout(launched.rollout_id, start, max(length, start + 1))
+        self.held[launched.rollout_id] = rollout
+        self.launched.append(launched.rollout_id)
+        in_flight = sum(r.answer is None for r in self.held.values())
+        self.most_in_flight = max(self.most_in_flight, in_flight)
+        return rollout
+
+    def decode(self) -> list[FakeRollout]:
+        """Some tokens for each rollout. Returns those that decoded; one that ends has its answer."""
+        decoding = [r for r in self.held.values() if r.answer is None]
+        for rollout in decoding:
+            num = min(rollout.length - rollout.num_tokens, self.rng.randint(1, 6))
+            rollout.versions += [self.version] * num
+            if rollout.num_tokens < rollout.length:
+                continue
+            if self.fail_rollouts:
+                rollout.answer = msg.Failed(
+                    rollout_id=rollout.rollout_id, error=self.fail_rollouts, fatal=False
+                )
+            else:
+                rollout.answer = msg.Finished(
+                    rollout_id=rollout.rollout_id,
+                    num_tokens=rollout.length,
+                    truncated=rollout.length >= self.max_tokens,
+                    reward=float(self.rng.random() < 0.5),
+                    text="x" * rollout.length,
+                )
+        return decoding
+
+    def tell(self, link: EngineLink, rollout: FakeRollout) -> None:
+        """Its unsent tokens, and its answer after them."""
+        if chunks := rollout.take():
+            link.send(msg.Progress(chunks=chunks))
+        if rollout.answer is not None:
+            link.send(rollout.answer)
+
+    def catch_up(self, link: EngineLink, welcome: msg.Welcome) -> None:
+        for rollout_id in welcome.forget:
+            del self.held[rollout_id]
+        for rollout_id, num_tokens in welcome.resend.items():
+            self.held[rollout_id].num_sent = num_tokens
+        for rollout in self.held.values():
+            if rollout.rollout_id in welcome.resend:
+                self.tell(link, rollout)
+            elif rollout.answer is not None:
+                link.send(rollout.answer)
+        self.load(link, welcome.policy)
 
 
-def chunk(rollout_id: int, tokens: list[int], version: int | None) -> msg.Chunk:
+def chunk(rollout_id: int, offset: int, tokens: list[int], version: int | None) -> msg.Chunk:
     """Sampled by `version`, or given where that is None."""
     data = np.array(tokens, "<i4").tobytes()
     logprobs = b"" if version is None else np.full(len(tokens), -0.5, "<f4").tobytes()
     return msg.Chunk(
         rollout_id=rollout_id,
+        offset=offset,
         sampled=version is not None,
         version=version or 0,
         tokens=data,

@@ -37,32 +37,46 @@ class Generation:
     first, if they were asked for.
     """
 
-    __slots__ = ("request_id", "tokens", "prompt_logprobs", "finished", "num_pending", "_pending")
+    __slots__ = ("request_id", "tokens", "prompt_logprobs", "finished", "num_taken", "_runs")
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.tokens: array[int] = array("i")
         self.prompt_logprobs: array[float] = array("f")
         self.finished: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.num_pending = 0
-        self._pending: list[TokenRun] = []
+        self.num_taken = 0
+        self._runs: list[TokenRun] = []
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that `take` would return."""
+        return len(self.tokens) - self.num_taken
 
     def extend(self, version: int, token_ids: Iterable[int], logprobs: Iterable[float]) -> None:
         """Tokens sampled by policy `version`, each with its log-probability under the distribution
         that was sampled.
         """
-        if not self._pending or self._pending[-1].version != version:
-            self._pending.append(TokenRun(version, array("i"), array("f")))
-        run, before = self._pending[-1], len(self.tokens)
+        if not self._runs or self._runs[-1].version != version:
+            self._runs.append(TokenRun(version, array("i"), array("f")))
+        run, before = self._runs[-1], len(self._runs[-1].tokens)
         run.tokens.extend(token_ids)
         run.logprobs.extend(logprobs)
-        self.tokens.extend(token_ids)
-        self.num_pending += len(self.tokens) - before
+        self.tokens.extend(run.tokens[before:])
 
     def take(self) -> list[TokenRun]:
         """Return the tokens sampled since the last take, in order, one run per policy version."""
-        taken, self._pending, self.num_pending = self._pending, [], 0
+        taken: list[TokenRun] = []
+        skipped = self.num_taken
+        for run in self._runs:
+            if skipped < len(run.tokens):
+                taken.append(TokenRun(run.version, run.tokens[skipped:], run.logprobs[skipped:]))
+            skipped = max(0, skipped - len(run.tokens))
+        self.num_taken = len(self.tokens)
         return taken
+
+    def rewind(self, num_taken: int) -> None:
+        """Have `take` return all tokens after the first `num_taken` again."""
+        self.num_taken = min(num_taken, len(self.tokens))
 
     def end(self, outcome: str | Exception) -> None:
         """Settle `finished`, once; later outcomes are ignored."""

@@ -22,8 +22,8 @@ from buffer.records.segment_files import FRAME_BYTES, read_segment, read_segment
 from buffer.records.segments import SegmentLog
 from buffer.wire.messages import Chunk
 
-_BEGIN, _COPIED, _CHUNK, _SPOKE = range(4)
-_HEAD = struct.Struct("<B?qQQ")  # kind, sampled or continued, version, rollout, offset or group
+_BEGIN, _CHUNK = range(2)
+_HEAD = struct.Struct("<B?qQQ")  # kind, sampled, version, rollout, offset or group
 _SLACK_SEGMENTS = 4  # of garbage that is not worth moving live records for
 _MOVED_SEGMENTS = 2  # per rotation, so that moving outruns writing and no rotation takes long
 
@@ -36,7 +36,11 @@ class StoredRollout:
     tokens: bytearray = field(default_factory=bytearray)  # int32
     logprobs: bytearray = field(default_factory=bytearray)  # float32, 0 where given
     runs: list[tuple[bool, int, int]] = field(default_factory=list[tuple[bool, int, int]])
-    continued: bool = False  # its beginning was copied, and its engine has not spoken yet
+
+    @property
+    def num_tokens(self) -> int:
+        """All of them, those of the prompt included."""
+        return len(self.tokens) // 4
 
     @property
     def num_bytes(self) -> int:
@@ -44,16 +48,9 @@ class StoredRollout:
 
     def copy(self, group_id: int) -> StoredRollout:
         """The beginning of a rollout that continues this one."""
-        return StoredRollout(
-            group_id, self.tokens[:], self.logprobs[:], self.runs[:], continued=bool(self.runs)
-        )
+        return StoredRollout(group_id, self.tokens[:], self.logprobs[:], self.runs[:])
 
-    def append_chunk(self, chunk: Chunk) -> None:
-        logprobs = chunk.logprobs if chunk.sampled else bytes(len(chunk.tokens))
-        version = chunk.version if chunk.sampled else -1
-        self.append(_Piece(chunk.sampled, version, chunk.tokens, logprobs))
-
-    def append(self, piece: _Piece) -> None:
+    def append(self, piece: Piece) -> None:
         num_tokens = len(piece.tokens) // 4
         self.tokens += piece.tokens
         self.logprobs += piece.logprobs
@@ -62,23 +59,27 @@ class StoredRollout:
         self.runs.append((piece.sampled, piece.version, num_tokens))
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """Consecutive tokens of one rollout."""
 
     sampled: bool
-    version: int
+    version: int  # -1 if given
     tokens: bytes
-    logprobs: bytes
+    logprobs: bytes  # zeros if given
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> Piece:
+        if chunk.sampled:
+            return cls(True, chunk.version, chunk.tokens, chunk.logprobs)
+        return cls(False, -1, chunk.tokens, bytes(len(chunk.tokens)))
 
 
 @dataclass
-class _Pieces:
+class Pieces:
     """The records of one rollout, in any order."""
 
     group_id: int | None = None  # None until its first record was seen
-    continued: bool = False
-    spoke: bool = False
-    by_offset: dict[int, _Piece] = field(default_factory=dict[int, _Piece])
+    by_offset: dict[int, Piece] = field(default_factory=dict[int, Piece])
 
 
 class TokenLog:
@@ -131,8 +132,7 @@ class TokenLog:
         """A rollout begins; with the tokens of `copied`, if it continues a lost one."""
         assert rollout_id not in self._sizes, f"rollout {rollout_id} was begun already"
         self._sizes[rollout_id] = {}
-        continued = copied is not None and bool(copied.runs)
-        first = _HEAD.pack(_BEGIN, continued, -1, rollout_id, group_id)
+        first = _HEAD.pack(_BEGIN, False, -1, rollout_id, group_id)
         try:
             self._append(first, rollout_id, time_s)
             for payload in _copied(rollout_id, copied) if copied is not None else ():
@@ -141,15 +141,11 @@ class TokenLog:
             self.discard(rollout_id)
             raise
 
-    def append(self, chunk: Chunk, offset: int, time_s: float) -> int:
-        """The chunk was stored behind `offset` tokens. Returns its record's number."""
+    def append(self, chunk: Chunk, time_s: float) -> int:
+        """The chunk was stored. Returns its record's number."""
         version = chunk.version if chunk.sampled else -1
-        head = _HEAD.pack(_CHUNK, chunk.sampled, version, chunk.rollout_id, offset)
+        head = _HEAD.pack(_CHUNK, chunk.sampled, version, chunk.rollout_id, chunk.offset)
         return self._append(head + chunk.tokens + chunk.logprobs, chunk.rollout_id, time_s)
-
-    def spoke(self, rollout_id: int, time_s: float) -> None:
-        """The engine of a continued rollout repeated the prompt, which was not stored again."""
-        self._append(_HEAD.pack(_SPOKE, False, -1, rollout_id, 0), rollout_id, time_s)
 
     def discard(self, rollout_id: int) -> None:
         """Its records may go. No-op if the rollout is not outstanding.
@@ -219,7 +215,7 @@ class TokenLog:
         self.log.drop_before(number)
 
     def _recover(self, wanted: Collection[int]) -> dict[int, StoredRollout]:
-        found: dict[int, _Pieces] = {}
+        found: dict[int, Pieces] = {}
         for segment in read_segments(self.log.folder, self._disk):
             for record in segment.records:
                 rollout_id = _HEAD.unpack_from(record.payload)[3]
@@ -227,22 +223,20 @@ class TokenLog:
                     continue
                 self._sizes.setdefault(rollout_id, {})
                 self._count(rollout_id, segment.number, len(record.payload) + FRAME_BYTES)
-                pieces = found.setdefault(rollout_id, _Pieces())
+                pieces = found.setdefault(rollout_id, Pieces())
                 if not _add(record.payload, pieces):
                     raise self._damage(rollout_id, "has two records of one place that differ")
         return {rollout_id: self._join(rollout_id, pieces) for rollout_id, pieces in found.items()}
 
-    def _join(self, rollout_id: int, pieces: _Pieces) -> StoredRollout:
+    def _join(self, rollout_id: int, pieces: Pieces) -> StoredRollout:
         if pieces.group_id is None:
             raise self._damage(rollout_id, "lacks its first record")
         rollout = StoredRollout(group_id=pieces.group_id)
         for offset, piece in sorted(pieces.by_offset.items()):
-            if offset != len(rollout.tokens) // 4:
-                reason = f"has {len(rollout.tokens) // 4} tokens before token {offset}"
+            if offset != rollout.num_tokens:
+                reason = f"has {rollout.num_tokens} tokens before token {offset}"
                 raise self._damage(rollout_id, reason)
             rollout.append(piece)
-        # A power cut may have taken all that was copied, and then nothing is continued.
-        rollout.continued = pieces.continued and not pieces.spoke and bool(rollout.runs)
         return rollout
 
     def _damage(self, rollout_id: int, reason: str) -> ValueError:
@@ -252,22 +246,18 @@ class TokenLog:
         )
 
 
-def _add(payload: bytes, pieces: _Pieces) -> bool:
+def _add(payload: bytes, pieces: Pieces) -> bool:
     """Take a record; whether it agrees with those before it. A crash in mid-move leaves some of
     them twice.
     """
     kind, flag, version, _, number = _HEAD.unpack_from(payload)
     if kind == _BEGIN:
-        pieces.group_id, pieces.continued = number, flag
-        return True
-    if kind != _COPIED:
-        pieces.spoke = True
-    if kind == _SPOKE:
+        pieces.group_id = number
         return True
     data = payload[_HEAD.size :]
     half = len(data) // 2 if flag else len(data)
     logprobs = data[half:] if flag else bytes(half)
-    piece = _Piece(sampled=flag, version=version, tokens=data[:half], logprobs=logprobs)
+    piece = Piece(sampled=flag, version=version, tokens=data[:half], logprobs=logprobs)
     return pieces.by_offset.setdefault(number, piece) == piece
 
 
@@ -276,6 +266,6 @@ def _copied(rollout_id: int, rollout: StoredRollout) -> Iterator[bytes]:
     start = 0
     for sampled, version, num_tokens in rollout.runs:
         end = start + 4 * num_tokens
-        head = _HEAD.pack(_COPIED, sampled, version, rollout_id, start // 4)
+        head = _HEAD.pack(_CHUNK, sampled, version, rollout_id, start // 4)
         yield head + rollout.tokens[start:end] + (rollout.logprobs[start:end] if sampled else b"")
         start = end

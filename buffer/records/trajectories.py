@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
 import numpy as np
 
-from buffer.records.token_log import StoredRollout, TokenLog
+from buffer.records.token_log import Piece, StoredRollout, TokenLog
 from buffer.wire.messages import Chunk, Trajectory
 from darts.events import ProtocolError
 
@@ -52,33 +53,50 @@ class TrajectoryStore:
         self._rollouts[rollout_id] = rollout
         self.bytes_held += rollout.num_bytes
 
-    def check(self, chunk: Chunk) -> None:
-        """Raise ProtocolError for a chunk that no correct engine sends."""
+    def new_part(self, chunk: Chunk, end: int | None = None) -> Chunk:
+        """The tokens of a chunk that follow those held, or the first `end` tokens if others of its
+        message come before it.
+
+        An engine that has joined again repeats tokens. Raises ProtocolError for a chunk that no
+        correct engine sends.
+        """
         rollout = self._rollout(chunk.rollout_id)
         _check(chunk)
-        if rollout.continued and not chunk.sampled and not rollout.runs[0][0]:
-            self._check_same_prompt(rollout, chunk)
+        end = rollout.num_tokens if end is None else end
+        if not 0 <= chunk.offset <= end:
+            raise ProtocolError(
+                f"rollout {chunk.rollout_id}: a chunk begins at token {chunk.offset}, "
+                f"but {end} tokens came before it"
+            )
+        num_repeated = min(end - chunk.offset, len(chunk.tokens) // 4)
+        if num_repeated:
+            _check_repeated(rollout, chunk, num_repeated)
+        return msgspec.structs.replace(
+            chunk,
+            offset=chunk.offset + num_repeated,
+            tokens=chunk.tokens[4 * num_repeated :],
+            logprobs=chunk.logprobs[4 * num_repeated :],
+        )
 
     def append(self, chunk: Chunk) -> None:
-        """Take a checked chunk as it decodes."""
-        rollout = self._rollout(chunk.rollout_id)
+        """Take the new part of a chunk as it decodes."""
         if not chunk.tokens:
             return
-        if rollout.continued:
-            rollout.continued = False
-            if not chunk.sampled and not rollout.runs[0][0]:
-                if self.log is not None:
-                    self.log.spoke(chunk.rollout_id, 0.0)
-                return  # the new engine repeats the prompt, which is held already
+        rollout = self._rollout(chunk.rollout_id)
+        assert chunk.offset == rollout.num_tokens, f"rollout {chunk.rollout_id} has a gap"
         if self.log is not None:
-            self.log.append(chunk, len(rollout.tokens) // 4, 0.0)
-        rollout.append_chunk(chunk)
+            self.log.append(chunk, 0.0)
+        rollout.append(Piece.of(chunk))
         self.bytes_held += 2 * len(chunk.tokens)
 
     def restore(self, rollouts: dict[int, StoredRollout]) -> None:
         """Load the tokens that the log held when the buffer restarted."""
         self._rollouts |= rollouts
         self.bytes_held += sum(rollout.num_bytes for rollout in rollouts.values())
+
+    def num_tokens(self, rollout_id: int) -> int:
+        """Tokens so far, those of the prompt included: where the next chunk begins."""
+        return self._rollout(rollout_id).num_tokens
 
     def num_sampled(self, rollout_id: int) -> int:
         """Sampled tokens so far: the rollout's length, as the core counts it."""
@@ -142,22 +160,37 @@ class TrajectoryStore:
             )
         return rollout
 
-    def _check_same_prompt(self, rollout: StoredRollout, chunk: Chunk) -> None:
-        held = bytes(rollout.tokens[: 4 * rollout.runs[0][2]])
-        if held != chunk.tokens:
-            raise ProtocolError(
-                f"rollout {chunk.rollout_id} continues a lost one, but its prompt has other "
-                f"tokens ({len(chunk.tokens) // 4} against "
-                f"{len(held) // 4}): the engines of a run must have the same tokenizer and chat "
-                "template"
-            )
-
 
 def _spans(rollout: StoredRollout) -> Iterable[tuple[bytearray, bool]]:
     start = 0
     for sampled, _, num_tokens in rollout.runs:
         yield rollout.tokens[start : start + 4 * num_tokens], sampled
         start += 4 * num_tokens
+
+
+def _check_repeated(rollout: StoredRollout, chunk: Chunk, num_tokens: int) -> None:
+    """The first `num_tokens` of a chunk must be held already, bit for bit."""
+    start, end = chunk.offset, chunk.offset + num_tokens
+    sampled, version, tokens, logprobs = Piece.of(chunk)
+    if (
+        rollout.tokens[4 * start : 4 * end] != tokens[: 4 * num_tokens]
+        or rollout.logprobs[4 * start : 4 * end] != logprobs[: 4 * num_tokens]
+        or any(run != (sampled, version) for run in _runs_within(rollout, start, end))
+    ):
+        raise ProtocolError(
+            f"rollout {chunk.rollout_id}: tokens {start}..{end - 1} were sent before, and are now "
+            "others. If another engine began the rollout: the engines of a run must have the same "
+            "tokenizer and chat template"
+        )
+
+
+def _runs_within(rollout: StoredRollout, start: int, end: int) -> Iterable[tuple[bool, int]]:
+    """Whether sampled, and by which version, of the runs that tokens `start`..`end` touch."""
+    position = 0
+    for sampled, version, num_tokens in rollout.runs:
+        if position < end and start < position + num_tokens:
+            yield sampled, version
+        position += num_tokens
 
 
 def _check(chunk: Chunk) -> None:

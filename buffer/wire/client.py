@@ -26,6 +26,7 @@ from buffer.wire.messages import (
     EngineHello,
     EngineMessage,
     Heartbeat,
+    HelloAgain,
     LearnerCommand,
     LearnerHello,
     LearnerMessage,
@@ -67,6 +68,10 @@ ReceivedT = TypeVar("ReceivedT", bound=Message)
 
 class Refused(TransportError):
     """The buffer answered a hello with a refusal; to ask again would not help."""
+
+
+class LinkLost(TransportError):
+    """The connection broke, or the buffer does not know it any more: connect again."""
 
 
 class _Connection:
@@ -179,7 +184,7 @@ class _Connection:
                 self._read_monitor()
             silent_s = time.monotonic() - last_heard
             if self._welcomed and self._stop_at is None and silent_s > self._peer_timeout_s:
-                raise TransportError(
+                raise LinkLost(
                     f"nothing heard from the buffer at {self._address} for {silent_s:.1f} s: see "
                     "whether `python -m buffer` still runs "
                     f"there, or raise buffer.peer_timeout_s"
@@ -220,6 +225,11 @@ class _Connection:
                     f"the buffer at {self._address} sent what this side does not understand "
                     f"({error}): run the same version on both sides"
                 ) from error
+            if isinstance(message, HelloAgain):
+                raise LinkLost(
+                    f"the buffer at {self._address} does not know this connection any more: it "
+                    "was restarted, or heard nothing of it for too long"
+                )
             if isinstance(message, self._welcome):
                 if self._welcomed:
                     continue  # the answer to a hello repeated before the first answer came
@@ -237,7 +247,7 @@ class _Connection:
                 # on over a new connection.
                 self._socket.poll(50)  # zmq tells of the end before it hands over the last messages
                 self._read()
-                raise TransportError(
+                raise LinkLost(
                     f"the buffer at {self._address} closed the connection: it ended, or the "
                     "network broke; see its last lines"
                 )
@@ -317,17 +327,17 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
     def send(self, message: SentT) -> None:
         """Hand a message to the link's thread: never waits, keeps the order.
 
-        TransportError once the buffer is lost.
+        TransportError once the buffer is lost, of the type that `receive` raises.
         """
         connection = self._connected()
-        if connection.failure is not None:
-            raise TransportError(str(connection.failure)) from connection.failure
+        if (failure := connection.failure) is not None:
+            raise type(failure)(str(failure)) from failure
         connection.send(encode(message))
 
     def receive(self, timeout_s: float) -> ReceivedT | None:
         """The next message, or None after `timeout_s`.
 
-        TransportError, each time, once the buffer is lost.
+        TransportError, each time, once the buffer is lost: LinkLost if it may be joined again.
         """
         connection = self._connected()
         try:
@@ -336,7 +346,7 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
             return None
         if isinstance(item, TransportError):
             connection.inbox.put(item)
-            raise TransportError(str(item)) from item
+            raise type(item)(str(item)) from item
         return cast("ReceivedT", item)  # the connection decodes nothing but this link's commands
 
     def _connected(self) -> _Connection:

@@ -31,9 +31,13 @@ class SnapshotRef(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
 class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Consecutive tokens of one rollout: sampled by one policy version, or given (`sampled=False`,
     no logprobs).
+
+    `offset` is their place in the rollout: its prompt begins at 0, and the tokens that the engine
+    was given as `LaunchedRollout.prefix` follow the prompt.
     """
 
     rollout_id: int
+    offset: int
     sampled: bool
     version: int
     tokens: bytes
@@ -53,16 +57,23 @@ class Shutdown(Message):
     error: str
 
 
+class HelloAgain(Message):
+    """The buffer does not know this connection: it was restarted, or took the peer for lost.
+
+    The answer to a heartbeat. The peer must connect again and say hello.
+    """
+
+
 # actor -> buffer ----------------------------------------------------------------------------------
 
 
 class EngineHello(Message):
-    """An engine offers `slots` credits.
+    """An engine offers `slots` credits. Repeated until a `Welcome` comes.
 
-    Repeated until a `Welcome` comes; on another connection it replaces the engine of that name.
-
-    `run`: the run that this link has served before, "" for none; a buffer of another run refuses
-    it.
+    incarnation: of this process. The same one on another connection goes on with its rollouts; a
+    new one replaces the engine of that name.
+    rollouts: launched here, and not yet settled or forgotten.
+    run: the run that this link has served before, "" for none; a buffer of another run refuses it.
     """
 
     engine_id: str
@@ -70,6 +81,8 @@ class EngineHello(Message):
     slots: int
     policy_version: int
     pid: int
+    incarnation: str
+    rollouts: list[int] = []
     run: str = ""
 
 
@@ -167,7 +180,7 @@ class LaunchedRollout(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
 
 
 class Launch(Message):
-    """Start these rollouts of one prompt."""
+    """Start these rollouts of one prompt; those that the engine has already just go on."""
 
     group_id: int
     prompt: PromptPayload
@@ -183,11 +196,23 @@ class Cancel(Message):
 class Welcome(Message):
     """The buffer accepts an engine.
 
-    `policy`: the newest snapshot, if one was published. `run` names the run, across its resumes.
+    policy: the newest snapshot, if one was published.
+    resend: for each rollout of the hello that goes on, the number of its tokens that the buffer
+        holds, prompt included. The engine sends the others, and its end if it has ended.
+    forget: rollouts of the hello that are over, or were launched again elsewhere.
+    run: names the run, across its resumes.
     """
 
     policy: SnapshotRef | None
+    resend: dict[int, int] = {}
+    forget: list[int] = []
     run: str = ""
+
+
+class Settled(Message):
+    """The ends of these rollouts are recorded, so the engine may forget their tokens."""
+
+    rollout_ids: list[int]
 
 
 class PolicyPublished(Message):
@@ -196,7 +221,9 @@ class PolicyPublished(Message):
     policy: SnapshotRef
 
 
-EngineCommand = Union[Welcome, Launch, Cancel, PolicyPublished, Heartbeat, Shutdown]
+EngineCommand = Union[
+    Welcome, Launch, Cancel, Settled, PolicyPublished, Heartbeat, HelloAgain, Shutdown
+]
 
 
 # learner -> buffer --------------------------------------------------------------------------------
@@ -318,7 +345,7 @@ class Acknowledged(Message):
     step: int
 
 
-LearnerCommand = Union[LearnerWelcome, Shard, Acknowledged, Heartbeat, Shutdown]
+LearnerCommand = Union[LearnerWelcome, Shard, Acknowledged, Heartbeat, HelloAgain, Shutdown]
 
 
 # all that the buffer receives, and all that it sends to its peers

@@ -43,7 +43,9 @@ from buffer.wire.transport import Publisher, Router, TransportError, encode, nex
 from tools.keys import make_keys
 
 LOOPBACK = "tcp://127.0.0.1:*"
-HELLO = EngineHello(engine_id="pool/0", engine_type="fake", slots=4, policy_version=-1, pid=1)
+HELLO = EngineHello(
+    engine_id="pool/0", engine_type="fake", slots=4, policy_version=-1, pid=1, incarnation="a"
+)
 SOON_S = 10.0  # a deadline, never an expectation
 
 

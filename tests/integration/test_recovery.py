@@ -64,18 +64,6 @@ class Buffer:
         self.process = self._start("run.resume=true")
 
 
-class Engine(FakeEngine):
-    """An engine that joins again whenever its link breaks."""
-
-    def run(self) -> None:
-        while not self.killed.is_set() and self.shutdown is None:
-            try:
-                super().run()
-            except TransportError:
-                self.in_flight.clear()
-                time.sleep(0.1)
-
-
 class Learner(threading.Thread):
     """The learner's real conversation with the buffer, without the training in between."""
 
@@ -155,7 +143,7 @@ def test_a_buffer_killed_at_any_moment_goes_on(
     small = "buffer.segment_bytes=20000"  # several segments, so that checkpoints are used
     config = make_config(tmp_path, free_port(), f"run.steps={steps}", small)
     buffer = Buffer(tmp_path, config)
-    engines = [Engine(config.buffer.address, f"e/{i}") for i in range(2)]
+    engines = [FakeEngine(config.buffer.address, f"e/{i}") for i in range(2)]
     learner = Learner(config, "a")
     for peer in (*engines, learner):
         peer.start()
@@ -187,7 +175,7 @@ def test_a_stopped_learner_comes_back_to_the_same_step(
     """A buffer frozen longer than anyone waits, and thawed: both sides find each other again."""
     config = make_config(tmp_path, free_port(), "run.steps=6", "buffer.peer_timeout_s=1.5")
     buffer = Buffer(tmp_path, config)
-    engine, learner = Engine(config.buffer.address, "e"), Learner(config, "a")
+    engine, learner = FakeEngine(config.buffer.address, "e"), Learner(config, "a")
     engine.start()
     learner.start()
     while learner.step < 2:
@@ -207,7 +195,7 @@ def test_a_learner_restarted_alone_gets_back_the_prompts_of_withdrawn_steps(
 ) -> None:
     config = make_config(tmp_path, free_port(), "run.steps=16")
     buffer = Buffer(tmp_path, config)
-    engine, first = Engine(config.buffer.address, "e"), Learner(config, "a")
+    engine, first = FakeEngine(config.buffer.address, "e"), Learner(config, "a")
     engine.start()
     first.start()
     while len(first.trained) < 5:
@@ -230,7 +218,7 @@ def test_a_learner_restarted_alone_gets_back_the_prompts_of_withdrawn_steps(
 def test_resuming_a_finished_run_ends_at_once(tmp_path: Path, free_port: Callable[[], int]) -> None:
     config = make_config(tmp_path, free_port(), "run.steps=2")
     buffer = Buffer(tmp_path, config)
-    engine, learner = Engine(config.buffer.address, "e"), Learner(config, "a")
+    engine, learner = FakeEngine(config.buffer.address, "e"), Learner(config, "a")
     engine.start()
     learner.start()
     assert buffer.process.wait(60) == 0
@@ -255,7 +243,7 @@ def test_a_second_learner_is_refused_while_the_first_is_alive(
     second.start()
     second.join(20)
     assert "is training this run already" in second.outcome
-    Engine(config.buffer.address, "e").start()
+    FakeEngine(config.buffer.address, "e").start()
     assert buffer.process.wait(60) == 0
     first.join(10)
     assert first.outcome == "ended well"

@@ -396,7 +396,7 @@ def test_what_another_run_left_behind_is_refused(
     running = Running(make_config(tmp_path / "one", port))
     address = running.service.run.router.address
     engine_hello = msg.EngineHello(
-        engine_id="e", engine_type="fake", slots=4, policy_version=-1, pid=1
+        engine_id="e", engine_type="fake", slots=4, policy_version=-1, pid=1, incarnation="a"
     )
     learner_hello = msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=1)
     with (
@@ -425,7 +425,14 @@ def test_an_engine_that_speaks_for_the_learner_is_dismissed(
     address = running.service.run.router.address
     with EngineLink(address, "bad", peer_timeout_s=10) as link:
         link.connect(
-            msg.EngineHello(engine_id="bad", engine_type="fake", slots=4, policy_version=-1, pid=1),
+            msg.EngineHello(
+                engine_id="bad",
+                engine_type="fake",
+                slots=4,
+                policy_version=-1,
+                pid=1,
+                incarnation="a",
+            ),
             10,
         )
         link.send(
@@ -449,7 +456,9 @@ def test_engine_with_an_impossible_hello_is_refused_and_the_run_goes_on(
 ) -> None:
     running = Running(make_config(tmp_path, free_port()))
     address = running.service.run.router.address
-    hello = msg.EngineHello(engine_id="bad", engine_type="fake", slots=0, policy_version=-1, pid=1)
+    hello = msg.EngineHello(
+        engine_id="bad", engine_type="fake", slots=0, policy_version=-1, pid=1, incarnation="a"
+    )
     with (
         EngineLink(address, "bad", peer_timeout_s=10) as link,
         pytest.raises(TransportError, match="at least 1 is needed"),

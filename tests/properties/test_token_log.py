@@ -20,11 +20,14 @@ FOLDER = Path("/run/tokens")
 SEGMENT_BYTES = 300
 
 
-def chunk(rollout_id: int, sampled: bool, version: int, num_tokens: int, start: int) -> Chunk:
+def chunk(
+    rollout_id: int, sampled: bool, version: int, num_tokens: int, start: int, offset: int
+) -> Chunk:
     tokens = np.arange(start, start + num_tokens, dtype="<i4")
     logprobs = (-tokens / 7).astype("<f4") if sampled else np.empty(0, "<f4")
     return Chunk(
         rollout_id=rollout_id,
+        offset=offset,
         sampled=sampled,
         version=version,
         tokens=tokens.tobytes(),
@@ -34,9 +37,7 @@ def chunk(rollout_id: int, sampled: bool, version: int, num_tokens: int, start: 
 
 def content(store: TrajectoryStore, rollout_id: int) -> StoredRollout:
     held = store._rollouts[rollout_id]
-    return StoredRollout(
-        held.group_id, held.tokens[:], held.logprobs[:], held.runs[:], held.continued
-    )
+    return held.copy(held.group_id)
 
 
 def is_beginning(found: StoredRollout, whole: StoredRollout) -> bool:
@@ -85,23 +86,11 @@ class TokenMachine(RuleBasedStateMachine):
     )
     def decode(self, data, sampled: bool, version: int, num_tokens: int) -> None:
         rollout_id = data.draw(st.sampled_from(self.outstanding))
-        before = content(self.store, rollout_id)
+        offset = content(self.store, rollout_id).num_tokens
         start, self.next_token = self.next_token, self.next_token + num_tokens
-        new = chunk(rollout_id, sampled, version, num_tokens, start)
-        if before.continued and not sampled and not before.runs[0][0]:  # it repeats the prompt
-            size = 4 * before.runs[0][2]
-            new = Chunk(
-                rollout_id=rollout_id,
-                sampled=False,
-                version=0,
-                tokens=bytes(before.tokens[:size]),
-                logprobs=b"",
-            )
+        new = chunk(rollout_id, sampled, version, num_tokens, start, offset)
         self.store.append(new)
-        if len(content(self.store, rollout_id).tokens) == len(before.tokens):
-            self.attempt(lambda: self.log.spoke(rollout_id, 0.0))
-        else:
-            self.attempt(lambda: self.log.append(new, len(before.tokens) // 4, 0.0))
+        self.attempt(lambda: self.log.append(new, 0.0))
 
     @precondition(lambda self: self.outstanding)
     @rule(data=st.data())
@@ -171,8 +160,7 @@ class TokenMachine(RuleBasedStateMachine):
         for rollout_id, rollout in found.items():
             restored.open(rollout_id, rollout.group_id, None)
             held = restored._rollouts[rollout_id]
-            held.tokens, held.logprobs = rollout.tokens, rollout.logprobs
-            held.runs, held.continued = rollout.runs, rollout.continued
+            held.tokens, held.logprobs, held.runs = rollout.tokens, rollout.logprobs, rollout.runs
         self.store = restored
 
     @invariant()
@@ -212,7 +200,7 @@ class Traffic:
             rollout_id = self.rng.randrange(3)
         offset = self.offsets[rollout_id]
         self.offsets[rollout_id] += 8
-        self.log.append(chunk(rollout_id, True, 0, 8, offset), offset, 0.0)
+        self.log.append(chunk(rollout_id, True, 0, 8, offset, offset), 0.0)
         if rollout_id >= 3 and offset == 24:
             self.log.discard(rollout_id)
             del self.offsets[rollout_id]
@@ -256,7 +244,7 @@ def test_a_power_cut_in_the_middle_of_compaction_loses_nothing_durable(fuse, see
     for rollout_id, num_tokens in durable.items():
         if rollout_id in traffic.offsets:
             rollout = found[rollout_id]
-            expected = chunk(rollout_id, True, 0, len(rollout.tokens) // 4, 0)
+            expected = chunk(rollout_id, True, 0, rollout.num_tokens, 0, 0)
             assert len(rollout.tokens) // 4 >= num_tokens
             assert rollout.tokens == expected.tokens and rollout.logprobs == expected.logprobs
 
@@ -273,15 +261,15 @@ def test_a_rollout_that_lost_all_it_had_copied_continues_nothing() -> None:
     disk.free_bytes = 1 << 40
     log.begin(1, 7, 0.0, prompt)  # tried again
     _, found = TokenLog.open(FOLDER, {1}, disk=disk.after_kill())
-    assert found == {1: StoredRollout(7, prompt.tokens, prompt.logprobs, prompt.runs, True)}
+    assert found == {1: StoredRollout(7, prompt.tokens, prompt.logprobs, prompt.runs)}
 
 
 def test_damage_to_a_wanted_rollout_is_refused() -> None:
     disk = MemoryDisk()
     log, _ = TokenLog.open(FOLDER, set(), disk=disk)
     log.begin(1, 0, 0.0)
-    log.append(chunk(1, True, 0, 4, 0), 0, 0.0)
-    log.append(chunk(1, True, 0, 4, 0), 5, 0.0)
+    log.append(chunk(1, True, 0, 4, 0, 0), 0.0)
+    log.append(chunk(1, True, 0, 4, 0, 5), 0.0)
     log.close()
     with pytest.raises(ValueError, match="rollout 1 has 4 tokens before token 5"):
         TokenLog.open(FOLDER, {1}, disk=disk)

@@ -255,12 +255,18 @@ async def _pipeline(
                 slots=config.actors.slots,
                 policy_version=-1,
                 pid=os.getpid(),
+                incarnation="bench",
             )
             welcome = await asyncio.to_thread(link.connect, hello, config.buffer.connect_timeout_s)
             metered, environment = _MeteredLink(link), make_environment(config)
             worker = asyncio.create_task(
                 Worker(
-                    config, engine, metered, environment, partial(fetch, keys=config.buffer.keys)
+                    config,
+                    engine,
+                    metered,
+                    environment,
+                    partial(fetch, keys=config.buffer.keys),
+                    hello=hello,
                 ).run(welcome)
             )
             measuring = asyncio.create_task(_measure_worker(metered, buffer_pid, seconds, warmup_s))

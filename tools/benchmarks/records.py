@@ -77,12 +77,13 @@ def _chunks(folder: Path, fsync_s: float) -> float:
                 log.begin(current[slot], 0, 0.0)
             chunk = Chunk(
                 rollout_id=current[slot],
+                offset=offsets[slot],
                 sampled=True,
                 version=0,
                 tokens=sampled,
                 logprobs=sampled,
             )
-            log.append(chunk, offsets[slot], 0.0)
+            log.append(chunk, 0.0)
             offsets[slot] += CHUNK_TOKENS
 
         rate = _rate(append, log.log)
@@ -99,9 +100,14 @@ def restart_time(folder: Path) -> None:
     for offset in range(0, MAX_TOKENS, CHUNK_TOKENS):
         for rollout_id in range(ROLLOUTS):
             chunk = Chunk(
-                rollout_id=rollout_id, sampled=True, version=0, tokens=sampled, logprobs=sampled
+                rollout_id=rollout_id,
+                offset=offset,
+                sampled=True,
+                version=0,
+                tokens=sampled,
+                logprobs=sampled,
             )
-            log.append(chunk, offset, 0.0)
+            log.append(chunk, 0.0)
     log.close()
     began = time.perf_counter()
     log, found = TokenLog.open(folder, range(ROLLOUTS))

@@ -15,9 +15,11 @@ import pytest
 from actors.environments import EnvironmentFailure
 from actors.inference.generation import EngineDied, Generation, Measurement, Meter
 from actors.worker import PolicyUnavailable, Worker, next_flush_s
+from buffer.wire.client import LinkLost
 from buffer.wire.messages import (
     Cancel,
     Chunk,
+    EngineHello,
     Failed,
     Finished,
     Launch,
@@ -27,6 +29,7 @@ from buffer.wire.messages import (
     Probed,
     Progress,
     PromptPayload,
+    Settled,
     Shutdown,
     SnapshotRef,
     Stopped,
@@ -39,6 +42,9 @@ from configs.schema import Config
 
 EOS = 9
 PROMPT = PromptPayload(prompt_id="p1", text="ab", messages=[], answer="", metadata="")
+HELLO = EngineHello(
+    engine_id="e/0", engine_type="fake", slots=4, policy_version=-1, pid=1, incarnation="a"
+)
 
 
 class FakeTokenizer:
@@ -121,9 +127,26 @@ class FakeLink:
     def __init__(self) -> None:
         self.incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.sent: list[Any] = []
+        self.hellos: list[EngineHello] = []
+        self.welcomes: queue.SimpleQueue[Welcome | Exception] = queue.SimpleQueue()
+        self.broken = False
+
+    def connect(self, hello: EngineHello, timeout_s: float) -> Welcome:
+        self.hellos.append(hello)
+        welcome = self.welcomes.get()
+        if isinstance(welcome, Exception):
+            raise welcome
+        self.broken = False
+        return welcome
 
     def send(self, message: Any) -> None:
+        if self.broken:
+            raise LinkLost("the link broke")
         self.sent.append(message)
+
+    def break_off(self) -> None:
+        self.broken = True
+        self.incoming.put(LinkLost("the link broke"))
 
     def receive(self, timeout_s: float) -> Any:
         try:
@@ -213,9 +236,9 @@ def play(
     async def run() -> Scene:
         scene = Scene(config, FakeEngine(), FakeLink(), FakeEnvironment())
         worker = asyncio.create_task(
-            Worker(config, scene.engine, scene.link, scene.environment, scene.fetch).run(
-                Welcome(policy=policy)
-            )
+            Worker(
+                config, scene.engine, scene.link, scene.environment, scene.fetch, hello=HELLO
+            ).run(Welcome(policy=policy))
         )
         scripted = asyncio.ensure_future(script(scene))
         await asyncio.wait({worker, scripted}, return_when=asyncio.FIRST_COMPLETED)
@@ -575,6 +598,159 @@ def test_a_lost_buffer_ends_the_worker_and_empties_the_engine() -> None:
     with pytest.raises(TransportError, match="the buffer is gone"):
         play(script)
     assert scenes[0].engine.aborted == ["1"]
+
+
+# A link that breaks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.worker.RECONNECT_S", 0.001)
+
+
+def tokens_of(chunks: list[Chunk]) -> list[tuple[int, list[int]]]:
+    return [(chunk.offset, array("i", chunk.tokens).tolist()) for chunk in chunks]
+
+
+def test_tokens_sampled_while_the_link_is_down_are_sent_from_where_the_buffer_asks(
+    at_once: None,
+) -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1, 2)
+        await scene.running(1, 2)
+        scene.engine.version = 4
+        scene.engine.sample(1, 3, 4)
+        await scene.until(lambda: scene.sampled(1) == [(4, [3, 4])])
+        scene.link.break_off()
+        scene.engine.sample(1, 5, 6)
+        await scene.until(lambda: bool(scene.link.hellos))
+        scene.engine.version = 5
+        scene.engine.sample(1, 7, EOS, end="stop")
+        await asyncio.sleep(0.02)
+        scene.link.sent.clear()
+        scene.link.welcomes.put(Welcome(policy=None, resend={1: 3, 2: 0}))
+        await scene.answered(1)
+
+    scene = play(script)
+    (hello,) = scene.link.hellos
+    assert (hello.rollouts, hello.policy_version, hello.incarnation) == ([1, 2], 4, "a")
+    assert tokens_of(scene.chunks(1)) == [(3, [4, 5, 6]), (6, [7, EOS])]
+    assert scene.sampled(1) == [(4, [4, 5, 6]), (5, [7, EOS])]
+    assert tokens_of(scene.chunks(2)) == [(0, [1, 2])]
+    assert [answer.num_tokens for answer in scene.answers()] == [6]
+    assert scene.engine.aborted == ["2"]  # at the end of the run
+
+
+def test_an_answer_is_repeated_until_it_is_settled(at_once: None) -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1, 2)
+        await scene.running(1, 2)
+        scene.engine.sample(1, EOS, end="stop")
+        scene.engine.sample(2, EOS, end="stop")
+        await scene.answered(2)
+        scene.link.incoming.put(Settled(rollout_ids=[1]))
+        scene.link.break_off()
+        await scene.until(lambda: bool(scene.link.hellos))
+        scene.link.sent.clear()
+        scene.link.welcomes.put(Welcome(policy=None, resend={2: 3}))
+        await scene.answered(1)
+
+    scene = play(script)
+    assert scene.link.hellos[0].rollouts == [2]
+    assert [answer.rollout_id for answer in scene.answers()] == [2]
+    assert scene.chunks(2) == []  # all of them are held
+
+
+def test_forgotten_rollouts_are_aborted_and_not_mentioned_again(at_once: None) -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        scene.link.break_off()
+        scene.link.welcomes.put(Welcome(policy=None, forget=[1]))
+        await scene.until(lambda: scene.engine.aborted == ["1"])
+        scene.link.sent.clear()
+        await asyncio.sleep(0.02)
+
+    scene = play(script)
+    assert scene.answers() == [] and scene.chunks(1) == []
+
+
+def test_a_rollout_launched_twice_just_goes_on() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        scene.launch(1)
+        scene.launch(2)
+        await scene.running(2)
+        scene.engine.sample(1, EOS, end="stop")
+        await scene.answered(1)
+
+    scene = play(script)
+    assert len(scene.answers()) == 1 and len(scene.chunks(1)) == 2
+
+
+@pytest.mark.parametrize("held", [0, 3])
+def test_a_rollout_whose_prefix_the_buffer_lost_fails_and_is_freed(
+    at_once: None, held: int
+) -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1, prefix=(3, 4))
+        await scene.running(1)
+        scene.link.break_off()
+        await scene.until(lambda: bool(scene.link.hellos))
+        scene.link.sent.clear()
+        scene.link.welcomes.put(Welcome(policy=None, resend={1: held}))
+        await scene.answered(1)
+        await scene.until(lambda: scene.engine.aborted == ["1"])
+
+    scene = play(script)
+    (failed,) = scene.answers()
+    assert isinstance(failed, Failed) and not failed.fatal
+    assert scene.chunks(1) == []
+
+
+def test_a_rollout_that_was_stopped_by_a_forgotten_cancel_fails(at_once: None) -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        scene.link.incoming.put(Cancel(rollout_ids=[1]))
+        await scene.answered(1)
+        scene.link.break_off()
+        await scene.until(lambda: bool(scene.link.hellos))
+        scene.link.sent.clear()
+        scene.link.welcomes.put(Welcome(policy=None, resend={1: 2}))
+        await scene.answered(1)
+
+    (failed,) = play(script).answers()
+    assert isinstance(failed, Failed) and not failed.fatal
+
+
+def test_a_policy_loaded_while_the_link_is_down_is_reported(at_once: None) -> None:
+    async def script(scene: Scene) -> None:
+        scene.link.break_off()
+        await scene.until(lambda: bool(scene.link.hellos))
+        await scene.until(lambda: scene.engine.swapped == [(3, b"weights of 3")])
+        await asyncio.sleep(0.02)
+        scene.link.sent.clear()
+        scene.link.welcomes.put(Welcome(policy=None))
+        await scene.until(lambda: len(reports(scene)) == 2)
+
+    def reports(scene: Scene) -> list[Any]:
+        return [m for m in scene.link.sent if isinstance(m, PolicyLoaded | Probed)]
+
+    slow = SnapshotRef(version=3, digest="", num_bytes=0, address="tcp://x", path="")
+    loaded, probed = reports(play(script, policy=slow))
+    assert loaded.version == probed.version == 3
+
+
+def test_a_buffer_that_stays_away_ends_the_worker(at_once: None) -> None:
+    async def script(scene: Scene) -> None:
+        scene.link.break_off()
+        scene.link.welcomes.put(TransportError("no buffer answered"))
+        await asyncio.sleep(10)
+
+    with pytest.raises(TransportError, match="no buffer answered"):
+        play(script)
 
 
 # Ledgers -------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from buffer.peers import Peer
@@ -14,6 +13,9 @@ from buffer.service import Service
 from buffer.wire import messages as msg
 from configs import cli
 from darts import events as ev
+from tests.fakes import chunk
+
+INCARNATION = "0123456789abcdef"
 
 
 @pytest.fixture
@@ -31,7 +33,14 @@ def service(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Service]:
     service._recover()
     service._apply([ev.PolicyPublished(0)])
     for name in ("a", "b"):
-        hello = msg.EngineHello(engine_id=name, engine_type="t", slots=2, policy_version=0, pid=1)
+        hello = msg.EngineHello(
+            engine_id=name,
+            engine_type="t",
+            slots=2,
+            policy_version=0,
+            pid=1,
+            incarnation=INCARNATION,
+        )
         service._greet(name.encode(), hello)
     service._apply(service.run.due_events())
     yield service
@@ -43,12 +52,8 @@ def of(service: Service, name: str) -> int:
     return next(i for i, r in service.run.core.rollouts.items() if r.engine_id == name)
 
 
-def sampled(rollout_id: int, num_tokens: int, version: int = 0) -> msg.Chunk:
-    tokens = np.full(num_tokens, 7, "<i4").tobytes()
-    logprobs = np.full(num_tokens, -0.5, "<f4").tobytes()
-    return msg.Chunk(
-        rollout_id=rollout_id, sampled=True, version=version, tokens=tokens, logprobs=logprobs
-    )
+def sampled(rollout_id: int, num_tokens: int, version: int = 0, offset: int = 0) -> msg.Chunk:
+    return chunk(rollout_id, offset, [7] * num_tokens, version)
 
 
 def engines(service: Service) -> set[str]:
@@ -93,7 +98,7 @@ def test_messages_about_a_finished_rollout_change_nothing(service: Service) -> N
 def test_tokens_of_an_engine_that_broke_the_protocol_are_not_continued(service: Service) -> None:
     mine = of(service, "a")
     service._receive(b"a", msg.Progress(chunks=[sampled(mine, 30)]))
-    service._receive(b"a", msg.Progress(chunks=[sampled(mine, 30)]))
+    service._receive(b"a", msg.Progress(chunks=[sampled(mine, 30, offset=30)]))
     assert engines(service) == {"b"}
     service._receive(b"b", msg.Heartbeat())
     assert all(r.tokens == 0 for r in service.run.core.rollouts.values())
@@ -105,19 +110,25 @@ def test_an_impossible_version_is_refused_before_anything_is_stored(
     service: Service, version: int
 ) -> None:
     mine = of(service, "a")
-    service._receive(b"a", msg.Progress(chunks=[sampled(mine, 3), sampled(mine, 3, version)]))
+    service._receive(
+        b"a", msg.Progress(chunks=[sampled(mine, 3), sampled(mine, 3, version, offset=3)])
+    )
     assert engines(service) == {"b"}
 
 
 @pytest.mark.parametrize("name", ["", "x" * 300, "a\nb"])
 def test_a_name_that_cannot_be_shown_is_refused(service: Service, name: str) -> None:
-    hello = msg.EngineHello(engine_id=name, engine_type="t", slots=1, policy_version=0, pid=1)
+    hello = msg.EngineHello(
+        engine_id=name, engine_type="t", slots=1, policy_version=0, pid=1, incarnation=INCARNATION
+    )
     service._receive(b"new", hello)
     assert engines(service) == {"a", "b"}
 
 
 def test_a_second_name_on_one_connection_ends_the_first(service: Service) -> None:
-    hello = msg.EngineHello(engine_id="c", engine_type="t", slots=1, policy_version=0, pid=1)
+    hello = msg.EngineHello(
+        engine_id="c", engine_type="t", slots=1, policy_version=0, pid=1, incarnation=INCARNATION
+    )
     service._receive(b"a", hello)
     assert engines(service) == {"b"}
     assert b"a" not in service.run.peers.by_identity

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,15 +22,16 @@ from darts.sizing.lengths import LengthStats
 REPOSITORY = Path(__file__).parents[3]
 
 
-def take(store: TrajectoryStore, chunk: Chunk) -> None:
-    """Check and keep a chunk, as the engines' side does."""
-    store.check(chunk)
-    store.append(chunk)
+def take(store: TrajectoryStore, chunk: Chunk, offset: int | None = None) -> None:
+    """Keep a chunk behind the tokens held, or at `offset`, as the engines' side does."""
+    at = store.num_tokens(chunk.rollout_id) if offset is None else offset
+    store.append(store.new_part(msgspec.structs.replace(chunk, offset=at)))
 
 
 def given_chunk(rollout_id, tokens):
     return Chunk(
         rollout_id=rollout_id,
+        offset=0,
         sampled=False,
         version=0,
         tokens=np.array(tokens, "<i4").tobytes(),
@@ -41,6 +43,7 @@ def sampled_chunk(rollout_id, tokens, version=0, logprobs=None):
     logprobs = [-0.5] * len(tokens) if logprobs is None else logprobs
     return Chunk(
         rollout_id=rollout_id,
+        offset=0,
         sampled=True,
         version=version,
         tokens=np.array(tokens, "<i4").tobytes(),
@@ -106,7 +109,7 @@ def test_a_continued_rollout_begins_with_what_was_paid_for(store):
     store.open(2, 9, continues=1)
     store.discard(1)
     assert np.frombuffer(store.prefix(2), "<i4").tolist() == [7, 8]
-    take(store, given_chunk(2, [5, 6]))  # the new engine's prompt, held already
+    take(store, given_chunk(2, [5, 6]), offset=0)  # the new engine's prompt, held already
     take(store, sampled_chunk(2, [9], version=2))
     trajectory = finish(store, 2)
     assert np.frombuffer(trajectory.tokens, "<i4").tolist() == [5, 6, 7, 8, 9]
@@ -114,22 +117,44 @@ def test_a_continued_rollout_begins_with_what_was_paid_for(store):
     assert store.oldest_version(2) == 1
 
 
-def test_only_the_leading_prompt_of_a_continued_rollout_is_ignored(store):
-    store.open(1, 9, None)
-    take(store, given_chunk(1, [5]))
-    take(store, sampled_chunk(1, [7]))
-    store.open(2, 9, continues=1)
-    take(store, sampled_chunk(2, [8]))
-    take(store, given_chunk(2, [5]))
-    assert np.frombuffer(finish(store, 2).tokens, "<i4").tolist() == [5, 7, 8, 5]
-
-
 def test_a_continued_rollout_with_another_prompt_is_refused(store):
     store.open(1, 9, None)
     take(store, given_chunk(1, [5]))
     store.open(2, 9, continues=1)
     with pytest.raises(ProtocolError, match=r"rollout 2.*same tokenizer"):
-        take(store, given_chunk(2, [4, 5]))
+        take(store, given_chunk(2, [4, 5]), offset=0)
+
+
+def test_repeated_tokens_are_taken_once_and_new_ones_behind_them(store):
+    store.open(1, 9, None)
+    take(store, given_chunk(1, [5]))
+    take(store, sampled_chunk(1, [6, 7], version=2))
+    take(store, sampled_chunk(1, [7, 8], version=2), offset=2)
+    take(store, sampled_chunk(1, [6, 7, 8], version=2), offset=1)
+    trajectory = finish(store, 1)
+    assert np.frombuffer(trajectory.tokens, "<i4").tolist() == [5, 6, 7, 8]
+    assert trajectory.versions == [(2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "offset"),
+    [
+        (sampled_chunk(1, [6, 9], version=2), 1),
+        (sampled_chunk(1, [6, 7], version=3), 1),
+        (sampled_chunk(1, [6, 7], version=2, logprobs=[-0.5, -0.25]), 1),
+        (given_chunk(1, [6]), 1),
+        (sampled_chunk(1, [5, 6], version=2), 0),
+        (sampled_chunk(1, [8], version=2), 4),
+        (sampled_chunk(1, [8], version=2), -1),
+    ],
+)
+def test_gaps_and_contradictions_are_refused_and_change_nothing(store, chunk, offset):
+    store.open(1, 9, None)
+    take(store, given_chunk(1, [5]))
+    take(store, sampled_chunk(1, [6, 7], version=2))
+    with pytest.raises(ProtocolError, match="rollout 1"):
+        take(store, chunk, offset)
+    assert np.frombuffer(finish(store, 1).tokens, "<i4").tolist() == [5, 6, 7]
 
 
 @pytest.mark.parametrize("lost", ["silent", "discarded"])
@@ -156,19 +181,40 @@ def test_the_lost_rollout_and_its_heir_share_nothing(store):
     ("chunk", "complaint"),
     [
         (
-            Chunk(rollout_id=1, sampled=True, version=0, tokens=b"\0" * 6, logprobs=b"\0" * 6),
+            Chunk(
+                rollout_id=1,
+                offset=0,
+                sampled=True,
+                version=0,
+                tokens=b"\0" * 6,
+                logprobs=b"\0" * 6,
+            ),
             "multiple of 4",
         ),
         (
-            Chunk(rollout_id=1, sampled=True, version=0, tokens=b"\0" * 8, logprobs=b"\0" * 4),
+            Chunk(
+                rollout_id=1,
+                offset=0,
+                sampled=True,
+                version=0,
+                tokens=b"\0" * 8,
+                logprobs=b"\0" * 4,
+            ),
             "one float32 per sampled token",
         ),
         (
-            Chunk(rollout_id=1, sampled=True, version=0, tokens=b"\0" * 8, logprobs=b""),
+            Chunk(rollout_id=1, offset=0, sampled=True, version=0, tokens=b"\0" * 8, logprobs=b""),
             "one float32 per sampled token",
         ),
         (
-            Chunk(rollout_id=1, sampled=False, version=0, tokens=b"\0" * 8, logprobs=b"\0" * 8),
+            Chunk(
+                rollout_id=1,
+                offset=0,
+                sampled=False,
+                version=0,
+                tokens=b"\0" * 8,
+                logprobs=b"\0" * 8,
+            ),
             "expected none",
         ),
         (sampled_chunk(1, [5], version=-1), "version is -1"),
@@ -226,10 +272,7 @@ def test_bytes_held_is_exact_whatever_happens(operations):
             chunk = (
                 given_chunk(target, [1]) if what == "given" else sampled_chunk(target, [2] * size)
             )
-            try:
-                take(store, chunk)
-            except ProtocolError:  # a continued rollout whose engine sends another prompt
-                assert what == "given"
+            take(store, chunk)
         held = sum(
             len(finish(store, id).tokens) + len(finish(store, id).actor_logprobs) for id in ids
         )

@@ -89,7 +89,14 @@ def test_an_address_without_a_next_port_is_refused(address):
 def test_frames_are_plain_msgpack():
     message = Progress(
         chunks=[
-            Chunk(rollout_id=7, sampled=True, version=3, tokens=b"\1\0\0\0", logprobs=b"\0\0\0\xbf")
+            Chunk(
+                rollout_id=7,
+                offset=0,
+                sampled=True,
+                version=3,
+                tokens=b"\1\0\0\0",
+                logprobs=b"\0\0\0\xbf",
+            )
         ]
     )
     assert msgpack.unpackb(encode(message)) == {
@@ -97,6 +104,7 @@ def test_frames_are_plain_msgpack():
         "chunks": [
             {
                 "rollout_id": 7,
+                "offset": 0,
                 "sampled": True,
                 "version": 3,
                 "tokens": b"\1\0\0\0",
@@ -108,6 +116,7 @@ def test_frames_are_plain_msgpack():
         {
             "type": "Finished",
             "rollout_id": 7,
+            "offset": 0,
             "num_tokens": 3,
             "truncated": False,
             "reward": 1.0,
@@ -143,6 +152,7 @@ def test_both_directions_survive_the_wire():
         {
             "type": "Finished",
             "rollout_id": 7,
+            "offset": 0,
             "truncated": False,
             "reward": 1.0,
             "text": "",
