@@ -6,6 +6,7 @@ Owns the translation of sampled tokens into chunks, from any place on. Sends not
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ class Rollout:
 
     prompt_ids: its prompt as tokens.
     prefix: sampled by another engine, and known to the buffer.
+    follower: waits for its end and sends the answer.
     """
 
     rollout_id: int
@@ -26,6 +28,7 @@ class Rollout:
     prompt_ids: array[int]
     prefix: array[int]
     generation: Generation
+    follower: asyncio.Task[None] | None = None
     cancelled: bool = False
     sent_prompt: bool = False
     answer: Finished | Failed | Stopped | None = None

@@ -252,7 +252,7 @@ class Worker:
         rollout = self._rollouts[launched.rollout_id] = Rollout(
             launched.rollout_id, prompt, array("i", prompt_ids), prefix, generation
         )
-        self._spawn(self._follow(rollout))
+        rollout.follower = self._spawn(self._follow(rollout))
         return rollout
 
     async def _cancel(self, rollout_ids: list[int]) -> None:
@@ -312,6 +312,9 @@ class Worker:
         unable = [i for i, n in welcome.resend.items() if not self._rollouts[i].resume(n)]
         given_up = [self._rollouts.pop(i) for i in [*welcome.forget, *unable]]
         self._spawn(self._abort([rollout for rollout in given_up if rollout.decodes]))
+        for rollout in given_up:
+            assert rollout.follower is not None
+            rollout.follower.cancel()
         for rollout_id in unable:
             error = "the buffer lost records of this rollout, so it cannot go on"
             self._send(msg.Failed(rollout_id=rollout_id, error=error, fatal=False))
@@ -324,7 +327,7 @@ class Worker:
 
     async def _follow(self, rollout: Rollout) -> None:
         answer = await self._answer(rollout)
-        if answer is not None and self._rollouts.get(rollout.rollout_id) is rollout:
+        if answer is not None:
             rollout.answer = answer
             self._send(answer)
 

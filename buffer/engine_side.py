@@ -80,17 +80,21 @@ class EngineSide:
             events += stopped
         else:
             if known is not None:
-                error = (
-                    f"process {hello.pid} has joined as engine {hello.engine_id}: "
-                    "names must be unique"
-                )
-                run.send(known, msg.Shutdown(error=error))
-                events += self.lose(known, "another process has joined in its name")
+                self._send_away(known, hello)
+                events += self.lose(known, "it has joined without the rollouts that it had")
             events.append(self._joined(hello))
             welcome = msg.Welcome(policy=run.policy, forget=hello.rollouts, run=run.run_id)
         run.peers.add(Peer(identity, time.monotonic(), hello.engine_id, hello.incarnation))
         run.router.send(identity, welcome)
         return events
+
+    def _send_away(self, known: Peer, hello: msg.EngineHello) -> None:
+        """Shut down the process that has the name of a newer one."""
+        if known.incarnation != hello.incarnation:
+            error = (
+                f"process {hello.pid} has joined as engine {hello.engine_id}: names must be unique"
+            )
+            self.run.send(known, msg.Shutdown(error=error))
 
     def _joined(self, hello: msg.EngineHello) -> ev.EngineJoined:
         run = self.run

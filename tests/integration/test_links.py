@@ -12,13 +12,14 @@ import pytest
 import zmq
 
 import buffer.wire.transport
-from buffer.wire.client import EngineLink, LearnerLink, MonitorLink
+from buffer.wire.client import EngineLink, LearnerLink, LinkLost, MonitorLink
 from buffer.wire.messages import (
     Cancel,
     EngineHello,
     FetchSnapshot,
     Finished,
     Heartbeat,
+    HelloAgain,
     Inbound,
     LearnerHello,
     LearnerWelcome,
@@ -448,6 +449,22 @@ def test_a_link_sends_heartbeats_by_itself(router):
         with Serving(router):
             link.connect(HELLO, SOON_S)
         assert receive_all(router, 1)[-1][1] == Heartbeat()
+
+
+@pytest.mark.parametrize("role", ["engine", "learner"])
+def test_a_buffer_that_does_not_know_a_link_has_it_join_again(router, role):
+    hello = HELLO if role == "engine" else LearnerHello(rank=0, num_ranks=1, step=0, pid=1)
+    link = (EngineLink if role == "engine" else LearnerLink)(router.address, role)
+    with Serving(router) as serving, link:
+        link.connect(hello, SOON_S)
+        serving.to_send.append((serving.peers[0], HelloAgain()))
+        for _ in range(2):
+            with pytest.raises(LinkLost, match="does not know this connection"):
+                link.receive(SOON_S)
+        with pytest.raises(LinkLost):
+            link.send(Stopped(rollout_id=0, num_tokens=0))
+        link.connect(hello, SOON_S)
+        assert len(set(serving.peers)) == 2
 
 
 def test_a_restarted_buffer_is_joined_anew():

@@ -73,6 +73,7 @@ class Learner(threading.Thread):
         self.session = BufferSession(config, 0, 1, incarnation, lambda: self.stopped)
         self.stopped = False
         self.trained: list[tuple[int, set[int]]] = []
+        self.shards: list[msg.Shard] = []
         self.outcome = ""
 
     def run(self) -> None:
@@ -82,6 +83,7 @@ class Learner(threading.Thread):
                 self.publish()
                 while self.step < self.config.run.steps:
                     shard, _ = self.session.pull(self.step)
+                    self.shards.append(shard)
                     time.sleep(0.1)
                     groups = {t.group_id for t in shard.trajectories}
                     num_tokens = sum(t.sampled.count(1) for t in shard.trajectories)

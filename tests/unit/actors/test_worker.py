@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 from array import array
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -166,9 +167,14 @@ class Scene:
     environment: FakeEnvironment
     fetched: list[int] = field(default_factory=list)
     fetch_error: Exception | None = None
+    may_fetch: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.may_fetch.set()
 
     def fetch(self, policy: SnapshotRef) -> bytes:
         self.fetched.append(policy.version)
+        assert self.may_fetch.wait(5)
         if self.fetch_error is not None:
             raise self.fetch_error
         return b"weights of %d" % policy.version
@@ -727,8 +733,12 @@ def test_a_rollout_that_was_stopped_by_a_forgotten_cancel_fails(at_once: None) -
 
 def test_a_policy_loaded_while_the_link_is_down_is_reported(at_once: None) -> None:
     async def script(scene: Scene) -> None:
+        scene.may_fetch.clear()
+        scene.link.incoming.put(PolicyPublished(policy=snapshot(3)))
+        await scene.until(lambda: scene.fetched == [3])
         scene.link.break_off()
         await scene.until(lambda: bool(scene.link.hellos))
+        scene.may_fetch.set()
         await scene.until(lambda: scene.engine.swapped == [(3, b"weights of 3")])
         await asyncio.sleep(0.02)
         scene.link.sent.clear()
@@ -738,9 +748,9 @@ def test_a_policy_loaded_while_the_link_is_down_is_reported(at_once: None) -> No
     def reports(scene: Scene) -> list[Any]:
         return [m for m in scene.link.sent if isinstance(m, PolicyLoaded | Probed)]
 
-    slow = SnapshotRef(version=3, digest="", num_bytes=0, address="tcp://x", path="")
-    loaded, probed = reports(play(script, policy=slow))
-    assert loaded.version == probed.version == 3
+    scene = play(script)
+    loaded, probed = reports(scene)
+    assert loaded.version == probed.version == 3 and scene.link.hellos[0].policy_version == -1
 
 
 def test_a_buffer_that_stays_away_ends_the_worker(at_once: None) -> None:
