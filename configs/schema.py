@@ -422,8 +422,8 @@ class BufferConfig:
     )
     rejoin_timeout_s: float = key(
         300.0,
-        "How long the run continues without a learner or without any engine before it fails, in "
-        "seconds. Raise it if a restart takes longer.",
+        "How long the run continues without a learner or without any engine before it fails, and "
+        "how long those wait for a lost buffer, in seconds. Raise it if a restart takes longer.",
         gt=1,
     )
 

@@ -116,7 +116,6 @@ def test_frames_are_plain_msgpack():
         {
             "type": "Finished",
             "rollout_id": 7,
-            "offset": 0,
             "num_tokens": 3,
             "truncated": False,
             "reward": 1.0,
