@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 from configs.schema import LongEnd
 from darts import events as ev
@@ -84,7 +84,7 @@ class Core:
         """Apply `event`. Raises `ProtocolError`, with nothing changed, if it is
         illegal at present.
         """
-        HANDLERS[type(event)](self, event)
+        self._handlers[type(event)](self, event)
         if not self._decisions:
             return NOTHING
         decisions, self._decisions = self._decisions, []
@@ -637,25 +637,24 @@ class Core:
         group.move(GroupState.CLOSED)
         del self.groups[group.group_id]
 
-
-HANDLERS: dict[type, Callable[[Core, Any], None]] = {
-    ev.PromptsDrawn: Core._prompts_drawn,
-    ev.EvaluationRequested: Core._evaluation_requested,
-    ev.PoolRestored: Core._pool_restored,
-    ev.AdmissionPaused: Core._admission_changed,
-    ev.BufferRestarted: Core._buffer_restarted,
-    ev.TokensLost: Core._tokens_lost,
-    ev.RunEnded: Core._run_ended,
-    ev.EngineJoined: Core._engine_joined,
-    ev.EngineLost: Core._engine_lost,
-    ev.PolicyLoaded: Core._policy_loaded,
-    ev.LatencyReported: Core._latency_reported,
-    ev.RolloutProgressed: Core._rollout_progressed,
-    ev.RolloutFinished: Core._rollout_finished,
-    ev.RolloutFailed: Core._rollout_failed,
-    ev.RolloutStopped: Core._rollout_stopped,
-    ev.LearnerJoined: Core._learner_joined,
-    ev.PolicyPublished: Core._policy_published,
-    ev.ShardsRequested: Core._shards_requested,
-    ev.GroupTrained: Core._group_trained,
-}
+    _handlers: ClassVar[dict[type, Callable[[Core, Any], None]]] = {
+        ev.PromptsDrawn: _prompts_drawn,
+        ev.EvaluationRequested: _evaluation_requested,
+        ev.PoolRestored: _pool_restored,
+        ev.AdmissionPaused: _admission_changed,
+        ev.BufferRestarted: _buffer_restarted,
+        ev.TokensLost: _tokens_lost,
+        ev.RunEnded: _run_ended,
+        ev.EngineJoined: _engine_joined,
+        ev.EngineLost: _engine_lost,
+        ev.PolicyLoaded: _policy_loaded,
+        ev.LatencyReported: _latency_reported,
+        ev.RolloutProgressed: _rollout_progressed,
+        ev.RolloutFinished: _rollout_finished,
+        ev.RolloutFailed: _rollout_failed,
+        ev.RolloutStopped: _rollout_stopped,
+        ev.LearnerJoined: _learner_joined,
+        ev.PolicyPublished: _policy_published,
+        ev.ShardsRequested: _shards_requested,
+        ev.GroupTrained: _group_trained,
+    }

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from darts.events import Prompt
 from darts.simulate.schema import LengthKeys, PatternKeys, ShapingKeys
@@ -57,7 +58,7 @@ def make_prompts(keys: LengthKeys, pattern: PatternKeys, seed: int) -> list[SimP
         return recorded_prompts(Path(keys.recorded), pattern)
     rng = random.Random(f"prompts {seed}")
     base_odds = math.log(pattern.pass_rate / (1.0 - pattern.pass_rate))
-    prompts = []
+    prompts: list[SimPrompt] = []
     for index in range(keys.num_prompts):
         mean_log = math.log(keys.median) + keys.between * rng.gauss(0, 1)
         spread = keys.spread * math.exp(keys.spread_between * rng.gauss(0, 1))
@@ -72,7 +73,7 @@ def recorded_prompts(path: Path, pattern: PatternKeys) -> list[SimPrompt]:
     """Prompts of a run's ledger: lognormals fitted to all its groups, cancelled rollouts as lower
     bounds; pass rates and patterns as seen. Raises ValueError if it cannot be read.
     """
-    seen: dict[str, list[dict]] = {}
+    seen: dict[str, list[dict[str, Any]]] = {}
     try:
         for line in path.read_text().splitlines():
             row = json.loads(line)
@@ -100,7 +101,7 @@ def recorded_prompts(path: Path, pattern: PatternKeys) -> list[SimPrompt]:
     ]
 
 
-def _fit(rollouts: Sequence[dict]) -> lengths.LengthStats | None:
+def _fit(rollouts: Sequence[dict[str, Any]]) -> lengths.LengthStats | None:
     finished = [r["tokens"] for r in rollouts if r["reward"] is not None and not r["truncated"]]
     bounds = [
         r["tokens"] for r in rollouts if (r["reward"] is None or r["truncated"]) and r["tokens"] > 0
@@ -109,7 +110,10 @@ def _fit(rollouts: Sequence[dict]) -> lengths.LengthStats | None:
 
 
 def _recorded_prompt(
-    prompt_id: str, stats: lengths.LengthStats, rollouts: Sequence[dict], pattern: PatternKeys
+    prompt_id: str,
+    stats: lengths.LengthStats,
+    rollouts: Sequence[dict[str, Any]],
+    pattern: PatternKeys,
 ) -> SimPrompt:
     scored = [r for r in rollouts if r["reward"] is not None]
     right = [r["tokens"] for r in scored if r["reward"] > 0.5]
@@ -148,7 +152,8 @@ class Shaping:
         """
         if not self._rate:
             return
-        gaps, var_drawn, var_trained = [], 0.0, 0.0
+        gaps: list[float] = []
+        var_drawn, var_trained = 0.0, 0.0
         for prompt, drawn, trained in steps:
             if not prompt.verbose:
                 continue
@@ -215,7 +220,7 @@ class SimPromptStream:
 
     def draw(self, num: int) -> tuple[Prompt, ...]:
         """The next `num` prompts."""
-        drawn = []
+        drawn: list[Prompt] = []
         while len(drawn) < num:
             if not self._pass:
                 self._pass = list(self._by_id)

@@ -15,14 +15,14 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from darts import events as ev
 from darts.config import core_config
 from darts.core import Core
 from darts.simulate.baselines import PartialRollout, Rounds, TailBatching
 from darts.simulate.engines import SimEngine, SimRollout, ptl_table
-from darts.simulate.lengths import Responses, Shaping, SimPromptStream, make_prompts
+from darts.simulate.lengths import Responses, Shaping, SimPrompt, SimPromptStream, make_prompts
 from darts.simulate.schema import SimulateConfig, check
 from darts.simulate.tally import Files, Row, Tally
 
@@ -88,7 +88,7 @@ class Simulation:
             speed: ptl_table(keys.batches, keys.ms_per_token, speed, keys.slots)
             for speed in set(keys.speeds)
         }
-        engines = {}
+        engines: dict[str, SimEngine] = {}
         for index in range(keys.num_engines):
             speed, name = keys.speeds[index % len(keys.speeds)], f"sim/{index}"
             engines[name] = SimEngine(
@@ -319,7 +319,7 @@ class Simulation:
 
     def _trained(self) -> None:
         records, self._shipped = self._shipped, []
-        lessons = []
+        lessons: list[tuple[SimPrompt, list[int], list[int]]] = []
         for record in records:
             group = self._groups[record.group_id]
             self._send(ev.GroupTrained(record.group_id))
@@ -385,10 +385,10 @@ def simulate(config: SimulateConfig, files: Files | None = None) -> Row:
 
 def report(summary: Row) -> str:
     """The summary as lines for people."""
-    lines = []
+    lines: list[str] = []
     for name, value in summary.items():
         shown = (
-            ", ".join(f"{k} {v}" for k, v in value.items())
+            ", ".join(f"{k} {v}" for k, v in cast("dict[str, Any]", value).items())
             if isinstance(value, dict)
             else f"{value:,.4g}"
         )
