@@ -14,11 +14,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -59,7 +59,8 @@ class PromptStream:
 
     def __init__(self, source: Source, seed: int) -> None:
         self.source, self.seed, self.position = source, seed, 0
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._epoch: int = -1
+        self._order = np.empty(0, dtype=np.int64)
 
     def draw(self, num_prompts: int) -> list[PromptPayload]:
         """The next prompts. A prompt keeps its `prompt_id` across epochs and runs."""
@@ -189,17 +190,16 @@ class ReasoningGymSource:
 
     def __init__(self, key: str, task: str, size: int, seed: int) -> None:
         reasoning_gym = import_extra("reasoning_gym", f"{key}=reasoning_gym:{task}", "data")
-        from reasoning_gym.factory import DATASETS
-
-        if task not in DATASETS:
-            near = ", ".join(difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)) or "none"
+        tasks = list[str](reasoning_gym.factory.DATASETS)
+        if task not in tasks:
+            near = ", ".join(difflib.get_close_matches(task, tasks, n=3, cutoff=0.5)) or "none"
             raise ValueError(
                 f"{key}=reasoning_gym:{task}: reasoning-gym has no task {task!r}; near ones: "
-                f"{near}; it has {len(DATASETS)}"
+                f"{near}; it has {len(tasks)}"
             )
         try:
-            self._create = lambda size, seed: reasoning_gym.create_dataset(
-                task, size=size, seed=seed
+            self._create: Callable[[int, int], Any] = lambda size, seed: (
+                reasoning_gym.create_dataset(task, size=size, seed=seed)
             )
             self._entries = self._create(SPARE * size, seed)
             self._check_survives_json(f"{key}=reasoning_gym:{task}")
@@ -312,6 +312,7 @@ def _payload_of_row(where: str, row: Any, data: DataConfig) -> PromptPayload:
             f"{where}: expected an object with named fields, got {type(row).__name__}; write one "
             "JSON object a line"
         )
+    row = cast("dict[str, Any]", row)
     prompt = _field_of_row(where, row, "data.prompt_field", data.prompt_field)
     # A user's own verifier may need no reference answer; every other one compares with it.
     own_verifier = ":" in data.environment
@@ -357,21 +358,20 @@ def _field_of_row(where: str, row: dict[str, Any], key: str, name: str) -> Any:
 
 
 def _checked_messages(where: str, prompt: Any) -> list[dict[str, str]]:
-    messages = list(prompt) if isinstance(prompt, (list, tuple)) else []
-    for message in messages:
-        if not (
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-        ):
-            messages = []
-            break
-    if not messages:
+    messages = list(cast("Sequence[Any]", prompt)) if isinstance(prompt, (list, tuple)) else []
+    if not messages or not all(map(_is_message, messages)):
         raise ValueError(
             f"{where} must be text, or a list of chat messages, each with a text 'role' and "
             "'content'; fix the row"
         )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict):
+        return False
+    named = cast("dict[str, Any]", message)
+    return isinstance(named.get("role"), str) and isinstance(named.get("content"), str)
 
 
 def _read_jsonl(path: str) -> Iterator[tuple[int, Any]]:

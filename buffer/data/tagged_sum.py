@@ -120,7 +120,8 @@ def _draw_pass(random: Random, digits: list[int], error: float) -> tuple[str, in
     """One pass with its running total, and where it ends. A mistake persists; the first item is
     never mistaken.
     """
-    total, steps = 0, []
+    total = 0
+    steps: list[str] = []
     for i, digit in enumerate(digits):
         total = min(99, total + digit)
         if i > 0 and random.random() < error:

@@ -29,7 +29,7 @@ def processes_of(folder: Path) -> list[int]:
     caller's left out.
     """
     own = f"{OWNER}={folder}".encode()
-    found = []
+    found: list[int] = []
     for pid in all_pids():
         try:
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,7 @@ LEAVE_S = 10.0  # for the janitor
 
 
 @contextmanager
-def private_folder(grace_s: float = 30.0) -> Iterator[Path]:
+def private_folder(grace_s: float = 30.0) -> Generator[Path]:
     """Have `tempfile`, here and in all children, use a new folder. Afterwards, or once this process
     was killed, nothing is left of it: no file, no shared memory, and no process that was started
     meanwhile. If this process was killed, the others, which the kernel tells to end, have

@@ -59,7 +59,7 @@ class SharedMemory:
 
 def _names() -> set[str]:
     """The files there that belong to this user."""
-    found = set()
+    found: set[str] = set()
     for name in os.listdir(FOLDER) if FOLDER.is_dir() else ():
         try:
             if (FOLDER / name).lstat().st_uid == os.getuid():

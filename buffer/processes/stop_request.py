@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 from buffer.processes.child import REQUESTS
@@ -56,7 +56,7 @@ class StopRequest:
     def take_signals(self) -> None:
         """Once more, when a library may have taken them for itself."""
         for number in REQUESTS:
-            signal.signal(number, lambda *_: None)  # the interpreter writes them to the socket
+            signal.signal(number, _ignore)  # the interpreter writes them to the socket
 
     def __exit__(
         self,
@@ -84,3 +84,7 @@ class StopRequest:
         except TimeoutError:
             os._exit(ExitStatus.INTERRUPTED)
         self._reader.close()
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass

@@ -163,8 +163,9 @@ def read_sessions(folder: Path) -> Iterator[Session]:
     """Every segment that is kept, oldest first. Raises ValueError if the folder holds
     no event log.
     """
-    segments = read_segments(folder, DISK) if folder.is_dir() else []
-    for segment in segments:
+    if not folder.is_dir():
+        return
+    for segment in read_segments(folder, DISK):
         checkpoint = _checkpoint(folder, segment.checkpoint.payload)
         yield Session(checkpoint.config, checkpoint.core, _events(folder, segment.records))
 
@@ -211,8 +212,8 @@ def _decode(folder: Path, record: Record) -> ev.Event | Note | list[ev.Decision]
         raise _foreign(folder, str(error)) from error
 
 
-def _typed(kind: type, values: Sequence[Any]) -> Any:
-    named = dict(zip(_FIELDS[kind], cast("Sequence[Any]", values), strict=True))
+def _typed(kind: type[Any], values: Sequence[Any]) -> Any:
+    named = dict(zip(_FIELDS[kind], values, strict=True))
     return msgspec.convert(named, kind, strict=False)
 
 
