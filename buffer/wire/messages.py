@@ -5,6 +5,9 @@ unpickled). Tokens, log-probabilities and masks travel as little-endian arrays: 
 `logprobs` float32.
 """
 
+# It does not know that msgspec structs inherit frozen=True:
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from typing import Union

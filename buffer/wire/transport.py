@@ -15,7 +15,6 @@ import re
 import time
 from collections import deque
 from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -136,7 +135,7 @@ def open_socket(
 
 def _load_key(folder: str, name: str) -> tuple[bytes, bytes | None]:
     try:
-        return zmq.auth.load_certificate(Path(folder) / name)
+        return zmq.auth.load_certificate(f"{folder}/{name}")  # pyright: ignore[reportUnknownMemberType]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"buffer.keys={folder!r}: no usable {name} there ({error}); run `python -m tools.keys "
