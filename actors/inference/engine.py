@@ -78,6 +78,9 @@ def engine_args(config: Config) -> AsyncEngineArgs:
             "enforce_eager": True,
             "kv_cache_memory_bytes": int(config.actors.kv_cache_gib * 2**30),
             "block_size": 32,
+            # A prompt prefilled in parts has its premature draws taken back, which torch's CPU
+            # generator of a seeded request cannot do: vLLM would die of it.
+            "enable_chunked_prefill": False,
             "scheduler_cls": "actors.inference.logprob_packing.CompactScheduler",
         }  # fmt: skip
         if config.actors.tensor_parallel == 1:

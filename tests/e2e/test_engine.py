@@ -208,6 +208,24 @@ def test_a_model_s_own_sampling_defaults_are_not_applied(
 
 
 @tied_only
+def test_prompts_of_more_tokens_than_one_step_takes_are_sampled_with_their_seeds(
+    served: Served,
+) -> None:
+    """vLLM on a CPU cannot take back a seeded draw, as it must for a prompt prefilled in parts."""
+
+    async def generate() -> list[list[int]]:
+        prompts = [[5 + (7 * i + j) % 50 for j in range(900)] for i in range(SLOTS + 1)]
+        running = [
+            served.engine.launch(str(next(served.request_ids)), prompt, 10, seed)
+            for seed, prompt in enumerate(prompts)
+        ]
+        assert [await generation.finished for generation in running] == ["length"] * len(running)
+        return [list(generation.tokens) for generation in running]
+
+    assert served.run(generate()) == served.run(generate())
+
+
+@tied_only
 def test_an_abort_frees_the_slot(
     served: Served, record_property: Callable[[str, object], None]
 ) -> None:
