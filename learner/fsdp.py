@@ -120,7 +120,7 @@ def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
             # summed; FSDP would average them.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    return model.to(device)  # buffers outside the blocks
+    return model.to(device)  # pyright: ignore[reportArgumentType] -- buffers outside the blocks
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:

@@ -52,8 +52,8 @@ def core(options: Sequence[str]) -> None:
 def _progress(machine: Core, rollouts: list[int]) -> None:
     """Every rollout reports in turn, as their engines decode."""
     rounds = 40
-    events = [
-        ev.RolloutProgressed(1.0, rollout_id, 8 * (n + 1))
+    events: list[ev.Event] = [
+        ev.RolloutProgressed(rollout_id, 8 * (n + 1))
         for n in range(rounds)
         for rollout_id in rollouts
     ]
@@ -77,18 +77,18 @@ def _finishes(machine: Core, rollouts: list[int]) -> None:
         num, began = 0, time.perf_counter()
         for _ in range(2_500):
             todo: list[ev.Event] = [
-                ev.RolloutFinished(2.0, running.pop(), rng.randint(400, 4000), False, 1.0, 0)
+                ev.RolloutFinished(running.pop(), rng.randint(400, 4000), False, 1.0, 0)
             ]
             while todo:
                 for decision in machine.handle(todo.pop()):
                     if type(decision) is ev.Launch:
                         running.append(decision.rollout_id)
                     elif type(decision) is ev.Cancel:
-                        todo.append(ev.RolloutStopped(2.0, decision.rollout_id, 400))
+                        todo.append(ev.RolloutStopped(decision.rollout_id, 400))
                 num += 1
             if machine.num_pending < 4096:
                 machine.handle(
-                    ev.PromptsDrawn(2.0, tuple(ev.Prompt(f"q{next(prompts)}") for _ in range(64)))
+                    ev.PromptsDrawn(tuple(ev.Prompt(f"q{next(prompts)}") for _ in range(64)))
                 )
         rates.append(num / (time.perf_counter() - began))
     print(

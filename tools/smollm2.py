@@ -47,7 +47,7 @@ def convert(folder: Path) -> bool:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are no longer quantised, but the configuration still says so, and then neither
     # transformers would write this model nor an engine read it.
-    del loaded.config.quantization_config
+    delattr(loaded.config, "quantization_config")
     model = LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Threads that spin while they wait for one another cost five times the time on a machine that is busy with other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -137,7 +137,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_model(seed: int) -> Qwen3ForCausalLM:
     """An untrained tiny reasoner, float32."""
-    special = {
+    special: dict[str, Any] = {
         name: VOCABULARY.index(f"<{name[:3]}>")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id")
     }

@@ -38,7 +38,8 @@ class Pack:
 
     def to(self, device: torch.device) -> Pack:
         return Pack(
-            *(getattr(self, name).to(device, non_blocking=True) for name in TENSORS), self.lengths
+            **{name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS},
+            lengths=self.lengths,
         )
 
 

@@ -6,6 +6,7 @@ repository and its environment at the same path, and run.dir on storage that all
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -79,7 +80,7 @@ class RayProcess:
 
     def __init__(self, name: str, runner: Any) -> None:
         self.name, self._runner = name, runner
-        self.where = ray.get(runner.where.remote(), timeout=START_S)
+        self.where: str = ray.get(runner.where.remote(), timeout=START_S)
         self.last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
         self._status: int | None = None
         self._how_it_ended = ""
@@ -156,7 +157,7 @@ class RayCluster:
 
     def __enter__(self) -> Self:
         address = self._config.launch.ray_address
-        local = {} if address else {"include_dashboard": False}
+        local: dict[str, Any] = {} if address else {"include_dashboard": False}
         _require_listener(address)
         with ExitStack() as opened:
             opened.enter_context(private_folder(self._config.run.stop_s))  # Ray's own files too
@@ -165,7 +166,7 @@ class RayCluster:
                 ray.init(
                     address or "local",
                     log_to_driver=False,
-                    logging_level="error",
+                    logging_level=logging.ERROR,
                     runtime_env={"env_vars": python_path()},
                     **local,
                 )

@@ -72,7 +72,8 @@ def free_name(config: Config) -> str:
 
 def commands_of(config: Config) -> list[Command]:
     """Every process, in the order of their start. `ValueError` if an entry of launch.pools cannot work."""
-    pools, names = [(config, ())], [config.actors.name]
+    pools: list[tuple[Config, tuple[str, ...]]] = [(config, ())]
+    names = [config.actors.name]
     for entry in config.launch.pools:
         pool, overrides = with_overrides(config, entry)
         if pool.actors.name in names:
