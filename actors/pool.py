@@ -35,7 +35,7 @@ class EngineFailed(Exception):
 
 
 @dataclass
-class Engine:
+class EngineProcess:
     """One engine: its present process, and how often it may still be restarted."""
 
     engine_id: str
@@ -64,7 +64,7 @@ class Pool:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._engines: list[Engine] = []
+        self._engines: list[EngineProcess] = []
         self._config_file = ""  # for the engines
 
     def run(self) -> int:
@@ -115,7 +115,7 @@ class Pool:
             say(f"{parting}; " + (f"the pool goes on with {left}" if left else "none is left"))
         return status
 
-    def _restart(self, engine: Engine) -> bool:
+    def _restart(self, engine: EngineProcess) -> bool:
         """Start an engine again that has ended, unless it is known to end the same way."""
         if engine.process.status() in FINAL or not (number := engine.restarts.take()):
             return False
@@ -126,10 +126,10 @@ class Pool:
         engine.process = self._start(engine.index)
         return True
 
-    def _engine(self, index: int) -> Engine:
+    def _engine(self, index: int) -> EngineProcess:
         actors = self._config.actors
         restarts = Restarts(actors.max_restarts, actors.restart_window_s)
-        return Engine(f"{actors.name}/{index}", index, self._start(index), restarts)
+        return EngineProcess(f"{actors.name}/{index}", index, self._start(index), restarts)
 
     def _start(self, index: int) -> Child:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

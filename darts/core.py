@@ -29,7 +29,6 @@ from typing import Any, ClassVar
 
 from configs.schema import LongEnd
 from darts import events as ev
-from darts import waiting
 from darts.config import CoreConfig
 from darts.selection import select_dual_end, select_random
 from darts.sizing import lengths
@@ -114,10 +113,6 @@ class Core:
     def num_ready(self) -> int:
         """Outstanding groups whose selection is decided."""
         return self.outstanding.num_ready
-
-    def waiting_for(self) -> str:
-        """Which side waits for which, in words; empty if neither does."""
-        return waiting.describe(self)
 
     # Events: prompts and the run
     # --------------------------------------------------------------------

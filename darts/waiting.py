@@ -1,15 +1,9 @@
-"""Which side of a run waits for the other, in words for people. Reads the core,
-never changes it.
-"""
+"""Which side of a run waits for the other, in words. Reads the core, and never changes it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from darts.core import Core
 from darts.state.groups import GroupState
-
-if TYPE_CHECKING:
-    from darts.core import Core
 
 
 def describe(core: Core) -> str:

@@ -8,7 +8,6 @@ weight. Driven by `learner.train`.
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import safetensors.torch
@@ -67,7 +66,7 @@ def _as_in_checkpoint(
     return {name: tensor.contiguous() for name, tensor in reverted.items()}
 
 
-class Publisher:
+class WeightPublisher:
     """Rank 0's outlet for snapshots; on other ranks it only takes part in the gathering. A context
     manager."""
 
@@ -99,11 +98,6 @@ class Publisher:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._server:
             self._server.close()

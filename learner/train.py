@@ -43,7 +43,7 @@ from learner.packs.batch import Pack, empty_pack, make_packs
 from learner.packs.boundaries import Boundaries
 from learner.packs.loss import clipped_surrogate, token_logprobs
 from learner.probe import probe_logprobs
-from learner.publish import Publisher
+from learner.publish import WeightPublisher
 from learner.session import BufferSession, RunEnded
 
 SURVIVOR_GRACE_S = 5.0
@@ -95,7 +95,7 @@ def run_rank(
         incarnation = draw_incarnation(device, rank)
         with (
             BufferSession(config, rank, num_ranks, incarnation, stop_requested) as session,
-            Publisher(config, rank) as publisher,
+            WeightPublisher(config, rank) as publisher,
         ):
             _join(state, session)
             with _until_told_to_stop(state, session):
@@ -103,7 +103,7 @@ def run_rank(
     return 0
 
 
-def _train(state: LearnerState, session: BufferSession, publisher: Publisher) -> None:
+def _train(state: LearnerState, session: BufferSession, publisher: WeightPublisher) -> None:
     """Take every step that is left. Ends with an exception only, which says how the run ended."""
     config = state.config
     _publish(state, publisher, session)
@@ -248,7 +248,9 @@ def draw_incarnation(device: torch.device, rank: int) -> str:
     return f"{int(fsdp.all_max(drawn, device)):012x}"
 
 
-def _publish(state: LearnerState, publisher: Publisher, session: BufferSession) -> dict[str, float]:
+def _publish(
+    state: LearnerState, publisher: WeightPublisher, session: BufferSession
+) -> dict[str, float]:
     started = time.monotonic()
     snapshot = publisher.publish(state.model, state.policy_version + 1)
     probe = probe_logprobs(state.boundaries, state.device)

@@ -17,6 +17,7 @@ import numpy as np
 from buffer.wire import messages as msg
 from buffer.wire.client import EngineLink, LearnerLink, LinkLost
 from darts import events as ev
+from darts import waiting
 from darts.config import CoreConfig
 from darts.core import Core
 
@@ -195,7 +196,7 @@ class World:
                 and self.core.num_ready == self.core.num_outstanding < self.config.groups_per_step
             ):
                 return
-        raise AssertionError(f"no end in sight: {self.core.waiting_for()}")
+        raise AssertionError(f"no end in sight: {waiting.describe(self.core)}")
 
     # What must hold of each decision --------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from buffer.records.metrics import HISTOGRAM_EDGES
 from buffer.wire import messages as msg
+from darts import waiting
 from darts.state.engines import Engine
 from darts.state.groups import Group
 from darts.state.survivors import short_cutoff
@@ -27,7 +28,7 @@ def live_state(run: RunState) -> msg.LiveState:
         steps=config.run.steps,
         policy_version=core.policy_version,
         max_lag=core.config.max_lag,
-        waiting=core.waiting_for(),
+        waiting=waiting.describe(core),
         groups_open=core.num_outstanding - core.num_ready,
         groups_ready=core.num_ready,
         bytes_held=run.store.bytes_held,

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import resource
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from buffer.wire.messages import EngineReport, PolicyLoaded, PromptView
 from darts.events import CountOvershoot, GroupRecord, RolloutRecord
+from darts.step_row import step_lags, step_row
 
 HISTOGRAM_EDGES = [
     0, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384, 32768
 ]  # fmt: skip
-FATES = ("selected_short", "selected_long", "discarded", "truncated", "cancelled")
+ENDS = ("selected_short", "selected_long", "discarded", "truncated", "cancelled")
 SHOWN_PROMPTS = 256  # closed last, of which monitors draw the lengths
 WINDOW = 2048  # rollouts and lags that the live histograms look back on
 
@@ -73,12 +74,12 @@ class Metrics:
     # ---------------------------------------------------------------------------------------------
 
     def closed(self, record: GroupRecord) -> None:
-        """A training group reached its end, trained or dropped: its tokens have met their fate."""
+        """A training group reached its end, trained or dropped."""
         for rollout in record.rollouts:
             self.tokens["generated"] += rollout.tokens + rollout.overshoot
-            self.tokens[_fate_of_tokens(rollout)] += rollout.tokens
+            self.tokens[_use_of_tokens(rollout)] += rollout.tokens
             self.tokens["cancelled"] += rollout.overshoot
-            if rollout.end in FATES:
+            if rollout.end in ENDS:
                 self.recent.append((rollout.end, rollout.tokens))
         if record.end != "shipped":
             self._dropped[record.end] += 1
@@ -125,32 +126,14 @@ class Metrics:
         """The row of the step that trained `records`, and of the time since the last row; starts
         the next.
         """
-        rollouts = [r for record in records for r in record.rollouts]
-        selected = [
-            (record, r)
-            for record in records
-            for r in record.rollouts
-            if r.end.startswith("selected")
-        ]
-        launched = [r for r in rollouts if r.tokens > 0]
-        lags = [record.shipped_version - r.oldest_version for record, r in selected]
-        self.recent_lags.extend(lags)
-        rewards = [r.reward for _, r in selected if r.reward is not None]
+        self.recent_lags.extend(step_lags(records))
         row = {
-            "reward/mean": float(np.mean(rewards)),
-            "reward/std": float(np.std(rewards)),
-            **_lengths("generated", [r.tokens for r in launched]),
-            **_lengths("selected", [r.tokens for _, r in selected]),
+            **step_row(records),
             **{
                 f"tokens/{name}": self.tokens[name]
                 for name in ("generated", "trained", "without_signal", "discarded", "cancelled")
             },
-            "darts/budget_mean": float(np.mean([record.budget for record in records])),
-            "darts/cancelled_frac": _frac(r.end == "cancelled" for r in rollouts),
-            "darts/pruned_frac": _frac(record.long_end == "none" for record in records),
             "darts/dropped_groups": sum(self._dropped.values()),
-            "lag/mean": float(np.mean(lags)),
-            "lag/max": max(lags),
             **self.take_evaluation(),
             "memory/buffer_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
@@ -186,29 +169,14 @@ class Metrics:
         return {f"cancel/freed_p{q}_ms": float(np.percentile(freed_ms, q)) for q in (50, 99)}
 
     def histogram(self) -> dict[str, list[int]]:
-        """Recent rollouts by fate and length bin (`HISTOGRAM_EDGES`; the last bin is open)."""
-        counts = {fate: [0] * len(HISTOGRAM_EDGES) for fate in FATES}
+        """Recent rollouts by end and length bin (`HISTOGRAM_EDGES`; the last bin is open)."""
+        counts = {end: [0] * len(HISTOGRAM_EDGES) for end in ENDS}
         for end, tokens in self.recent:
             counts[end][int(np.searchsorted(HISTOGRAM_EDGES, tokens, side="right")) - 1] += 1
         return counts
 
 
-def _fate_of_tokens(rollout: RolloutRecord) -> str:
+def _use_of_tokens(rollout: RolloutRecord) -> str:
     if rollout.end.startswith("selected"):
         return "without_signal"  # until the learner has said how many of a step's it trained on
     return "cancelled" if rollout.end == "cancelled" else "discarded"
-
-
-def _lengths(name: str, tokens: list[int]) -> dict[str, float]:
-    array = np.array(tokens or [0])
-    quantiles = {f"length/{name}_p{q}": float(np.percentile(array, q)) for q in (50, 90, 99)}
-    return {
-        f"length/{name}_mean": float(array.mean()),
-        **quantiles,
-        f"length/{name}_max": int(array.max()),
-    }
-
-
-def _frac(flags: Iterable[bool]) -> float:
-    values = list(flags)
-    return sum(values) / len(values) if values else 0.0

@@ -14,7 +14,6 @@ import socket as sockets
 import threading
 import time
 from collections import deque
-from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
 import msgspec
@@ -365,12 +364,7 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -431,10 +425,5 @@ class MonitorLink:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

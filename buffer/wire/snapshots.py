@@ -15,7 +15,6 @@ import socket as sockets
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, Union
 
 import msgspec
@@ -84,12 +83,7 @@ class SnapshotServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _serve(self) -> None:

@@ -15,7 +15,6 @@ import re
 import time
 from collections import deque
 from functools import cache
-from types import TracebackType
 from typing import Any, Self
 
 import msgspec
@@ -233,12 +232,7 @@ class _Server:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -93,13 +93,6 @@ class Rounds:
     def num_pending(self) -> int:
         return len(self._pending)
 
-    def waiting_for(self) -> str:
-        """Which side waits for the other, as `Core.waiting_for`."""
-        return (
-            f"step {self._step}, round open: {self._round_open}, "
-            f"groups open {len(self._open)}, ready {len(self._ready)}"
-        )
-
     def handle(self, event: ev.Event) -> Sequence[ev.Decision]:
         match event:
             case ev.PromptsDrawn():

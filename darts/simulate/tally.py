@@ -20,6 +20,7 @@ import numpy as np
 from darts.events import GroupRecord
 from darts.selection import Candidate, select_dual_end
 from darts.simulate.lengths import Draw
+from darts.step_row import step_row
 
 Row = dict[str, Any]
 
@@ -111,27 +112,7 @@ class Tally:
 
     def row(self, records: Sequence[GroupRecord]) -> Row:
         """The step that trained `records`, in the words of `metrics.jsonl`."""
-        rollouts = [r for record in records for r in record.rollouts]
-        selected = [
-            (record, r)
-            for record in records
-            for r in record.rollouts
-            if r.end.startswith("selected")
-        ]
-        lags = [record.shipped_version - r.oldest_version for record, r in selected]
-        rewards = [r.reward for _, r in selected if r.reward is not None]
-        return {
-            "reward/mean": float(np.mean(rewards)),
-            "reward/std": float(np.std(rewards)),
-            **_lengths("generated", [r.tokens for r in rollouts if r.tokens > 0]),
-            **_lengths("selected", [r.tokens for _, r in selected]),
-            **{f"tokens/{name}": count for name, count in self.tokens.items()},
-            "darts/budget_mean": float(np.mean([record.budget for record in records])),
-            "darts/cancelled_frac": float(np.mean([r.end == "cancelled" for r in rollouts])),
-            "darts/pruned_frac": float(np.mean([record.long_end == "none" for record in records])),
-            "lag/mean": float(np.mean(lags)),
-            "lag/max": max(lags),
-        }
+        return step_row(records) | {f"tokens/{name}": n for name, n in self.tokens.items()}
 
 
 class Files:
@@ -164,13 +145,3 @@ class Files:
 
 def _seats(record: GroupRecord, end: str) -> list[int]:
     return sorted(r.tokens for r in record.rollouts if r.end == end)
-
-
-def _lengths(name: str, tokens: list[int]) -> Row:
-    array = np.array(tokens or [0])
-    quantiles = {f"length/{name}_p{q}": float(np.percentile(array, q)) for q in (50, 90, 99)}
-    return {
-        f"length/{name}_mean": float(array.mean()),
-        **quantiles,
-        f"length/{name}_max": int(array.max()),
-    }

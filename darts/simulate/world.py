@@ -125,7 +125,7 @@ class Simulation:
             ):  # nothing is due any more but engines' latency reports
                 raise RuntimeError(
                     f"simulation stands still at {self.now:.1f} s in step {self._step}: "
-                    f"{self.scheduler.waiting_for()}"
+                    f"{self.scheduler.num_pending} prompts wait"
                 )
         if self._files is not None:
             self._files.close()

@@ -24,7 +24,7 @@ from configs.schema import Config, key
 from learner import fsdp
 from learner.packs.attention import PACKED_SDPA
 from learner.packs.batch import Pack, make_packs
-from learner.publish import Publisher
+from learner.publish import WeightPublisher
 from learner.train import UNPUBLISHED, LearnerState, build_state, train_step
 from tools.benchmarks.actors import BARE, ONE_POLICY, SWAPS, Window, measure_actors
 
@@ -149,7 +149,7 @@ class LearnerStep:
 def measure_learner(config: Config, shards: Sequence[Shard]) -> list[LearnerStep]:
     """Every shard once by `train_step` and once by a bare loop, in alternating order; the first only warms up."""
     steps = []
-    with fsdp.process_group(config) as device, Publisher(config, 0) as publisher:
+    with fsdp.process_group(config) as device, WeightPublisher(config, 0) as publisher:
         state = build_state(config, device)
         for index, shard in enumerate(shards):
             shard = _with_signal(shard)
@@ -171,7 +171,7 @@ def _with_signal(shard: Shard) -> Shard:
 
 
 def _measure_step(
-    state: LearnerState, publisher: Publisher, shard: Shard, bare_first: bool
+    state: LearnerState, publisher: WeightPublisher, shard: Shard, bare_first: bool
 ) -> LearnerStep:
     def pack() -> list[Pack]:
         return make_packs(
@@ -226,7 +226,7 @@ def bare_step(state: LearnerState, packs: Sequence[Pack]) -> None:
 
 def _initial_snapshot(config: Config) -> bytes:
     """The weights of `model.path`, as the learner would publish them."""
-    with fsdp.process_group(config) as device, Publisher(config, 0) as publisher:
+    with fsdp.process_group(config) as device, WeightPublisher(config, 0) as publisher:
         snapshot = publisher.publish(fsdp.load_sharded(config, device), 0)
         assert snapshot is not None
         return fetch(snapshot, config.buffer.keys)

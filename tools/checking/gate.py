@@ -68,14 +68,14 @@ def checks(config: Config) -> Iterator[Verdict]:
 
 def local_publisher(config: Config) -> Any:
     """The learner's outlet for snapshots, which stay on this machine."""
-    from learner.publish import Publisher  # here: --help need not wait for torch
+    from learner.publish import WeightPublisher  # here: --help need not wait for torch
 
     local = replace(
         config,
         weights=replace(config.weights, transport="zmq", address="tcp://127.0.0.1:*"),
         buffer=replace(config.buffer, keys=""),
     )
-    return Publisher(local, rank=0)
+    return WeightPublisher(local, rank=0)
 
 
 def ask_learner(config: Config, publisher: Any) -> LearnerSide:

@@ -16,7 +16,7 @@ from buffer.wire.transport import TransportError
 from configs.schema import Config
 from learner import fsdp
 from learner.agreement import Disagreement
-from learner.publish import Publisher
+from learner.publish import WeightPublisher
 from learner.session import BufferSession
 from learner.train import run_rank, train_step
 from tests.knobs import Turn, check_turn
@@ -86,7 +86,7 @@ def stops(config: Config, own: Path) -> object:
 def published(config: Config, own: Path) -> object:
     """Where a snapshot can be had: an address, or the folder of its file."""
     config.run.dir = str(own)
-    with single_rank(config) as state, Publisher(config, rank=0) as publisher:
+    with single_rank(config) as state, WeightPublisher(config, rank=0) as publisher:
         snapshot = publisher.publish(state.model, version=0)
     assert snapshot is not None
     folder = str(Path(snapshot.path).parent.relative_to(own.parent)) if snapshot.path else ""

@@ -10,6 +10,7 @@ import pytest
 from darts import events as ev
 from darts.config import CoreConfig
 from darts.core import Core
+from darts.waiting import describe
 
 
 def make_core() -> Core:
@@ -78,12 +79,12 @@ def test_the_core_says_which_side_waits() -> None:
     core = Core(CoreConfig(groups_per_step=2, group_size=2, redundancy="none", max_lag=0))
     core.handle(ev.PolicyPublished(0))
     core.handle(ev.ShardsRequested(0))
-    assert core.waiting_for() == "learner waits for actors: no engine has joined"
+    assert describe(core) == "learner waits for actors: no engine has joined"
     core.handle(ev.EngineJoined("a", "cpu", 4, 0))
     core.handle(ev.PromptsDrawn(tuple(ev.Prompt(str(n)) for n in range(4))))
-    assert core.waiting_for() == "learner waits for group 0 (lag bound), 2 due in total"
+    assert describe(core) == "learner waits for group 0 (lag bound), 2 due in total"
     for rollout_id in range(4):
         core.handle(ev.RolloutFinished(rollout_id, 9, False, 1.0, 0))
-    assert core.waiting_for() == "actors wait for the learner: 0 groups outstanding at version 0"
+    assert describe(core) == "actors wait for the learner: 0 groups outstanding at version 0"
     core.handle(ev.AdmissionPaused(True))
-    assert core.waiting_for() == "actors wait for the learner: the trajectory store is full"
+    assert describe(core) == "actors wait for the learner: the trajectory store is full"

@@ -21,7 +21,7 @@ def test_a_snapshot_of_untrained_weights_is_the_checkpoint(tmp_path: Path, famil
     path = save_family(tmp_path / "model", family)
     checkpoint = safetensors.torch.load_file(path / "model.safetensors")
     config = make_config(path, tmp_path / "run", weights__transport="file")
-    with single_rank(config) as state, publish.Publisher(config, rank=0) as publisher:
+    with single_rank(config) as state, publish.WeightPublisher(config, rank=0) as publisher:
         names = publish.published_names(state.model)
         snapshot = publisher.publish(state.model, version=0)
         fused = not set(checkpoint) >= set(dict(state.model.named_parameters()))

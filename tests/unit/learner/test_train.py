@@ -286,7 +286,7 @@ def test_a_snapshot_reloads_to_identical_logits(tmp_path: Path, family: str, tie
     tokens = torch.arange(12)[None]
     with single_rank(config) as state:
         train_step(state, make_shards(make_trajectories(seed=0))[0])
-        with publish.Publisher(config, rank=0) as publisher:
+        with publish.WeightPublisher(config, rank=0) as publisher:
             snapshot = publisher.publish(state.model, version=5)
         with torch.no_grad():
             expected = state.model(input_ids=tokens, use_cache=False, lengths=(12,)).logits
@@ -308,7 +308,7 @@ def test_file_snapshots_lie_where_they_are_told_to(model_path: Path, tmp_path: P
         weights__transport="file",
         weights__dir=str(tmp_path / "shared"),
     )
-    with single_rank(config) as state, publish.Publisher(config, rank=0) as publisher:
+    with single_rank(config) as state, publish.WeightPublisher(config, rank=0) as publisher:
         snapshot = publisher.publish(state.model, version=0)
     assert snapshot is not None and Path(snapshot.path).parent == tmp_path / "shared"
 
@@ -331,7 +331,7 @@ def test_a_snapshot_has_the_engines_dtype(model_path: Path, tmp_path: Path) -> N
     config = make_config(
         model_path, tmp_path / "run", weights__transport="file", model__dtype="bfloat16"
     )
-    with single_rank(config) as state, publish.Publisher(config, rank=0) as publisher:
+    with single_rank(config) as state, publish.WeightPublisher(config, rank=0) as publisher:
         snapshot = publisher.publish(state.model, version=0)
     assert snapshot is not None
     assert {

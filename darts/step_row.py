@@ -1,0 +1,48 @@
+"""One step's groups as a row of `metrics.jsonl`, the same for a run and for a simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from darts.events import GroupRecord
+
+
+def step_row(records: Sequence[GroupRecord]) -> dict[str, float]:
+    """Rewards, lengths in sampled tokens, budgets and lags of the groups that a step trained."""
+    rollouts = [r for record in records for r in record.rollouts]
+    selected = [r for r in rollouts if r.end.startswith("selected")]
+    rewards = [r.reward for r in selected if r.reward is not None]
+    lags = step_lags(records)
+    return {
+        "reward/mean": float(np.mean(rewards)),
+        "reward/std": float(np.std(rewards)),
+        **_lengths("generated", [r.tokens for r in rollouts if r.tokens > 0]),
+        **_lengths("selected", [r.tokens for r in selected]),
+        "darts/budget_mean": float(np.mean([record.budget for record in records])),
+        "darts/cancelled_frac": float(np.mean([r.end == "cancelled" for r in rollouts])),
+        "darts/pruned_frac": float(np.mean([record.long_end == "none" for record in records])),
+        "lag/mean": float(np.mean(lags)),
+        "lag/max": max(lags),
+    }
+
+
+def step_lags(records: Sequence[GroupRecord]) -> list[int]:
+    """The lag of each selected rollout, in policy versions."""
+    return [
+        record.shipped_version - r.oldest_version
+        for record in records
+        for r in record.rollouts
+        if r.end.startswith("selected")
+    ]
+
+
+def _lengths(name: str, tokens: list[int]) -> dict[str, float]:
+    array = np.array(tokens or [0])
+    quantiles = {f"length/{name}_p{q}": float(np.percentile(array, q)) for q in (50, 90, 99)}
+    return {
+        f"length/{name}_mean": float(array.mean()),
+        **quantiles,
+        f"length/{name}_max": int(array.max()),
+    }
