@@ -270,6 +270,19 @@ class SharedDarts:
         "Complete a group that has too few valid responses with truncated ones, so that hard "
         "prompts are trained on too. If false, such a group is dropped.",
     )
+    uniform: Literal["train", "drop"] = key(
+        "train",
+        "What happens to a group whose selected rewards are all equal, which has no gradient: train "
+        "(ship it with the others) or drop (replace it by another prompt's, as published by DAPO). "
+        "Drop when many prompts are always or never solved; a step then costs more tokens.",
+    )
+    max_refill: float = key(
+        2.0,
+        "Groups without signal that a step may replace, as a multiple of batch.groups. Beyond it "
+        "they are trained, so that a run goes on when every prompt is solved, or none. Applies to "
+        "darts.uniform=drop.",
+        gt=0,
+    )
     max_reopens: int = key(
         3, "How many times the prompt of a dropped group returns to the queue.", ge=0
     )

@@ -97,6 +97,7 @@ class CoreState:
     steps_left: int
     pool: LengthStats
     requested_step: int | None
+    num_refilled: int
     admission_paused: bool
     run_ended: bool
     num_ignored_reports: int
@@ -122,6 +123,7 @@ def save(core: Core) -> CoreState:
         steps_left=core.outstanding.steps_left,
         pool=core.pool,
         requested_step=core.requested_step,
+        num_refilled=core.num_refilled,
         admission_paused=core.admission_paused,
         run_ended=core.run_ended,
         num_ignored_reports=core.num_ignored_reports,
@@ -160,6 +162,7 @@ def restore(config: CoreConfig, state: CoreState) -> Core:
         core.outstanding.add(groups[group_id])
     core.pool = state.pool
     core.requested_step = state.requested_step
+    core.num_refilled = state.num_refilled
     core.admission_paused = state.admission_paused
     core.run_ended = state.run_ended
     core.num_ignored_reports = state.num_ignored_reports

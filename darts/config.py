@@ -27,6 +27,8 @@ class CoreConfig:
     long_end: schema.LongEnd = "survivor"
     cancel: Literal["exact", "eager"] = "exact"
     fill_truncated: bool = True
+    uniform: Literal["train", "drop"] = "train"
+    max_refill: float = 2.0
     max_attempts: int = 3
     max_reopens: int = 3
     redundancy: Literal["none", "fixed", "paper", "marginal"] = "marginal"
@@ -84,6 +86,8 @@ def core_config(config: CoreKeys) -> CoreConfig:
         long_end=darts.long_end,
         cancel=darts.cancel,
         fill_truncated=darts.fill_truncated,
+        uniform=darts.uniform,
+        max_refill=darts.max_refill,
         max_attempts=darts.max_attempts if isinstance(darts, schema.DartsConfig) else 1,
         max_reopens=darts.max_reopens,
         redundancy=redundancy.rule,

@@ -59,6 +59,7 @@ class Core:
         )  # their engine is gone, and no other can continue them
         self.pool = lengths.POOL_PRIOR
         self.requested_step: int | None = None
+        self.num_refilled = 0  # groups without signal that were replaced since the last batch
         self.admission_paused = False
         self.run_ended = False
         self.num_ignored_reports = 0
@@ -557,11 +558,25 @@ class Core:
         if group.selection is None:
             lost = any(r.state is RolloutState.LOST for r in group.rollouts.values())
             self._drop(group, "failed" if lost else "too_few", requeue=True)
+        elif group.is_uniform and self._may_refill:
+            self.num_refilled += 1
+            self._drop(group, "uniform", requeue=False)
         else:
             self._learn_lengths(group)
             group.move(GroupState.READY)
             self.outstanding.ready(group)
         self._ship()
+
+    @property
+    def _may_refill(self) -> bool:
+        """Bounded per step, so that a batch fills even if no prompt has signal.
+
+        Source: DAPO (arXiv 2503.14476), dynamic sampling. Differs: beyond the bound such groups are
+        trained, since a batch of fixed size keeps the lag bound feasible.
+        """
+        config = self.config
+        bound = config.max_refill * config.groups_per_step
+        return config.uniform == "drop" and self.num_refilled < bound
 
     def _select(self, group: Group) -> None:
         seats = group.group_size, group.num_long, self.config.fill_truncated
@@ -611,9 +626,10 @@ class Core:
         if not batch:
             return
         step, self.requested_step = self.requested_step, None
+        self.num_refilled = 0
         for group in batch:
             group.shipped_version = self.policy_version
-            self.prompts.shipped(group.prompt)
+            self.prompts.forget(group.prompt)
             self._decisions.append(ev.Ship(step, group.record("shipped")))
 
     def _drop(self, group: Group, end: ev.GroupEnd, requeue: bool) -> None:
@@ -625,6 +641,8 @@ class Core:
             self.outstanding.remove(group)
         self._close(group)
         group.selection = None
+        if end == "uniform":
+            self.prompts.forget(group.prompt)
         requeued = requeue and not self.run_ended and self.prompts.put_back(group.prompt)
         self._decisions.append(ev.Drop(group.record(end), requeued))
 

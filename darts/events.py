@@ -18,7 +18,15 @@ RolloutEnd = Literal[
     "selected_short", "selected_long", "discarded", "truncated", "cancelled", "lost"
 ]
 GroupEnd = Literal[
-    "shipped", "evaluated", "failed", "too_few", "deadline", "stale", "tokens_lost", "run_ended"
+    "shipped",
+    "evaluated",
+    "uniform",
+    "failed",
+    "too_few",
+    "deadline",
+    "stale",
+    "tokens_lost",
+    "run_ended",
 ]
 CancelReason = Literal["past_selection", "group_full", "deadline", "dropped"]
 

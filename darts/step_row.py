@@ -9,8 +9,11 @@ import numpy as np
 from darts.events import GroupRecord
 
 
-def step_row(records: Sequence[GroupRecord]) -> dict[str, float]:
-    """Rewards, lengths in sampled tokens, budgets and lags of the groups that a step trained."""
+def step_row(records: Sequence[GroupRecord], num_replaced: int) -> dict[str, float]:
+    """Rewards, lengths in sampled tokens, budgets and lags of the groups that a step trained.
+
+    num_replaced: groups dropped as uniform since the last row.
+    """
     rollouts = [r for record in records for r in record.rollouts]
     selected = [r for r in rollouts if r.end.startswith("selected")]
     rewards = [r.reward for r in selected if r.reward is not None]
@@ -22,6 +25,9 @@ def step_row(records: Sequence[GroupRecord]) -> dict[str, float]:
         **_lengths("selected", [r.tokens for r in selected]),
         "darts/budget_mean": float(np.mean([record.budget for record in records])),
         "darts/cancelled_frac": float(np.mean([r.end == "cancelled" for r in rollouts])),
+        "darts/uniform_frac": (sum(map(_is_uniform, records)) + num_replaced)
+        / (len(records) + num_replaced),
+        "darts/replaced_groups": num_replaced,
         "darts/pruned_frac": float(np.mean([record.long_end == "none" for record in records])),
         "lag/mean": float(np.mean(lags)),
         "lag/max": max(lags),
@@ -36,6 +42,10 @@ def step_lags(records: Sequence[GroupRecord]) -> list[int]:
         for r in record.rollouts
         if r.end.startswith("selected")
     ]
+
+
+def _is_uniform(record: GroupRecord) -> bool:
+    return len({r.reward for r in record.rollouts if r.end.startswith("selected")}) == 1
 
 
 def _lengths(name: str, tokens: list[int]) -> dict[str, float]:

@@ -5,6 +5,7 @@ The world knows what the core does not, every rollout's true length, and so can 
 
 from __future__ import annotations
 
+import math
 import random
 import secrets
 import threading
@@ -63,6 +64,7 @@ class World:
     answered: int = 0  # ships that belong to steps fully answered
     steps_left: int = 0
     step_pending: bool = False
+    num_replaced: int = 0  # groups dropped as uniform since the last batch
 
     def __post_init__(self) -> None:
         self.core = Core(self.config)
@@ -127,7 +129,7 @@ class World:
                     rollout.rollout_id,
                     rollout.tokens,
                     truncated,
-                    1.0,
+                    float(rollout.length % 2),
                     rollout.oldest_version,
                 )
             )
@@ -226,6 +228,11 @@ class World:
                 )
                 assert decision.record.end not in ("shipped", "evaluated")
                 self.check_record(decision.record)
+                if decision.record.end == "uniform":
+                    self.num_replaced += 1
+                    assert self.config.uniform == "drop" and not decision.requeued
+                    bound = math.ceil(self.config.max_refill * self.config.groups_per_step)
+                    assert self.num_replaced <= bound
                 self.drops.append(decision)
                 if not decision.requeued:
                     self.settled[decision.record.prompt_id] += 1
@@ -281,6 +288,7 @@ class World:
             == self.config.groups_per_step
         ):
             self.answered = len(self.ships)
+            self.num_replaced = 0
             self.next_step += 1
             self.steps_left -= 1
             self.step_pending = False

@@ -128,7 +128,7 @@ class Metrics:
         """
         self.recent_lags.extend(step_lags(records))
         row = {
-            **step_row(records),
+            **step_row(records, num_replaced=self._dropped.pop("uniform", 0)),
             **{
                 f"tokens/{name}": self.tokens[name]
                 for name in ("generated", "trained", "without_signal", "discarded", "cancelled")

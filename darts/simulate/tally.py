@@ -33,6 +33,7 @@ class Tally:
         self.tokens: Counter[str] = Counter(generated=0, trained=0, discarded=0, cancelled=0)
         self.groups: Counter[str] = Counter(opened=0, shipped=0, filled=0, dropped=0)
         self.lags: Counter[int] = Counter()
+        self._num_replaced = 0  # since the last row
         self.selected_lengths: list[int] = []
         self.num_compared = self.num_short_wrong = self.num_long_wrong = 0
 
@@ -53,6 +54,7 @@ class Tally:
                 self.lags[record.shipped_version - rollout.oldest_version] += 1
                 self.selected_lengths.append(rollout.tokens)
         self.groups["shipped" if record.end == "shipped" else "dropped"] += 1
+        self._num_replaced += record.end == "uniform"
         self.groups["filled"] += any(
             r.truncated and r.end.startswith("selected") for r in record.rollouts
         )
@@ -112,7 +114,9 @@ class Tally:
 
     def row(self, records: Sequence[GroupRecord]) -> Row:
         """The step that trained `records`, in the words of `metrics.jsonl`."""
-        return step_row(records) | {f"tokens/{name}": n for name, n in self.tokens.items()}
+        num_replaced, self._num_replaced = self._num_replaced, 0
+        tokens = {f"tokens/{name}": count for name, count in self.tokens.items()}
+        return step_row(records, num_replaced) | tokens
 
 
 class Files:

@@ -75,5 +75,6 @@ class PromptQueue:
         self.training.appendleft(Waiting(prompt, None))
         return True
 
-    def shipped(self, prompt: Prompt) -> None:
+    def forget(self, prompt: Prompt) -> None:
+        """Call this when the prompt's group has ended for good."""
         self.reopens.pop(prompt.prompt_id, None)

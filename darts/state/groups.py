@@ -115,6 +115,14 @@ class Group:
     def all_ended(self) -> bool:
         return not self.running and not self.planned
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the selected rewards are all equal, so that no advantage differs from zero."""
+        chosen = self.selection
+        assert chosen is not None, self.group_id
+        rollout_ids = chosen.short + chosen.long + chosen.filled
+        return len({self.rollouts[rollout_id].reward for rollout_id in rollout_ids}) == 1
+
     def move(self, state: GroupState) -> None:
         if state not in GROUP_MOVES[self.state]:
             raise ProtocolError(
