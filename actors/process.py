@@ -84,6 +84,8 @@ def serve(config: Config, engine_id: str) -> int:
             return DIED
         if shutdown.error:
             fail(shutdown.error)
+        if shutdown.restart:
+            return DIED
         return RUN_FAILED if shutdown.error else DONE
     finally:
         link.close()

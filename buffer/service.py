@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+from buffer.deadlines import Deadlines
 from buffer.engine_side import EngineSide
 from buffer.evaluation import Evaluation
 from buffer.learner_side import LearnerSide
@@ -48,6 +49,7 @@ class Service:
         self.engines = EngineSide(self.run)
         self.learner = LearnerSide(self.run)
         self.evaluation = Evaluation(self.run)
+        self.deadlines = Deadlines(config.buffer)
         self.error = ""
         self._stopping, self._stop_by_s = False, 0.0
         self._all_there_s = time.monotonic()
@@ -116,6 +118,7 @@ class Service:
         if now_s >= self._next_heartbeat_s:
             self._next_heartbeat_s = now_s + HEARTBEAT_S
             self._watch_peers(now_s)
+            self._watch_progress(now_s)
         if now_s >= self._next_live_state_s:
             self._next_live_state_s = now_s + LIVE_STATE_S
             self.run.publisher.publish(b"state", live_state(self.run))
@@ -237,6 +240,17 @@ class Service:
                 f"waited {limits.rejoin_timeout_s:g} s (buffer.rejoin_timeout_s) for {missing} "
                 f"at {run.router.address} and none came"
             )
+
+    def _watch_progress(self, now_s: float) -> None:
+        """Have an engine that stands still started again; fail the run if the learner does."""
+        run = self.run
+        for overdue in self.deadlines.look(run.core, now_s, bool(run.peers.ranks())):
+            if not overdue.engine_id:
+                raise RunFailed(f"the learner {overdue.problem}")
+            peer = run.peers.engine(overdue.engine_id)
+            if peer is not None:
+                run.send(peer, msg.Shutdown(error=f"it {overdue.problem}", restart=True))
+                self._apply(self.engines.lose(peer, f"it {overdue.problem}"))
 
     # Decisions
     # ----------------------------------------------------------------------------------------

@@ -439,6 +439,24 @@ class BufferConfig:
         "how long those wait for a lost buffer, in seconds. Raise it if a restart takes longer.",
         gt=1,
     )
+    rollout_timeout_s: float = key(
+        600.0,
+        "How long an engine may give no sign of a rollout: no token, no score, no confirmed cancel, "
+        "in seconds. Then the engine is started again and its rollouts go on elsewhere. This and "
+        "the next two deadlines grow to five times the longest such wait that was seen.",
+        gt=1,
+    )
+    load_timeout_s: float = key(
+        600.0,
+        "How long an engine may take to load a newer policy, in seconds. Then it is started again.",
+        gt=1,
+    )
+    step_timeout_s: float = key(
+        1800.0,
+        "How long the learner may take for a step or a publication, in seconds. Then the run fails "
+        "and says so.",
+        gt=1,
+    )
 
 
 @dataclass

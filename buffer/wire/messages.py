@@ -55,9 +55,13 @@ class Heartbeat(Message):
 
 
 class Shutdown(Message):
-    """The run is over. `error` is empty when it ended well."""
+    """The run is over for this peer. `error` is empty when it ended well.
+
+    `restart`: the peer itself stands still; its process is to be started again.
+    """
 
     error: str
+    restart: bool = False
 
 
 class HelloAgain(Message):

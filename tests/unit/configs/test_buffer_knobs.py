@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from buffer.deadlines import Deadlines
 from buffer.records.event_log import read_sessions
 from buffer.run_state import RunState
 from buffer.service import Service
 from buffer.wire.transport import TransportError
 from configs.schema import Config
 from darts import events as ev
+from darts.config import CoreConfig
+from darts.core import Core
 from tests.fakes import FakeEngine, FakeLearner
 from tests.knobs import Turn, check_turn
 from tools.keys import make_keys
@@ -194,6 +197,25 @@ def patience_with_a_silent_engine(config: Config, own: Path) -> object:
     return known
 
 
+def overdue_after_a_minute(config: Config, own: Path) -> object:
+    """Of an engine and a learner that stand still, the engine one policy version behind."""
+    core = Core(CoreConfig(groups_per_step=1, group_size=2, redundancy="none"))
+    for event in (
+        ev.PolicyPublished(0),
+        ev.EngineJoined("a", "cpu", 4, 0),
+        ev.PromptsDrawn((ev.Prompt("p"), ev.Prompt("q"))),
+        ev.PolicyPublished(1),
+        ev.ShardsRequested(0),
+        ev.RolloutFinished(0, 5, False, 1.0, 0),
+        ev.RolloutFinished(1, 5, False, 1.0, 0),
+    ):
+        core.handle(event)
+    deadlines = Deadlines(config.buffer)
+    for second in range(60):
+        overdue = deadlines.look(core, second, learner_is_there=True)
+    return overdue
+
+
 TINY = (
     "buffer.address=tcp://127.0.0.1:{port}",
     "run.steps=1",
@@ -220,6 +242,9 @@ TURNS = {
     "buffer.fsync_s": Turn("0", "300", durable_at_once, TINY),
     "buffer.segment_bytes": Turn("1", "64000000", segments, TINY),
     "buffer.keep_event_bytes": Turn("0", "1000000", segments, (*TINY, "buffer.segment_bytes=1")),
+    "buffer.rollout_timeout_s": Turn("5", "600", overdue_after_a_minute, TINY),
+    "buffer.load_timeout_s": Turn("5", "600", overdue_after_a_minute, TINY),
+    "buffer.step_timeout_s": Turn("5", "1800", overdue_after_a_minute, TINY),
     "buffer.max_bytes": Turn("1000000", "2000000000", pauses, FULL),
     "buffer.address": Turn("tcp://127.0.0.1:{port}", "tcp://127.0.0.1:{port2}", listens, TINY),
     "buffer.keys": Turn('""', "{folder}/keys", serves_the_network, NETWORK),

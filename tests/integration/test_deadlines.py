@@ -1,0 +1,55 @@
+"""Peers whose heartbeats go on and whose work stands still, over real sockets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from buffer.wire.client import EngineLink
+from tests.fakes import FakeEngine, FakeLearner
+from tests.integration.test_service import STEPS, Running, make_config, rows
+
+
+class HangingEngine(FakeEngine):
+    """Decodes nothing after its first ten rollouts; its heartbeats go on."""
+
+    def decode(self, link: EngineLink) -> None:
+        if self.num_launched < 10:
+            super().decode(link)
+        else:
+            time.sleep(0.05)
+
+
+def test_an_engine_that_hangs_is_started_again_and_its_rollouts_go_on_elsewhere(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    running = Running(make_config(tmp_path, free_port(), "buffer.rollout_timeout_s=1.5"))
+    address = running.service.run.router.address
+    hanging, healthy = HangingEngine(address, "hangs"), FakeEngine(address, "works")
+    learner = FakeLearner(address, STEPS)
+    for peer in (hanging, healthy, learner):
+        peer.start()
+    assert running.wait() == 0
+    for peer in (hanging, healthy, learner):
+        peer.join(5)
+    assert hanging.shutdown is not None and hanging.shutdown.restart
+    assert "buffer.rollout_timeout_s" in hanging.shutdown.error
+    assert healthy.shutdown is not None and healthy.shutdown.error == ""
+    assert len(rows(tmp_path, "metrics.jsonl")) == STEPS
+
+
+def test_a_learner_that_hangs_ends_the_run_with_its_name(
+    tmp_path: Path, free_port: Callable[[], int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    running = Running(make_config(tmp_path, free_port(), "buffer.step_timeout_s=1.5"))
+    address = running.service.run.router.address
+    engine, learner = FakeEngine(address, "e"), FakeLearner(address, STEPS, step_s=600)
+    for peer in (engine, learner):
+        peer.start()
+    assert running.wait() == 1
+    assert "the learner has neither trained nor published" in running.service.error
+    engine.join(5)
+    assert engine.shutdown is not None and engine.shutdown.error == running.service.error
