@@ -20,15 +20,15 @@ from buffer.data.outstanding_prompts import OutstandingPrompts
 from buffer.data.sources import make_sources
 from buffer.peers import Peer, Peers
 from buffer.probes import Probes
-from buffer.records import run_files
+from buffer.records import run_files, settings
 from buffer.records.event_log import BufferState, Checkpoint, EventLog, Learner, Rewound
-from buffer.records.files import RunLock, atomic_write
+from buffer.records.files import RunLock
 from buffer.records.journal import Journal
 from buffer.records.metrics import Metrics
 from buffer.records.trajectories import TrajectoryStore
 from buffer.wire import messages as msg
 from buffer.wire.transport import Publisher, Router, next_port
-from configs.cli import to_yaml
+from configs.cli import Change
 from configs.schema import Config
 from darts import events as ev
 from darts.checkpoint import restore, save
@@ -54,6 +54,7 @@ class RunState:
         self.router = Router(config.buffer.address, msg.Inbound, config.buffer.keys)
         self.publisher = Publisher(next_port(self.router.address), config.buffer.keys)
         self._disk_thread = ThreadPoolExecutor(1, "fsync")
+        self._changed: list[Change] = []  # settings that this resume changes
         self.lock = self._open_folder()
         self.journal = Journal(self.folder / "journal.sqlite")
         self.run_id = self.journal.run_id()
@@ -72,9 +73,11 @@ class RunState:
         self.files = run_files.RunFiles(self.folder, self._trackers)
         self.metrics = Metrics()
         self.metrics.tokens.update(state.tokens if state else {})
-        core_state = self.recovered.checkpoint.core
+        checkpoint = self.recovered.checkpoint
         self.core = (
-            restore(core_config(config), core_state) if core_state else Core(core_config(config))
+            restore(checkpoint.config, checkpoint.core)
+            if checkpoint.core
+            else Core(checkpoint.config)
         )
         self.peers = Peers()
         self.probes = Probes(config)
@@ -98,10 +101,23 @@ class RunState:
                 f"run directory {self.folder} holds a run already: "
                 "set run.resume=true to continue it, or choose another run.name"
             )
+        if exists:
+            self._changed = settings.changes(self.folder, self.config)
         lock = RunLock(self.folder)
         if not exists:
-            atomic_write(self.folder / "config.yaml", to_yaml(self.config))
+            settings.write(self.folder, self.config)
         return lock
+
+    def change_settings(self) -> list[ev.Event]:
+        """Record the settings that this resume changes. Returns the event by which the core learns
+        of its own.
+        """
+        if self._changed:
+            for line in settings.record(self.folder, self.config, self._changed, self.step):
+                self.say(line)
+            self._changed = []
+        config = core_config(self.config)
+        return [ev.SettingsChanged(config)] if config != self.core.config else []
 
     # The core
     # ---------------------------------------------------------------------------------------

@@ -133,9 +133,10 @@ class Service:
         run = self.run
         replay(run, self._replayed, self._record_again, self.learner.note_trained)
         lost = restore_tokens(run)
+        changed = run.change_settings()
         if run.recovered.is_new:
             return
-        self._apply([ev.BufferRestarted(), *lost])
+        self._apply([ev.BufferRestarted(), *lost, *changed])
         self.learner.restore()
         self.engines.restore(time.monotonic())
         if run.core.policy_version >= 0:

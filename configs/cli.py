@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, overload
+from typing import Any, NamedTuple, NoReturn, TypeVar, overload
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -126,6 +126,24 @@ def load(argv: Sequence[str], schema: type = Config) -> Any:
 def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML; `load(["--config", file])` gives it back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+class Change(NamedTuple):
+    """A key of which two configurations have different values, written as on a command line."""
+
+    path: str
+    before: str
+    after: str
+    fixed: bool
+
+
+def changes(before: Any, after: Any) -> list[Change]:
+    """The keys that differ between two configurations of one schema."""
+    return [
+        Change(key.path, literal(old), literal(new), bool(key.rules.get("fixed")))
+        for key in keys(type(before))
+        if (old := _get(before, key.path)) != (new := _get(after, key.path))
+    ]
 
 
 def presets(schema: type) -> list[str]:

@@ -135,7 +135,8 @@ def help_text(description: str, schema: type, program: str) -> str:
 
 
 def _key_lines(key: cli.Key, width: int) -> list[str]:
-    allowed = f"  ({key.allowed()})" if key.allowed() else ""
+    notes = [key.allowed(), "fixed in a run" if key.rules.get("fixed") else ""]
+    allowed = f"  ({'; '.join(filter(None, notes))})" if any(notes) else ""
     heading = f"{key.path}  {cli.type_name(key.type)} = {cli.literal(key.default)}{allowed}"
     indented = partial(textwrap.wrap, width=width, break_on_hyphens=False)
     return [

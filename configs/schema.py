@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
@@ -60,14 +60,17 @@ def key(
     le: float | None = None,
     lt: float | None = None,
     choices: Sequence[str] = (),
+    fixed: bool = False,
 ) -> T:
     """A configuration key, with the metadata that `configs.cli` reads.
 
     The bounds hold for every item of a list. `choices` is for a set of words that only the running
-    program knows; a fixed set is a `Literal` type.
+    program knows; a fixed set is a `Literal` type. `fixed`: a run keeps the value that it started
+    with, so that a resume with another one is refused.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    metadata = {"doc": doc, **{name: bound for name, bound in bounds.items() if bound is not None}}
+    metadata: dict[str, Any] = {"doc": doc, "fixed": fixed}
+    metadata |= {name: bound for name, bound in bounds.items() if bound is not None}
     if choices:
         metadata["choices"] = choices
     if isinstance(default, list):
@@ -84,6 +87,7 @@ class SharedRun:
         "Seeds the order of prompts, the sampling and the ties between responses. Change it to "
         "repeat an experiment independently.",
         ge=0,
+        fixed=True,
     )
     steps: int = key(100, "Number of learner steps after which the run ends.", ge=1)
 
@@ -115,11 +119,13 @@ class ModelConfig:
     path: str = key(
         "models/tiny-reasoner",
         "Folder, or name on the hub, of a Hugging Face causal language model with its tokenizer.",
+        fixed=True,
     )
     dtype: Literal["float32", "bfloat16", "float16"] = key(
         "float32",
         "Number type in which engines and learner compute. Use bfloat16 on GPUs. The learner's "
         "master weights are always float32, and with float16 it computes in float32.",
+        fixed=True,
     )
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = key(
         "sdpa",
@@ -130,6 +136,7 @@ class ModelConfig:
         "Longest prompt plus response, in tokens. It must exceed sampling.max_tokens by the length "
         "of the longest prompt.",
         ge=16,
+        fixed=True,
     )
 
 
@@ -139,39 +146,48 @@ class DataConfig:
         "tagged_sum",
         "Source of the training prompts: tagged_sum, reasoning_gym:TASK, FILE.jsonl, FILE.parquet "
         "or hf:DATASET[:SPLIT].",
+        fixed=True,
     )
     eval: str = key(
         "",
         "Source of the held-out prompts, in the same forms. Empty: eval.num_prompts of data.train "
         "are held out, chosen by a hash of the prompt.",
+        fixed=True,
     )
     environment: str = key(
         "auto",
         "Verifier that scores a response: auto (the one that belongs to the source), exact, "
         "numeric, math_verify, reasoning_gym, or MODULE:FUNCTION for your own.",
+        fixed=True,
     )
     prompt_field: str = key(
         "prompt",
         "Column of a file or dataset that holds the prompt: a string or a list of chat messages.",
+        fixed=True,
     )
     answer_field: str = key(
-        "answer", "Column of a file or dataset that holds the reference answer."
+        "answer",
+        "Column of a file or dataset that holds the reference answer.",
+        fixed=True,
     )
     system_prompt: str = key(
         "",
         "System message placed before every prompt: as a message of its own if prompts are "
         "formatted with a chat template, otherwise as text.",
+        fixed=True,
     )
     chat_template: Literal["auto", "never"] = key(
         "auto",
         "Whether prompts are formatted with the tokenizer's chat template: auto (if it has one) or "
         "never.",
+        fixed=True,
     )
     num_prompts: int = key(
         10000,
         "Number of distinct prompts of a generated source (tagged_sum, reasoning_gym). Files and "
         "datasets are always used whole.",
         ge=1,
+        fixed=True,
     )
     verifier_timeout_s: float = key(
         10.0,
@@ -205,13 +221,17 @@ class PipelineConfig:
         "async",
         "async: engines generate without a pause. sync: generate the groups of one step, train on "
         "them, repeat; the lag is then 0, regardless of staleness.max_lag.",
+        fixed=True,
     )
 
 
 @dataclass
 class SharedBatch:
     groups: int = key(
-        16, "Number of groups (one prompt each) that one learner step trains on.", ge=1
+        16,
+        "Number of groups (one prompt each) that one learner step trains on.",
+        ge=1,
+        fixed=True,
     )
 
 
@@ -247,7 +267,9 @@ class SharedDarts:
         "Which responses are trained on: darts (by length), plain (no surplus, so all of them), "
         "first_finished (in order of finishing), or random (a control).",
     )
-    group_size: int = key(8, "M: number of trajectories per group that are trained on.", ge=2)
+    group_size: int = key(
+        8, "M: number of trajectories per group that are trained on.", ge=2, fixed=True
+    )
     num_long: int = key(
         1,
         "L: how many of the M trajectories are chosen among the longest; the other M - L are the "
@@ -322,7 +344,10 @@ def largest_budget(group_size: int, upper: float) -> int:
 @dataclass
 class SharedSampling:
     max_tokens: int = key(
-        512, "Longest response, in tokens. A response that reaches it is truncated.", ge=1
+        512,
+        "Longest response, in tokens. A response that reaches it is truncated.",
+        ge=1,
+        fixed=True,
     )
 
 
@@ -333,6 +358,7 @@ class SamplingConfig(SharedSampling):
         "Sampling temperature, in training and in evaluation. vLLM raises anything below 0.01 to "
         "it, and the learner would train another distribution.",
         ge=0.01,
+        fixed=True,
     )
 
 
@@ -462,7 +488,10 @@ class BufferConfig:
 @dataclass
 class SharedWeights:
     publish_every: int = key(
-        1, "Number of learner steps between two published policy versions.", ge=1
+        1,
+        "Number of learner steps between two published policy versions.",
+        ge=1,
+        fixed=True,
     )
 
 
@@ -565,7 +594,10 @@ class EvalConfig:
         ge=0,
     )
     num_prompts: int = key(
-        128, "Number of held-out prompts. Raise it if the accuracy fluctuates.", ge=1
+        128,
+        "Number of held-out prompts. Raise it if the accuracy fluctuates.",
+        ge=1,
+        fixed=True,
     )
     samples_per_prompt: int = key(
         1, "Number of responses per held-out prompt, sampled as in training.", ge=1

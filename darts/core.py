@@ -40,6 +40,7 @@ from darts.state.groups import Group, GroupState, Planned, Rollout, RolloutState
 from darts.state.staleness import OutstandingGroups
 
 NOTHING: list[ev.Decision] = []
+FIXED = ("groups_per_step", "steps_per_version", "group_size", "max_tokens", "seed")
 SKIPPED_IDS = 1_000_000  # after a restart: more than could have been launched and not recorded
 
 
@@ -47,13 +48,10 @@ class Core:
     """`handle(event) -> decisions`. `darts.checkpoint` saves and restores all that it knows."""
 
     def __init__(self, config: CoreConfig) -> None:
-        self.config = config
         self.engines = Engines()
         self.groups: dict[int, Group] = {}
         self.rollouts: dict[int, Rollout] = {}  # all that hold a slot
-        self.outstanding = OutstandingGroups(
-            config.max_lag, config.groups_per_step, config.steps_per_version
-        )
+        self.outstanding = OutstandingGroups(config.groups_per_step, config.steps_per_version)
         self.orphaned: deque[Group] = (
             deque()
         )  # their engine is gone, and no other can continue them
@@ -63,6 +61,16 @@ class Core:
         self.admission_paused = False
         self.run_ended = False
         self.num_ignored_reports = 0
+        self.prompts = PromptQueue()
+        self.next_group = 0
+        self.next_rollout = 0
+        self._decisions: list[ev.Decision] = []
+        self._configure(config)
+
+    def _configure(self, config: CoreConfig) -> None:
+        """Decide by `config` from now on. Groups that are open keep their budgets and seats."""
+        self.config = config
+        self.outstanding.max_lag = config.max_lag
         self._eager = config.policy == "first_finished" or (
             config.policy == "darts" and config.cancel == "eager"
         )
@@ -75,10 +83,6 @@ class Core:
             price=config.price,
             max_tokens=config.max_tokens,
         )
-        self.prompts = PromptQueue(self._budgeter, config.max_reopens)
-        self.next_group = 0
-        self.next_rollout = 0
-        self._decisions: list[ev.Decision] = []
 
     def handle(self, event: ev.Event) -> Sequence[ev.Decision]:
         """Apply `event`. Raises `ProtocolError`, with nothing changed, if it is
@@ -120,7 +124,9 @@ class Core:
 
     def _prompts_drawn(self, event: ev.PromptsDrawn) -> None:
         curve = next(iter(self.engines.curves.values()), None)
-        self.prompts.add_window(event.prompts, self.pool, curve, len(self.engines.by_id))
+        self.prompts.add_window(
+            event.prompts, self._budgeter, self.pool, curve, len(self.engines.by_id)
+        )
         self._admit()
 
     def _evaluation_requested(self, event: ev.EvaluationRequested) -> None:
@@ -131,8 +137,15 @@ class Core:
         self.prompts.add_evaluation(event)
         self._admit()
 
-    def _pool_restored(self, event: ev.PoolRestored) -> None:
-        self.pool = event.lengths
+    def _settings_changed(self, event: ev.SettingsChanged) -> None:
+        for name in FIXED:
+            before, after = getattr(self.config, name), getattr(event.config, name)
+            if before != after:
+                raise ev.ProtocolError(f"{name} cannot change from {before} to {after} in a run")
+        self._configure(event.config)
+        for group in self.outstanding.stale():
+            self._drop(group, "stale", requeue=True)
+        self._admit()
 
     def _admission_changed(self, event: ev.AdmissionPaused) -> None:
         self.admission_paused = event.paused
@@ -643,7 +656,11 @@ class Core:
         group.selection = None
         if end == "uniform":
             self.prompts.forget(group.prompt)
-        requeued = requeue and not self.run_ended and self.prompts.put_back(group.prompt)
+        requeued = (
+            requeue
+            and not self.run_ended
+            and self.prompts.put_back(group.prompt, self.config.max_reopens)
+        )
         self._decisions.append(ev.Drop(group.record(end), requeued))
 
     def _close(self, group: Group) -> None:
@@ -653,7 +670,7 @@ class Core:
     _handlers: ClassVar[dict[type, Callable[[Core, Any], None]]] = {
         ev.PromptsDrawn: _prompts_drawn,
         ev.EvaluationRequested: _evaluation_requested,
-        ev.PoolRestored: _pool_restored,
+        ev.SettingsChanged: _settings_changed,
         ev.AdmissionPaused: _admission_changed,
         ev.BufferRestarted: _buffer_restarted,
         ev.TokensLost: _tokens_lost,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Union
 
 from configs.schema import LongEnd
+from darts.config import CoreConfig
 from darts.sizing.lengths import LengthStats
 
 Purpose = Literal["train", "eval"]
@@ -74,10 +75,10 @@ class EvaluationRequested:
 
 
 @dataclass(frozen=True, slots=True)
-class PoolRestored:
-    """A run was resumed: these are the length statistics pooled over all its prompts."""
+class SettingsChanged:
+    """A run was resumed with other settings, which hold from here on."""
 
-    lengths: LengthStats
+    config: CoreConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +227,7 @@ class RunEnded:
 
 
 Event = Union[
-    PromptsDrawn, EvaluationRequested, PoolRestored, EngineJoined, EngineLost, PolicyLoaded,
+    PromptsDrawn, EvaluationRequested, SettingsChanged, EngineJoined, EngineLost, PolicyLoaded,
     LatencyReported, RolloutProgressed, RolloutFinished, RolloutFailed, RolloutStopped,
     LearnerJoined, PolicyPublished, ShardsRequested, GroupTrained, AdmissionPaused,
     BufferRestarted, TokensLost, RunEnded,

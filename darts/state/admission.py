@@ -38,15 +38,15 @@ class HeldOut(NamedTuple):
 class PromptQueue:
     """Prompts in the order in which they will be opened."""
 
-    def __init__(self, budgeter: Budgeter, max_reopens: int) -> None:
+    def __init__(self) -> None:
         self.training: deque[Waiting] = deque()
         self.held_out: deque[HeldOut] = deque()
-        self._budgeter, self._max_reopens = budgeter, max_reopens
         self.reopens: dict[str, int] = {}  # prompts dropped and put back, until they ship
 
     def add_window(
         self,
         prompts: Sequence[Prompt],
+        budgeter: Budgeter,
         pool: LengthStats,
         curve: LatencyCurve | None,
         num_engines: int,
@@ -56,8 +56,8 @@ class PromptQueue:
         """
         stats = [lengths.estimate(prompt.lengths, pool) for prompt in prompts]
         budgets: Sequence[Budget | None] = [None] * len(prompts)
-        if self._budgeter.by_window:
-            budgets = self._budgeter.window(stats, pool, curve, max(1, num_engines))
+        if budgeter.by_window:
+            budgets = budgeter.window(stats, pool, curve, max(1, num_engines))
         order = sorted(range(len(prompts)), key=lambda i: -stats[i].mean_log)
         self.training.extend(Waiting(prompts[i], budgets[i]) for i in order)
 
@@ -66,10 +66,10 @@ class PromptQueue:
             HeldOut(prompt, event.samples, event.min_version) for prompt in event.prompts
         )
 
-    def put_back(self, prompt: Prompt) -> bool:
+    def put_back(self, prompt: Prompt, max_reopens: int) -> bool:
         """Returns a dropped group's prompt to the head; False once it has had its last chance."""
         reopens = self.reopens.pop(prompt.prompt_id, 0)
-        if reopens >= self._max_reopens:
+        if reopens >= max_reopens:
             return False
         self.reopens[prompt.prompt_id] = reopens + 1
         self.training.appendleft(Waiting(prompt, None))

@@ -57,7 +57,7 @@ class OutstandingGroups:
     first), and `steps_left`, the batches that it still takes before it publishes the next.
     """
 
-    def __init__(self, max_lag: int, groups_per_step: int, steps_per_version: int) -> None:
+    def __init__(self, groups_per_step: int, steps_per_version: int, max_lag: int = 0) -> None:
         self.max_lag = max_lag
         self.groups_per_step = groups_per_step
         self.steps_per_version = steps_per_version

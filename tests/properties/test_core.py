@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import random
+from dataclasses import replace
 from math import nan
+from typing import Any
 
 import msgspec
 import pytest
@@ -108,6 +110,17 @@ class CoreMachine(RuleBasedStateMachine):
             self.world.advance(rollout, 10_000)
         else:
             self.world.confirm(rollout, num_tokens)
+
+    @rule(
+        max_lag=st.integers(0, 3),
+        on_deadline=st.sampled_from(["wait", "drop"]),
+        uniform=st.sampled_from(["train", "drop"]),
+        max_reopens=st.integers(0, 2),
+        redundancy=st.sampled_from(["none", "fixed", "paper", "marginal"]),
+    )
+    def resume_with_other_settings(self, **changes: Any) -> None:
+        self.world.config = replace(self.world.config, **changes)
+        self.world.send(ev.SettingsChanged(self.world.config))
 
     @precondition(lambda self: self.world.steps_left == 0 and not self.world.step_pending)
     @rule()

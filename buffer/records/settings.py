@@ -1,0 +1,51 @@
+"""The settings of a run, `config.yaml` in its folder. A resume may change some of them, and says so.
+
+The keys that may not change are marked in `configs.schema`: by another model, other data or another
+group size, the groups in flight and the records so far would belong to a different run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from buffer.records.files import atomic_write
+from configs import cli
+from configs.schema import Config
+
+NAME = "config.yaml"
+# Where the run is, and how this command was meant: no settings of the run.
+OF_THE_COMMAND = {"run.dir", "run.name", "run.resume", "learner.take_over"}
+
+
+def write(folder: Path, config: Config) -> None:
+    """Record the settings of a fresh run."""
+    atomic_write(folder / NAME, cli.to_yaml(config))
+
+
+def changes(folder: Path, config: Config) -> list[cli.Change]:
+    """The settings that a resume with `config` changes.
+
+    Raises `ValueError`, naming each of them, if any is fixed for a run.
+    """
+    before = cli.load(["--config", str(folder / NAME)])
+    found = [c for c in cli.changes(before, config) if c.path not in OF_THE_COMMAND]
+    fixed = [f"{c.path}={c.after} (it has {c.before})" for c in found if c.fixed]
+    if fixed:
+        raise ValueError(
+            f"run.resume=true: {folder} cannot go on with {', '.join(fixed)}; these settings belong "
+            "to a run from its start, so resume without them, or start a run under another run.name"
+        )
+    return found
+
+
+def record(folder: Path, config: Config, changed: list[cli.Change], step: int) -> list[str]:
+    """Write the changed settings to `config.yaml`, above them a line per change. Returns the lines.
+
+    step: the number of steps that were trained before.
+    """
+    lines = [f"from step {step}: {c.path}={c.after} (before: {c.before})" for c in changed]
+    path = folder / NAME
+    earlier = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    comments = [*earlier, *(f"# {line}" for line in lines)]
+    atomic_write(path, "".join(f"{line}\n" for line in comments) + cli.to_yaml(config))
+    return lines
