@@ -260,7 +260,7 @@ def test_help_lists_every_key_with_its_type_and_default() -> None:
     text = help_text("The buffer.", Config, "python -m buffer")
     assert [one.path for one in keys(Config) if f"  {one.path}  " not in text] == []
     assert "optimizer.lr  float = 1e-06  (> 0)" in text
-    assert "model.dtype  str = float32  (one of float32, bfloat16, float16)" in text
+    assert "model.dtype  str = float32  (one of float32, bfloat16, float16; fixed in a run)" in text
 
 
 def test_a_reader_that_leaves_ends_a_command_quietly() -> None:
