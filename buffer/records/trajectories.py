@@ -173,8 +173,8 @@ def _check_repeated(rollout: StoredRollout, chunk: Chunk, num_tokens: int) -> No
     start, end = chunk.offset, chunk.offset + num_tokens
     sampled, version, tokens, logprobs = Piece.of(chunk)
     if (
-        rollout.tokens[4 * start : 4 * end] != tokens[: 4 * num_tokens]
-        or rollout.logprobs[4 * start : 4 * end] != logprobs[: 4 * num_tokens]
+        bytes(rollout.tokens[4 * start : 4 * end]) != tokens[: 4 * num_tokens]
+        or bytes(rollout.logprobs[4 * start : 4 * end]) != logprobs[: 4 * num_tokens]
         or any(run != (sampled, version) for run in _runs_within(rollout, start, end))
     ):
         raise ProtocolError(

@@ -206,7 +206,7 @@ class _MeteredLink:
     """The worker's link to the buffer; counts what is reported through it."""
 
     def __init__(self, link: EngineLink) -> None:
-        self.receive = link.receive
+        self.connect, self.receive = link.connect, link.receive
         self._send = link.send
         self.num_tokens = 0
         self.reports: list[msg.EngineReport] = []
