@@ -76,7 +76,7 @@ class SingleTurn:
             what = str(failure)
         except ValueError as error:
             what = f"raised {one_line(error, with_type=True)}; fix the row"
-        raise EnvironmentFailure(f"verifier {self.verifier} on prompt {prompt.prompt_id}: {what}")
+        raise EnvironmentFailure(f"verifier {self.verifier} on {prompt.name}: {what}")
 
     def close(self) -> None:
         if self._workers is not None:

@@ -294,10 +294,12 @@ class EngineSide:
         run, error = self.run, " ".join(message.error.split())[:MAX_TEXT]
         rollout = self._running(peer, message.rollout_id)
         if rollout is not None:
-            if message.fatal:
-                raise RunFailed(f"{peer.name}: {error}")
-            run.warn(f"{peer.name}: {error}")
-            run.errors[rollout.group.group_id] = error
+            group_id = rollout.group.group_id
+            if error != run.errors.get(group_id):  # said once for all its rollouts
+                run.warn(f"{peer.name}: {error}")
+            run.errors[group_id] = error
+            if message.unusable:
+                run.unusable.add(group_id)
             run.store.discard(message.rollout_id)
         self._settle(peer, message.rollout_id)
         return [ev.RolloutFailed(message.rollout_id)]

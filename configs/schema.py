@@ -195,7 +195,15 @@ class DataConfig:
     on_error: Literal["stop", "skip"] = key(
         "stop",
         "What happens once a rollout has failed darts.max_attempts times, for instance because its "
-        "verifier raises: stop the run, or skip the prompt and count it.",
+        "verifier raises: stop the run, or skip the prompt and count it. A prompt that is too long "
+        "for model.max_context is always skipped.",
+    )
+    max_skipped_frac: float = key(
+        0.1,
+        "Largest fraction of the prompts that may be skipped before the run ends with their number "
+        "and the reasons. Eight are always allowed. Raise it for data with many bad rows.",
+        ge=0,
+        lt=1,
     )
 
 

@@ -98,14 +98,13 @@ class Metrics:
         length limit of training.
         """
         ended = [r for record in records for r in record.rollouts if r.reward is not None]
-        lengths = np.array([r.tokens for r in ended])
-        self._evaluation = {
-            "eval/step": step,
-            "eval/accuracy": float(np.mean([r.reward for r in ended if r.reward is not None])),
-            "eval/responses": len(ended),
-            "eval/length_mean": float(lengths.mean()),
-            **{f"eval/length_p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)},
-        }
+        rewards = [r.reward for r in ended if r.reward is not None]
+        self._evaluation = {"eval/step": step, "eval/responses": len(ended), **judged(rewards)}
+        if ended:
+            lengths = np.array([r.tokens for r in ended])
+            self._evaluation["eval/length_mean"] = float(lengths.mean())
+            for q in (50, 90, 99):
+                self._evaluation[f"eval/length_p{q}"] = float(np.percentile(lengths, q))
         return self._evaluation
 
     def note_freed(self, seconds: float) -> None:
@@ -191,6 +190,15 @@ class Metrics:
         for end, tokens in self.recent:
             counts[end][int(np.searchsorted(HISTOGRAM_EDGES, tokens, side="right")) - 1] += 1
         return counts
+
+
+def judged(rewards: Sequence[float]) -> dict[str, float]:
+    """The mean of held-out rewards, which is also an accuracy if each of them is 0 or 1."""
+    if not rewards:
+        return {}
+    mean = float(np.mean(rewards))
+    accuracy = {"eval/accuracy": mean} if {0.0, 1.0}.issuperset(rewards) else {}
+    return {"eval/reward_mean": mean, **accuracy}
 
 
 def _fate_of_tokens(rollout: RolloutRecord) -> str:

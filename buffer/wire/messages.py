@@ -113,7 +113,7 @@ class Failed(Message):
 
     rollout_id: int
     error: str
-    fatal: bool  # no retry can help: the run stops
+    unusable: bool = False  # its prompt does not fit the context: no retry can help
 
 
 class Stopped(Message):
@@ -169,6 +169,12 @@ class PromptPayload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     messages: list[dict[str, str]]
     answer: str
     metadata: str  # JSON, for the environment (reasoning_gym's entry, say)
+    source: str = ""  # its file and row, "" if it has none
+
+    @property
+    def name(self) -> str:
+        """How messages call it: by its id, and where to find it."""
+        return f"prompt {self.prompt_id}" + (f" ({self.source})" if self.source else "")
 
 
 class LaunchedRollout(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

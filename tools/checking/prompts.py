@@ -37,13 +37,13 @@ def describe_prompts(config: Config) -> Iterator[str]:
             try:
                 ids = environment.render(prompt, tokenizer)
             except Exception as error:  # a template or tokenizer raises as it likes
-                raise PromptRefused(f"prompt {prompt.prompt_id}: {one_line(error)}") from error
+                raise PromptRefused(f"{prompt.name}: {one_line(error)}") from error
             yield from _describe(number, ids, tokenizer, config)
             room = config.model.max_context - len(ids)
             if room < min(LEAST_ROOM, config.sampling.max_tokens):
-                raise PromptRefused(
-                    f"prompt {prompt.prompt_id} has {len(ids)} tokens and leaves {room} for a response: "
-                    f"raise model.max_context={config.model.max_context}"
+                yield (
+                    f"warning: {prompt.name} leaves {room} tokens for a response, so a run skips "
+                    f"it; raise model.max_context={config.model.max_context}"
                 )
     finally:
         environment.close()

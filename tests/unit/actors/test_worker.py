@@ -42,7 +42,9 @@ from buffer.wire.transport import TransportError
 from configs.schema import Config
 
 EOS = 9
-PROMPT = PromptPayload(prompt_id="p1", text="ab", messages=[], answer="", metadata="")
+PROMPT = PromptPayload(
+    prompt_id="p1", text="ab", messages=[], answer="", metadata="", source="rows.jsonl, row 3"
+)
 HELLO = EngineHello(
     engine_id="e/0", engine_type="fake", slots=4, policy_version=-1, pid=1, incarnation="a"
 )
@@ -364,9 +366,7 @@ def test_a_failed_verifier_fails_the_rollout_and_is_no_reward() -> None:
         scene.engine.sample(1, 3, EOS, end="stop")
         await scene.answered(1)
 
-    assert play(script).answers() == [
-        Failed(rollout_id=1, error="verifier x raised on prompt p1", fatal=False)
-    ]
+    assert play(script).answers() == [Failed(rollout_id=1, error="verifier x raised on prompt p1")]
 
 
 def test_a_refused_request_fails_its_rollout_alone() -> None:
@@ -379,11 +379,11 @@ def test_a_refused_request_fails_its_rollout_alone() -> None:
         await scene.answered(2)
 
     failed, finished = play(script).answers()
-    assert (failed.rollout_id, failed.fatal) == (1, False)
+    assert (failed.rollout_id, failed.unusable) == (1, False)
     assert (type(finished), finished.rollout_id) == (Finished, 2)
 
 
-def test_a_prompt_too_long_for_the_context_stops_the_run() -> None:
+def test_a_prompt_too_long_for_the_context_is_named_and_no_retry_is_asked_for() -> None:
     async def script(scene: Scene) -> None:
         scene.environment.prompt_ids = [1] * 25
         scene.launch(1)
@@ -391,8 +391,9 @@ def test_a_prompt_too_long_for_the_context_stops_the_run() -> None:
 
     scene = play(script)
     (failed,) = scene.answers()
-    assert failed.fatal
-    assert all(part in failed.error for part in ("p1", "25", "model.max_context=40"))
+    assert failed.unusable
+    named = ("prompt p1 (rows.jsonl, row 3)", "25", "model.max_context=40")
+    assert all(part in failed.error for part in named)
     assert scene.engine.launched == {}
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from buffer.peers import Peer
-from buffer.run_state import RunFailed
 from buffer.service import Service
 from buffer.wire import messages as msg
 from configs import cli
@@ -60,7 +59,7 @@ def engines(service: Service) -> set[str]:
     return set(service.run.core.engines.by_id)
 
 
-@pytest.mark.parametrize("kind", ["progress", "finished", "failed", "fatal", "stopped"])
+@pytest.mark.parametrize("kind", ["progress", "finished", "failed", "unusable", "stopped"])
 def test_a_message_about_another_engines_rollout_dismisses_the_speaker_alone(
     service: Service, kind: str
 ) -> None:
@@ -70,8 +69,8 @@ def test_a_message_about_another_engines_rollout_dismisses_the_speaker_alone(
         "finished": msg.Finished(
             rollout_id=victim, num_tokens=3, truncated=False, reward=1.0, text=""
         ),
-        "failed": msg.Failed(rollout_id=victim, error="x", fatal=False),
-        "fatal": msg.Failed(rollout_id=victim, error="x", fatal=True),
+        "failed": msg.Failed(rollout_id=victim, error="x"),
+        "unusable": msg.Failed(rollout_id=victim, error="x", unusable=True),
         "stopped": msg.Stopped(rollout_id=victim, num_tokens=0),
     }
     service._receive(b"b", forged[kind])
@@ -88,7 +87,7 @@ def test_messages_about_a_finished_rollout_change_nothing(service: Service) -> N
     for forged in (
         msg.Progress(chunks=[sampled(mine, 5)]),
         msg.Finished(rollout_id=mine, num_tokens=9, truncated=False, reward=0.0, text="forged"),
-        msg.Failed(rollout_id=mine, error="x", fatal=True),
+        msg.Failed(rollout_id=mine, error="x", unusable=True),
     ):
         service._receive(b"b", forged)
     assert service.run.store.num_sampled(mine) == 3
@@ -132,14 +131,6 @@ def test_a_second_name_on_one_connection_ends_the_first(service: Service) -> Non
     service._receive(b"a", hello)
     assert engines(service) == {"b"}
     assert b"a" not in service.run.peers.by_identity
-
-
-def test_only_the_engine_that_has_a_rollout_can_end_the_run_with_its_failure(
-    service: Service,
-) -> None:
-    mine = of(service, "a")
-    with pytest.raises(RunFailed, match="engine a: no room"):
-        service._receive(b"a", msg.Failed(rollout_id=mine, error="no room", fatal=True))
 
 
 def test_peers_have_one_name_each() -> None:
