@@ -406,6 +406,7 @@ class Worker:
                     ms_per_token=measured.ms_per_token,
                     tokens_per_s=measured.tokens_per_s,
                     busy_frac=measured.busy_frac,
+                    verifier=self._environment.measure(),
                 )
             )
 

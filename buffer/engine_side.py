@@ -13,11 +13,14 @@ when each cancel was decided. Driven by `buffer.service`.
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from buffer import rejoin
 from buffer.peers import Peer
@@ -341,6 +344,8 @@ class EngineSide:
         return []
 
     def _report(self, peer: Peer, message: msg.EngineReport) -> list[ev.Event]:
+        if not all(0 <= value < math.inf for value in msgspec.structs.astuple(message.verifier)):
+            raise ev.ProtocolError(f"{peer.name} reports of its verifier: {message.verifier}")
         self.run.metrics.note_report(peer.engine_id, message)
         self.run.metrics.latest.reports[peer.engine_id] = message
         return [ev.LatencyReported(peer.engine_id, message.batch, message.ms_per_token)]

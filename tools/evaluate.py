@@ -1,7 +1,7 @@
 """`python -m tools.evaluate runs/<name>`: every kept checkpoint on held-out prompts, after the run and beside nobody.
 
 One engine takes the checkpoints in turn, as it would take published weights; responses are sampled as in training, nothing is cancelled.
-Writes runs/<name>/evaluations.jsonl (step, accuracy, responses, length statistics) and prints it. Driven by hand and by `tools.compare`.
+Writes runs/<name>/evaluations.jsonl (step, reward_mean, accuracy if all rewards are 0 or 1, responses, length statistics) and prints it. Driven by hand and by `tools.compare`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from actors.environments import Environment, make_environment
 from actors.inference import weights
 from buffer.data.sources import make_sources
 from buffer.records.files import atomic_write
+from buffer.records.metrics import judged
 from buffer.wire.messages import PromptPayload
 from configs.command import run_command
 from configs.schema import Config
@@ -52,7 +53,12 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
     rows = []
     for row in _judge(config, run, steps):
         rows.append(row)
-        print(f"step {row['step']:>6,.0f}: accuracy {100 * row['accuracy']:.1f} %, mean length {row['length_mean']:.1f}, "
+        result = (
+            f"accuracy {100 * row['accuracy']:.1f} %"
+            if "accuracy" in row
+            else (f"mean reward {row['reward_mean']:.3f}")
+        )
+        print(f"step {row['step']:>6,.0f}: {result}, mean length {row['length_mean']:.1f}, "
               f"p99 {row['length_p99']:.0f}", flush=True)  # fmt: skip
     atomic_write(run / EVALUATIONS, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
@@ -107,7 +113,10 @@ async def _answer(
     )
     lengths = np.array([tokens for _, tokens in answers])
     return {
-        "accuracy": float(np.mean([reward for reward, _ in answers])),
+        **{
+            name.removeprefix("eval/"): value
+            for name, value in judged([reward for reward, _ in answers]).items()
+        },
         "responses": len(answers),
         "length_mean": float(lengths.mean()),
         **{f"length_p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)},

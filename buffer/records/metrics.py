@@ -153,7 +153,8 @@ class Metrics:
             **self.take_evaluation(),
             "memory/buffer_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
-        row |= self._engines() | self._cancels()
+        row |= self._verifiers() | self._engines() | self._cancels()
+        self._reports.clear()
         self._dropped.clear()
         return row
 
@@ -161,6 +162,23 @@ class Metrics:
         """The evaluations since the last row. Each evaluation appears in one row."""
         taken, self._evaluation = self._evaluation, {}
         return taken
+
+    def _verifiers(self) -> dict[str, float]:
+        """Over all engines, evaluations included; zeros if none has reported."""
+        by_engine = [[report.verifier for report in of] for of in self._reports.values()]
+        reports = [report for of_engine in by_engine for report in of_engine]
+        num_verified = max(1, sum(v.num_verified for v in reports))
+        return {
+            "verifier/time_s_mean": sum(v.time_s for v in reports) / num_verified,
+            "verifier/time_s_max": max((v.longest_s for v in reports), default=0.0),
+            "verifier/queue_s_mean": sum(v.queue_s for v in reports) / num_verified,
+            "verifier/queue_mean": sum(
+                float(np.mean([v.num_waiting for v in of_engine])) for of_engine in by_engine
+            ),
+            "verifier/busy_frac": _mean(v.num_busy / max(1, v.num_workers) for v in reports),
+            "verifier/failures": sum(v.num_failed for v in reports),
+            "verifier/timeouts": sum(v.num_timeouts for v in reports),
+        }
 
     def _engines(self) -> dict[str, float]:
         row: dict[str, float] = {}
@@ -173,7 +191,6 @@ class Metrics:
         if self._swaps:
             row["publish/swap_pause_s"] = float(np.mean([s.pause_s for s in self._swaps]))
             row["publish/fetch_s"] = float(np.mean([s.fetch_s for s in self._swaps]))
-        self._reports.clear()
         self._swaps.clear()
         return row
 
@@ -218,5 +235,9 @@ def _lengths(name: str, tokens: list[int]) -> dict[str, float]:
 
 
 def _frac(flags: Iterable[bool]) -> float:
-    values = list(flags)
-    return sum(values) / len(values) if values else 0.0
+    return _mean(map(float, flags))
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0

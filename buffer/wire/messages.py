@@ -134,6 +134,20 @@ class PolicyLoaded(Message):
     pause_s: float
 
 
+class VerifierReport(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """An engine's verifier: how busy it is now, and the verifications since the last report."""
+
+    num_workers: int = 0  # responses that can be verified at the same time
+    num_waiting: int = 0  # responses that wait for a free worker
+    num_busy: int = 0  # workers that verify
+    num_verified: int = 0  # verifications that ended, failures included
+    num_failed: int = 0  # of these, those without a reward, for any reason
+    num_timeouts: int = 0  # of these, those that exceeded data.verifier_timeout_s
+    queue_s: float = 0.0  # sum of the times that they had waited for a worker
+    time_s: float = 0.0  # sum of the times that they took
+    longest_s: float = 0.0
+
+
 class EngineReport(Message):
     """The engine's measurements since its last report."""
 
@@ -141,6 +155,7 @@ class EngineReport(Message):
     ms_per_token: float  # mean time between two tokens of one request
     tokens_per_s: float
     busy_frac: float  # mean occupied slots / slots
+    verifier: VerifierReport = VerifierReport()
 
 
 class Probed(Message):

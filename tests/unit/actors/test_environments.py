@@ -140,6 +140,16 @@ def test_a_long_response_of_open_boxes_is_scored_at_once() -> None:
     assert final_answer(r"<answer>\boxed{" * 100_000 + r"\boxed{4}") == "4"
 
 
+def test_the_load_of_a_verifier_that_runs_inline_is_measured() -> None:
+    environment = make_environment(config_of("numeric"))
+    score(environment, payload(answer="4"), "4")
+    with pytest.raises(EnvironmentFailure):
+        score(environment, payload(answer="Paris"), "4")
+    report = environment.measure()
+    assert (report.num_verified, report.num_failed, report.num_timeouts) == (2, 1, 0)
+    assert report.time_s > 0 and environment.measure().num_verified == 0
+
+
 def test_a_numeric_reference_that_holds_no_number_is_a_failure_not_a_zero() -> None:
     with pytest.raises(
         EnvironmentFailure, match=r"numeric on prompt p1: .*'Paris' holds no number"

@@ -21,6 +21,7 @@ from buffer.wire.messages import (
     Cancel,
     Chunk,
     EngineHello,
+    EngineReport,
     Failed,
     Finished,
     Launch,
@@ -34,6 +35,7 @@ from buffer.wire.messages import (
     Shutdown,
     SnapshotRef,
     Stopped,
+    VerifierReport,
     Welcome,
 )
 from buffer.wire.probe import NUM_SEQUENCES, NUM_TOKENS
@@ -101,6 +103,9 @@ class FakeEngine:
         return Measurement(1.0, 2.0, 3.0, 0.5)
 
 
+REPORT = VerifierReport(num_workers=2, num_waiting=3, num_verified=1, time_s=0.5)
+
+
 class FakeEnvironment:
     keep_special_tokens = False
 
@@ -120,6 +125,9 @@ class FakeEnvironment:
         if isinstance(self.reward, Exception):
             raise self.reward
         return self.reward
+
+    def measure(self) -> VerifierReport:
+        return REPORT
 
     def close(self) -> None: ...
 
@@ -343,6 +351,16 @@ def test_reports_leave_as_often_as_flush_s_says() -> None:
     config.actors.flush_s = 0.05
     assert 2 <= len(play(script, config=config).sampled(1)) <= 7
     assert len(play(script).sampled(1)) >= 15
+
+
+def test_an_engine_reports_how_busy_its_verifier_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def script(scene: Scene) -> None:
+        await scene.until(lambda: any(isinstance(m, EngineReport) for m in scene.link.sent))
+
+    monkeypatch.setattr("actors.worker.REPORT_S", 0.01)
+    sent = play(script).link.sent
+    (report,) = [m for m in sent if isinstance(m, EngineReport)][:1]
+    assert report.verifier == REPORT
 
 
 def test_tokens_carry_the_version_that_sampled_them() -> None:
@@ -712,7 +730,7 @@ def test_a_rollout_whose_prefix_the_buffer_lost_fails_and_is_freed(
 
     scene = play(script)
     (failed,) = scene.answers()
-    assert isinstance(failed, Failed) and not failed.fatal
+    assert isinstance(failed, Failed) and not failed.unusable
     assert scene.chunks(1) == []
 
 
@@ -729,7 +747,7 @@ def test_a_rollout_that_was_stopped_by_a_forgotten_cancel_fails(at_once: None) -
         await scene.answered(1)
 
     (failed,) = play(script).answers()
-    assert isinstance(failed, Failed) and not failed.fatal
+    assert isinstance(failed, Failed) and not failed.unusable
 
 
 def test_a_policy_loaded_while_the_link_is_down_is_reported(at_once: None) -> None:
