@@ -152,10 +152,13 @@ class DataConfig:
     )
     prompt_field: str = key(
         "prompt",
-        "Column of a file or dataset that holds the prompt: a string or a list of chat messages.",
+        "Column of a file or dataset that holds the prompt: a string or a list of chat messages. "
+        "Name a field inside a column with dots.",
     )
     answer_field: str = key(
-        "answer", "Column of a file or dataset that holds the reference answer."
+        "answer",
+        "Column of a file or dataset that holds the reference answer. Name a field inside a column "
+        "with dots: reward_model.ground_truth.",
     )
     system_prompt: str = key(
         "",
