@@ -510,9 +510,7 @@ class FakeEngine(threading.Thread):
                 continue
             if self.fail_rollouts or self.num_to_fail:
                 self.num_to_fail = max(0, self.num_to_fail - 1)
-                rollout.answer = msg.Failed(
-                    rollout_id=rollout.rollout_id, error=self.fail_rollouts
-                )
+                rollout.answer = msg.Failed(rollout_id=rollout.rollout_id, error=self.fail_rollouts)
             else:
                 rollout.answer = msg.Finished(
                     rollout_id=rollout.rollout_id,

@@ -58,16 +58,18 @@ def _waiting(run: RunState) -> str:
         for engine_id, report in run.metrics.latest.reports.items()
         if engine_id in run.core.engines.by_id
     ]
-    num_unscored = sum(v.num_waiting + v.num_busy for v in reports)
+    num_unscored = min(in_flight, sum(v.num_waiting + v.num_busy for v in reports))
     if num_unscored < HELD_UP_FRAC * max(1, in_flight):
         return waiting
     num_verified = sum(v.num_verified for v in reports)
     time_s = sum(v.time_s for v in reports) / max(1, num_verified)
     time_s = time_s or run.last_row.get("verifier/time_s_mean", 0.0)
     each = f", {time_s:.3g} s each" if time_s else ""
+    num_workers = sum(v.num_workers for v in reports)
+    workers = f"{num_workers} worker" + ("s" if num_workers > 1 else "")
     return (
         f"learner waits for the verifier: {num_unscored} of {in_flight} rollouts in flight have "
-        f"only their reward to come ({sum(v.num_workers for v in reports)} workers{each}); make it "
+        f"only their reward to come ({workers}{each}); make it "
         "faster, or raise data.verifier_workers"
     )
 
