@@ -258,15 +258,23 @@ class Worker:
         return rollout
 
     async def _cancel(self, rollout_ids: list[int]) -> None:
-        """Those that ended already are answered, or are about to be, by their `Finished`."""
-        decoding = [
-            rollout
-            for rollout_id in rollout_ids
-            if (rollout := self._rollouts.get(rollout_id)) and rollout.decodes
-        ]
+        """Stop decoding them, or waiting for their rewards. Answered ones are left alone."""
+        found = [self._rollouts[i] for i in rollout_ids if i in self._rollouts]
+        for rollout in found:
+            if not rollout.decodes and rollout.answer is None:
+                self._stop_scoring(rollout)
+        decoding = [rollout for rollout in found if rollout.decodes]
         for rollout in decoding:
             rollout.cancelled = True
         await self._abort(decoding)
+
+    def _stop_scoring(self, rollout: Rollout) -> None:
+        """Its verifier has not answered, and need not any more."""
+        assert rollout.follower is not None
+        rollout.follower.cancel()
+        self._send_progress([rollout])
+        rollout.answer = msg.Stopped(rollout_id=rollout.rollout_id, num_tokens=rollout.num_tokens)
+        self._send(rollout.answer)
 
     async def _abort(self, rollouts: list[Rollout]) -> None:
         if rollouts:

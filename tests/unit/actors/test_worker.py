@@ -469,7 +469,7 @@ def test_a_cancelled_rollout_is_stopped_after_its_last_tokens() -> None:
     assert scene.sampled(1) == [(-1, [3])]
 
 
-def test_a_cancel_while_it_is_scored_is_answered_by_finished() -> None:
+def test_a_cancel_while_it_is_scored_is_answered_at_once() -> None:
     async def script(scene: Scene) -> None:
         scene.environment.release.clear()
         scene.launch(1)
@@ -477,11 +477,13 @@ def test_a_cancel_while_it_is_scored_is_answered_by_finished() -> None:
         scene.engine.sample(1, EOS, end="stop")
         await scene.until(lambda: bool(scene.environment.scored))
         scene.link.incoming.put(Cancel(rollout_ids=[1]))
-        await asyncio.sleep(0.02)
-        scene.environment.release.set()
         await scene.answered(1)
+        scene.environment.release.set()
+        await asyncio.sleep(0.02)
 
-    assert [type(answer) for answer in play(script).answers()] == [Finished]
+    scene = play(script)
+    assert scene.answers() == [Stopped(rollout_id=1, num_tokens=1)]
+    assert scene.sampled(1) == [(-1, [EOS])]
 
 
 def test_a_rollout_that_ends_while_it_is_aborted_is_answered_once() -> None:
