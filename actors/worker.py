@@ -28,6 +28,7 @@ from actors.environments import Environment, EnvironmentFailure
 from actors.inference import weights
 from actors.inference.generation import BASE_VERSION, EngineDied, Generation, Measurement
 from actors.inference.probing import probe
+from actors.prompts import PromptTooLong, response_limit
 from actors.rollouts import Rollout
 from buffer.wire import messages as msg
 from buffer.wire.client import LinkLost
@@ -36,9 +37,6 @@ from buffer.wire.transport import TransportError
 from configs.errors import one_line
 from configs.schema import Config
 
-LEAST_ROOM = (
-    16  # tokens that a prompt must leave for the response, unless sampling.max_tokens is less
-)
 TEXT_CHARS = 4000  # of a response, for samples.jsonl
 REPORT_S = 1.0
 FETCH_ATTEMPTS, FETCH_RETRY_S = 3, 1.0  # of the first policy
@@ -213,16 +211,11 @@ class Worker:
             )
             self._fail(command.rollouts, line)
             return
-        room = self._config.model.max_context - len(prompt_ids)
-        if room < (needed := min(LEAST_ROOM, self._config.sampling.max_tokens)):
-            line = (
-                f"{prompt.name} has {len(prompt_ids)} tokens and leaves {room} for a response in "
-                f"model.max_context={self._config.model.max_context}, {needed} are needed: raise "
-                "model.max_context, or drop the prompt"
-            )
-            self._fail(command.rollouts, line, unusable=True)
+        try:
+            max_tokens = response_limit(prompt, len(prompt_ids), self._config)
+        except PromptTooLong as error:
+            self._fail(command.rollouts, str(error), unusable=True)
             return
-        max_tokens = min(room, self._config.sampling.max_tokens)
         launched = [r for r in command.rollouts if r.rollout_id not in self._rollouts]
         self._send_progress([self._start(r, prompt, prompt_ids, max_tokens) for r in launched])
 

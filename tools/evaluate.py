@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from actors.environments import Environment, make_environment
+from actors.environments import Environment, EnvironmentFailure, make_environment
 from actors.inference import weights
+from actors.prompts import PromptTooLong, response_limit
+from buffer.data.skipped_prompts import SkippedPrompts
 from buffer.data.sources import make_sources
 from buffer.records.files import atomic_write
 from buffer.records.metrics import judged
@@ -95,22 +97,37 @@ async def _answer(
 ) -> Row:
     """Has every prompt answered `eval.samples_per_prompt` times, with the same seeds at every step."""
 
-    async def answer(number: int, prompt: PromptPayload) -> tuple[float, int]:
-        ids = environment.render(prompt, engine.tokenizer)
-        most = min(config.model.max_context - len(ids), config.sampling.max_tokens)
-        generation = engine.launch(
-            f"{step}/{number}", ids, most, config.run.seed * 1_000_003 + number
-        )
-        await generation.finished
-        text = engine.tokenizer.decode(
-            generation.tokens, skip_special_tokens=not environment.keep_special_tokens
-        )
-        return await environment.score(prompt, text), len(generation.tokens)
+    skipped = SkippedPrompts(config.data.max_skipped_frac)
+
+    async def answer(number: int, prompt: PromptPayload) -> tuple[float, int] | None:
+        try:
+            ids = environment.render(prompt, engine.tokenizer)
+            generation = engine.launch(
+                f"{step}/{number}",
+                ids,
+                response_limit(prompt, len(ids), config),
+                config.run.seed * 1_000_003 + number,
+            )
+            await generation.finished
+            text = engine.tokenizer.decode(
+                generation.tokens, skip_special_tokens=not environment.keep_special_tokens
+            )
+            return await environment.score(prompt, text), len(generation.tokens)
+        except PromptTooLong as error:
+            skipped.add(prompt, str(error))
+        except EnvironmentFailure as error:
+            if config.data.on_error == "stop":
+                raise ValueError(f"{error} (data.on_error=skip goes on without it)") from error
+            skipped.add(prompt, str(error))
+        return None
 
     samples = [prompt for prompt in prompts for _ in range(config.eval.samples_per_prompt)]
-    answers = await asyncio.gather(
-        *(answer(number, prompt) for number, prompt in enumerate(samples))
-    )
+    asked = await asyncio.gather(*(answer(number, prompt) for number, prompt in enumerate(samples)))
+    answers = [one for one in asked if one is not None]
+    if skipped.too_many(len(samples)) or not answers:
+        raise ValueError(skipped.refusal(len(samples)))
+    if skipped.num_skipped:
+        print(skipped.summary(len(samples)), flush=True)
     lengths = np.array([tokens for _, tokens in answers])
     return {
         **{

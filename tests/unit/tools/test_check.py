@@ -77,8 +77,8 @@ def test_a_prompt_that_is_too_long_is_pointed_out_with_its_row(tmp_path: Path) -
     limits = ["model.max_context=64", "sampling.max_tokens=32"]
     config = make_config(tmp_path, [row("x" * 60)], None, *limits)
     warning = list(describe_prompts(config))[-1]
-    assert ", row 1) leaves 4 tokens for a response, so a run skips it" in warning
-    assert "raise model.max_context=64" in warning
+    assert warning.startswith("warning: a run skips this prompt: prompt ")
+    assert ", row 1) has 60 tokens and leaves 4 for a response in model.max_context=64" in warning
 
 
 def test_a_refusal_names_model_check_numbers_and_what_to_do() -> None:
