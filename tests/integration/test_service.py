@@ -332,12 +332,10 @@ def test_a_failing_prompt_is_skipped_where_that_is_asked(
     assert 0 < skipped[-1] <= len(failed) and skipped == sorted(skipped)
 
 
-@pytest.mark.parametrize("eval_every", [0, 2])
 def test_a_verifier_that_always_fails_ends_the_run_with_the_counts(
-    tmp_path: Path, free_port: Callable[[], int], eval_every: int
+    tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
-    """With an evaluation, that is the first to fail as a whole."""
-    options = ("data.on_error=skip", "darts.max_reopens=0", f"eval.every={eval_every}")
+    options = ("data.on_error=skip", "darts.max_reopens=0", "eval.every=0")
     running = Running(make_config(tmp_path, free_port(), *options))
     address = running.service.run.router.address
     engine, learner = FakeEngine(address, "e", slots=64), FakeLearner(address, STEPS)
@@ -346,11 +344,25 @@ def test_a_verifier_that_always_fails_ends_the_run_with_the_counts(
     learner.start()
     assert running.wait() == 1
     error = running.service.error
-    assert ("5 of 5 prompts" if eval_every else "prompts were skipped: ") in error
-    assert "like this: verifier my_module:verify raised KeyError" in error
+    assert "9 like this: verifier my_module:verify raised KeyError" in error
     assert "data.max_skipped_frac=0.1" in error
     learner.join(5)
     assert learner.shutdown is not None and learner.shutdown.error == error
+
+
+def test_an_evaluation_without_a_reward_ends_the_run(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    running = Running(make_config(tmp_path, free_port()))
+    run = running.service.run
+    engine, learner = FakeEngine(run.router.address, "e"), FakeLearner(run.router.address, STEPS)
+    engine.too_long = lambda prompt_id: prompt_id in run.eval_payloads
+    engine.start()
+    learner.start()
+    assert running.wait() == 1
+    assert running.service.error.startswith(
+        "evaluation after 0 steps: 5 of 5 prompts were skipped: 5 like this: prompt "
+    )
 
 
 def test_a_rollout_that_succeeds_at_its_second_attempt_is_no_failure(
