@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from typing import Any, Protocol
 
 from actors.prompts import tokenise
-from actors.verifier_workers import VerifierFailure, WorkerPool, prompt_text
+from actors.verifier_load import VerifierFailure, VerifierLoad
+from actors.verifier_workers import WorkerPool, prompt_text
 from actors.verifiers import INLINE, finite
-from buffer.wire.messages import PromptPayload
+from buffer.wire.messages import PromptPayload, VerifierReport
 from configs.errors import one_line
 from configs.schema import Config
 
@@ -39,6 +41,10 @@ class Environment(Protocol):
         """A finite reward. Raises `EnvironmentFailure`; safe to cancel."""
         ...
 
+    def measure(self) -> VerifierReport:
+        """How busy the verifier is, and its work since the last call."""
+        ...
+
     def close(self) -> None:
         """Ends the worker processes."""
         ...
@@ -59,6 +65,7 @@ class SingleTurn:
         self.data = config.data
         self.verifier = _verifier_name(config)
         self.keep_special_tokens = self.verifier == "tagged_sum"
+        self._inline = VerifierLoad(num_workers=1)
         self._workers = None if self.verifier in INLINE else _start_workers(config, self.verifier)
 
     def render(self, prompt: PromptPayload, tokenizer: Any) -> list[int]:
@@ -70,13 +77,25 @@ class SingleTurn:
         try:
             if self._workers is not None:
                 return await self._workers.score(prompt, response_text)
+            return self._score_inline(prompt, response_text)
+        except VerifierFailure as failure:
+            raise EnvironmentFailure(
+                f"verifier {self.verifier} on {prompt.name}: {failure}"
+            ) from failure
+
+    def _score_inline(self, prompt: PromptPayload, response_text: str) -> float:
+        started_s, failure = time.monotonic(), None
+        try:
             verify = INLINE[self.verifier]
             return finite(verify(prompt_text(prompt), response_text, prompt.answer, {}))
-        except VerifierFailure as failure:
-            what = str(failure)
         except ValueError as error:
-            what = f"raised {one_line(error, with_type=True)}; fix the row"
-        raise EnvironmentFailure(f"verifier {self.verifier} on prompt {prompt.prompt_id}: {what}")
+            failure = VerifierFailure(f"raised {one_line(error, with_type=True)}; fix the row")
+            raise failure from error
+        finally:
+            self._inline.ended(0.0, time.monotonic() - started_s, failure)
+
+    def measure(self) -> VerifierReport:
+        return self._workers.measure() if self._workers else self._inline.take(0, 0)
 
     def close(self) -> None:
         if self._workers is not None:

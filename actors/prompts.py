@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.schema import DataConfig
+from buffer.wire.messages import PromptPayload
+from configs.schema import Config, DataConfig
 
+LEAST_ROOM = 16  # tokens for a response, unless sampling.max_tokens is less
 Message = dict[str, str]
 
 
@@ -36,6 +38,26 @@ def tokenise(messages: list[Message], tokenizer: Any, data: DataConfig) -> list[
     if not ids:
         raise ValueError("it has no tokens, and a response must follow something")
     return ids
+
+
+class PromptTooLong(ValueError):
+    """A prompt leaves too few tokens of the context for a response. One line that names both."""
+
+
+def response_limit(prompt: PromptPayload, num_tokens: int, config: Config) -> int:
+    """Most tokens that a response to a prompt of `num_tokens` tokens may have.
+
+    Raises `PromptTooLong`.
+    """
+    max_context, max_tokens = config.model.max_context, config.sampling.max_tokens
+    room, needed = max_context - num_tokens, min(LEAST_ROOM, max_tokens)
+    if room < needed:
+        raise PromptTooLong(
+            f"{prompt.name} has {num_tokens} tokens and leaves {room} for a response in "
+            f"model.max_context={max_context}, {needed} are needed: raise model.max_context, or "
+            "drop the prompt"
+        )
+    return min(room, max_tokens)
 
 
 def uses_template(tokenizer: Any, data: DataConfig) -> bool:

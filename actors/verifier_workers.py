@@ -20,13 +20,14 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from actors.verifier_load import VerifierFailure, VerifierLoad, VerifierTimeout
 from buffer.processes.child import in_words
 from buffer.processes.descendants import kill_processes_of, marks
-from buffer.wire.messages import PromptPayload
+from buffer.wire.messages import PromptPayload, VerifierReport
 from configs.schema import DataConfig
 
 START_TIMEOUT_S = 300.0  # importing a verifier's libraries on a busy machine
@@ -38,10 +39,6 @@ MOST_WORKERS = 16  # unless data.verifier_workers says otherwise
 FIX = "fix the verifier, or choose another with data.environment"
 
 
-class VerifierFailure(Exception):
-    """A verifier gave no reward. Cause and remedy, as the rest of a sentence about it."""
-
-
 class WorkerPool:
     """Up to data.verifier_workers processes, started when they are needed.
 
@@ -51,7 +48,9 @@ class WorkerPool:
     def __init__(self, verifier: str, data: DataConfig) -> None:
         self._verifier, self._data = verifier, data
         num_workers = data.verifier_workers or min(MOST_WORKERS, max(1, (os.cpu_count() or 1) // 2))
+        self._load = VerifierLoad(num_workers)
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="verifier")
+        self._submitted: set[Future[float]] = set()
         self._lock = threading.Lock()
         self._workers: set[WorkerProcess] = set()
         self._closed = False
@@ -65,24 +64,43 @@ class WorkerPool:
             prompt.answer,
             json.loads(prompt.metadata or "{}"),
         ]
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._score, request)
+        submitted = self._threads.submit(self._score, request, time.monotonic())
+        self._submitted.add(submitted)
+        submitted.add_done_callback(self._submitted.discard)
+        return await asyncio.wrap_future(submitted)
 
-    def _score(self, request: list[Any]) -> float:
+    def measure(self) -> VerifierReport:
+        """How busy the workers are, and their work since the last call."""
+        submitted = list(self._submitted)
+        num_busy = sum(one.running() for one in submitted)
+        num_done = sum(one.done() for one in submitted)
+        return self._load.take(len(submitted) - num_busy - num_done, num_busy)
+
+    def _score(self, request: list[Any], queued_s: float) -> float:
         try:
-            worker = self._idle.get_nowait()
-        except queue.Empty:
-            worker = self._start()
+            worker = self._take()
+        except VerifierFailure as error:
+            self._load.ended(time.monotonic() - queued_s, 0.0, error)
+            raise
+        started_s, failure = time.monotonic(), None
         try:
-            reward = worker.call(request, self._data.verifier_timeout_s)
-        except VerifierFailure:
+            return worker.call(request, self._data.verifier_timeout_s)
+        except VerifierFailure as error:
+            failure = error
+            raise
+        finally:
+            self._load.ended(started_s - queued_s, time.monotonic() - started_s, failure)
             if worker.usable:
                 self._idle.put(worker)
             else:
                 self._end(worker)
-            raise
-        self._idle.put(worker)
-        return reward
+
+    def _take(self) -> WorkerProcess:
+        """The worker used last, or a new one; there are never more than there are threads."""
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            return self._start()
 
     def _start(self) -> WorkerProcess:
         worker = WorkerProcess(self._verifier, self._data.verifier_memory_mb)
@@ -189,7 +207,7 @@ class WorkerProcess:
         while not reply.endswith(b"\n"):
             ready = self._wait(bool(request), deadline)
             if not ready:
-                raise VerifierFailure(
+                raise VerifierTimeout(
                     f"took longer than {timeout_s:g} s and was stopped; raise "
                     f"data.verifier_timeout_s, or {FIX}"
                 )

@@ -35,14 +35,30 @@ def finite(reward: Any) -> float:
 
 
 def final_answer(text: str) -> str:
-    r"""What a text says in the end: in its last <answer> tag, else in its last \boxed{}, else after
-    its last ####, else all of it.
+    r"""The conclusion of a text: its last <answer> tag, else its last \boxed{}, else the text after
+    its last ####, else all of it. A tag or box that is never closed does not count.
     """
-    if tags := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
-        return tags[-1].strip()
-    if boxes := re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text):
-        return boxes[-1].strip()
+    before, closed, _ = text.rpartition("</answer>")
+    _, opened, tagged = before.rpartition("<answer>")
+    if opened and closed:
+        return tagged.partition("</answer>")[0].strip()
+    if (boxed := _last_box(text)) is not None:
+        return boxed.strip()
     return text.rpartition("####")[2].strip()
+
+
+def _last_box(text: str) -> str | None:
+    r"""The content of the \boxed{} that opens last, its own braces included; \{ and \} are text."""
+    open_braces: list[tuple[bool, int]] = []  # (whether it opens a box, start of its content)
+    start, end = -1, -1
+    for found in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
+        if found[0].startswith("\\boxed") or found[0] == "{":
+            open_braces.append((found[0] != "{", found.end()))
+        elif found[0] == "}" and open_braces:
+            is_box, opened = open_braces.pop()
+            if is_box and opened > start:
+                start, end = opened, found.start()
+    return text[start:end] if start >= 0 else None
 
 
 def exact(_prompt: str, response: str, answer: str, _metadata: dict[str, Any]) -> float:

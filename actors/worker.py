@@ -28,6 +28,7 @@ from actors.environments import Environment, EnvironmentFailure
 from actors.inference import weights
 from actors.inference.generation import BASE_VERSION, EngineDied, Generation, Measurement
 from actors.inference.probing import probe
+from actors.prompts import PromptTooLong, response_limit
 from actors.rollouts import Rollout
 from buffer.wire import messages as msg
 from buffer.wire.client import LinkLost
@@ -36,9 +37,6 @@ from buffer.wire.transport import TransportError
 from configs.errors import one_line
 from configs.schema import Config
 
-LEAST_ROOM = (
-    16  # tokens that a prompt must leave for the response, unless sampling.max_tokens is less
-)
 TEXT_CHARS = 4000  # of a response, for samples.jsonl
 REPORT_S = 1.0
 FETCH_ATTEMPTS, FETCH_RETRY_S = 3, 1.0  # of the first policy
@@ -208,28 +206,25 @@ class Worker:
             prompt_ids = self._environment.render(prompt, self._engine.tokenizer)
         except Exception as error:  # a template or tokenizer that cannot take this prompt
             line = (
-                f"prompt {prompt.prompt_id} cannot be turned into tokens: {one_line(error)}; "
+                f"{prompt.name} cannot be turned into tokens: {one_line(error)}; "
                 "see its row, or data.chat_template"
             )
-            self._fail(command.rollouts, line, fatal=False)
+            self._fail(command.rollouts, line)
             return
-        room = self._config.model.max_context - len(prompt_ids)
-        if room < (needed := min(LEAST_ROOM, self._config.sampling.max_tokens)):
-            line = (
-                f"prompt {prompt.prompt_id} has {len(prompt_ids)} tokens and leaves {room} for a "
-                "response in "
-                f"model.max_context={self._config.model.max_context}, {needed} are needed: raise "
-                "model.max_context, or drop the prompt"
-            )
-            self._fail(command.rollouts, line, fatal=True)
+        try:
+            max_tokens = response_limit(prompt, len(prompt_ids), self._config)
+        except PromptTooLong as error:
+            self._fail(command.rollouts, str(error), unusable=True)
             return
-        max_tokens = min(room, self._config.sampling.max_tokens)
         launched = [r for r in command.rollouts if r.rollout_id not in self._rollouts]
         self._send_progress([self._start(r, prompt, prompt_ids, max_tokens) for r in launched])
 
-    def _fail(self, rollouts: Iterable[msg.LaunchedRollout], error: str, fatal: bool) -> None:
+    def _fail(
+        self, rollouts: Iterable[msg.LaunchedRollout], error: str, unusable: bool = False
+    ) -> None:
         for launched in rollouts:
-            self._send(msg.Failed(rollout_id=launched.rollout_id, error=error, fatal=fatal))
+            failed = msg.Failed(rollout_id=launched.rollout_id, error=error, unusable=unusable)
+            self._send(failed)
 
     def _start(
         self,
@@ -256,15 +251,23 @@ class Worker:
         return rollout
 
     async def _cancel(self, rollout_ids: list[int]) -> None:
-        """Those that ended already are answered, or are about to be, by their `Finished`."""
-        decoding = [
-            rollout
-            for rollout_id in rollout_ids
-            if (rollout := self._rollouts.get(rollout_id)) and rollout.decodes
-        ]
+        """Stop decoding them, or waiting for their rewards. Answered ones are left alone."""
+        found = [self._rollouts[i] for i in rollout_ids if i in self._rollouts]
+        for rollout in found:
+            if not rollout.decodes and rollout.answer is None:
+                self._stop_scoring(rollout)
+        decoding = [rollout for rollout in found if rollout.decodes]
         for rollout in decoding:
             rollout.cancelled = True
         await self._abort(decoding)
+
+    def _stop_scoring(self, rollout: Rollout) -> None:
+        """Its verifier has not answered, and need not any more."""
+        assert rollout.follower is not None
+        rollout.follower.cancel()
+        self._send_progress([rollout])
+        rollout.answer = msg.Stopped(rollout_id=rollout.rollout_id, num_tokens=rollout.num_tokens)
+        self._send(rollout.answer)
 
     async def _abort(self, rollouts: list[Rollout]) -> None:
         if rollouts:
@@ -317,7 +320,7 @@ class Worker:
             rollout.follower.cancel()
         for rollout_id in unable:
             error = "the buffer lost records of this rollout, so it cannot go on"
-            self._send(msg.Failed(rollout_id=rollout_id, error=error, fatal=False))
+            self._send(msg.Failed(rollout_id=rollout_id, error=error))
         self._send_progress(self._rollouts[i] for i in welcome.resend if i not in unable)
         for rollout in self._rollouts.values():
             if rollout.answer is not None:
@@ -340,23 +343,19 @@ class Worker:
             outcome = await rollout.generation.finished
         except Exception as error:  # of this request alone, unless the engine is gone
             line = (
-                f"the engine did not accept a rollout of prompt {rollout.prompt.prompt_id}: "
-                f"{one_line(error)}"
+                f"the engine did not accept a rollout of {rollout.prompt.name}: {one_line(error)}"
             )
             return (
                 None
                 if self._engine.died.is_set()
-                else msg.Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
+                else msg.Failed(rollout_id=rollout.rollout_id, error=line)
             )
         self._send_progress([rollout])
         if outcome == "abort" and rollout.cancelled:
             return msg.Stopped(rollout_id=rollout.rollout_id, num_tokens=rollout.num_tokens)
         if outcome not in ("stop", "length"):
-            line = (
-                f"the engine gave up on a rollout of prompt {rollout.prompt.prompt_id}, saying "
-                f"{outcome!r}"
-            )
-            return msg.Failed(rollout_id=rollout.rollout_id, error=line, fatal=False)
+            line = f"the engine gave up on a rollout of {rollout.prompt.name}, saying {outcome!r}"
+            return msg.Failed(rollout_id=rollout.rollout_id, error=line)
         response = [*rollout.prefix, *rollout.generation.tokens]
         text = self._engine.tokenizer.decode(
             response, skip_special_tokens=not self._environment.keep_special_tokens
@@ -364,7 +363,7 @@ class Worker:
         try:
             reward = await self._environment.score(rollout.prompt, text)
         except EnvironmentFailure as failure:
-            return msg.Failed(rollout_id=rollout.rollout_id, error=str(failure), fatal=False)
+            return msg.Failed(rollout_id=rollout.rollout_id, error=str(failure))
         return msg.Finished(
             rollout_id=rollout.rollout_id,
             num_tokens=rollout.num_tokens,
@@ -408,6 +407,7 @@ class Worker:
                     ms_per_token=measured.ms_per_token,
                     tokens_per_s=measured.tokens_per_s,
                     busy_frac=measured.busy_frac,
+                    verifier=self._environment.measure(),
                 )
             )
 

@@ -13,11 +13,14 @@ when each cancel was decided. Driven by `buffer.service`.
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from buffer import rejoin
 from buffer.peers import Peer
@@ -294,10 +297,12 @@ class EngineSide:
         run, error = self.run, " ".join(message.error.split())[:MAX_TEXT]
         rollout = self._running(peer, message.rollout_id)
         if rollout is not None:
-            if message.fatal:
-                raise RunFailed(f"{peer.name}: {error}")
-            run.warn(f"{peer.name}: {error}")
-            run.errors[rollout.group.group_id] = error
+            group_id = rollout.group.group_id
+            if error != run.errors.get(group_id):  # said once for all its rollouts
+                run.warn(f"{peer.name}: {error}")
+            run.errors[group_id] = error
+            if message.unusable:
+                run.unusable.add(group_id)
             run.store.discard(message.rollout_id)
         self._settle(peer, message.rollout_id)
         return [ev.RolloutFailed(message.rollout_id)]
@@ -339,6 +344,8 @@ class EngineSide:
         return []
 
     def _report(self, peer: Peer, message: msg.EngineReport) -> list[ev.Event]:
+        if not all(0 <= value < math.inf for value in msgspec.structs.astuple(message.verifier)):
+            raise ev.ProtocolError(f"{peer.name} reports of its verifier: {message.verifier}")
         self.run.metrics.note_report(peer.engine_id, message)
         self.run.metrics.latest.reports[peer.engine_id] = message
         return [ev.LatencyReported(peer.engine_id, message.batch, message.ms_per_token)]

@@ -6,7 +6,8 @@ when its rollouts are launched.
 
 from __future__ import annotations
 
-from buffer.run_state import RunState
+from buffer.data.skipped_prompts import SkippedPrompts
+from buffer.run_state import RunFailed, RunState
 from darts import events as ev
 
 
@@ -17,6 +18,7 @@ class Evaluation:
         self.run = run
         self.step: int | None = None  # the steps done when the one under way was asked for
         self._records: list[ev.GroupRecord] = []
+        self._skipped = self._none_skipped()
 
     def due_after(self, step: int) -> bool:
         every = self.run.config.eval.every
@@ -34,21 +36,32 @@ class Evaluation:
 
     def requested(self, step: int) -> None:
         """During recovery: the log holds the request."""
-        self.step, self._records = step, []
+        self.step, self._records, self._skipped = step, [], self._none_skipped()
 
     def group_ended(self, record: ev.GroupRecord) -> int | None:
         """Take a held-out group. Returns the step of its evaluation once that is complete."""
         run = self.run
         run.forget(record)
-        run.check_failures(record)
+        reason = run.failure(record)
+        if reason:
+            self._skipped.add(run.eval_payloads[record.prompt_id], reason)
         self._records.append(record)
         if self.step is None or len(self._records) < len(run.eval_payloads):
             return None
         step, self.step = self.step, None
         records, self._records = self._records, []
+        skipped, self._skipped = self._skipped, self._none_skipped()
         result = run.metrics.evaluated(records, step)
-        run.say(
-            f"after {step} steps: accuracy {result['eval/accuracy']:.3f}, "
-            f"mean length {result['eval/length_mean']:.1f}"
-        )
+        if not run.replaying and (skipped.too_many(len(records)) or not result["eval/responses"]):
+            raise RunFailed(f"evaluation after {step} steps: {skipped.refusal(len(records))}")
+        if result["eval/responses"]:
+            run.say(
+                f"after {step} steps: mean reward {result['eval/reward_mean']:.3f}, "
+                f"mean length {result['eval/length_mean']:.1f}"
+            )
+        if skipped.num_skipped:
+            run.say(f"evaluation after {step} steps: {skipped.summary(len(records))}")
         return step
+
+    def _none_skipped(self) -> SkippedPrompts:
+        return SkippedPrompts(self.run.config.data.max_skipped_frac)

@@ -232,6 +232,7 @@ class LearnerSide:
         row |= run.metrics.row(records) | self._trained_metrics | run.probes.row()
         row["wait/learner_s"] = self._waited_s
         row["wait/learner_frac"] = min(1.0, self._waited_s / max(1e-9, now - self._row_s))
+        row["data/skipped_prompts"] = run.skipped.num_skipped
         row["engine/ignored_reports"] = run.core.num_ignored_reports
         row["wire/refused_frames"] = run.router.num_rejected
         self._row_s = now

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from buffer.data.outstanding_prompts import OutstandingPrompts
+from buffer.data.skipped_prompts import SkippedPrompts
 from buffer.data.sources import make_sources
 from buffer.peers import Peer, Peers
 from buffer.probes import Probes
@@ -67,6 +68,9 @@ class RunState:
         self.policy: msg.SnapshotRef | None = state.policy if state else None
         self.learner: Learner | None = state.learner if state else None
         self.prompts = OutstandingPrompts(sources.train, state.cursor if state else None)
+        self.skipped = SkippedPrompts(
+            config.data.max_skipped_frac, state.num_skipped if state else 0
+        )
         self.eval_payloads = {p.prompt_id: p for p in sources.eval_prompts}
         self.store = TrajectoryStore(config.buffer.max_bytes)
         self.rows = run_files.repair(self.folder, state.groups_bytes if state else 0)
@@ -86,6 +90,7 @@ class RunState:
         self.last_row: dict[str, Any] = self.rows[-1] if self.rows else {}
         self.texts: dict[int, str] = {}  # responses of finished rollouts
         self.errors: dict[int, str] = {}  # group -> its most recent failure
+        self.unusable: set[int] = set()  # groups whose prompt does not fit the context
         self.learned: dict[str, LengthStats] = {}  # not yet in the journal
         self._released: deque[tuple[int, int]] = deque()  # (record of its end, rollout)
         last_s = self.recovered.entries[-1][0] if self.recovered.entries else 0.0
@@ -157,6 +162,7 @@ class RunState:
             step=self.step,
             cursor=self.prompts.cursor,
             tokens=dict(self.metrics.tokens),
+            num_skipped=self.skipped.num_skipped,
             groups_bytes=self.files.groups_bytes(),
             policy=self.policy,
             learner=self.learner,
@@ -212,25 +218,38 @@ class RunState:
         self.forget(record)
         if record.end != "run_ended":
             self.record(record)
-        if not drop.requeued:
-            self.prompts.done(record.visit)
-        self.check_failures(record)
-
-    def check_failures(self, record: ev.GroupRecord) -> None:
-        """A rollout that failed for good stops the run unless it may be skipped; it is never scored
-        0.
-        """
-        if self.replaying:
+        reason = self.failure(record)
+        if drop.requeued:
             return
-        error = self.errors.pop(record.group_id, None)
-        gave_up = record.end == "failed" or (
-            record.end == "evaluated" and any(r.reward is None for r in record.rollouts)
-        )
-        if error and gave_up and self.config.data.on_error == "stop":
+        if reason and not self.replaying:
+            self.skip(self.prompts.payload(record.visit), reason)
+        elif reason:  # the run went on, so there were not too many
+            self.skipped.num_skipped += 1
+        self.prompts.done(record.visit)
+
+    def failure(self, record: ev.GroupRecord) -> str:
+        """Why a rollout of this group failed for good, "" if none did: it is never scored 0.
+
+        Raises RunFailed if the run may not go on without its prompt.
+        """
+        error = self.errors.pop(record.group_id, "")
+        unusable = record.group_id in self.unusable
+        self.unusable.discard(record.group_id)
+        num_scored = sum(r.reward is not None for r in record.rollouts)
+        if record.end != "failed" and (record.end != "evaluated" or num_scored >= record.budget):
+            return ""
+        if error and not unusable and self.config.data.on_error == "stop" and not self.replaying:
             raise RunFailed(
                 f"{error} (prompt {record.prompt_id} failed {self.config.darts.max_attempts} "
                 "times in a row; data.on_error=skip goes on without it)"
             )
+        return error or "a rollout was lost with every engine that had it"
+
+    def skip(self, prompt: msg.PromptPayload, reason: str) -> None:
+        """Go on without this prompt of the training stream, if the skipped ones are few."""
+        self.skipped.add(prompt, reason)
+        if self.skipped.too_many(self.prompts.num_drawn):
+            raise RunFailed(self.skipped.refusal(self.prompts.num_drawn))
 
     def save_learned(self) -> None:
         """Write new length statistics to the journal."""
@@ -251,6 +270,7 @@ class RunState:
         self.files = run_files.RunFiles(self.folder, self._trackers)
         self.metrics.tokens.clear()
         self.metrics.restore(self.last_row)
+        self.skipped.num_skipped = int(self.last_row.get("data/skipped_prompts", 0))
         self.prompts.put_back(withdrawn)
         self.say(
             f"the learner resumes at step {step}; records of steps {step}..{self.step - 1} are "
@@ -290,6 +310,8 @@ class RunState:
 
     def close(self, error: str) -> None:
         """Tell every peer that the run is over, and how it ended."""
+        if self.skipped.num_skipped:
+            self.say(self.skipped.summary(self.prompts.num_drawn))
         for peer in self.peers.by_identity.values():
             self.send(peer, msg.Shutdown(error=error))
         self.save_learned()

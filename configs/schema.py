@@ -162,12 +162,14 @@ class DataConfig:
     )
     prompt_field: str = key(
         "prompt",
-        "Column of a file or dataset that holds the prompt: a string or a list of chat messages.",
+        "Column of a file or dataset that holds the prompt: a string or a list of chat messages. "
+        "Name a field inside a column with dots.",
         fixed=True,
     )
     answer_field: str = key(
         "answer",
-        "Column of a file or dataset that holds the reference answer.",
+        "Column of a file or dataset that holds the reference answer. Name a field inside a column "
+        "with dots: reward_model.ground_truth.",
         fixed=True,
     )
     system_prompt: str = key(
@@ -211,7 +213,15 @@ class DataConfig:
     on_error: Literal["stop", "skip"] = key(
         "stop",
         "What happens once a rollout has failed darts.max_attempts times, for instance because its "
-        "verifier raises: stop the run, or skip the prompt and count it.",
+        "verifier raises: stop the run, or skip the prompt and count it. A prompt that is too long "
+        "for model.max_context is always skipped.",
+    )
+    max_skipped_frac: float = key(
+        0.1,
+        "Largest fraction of the prompts that may be skipped before the run ends with their number "
+        "and the reasons. Eight are always allowed. Raise it for data with many bad rows.",
+        ge=0,
+        lt=1,
     )
 
 

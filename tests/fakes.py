@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -399,6 +400,8 @@ class FakeEngine(threading.Thread):
         self.launched: list[int] = []
         self.most_in_flight = self.num_rejoined = 0
         self.fail_rollouts = ""
+        self.num_to_fail = 0  # rollouts, before others succeed
+        self.too_long: Callable[[str], bool] = lambda prompt_id: False
         self.probe_nats = 0.0  # by which it differs from the learner
         self.pause_s = 0.0  # between two rounds of decoding
         self.killed = threading.Event()
@@ -474,7 +477,13 @@ class FakeEngine(threading.Thread):
                 self.load(link, message.policy)
             case msg.Launch():
                 for launched in message.rollouts:
-                    if launched.rollout_id not in self.held:
+                    if self.too_long(message.prompt.prompt_id):
+                        self.launched.append(launched.rollout_id)
+                        line = f"{message.prompt.name} is too long"
+                        link.send(
+                            msg.Failed(rollout_id=launched.rollout_id, error=line, unusable=True)
+                        )
+                    elif launched.rollout_id not in self.held:
                         self.tell(link, self.start_rollout(launched))
             case msg.Cancel():
                 for rollout_id in message.rollout_ids:
@@ -508,10 +517,9 @@ class FakeEngine(threading.Thread):
             rollout.versions += [self.version] * num
             if rollout.num_tokens < rollout.length:
                 continue
-            if self.fail_rollouts:
-                rollout.answer = msg.Failed(
-                    rollout_id=rollout.rollout_id, error=self.fail_rollouts, fatal=False
-                )
+            if self.fail_rollouts or self.num_to_fail:
+                self.num_to_fail = max(0, self.num_to_fail - 1)
+                rollout.answer = msg.Failed(rollout_id=rollout.rollout_id, error=self.fail_rollouts)
             else:
                 rollout.answer = msg.Finished(
                     rollout_id=rollout.rollout_id,

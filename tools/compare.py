@@ -5,7 +5,7 @@
 
 A variant is a name and the configuration values that make it; nothing else differs. The first one is what the others are
 measured against. Writes table.json, table.html and table.png to `out`, and curves.png where the runs are live. A difference in time is
-called a speedup only where accuracies agree within `margin`; simulated policies have no accuracy, and the table says so.
+called a speedup only if held-out rewards agree within `margin`; simulated policies have none, and the table says so.
 
 Live runs are judged after they have ended, by `tools.evaluate` on their checkpoints, so that judging costs none of them time. Times
 count from the end of the first step, which holds the loading of engines.
@@ -126,7 +126,7 @@ class CompareConfig:
     )
     margin: float = key(
         0.02,
-        "Largest difference in accuracy at which a difference in time is called a speedup.",
+        "Largest difference in held-out mean reward at which a difference in time is called a speedup.",
         ge=0,
     )
     jobs: int = key(
@@ -160,7 +160,7 @@ def run(config: CompareConfig) -> None:
     kind = (
         "Real runs"
         if config.live
-        else "Simulated: accuracy is not modelled, and lengths, latencies and learning are assumptions"
+        else "Simulated: held-out reward is not modelled, and lengths, latencies and learning are assumptions"
     )
     page = html(rows, config.set, f"{kind}. {config.base}, seeds {config.seeds}. Means over seeds.")
     atomic_write(out / "table.html", page, durable=False)
@@ -248,7 +248,7 @@ def _judged_later(config: CompareConfig) -> list[str]:
 def summarise(run: RunDirectory) -> Row:
     """A finished and judged run in the words of a simulation's summary. Times leave out the first step.
 
-    `curve`: for each judged checkpoint the seconds after which it was there, and its accuracy.
+    `curve`: for each judged checkpoint the seconds after which it was there, and its held-out reward.
     """
     if len(run.metrics) < 2:
         raise ValueError(
@@ -276,8 +276,8 @@ def summarise(run: RunDirectory) -> Row:
         "length_p99": selected[int(0.99 * len(selected))],
         "reward": _mean(run, "reward/mean"),
         "budget": _mean(run, "darts/budget_mean"),
-        "curve": [[seconds[row["step"] - 1] - seconds[0], row["accuracy"]] for row in judged],
-        "accuracy": judged[-1]["accuracy"],
+        "curve": [[seconds[row["step"] - 1] - seconds[0], row["reward_mean"]] for row in judged],
+        "judged_reward": judged[-1]["reward_mean"],
         "judged_length_mean": judged[-1]["length_mean"],
         "judged_length_p99": judged[-1]["length_p99"],
         "trained_s": took_s,
@@ -290,13 +290,13 @@ def _mean(run: RunDirectory, name: str) -> float:
 
 
 def add_time_to_reach(seeds: Sequence[int], results: list[Row], margin: float) -> None:
-    """Seconds until a run first has the accuracy that the reference of its seed, which comes first, has at its end (`reach_s`), and until
+    """Seconds until a run first has the held-out reward that the reference of its seed, which comes first, has at its end (`reach_s`), and until
     it is within `margin` of it (`near_s`); absent where it never is."""
     targets: dict[int, float] = {}
     for seed, row in zip(seeds, results, strict=True):
-        target = targets.setdefault(seed, row["accuracy"])
+        target = targets.setdefault(seed, row["judged_reward"])
         for name, enough in (("reach_s", target), ("near_s", target - margin)):
-            reached = [time_s for time_s, accuracy in row["curve"] if accuracy >= enough]
+            reached = [time_s for time_s, reward in row["curve"] if reward >= enough]
             if reached:
                 row[name] = reached[0]
 
@@ -329,11 +329,11 @@ def verdict(row: Row, reference: Row, margin: float) -> str:
     if row is reference:
         return "reference"
     ratio = f"{row['time_ratio']:.2f}x"
-    if "accuracy" not in row or "accuracy" not in reference:
-        return f"{ratio} in time; accuracy not modelled"
-    difference = row["accuracy"] - reference["accuracy"]
+    if "judged_reward" not in row or "judged_reward" not in reference:
+        return f"{ratio} in time; held-out reward not modelled"
+    difference = row["judged_reward"] - reference["judged_reward"]
     if abs(difference) > margin:
-        return f"no speedup claimed: accuracy {difference:+.3f}"
+        return f"no speedup claimed: held-out reward {difference:+.3f}"
     return f"{ratio} speedup"
 
 

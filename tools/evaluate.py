@@ -1,7 +1,7 @@
 """`python -m tools.evaluate runs/<name>`: every kept checkpoint on held-out prompts, after the run and beside nobody.
 
 One engine takes the checkpoints in turn, as it would take published weights; responses are sampled as in training, nothing is cancelled.
-Writes runs/<name>/evaluations.jsonl (step, accuracy, responses, length statistics) and prints it. Driven by hand and by `tools.compare`.
+Writes runs/<name>/evaluations.jsonl (step, reward_mean, accuracy if all rewards are 0 or 1, responses, length statistics) and prints it. Driven by hand and by `tools.compare`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from actors.environments import Environment, make_environment
+from actors.environments import Environment, EnvironmentFailure, make_environment
 from actors.inference import weights
+from actors.prompts import PromptTooLong, response_limit
+from buffer.data.skipped_prompts import SkippedPrompts
 from buffer.data.sources import make_sources
 from buffer.records.files import atomic_write
+from buffer.records.metrics import judged
 from buffer.wire.messages import PromptPayload
 from configs.command import run_command
 from configs.schema import Config
@@ -52,7 +55,12 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
     rows = []
     for row in _judge(config, run, steps):
         rows.append(row)
-        print(f"step {row['step']:>6,.0f}: accuracy {100 * row['accuracy']:.1f} %, mean length {row['length_mean']:.1f}, "
+        result = (
+            f"accuracy {100 * row['accuracy']:.1f} %"
+            if "accuracy" in row
+            else (f"mean reward {row['reward_mean']:.3f}")
+        )
+        print(f"step {row['step']:>6,.0f}: {result}, mean length {row['length_mean']:.1f}, "
               f"p99 {row['length_p99']:.0f}", flush=True)  # fmt: skip
     atomic_write(run / EVALUATIONS, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
@@ -89,25 +97,43 @@ async def _answer(
 ) -> Row:
     """Has every prompt answered `eval.samples_per_prompt` times, with the same seeds at every step."""
 
-    async def answer(number: int, prompt: PromptPayload) -> tuple[float, int]:
-        ids = environment.render(prompt, engine.tokenizer)
-        most = min(config.model.max_context - len(ids), config.sampling.max_tokens)
-        generation = engine.launch(
-            f"{step}/{number}", ids, most, config.run.seed * 1_000_003 + number
-        )
-        await generation.finished
-        text = engine.tokenizer.decode(
-            generation.tokens, skip_special_tokens=not environment.keep_special_tokens
-        )
-        return await environment.score(prompt, text), len(generation.tokens)
+    skipped = SkippedPrompts(config.data.max_skipped_frac)
+
+    async def answer(number: int, prompt: PromptPayload) -> tuple[float, int] | None:
+        try:
+            ids = environment.render(prompt, engine.tokenizer)
+            generation = engine.launch(
+                f"{step}/{number}",
+                ids,
+                response_limit(prompt, len(ids), config),
+                config.run.seed * 1_000_003 + number,
+            )
+            await generation.finished
+            text = engine.tokenizer.decode(
+                generation.tokens, skip_special_tokens=not environment.keep_special_tokens
+            )
+            return await environment.score(prompt, text), len(generation.tokens)
+        except PromptTooLong as error:
+            skipped.add(prompt, str(error))
+        except EnvironmentFailure as error:
+            if config.data.on_error == "stop":
+                raise ValueError(f"{error} (data.on_error=skip goes on without it)") from error
+            skipped.add(prompt, str(error))
+        return None
 
     samples = [prompt for prompt in prompts for _ in range(config.eval.samples_per_prompt)]
-    answers = await asyncio.gather(
-        *(answer(number, prompt) for number, prompt in enumerate(samples))
-    )
+    asked = await asyncio.gather(*(answer(number, prompt) for number, prompt in enumerate(samples)))
+    answers = [one for one in asked if one is not None]
+    if skipped.too_many(len(samples)) or not answers:
+        raise ValueError(skipped.refusal(len(samples)))
+    if skipped.num_skipped:
+        print(skipped.summary(len(samples)), flush=True)
     lengths = np.array([tokens for _, tokens in answers])
     return {
-        "accuracy": float(np.mean([reward for reward, _ in answers])),
+        **{
+            name.removeprefix("eval/"): value
+            for name, value in judged([reward for reward, _ in answers]).items()
+        },
         "responses": len(answers),
         "length_mean": float(lengths.mean()),
         **{f"length_p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)},

@@ -20,11 +20,11 @@ from omegaconf import OmegaConf
 
 from buffer.records.files import atomic_write
 from configs.command import run_command
-from tools.reporting.plots import FIGURES, compact, evaluations
+from tools.reporting.plots import FIGURES, HELD_OUT, compact, evaluations
 from tools.reporting.run_directory import FILES, Row, RunDirectory, is_number
 
 SECTIONS = {
-    "outcome": ("Did it learn?", "Accuracy is judged by sampling at the training temperature. An evaluation is drawn at the policy that "
+    "outcome": ("Did it learn?", "Held-out prompts are sampled at the training temperature. An evaluation is drawn at the policy that "
                 "answered (left) and at the time of the step that reported it (right)."),
     "lengths": ("Response lengths", "Bands are quantiles within one step. Left before selection, right after it: where both fall, the "
                 "policy itself has changed; where only the right one is lower, selection has left the long ones out. A cancelled "
@@ -121,8 +121,14 @@ def _headline(run: RunDirectory) -> str:
         facts.append((compact(len(run.trained_groups())), "groups trained"))
     dropped = sum(group["end"] not in ("shipped", "evaluated", "run_ended") for group in run.groups)
     facts += [(compact(dropped), "groups dropped")] if dropped else []
+    skipped = last.get("data/skipped_prompts", 0)
+    facts += [(compact(skipped), "prompts skipped")] if skipped else []
     rows = _change(
-        "Held-out accuracy", [value for _, _, value in evaluations(run)], 1, rise=True, percent=True
+        f"Held-out {HELD_OUT[run.held_out]}",
+        [value for _, _, value in evaluations(run)],
+        1,
+        rise=True,
+        percent=run.held_out == "eval/accuracy",
     )
     rows += _change("Held-out length, mean", run.series("eval/length_mean")[1], 1)
     rows += _change("Held-out length, p99", run.series("eval/length_p99")[1], 1)

@@ -74,6 +74,11 @@ class OutstandingPrompts:
         del self._payloads[visit]
 
     @property
+    def num_drawn(self) -> int:
+        """Prompts drawn from the stream so far."""
+        return self._stream.position
+
+    @property
     def cursor(self) -> Cursor:
         return Cursor(self._stream.position, sorted(self._payloads), sorted(self._again))
 

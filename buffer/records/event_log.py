@@ -46,6 +46,7 @@ class BufferState(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     cursor: Cursor
     tokens: dict[str, int]  # the cumulative sums of `metrics.jsonl`
+    num_skipped: int  # prompts that the run went on without
     groups_bytes: int  # of groups.jsonl
     policy: SnapshotRef | None
     learner: Learner | None

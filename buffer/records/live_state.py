@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from buffer.run_state import RunState
 
 SHOWN_GROUPS = 32
+HELD_UP_FRAC = 0.5  # of the rollouts in flight, from which on a verifier counts as slow
 
 
 def live_state(run: RunState) -> msg.LiveState:
@@ -28,7 +29,7 @@ def live_state(run: RunState) -> msg.LiveState:
         steps=config.run.steps,
         policy_version=core.policy_version,
         max_lag=core.config.max_lag,
-        waiting=waiting.describe(core),
+        waiting=_waiting(run),
         groups_open=core.num_outstanding - core.num_ready,
         groups_ready=core.num_ready,
         bytes_held=run.store.bytes_held,
@@ -42,6 +43,35 @@ def live_state(run: RunState) -> msg.LiveState:
         ],
         engines=[_engine(e, run) for e in core.engines.by_id.values()],
         prompts=list(run.metrics.latest.prompts),
+    )
+
+
+def _waiting(run: RunState) -> str:
+    """Who waits for whom. If the learner waits and most of the rollouts in flight are with a
+    verifier, that is named instead of the engines, which can do nothing about it.
+    """
+    described = waiting.describe(run.core)
+    if run.core.requested_step is None:
+        return described
+    in_flight = sum(len(engine.in_flight) for engine in run.core.engines.by_id.values())
+    reports = [
+        report.verifier
+        for engine_id, report in run.metrics.latest.reports.items()
+        if engine_id in run.core.engines.by_id
+    ]
+    num_unscored = min(in_flight, sum(v.num_waiting + v.num_busy for v in reports))
+    if num_unscored < HELD_UP_FRAC * max(1, in_flight):
+        return described
+    num_verified = sum(v.num_verified for v in reports)
+    time_s = sum(v.time_s for v in reports) / max(1, num_verified)
+    time_s = time_s or run.last_row.get("verifier/time_s_mean", 0.0)
+    each = f", {time_s:.3g} s each" if time_s else ""
+    num_workers = sum(v.num_workers for v in reports)
+    workers = f"{num_workers} worker" + ("s" if num_workers > 1 else "")
+    return (
+        f"learner waits for the verifier: {num_unscored} of {in_flight} rollouts in flight have "
+        f"only their reward to come ({workers}{each}); make it "
+        "faster, or raise data.verifier_workers"
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import resource
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -99,14 +99,13 @@ class Metrics:
         length limit of training.
         """
         ended = [r for record in records for r in record.rollouts if r.reward is not None]
-        lengths = np.array([r.tokens for r in ended])
-        self._evaluation = {
-            "eval/step": step,
-            "eval/accuracy": float(np.mean([r.reward for r in ended if r.reward is not None])),
-            "eval/responses": len(ended),
-            "eval/length_mean": float(lengths.mean()),
-            **{f"eval/length_p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)},
-        }
+        rewards = [r.reward for r in ended if r.reward is not None]
+        self._evaluation = {"eval/step": step, "eval/responses": len(ended), **judged(rewards)}
+        if ended:
+            lengths = np.array([r.tokens for r in ended])
+            self._evaluation["eval/length_mean"] = float(lengths.mean())
+            for q in (50, 90, 99):
+                self._evaluation[f"eval/length_p{q}"] = float(np.percentile(lengths, q))
         return self._evaluation
 
     def note_freed(self, seconds: float) -> None:
@@ -137,7 +136,8 @@ class Metrics:
             **self.take_evaluation(),
             "memory/buffer_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
-        row |= self._engines() | self._cancels()
+        row |= self._verifiers() | self._engines() | self._cancels()
+        self._reports.clear()
         self._dropped.clear()
         return row
 
@@ -145,6 +145,23 @@ class Metrics:
         """The evaluations since the last row. Each evaluation appears in one row."""
         taken, self._evaluation = self._evaluation, {}
         return taken
+
+    def _verifiers(self) -> dict[str, float]:
+        """Over all engines, evaluations included; zeros if none has reported."""
+        by_engine = [[report.verifier for report in of] for of in self._reports.values()]
+        reports = [report for of_engine in by_engine for report in of_engine]
+        num_verified = max(1, sum(v.num_verified for v in reports))
+        return {
+            "verifier/time_s_mean": sum(v.time_s for v in reports) / num_verified,
+            "verifier/time_s_max": max((v.longest_s for v in reports), default=0.0),
+            "verifier/queue_s_mean": sum(v.queue_s for v in reports) / num_verified,
+            "verifier/queue_mean": sum(
+                float(np.mean([v.num_waiting for v in of_engine])) for of_engine in by_engine
+            ),
+            "verifier/busy_frac": _mean(v.num_busy / max(1, v.num_workers) for v in reports),
+            "verifier/failures": sum(v.num_failed for v in reports),
+            "verifier/timeouts": sum(v.num_timeouts for v in reports),
+        }
 
     def _engines(self) -> dict[str, float]:
         row: dict[str, float] = {}
@@ -157,7 +174,6 @@ class Metrics:
         if self._swaps:
             row["publish/swap_pause_s"] = float(np.mean([s.pause_s for s in self._swaps]))
             row["publish/fetch_s"] = float(np.mean([s.fetch_s for s in self._swaps]))
-        self._reports.clear()
         self._swaps.clear()
         return row
 
@@ -176,7 +192,21 @@ class Metrics:
         return counts
 
 
+def judged(rewards: Sequence[float]) -> dict[str, float]:
+    """The mean of held-out rewards, which is also an accuracy if each of them is 0 or 1."""
+    if not rewards:
+        return {}
+    mean = float(np.mean(rewards))
+    accuracy = {"eval/accuracy": mean} if {0.0, 1.0}.issuperset(rewards) else {}
+    return {"eval/reward_mean": mean, **accuracy}
+
+
 def _use_of_tokens(rollout: RolloutRecord) -> str:
     if rollout.end.startswith("selected"):
         return "without_signal"  # until the learner has said how many of a step's it trained on
     return "cancelled" if rollout.end == "cancelled" else "discarded"
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0

@@ -120,7 +120,7 @@ class Failed(Message):
 
     rollout_id: int
     error: str
-    fatal: bool  # no retry can help: the run stops
+    unusable: bool = False  # its prompt does not fit the context: no retry can help
 
 
 class Stopped(Message):
@@ -141,6 +141,20 @@ class PolicyLoaded(Message):
     pause_s: float
 
 
+class VerifierReport(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """An engine's verifier: how busy it is now, and the verifications since the last report."""
+
+    num_workers: int = 0  # responses that can be verified at the same time
+    num_waiting: int = 0  # responses that wait for a free worker
+    num_busy: int = 0  # workers that verify
+    num_verified: int = 0  # verifications that ended, failures included
+    num_failed: int = 0  # of these, those without a reward, for any reason
+    num_timeouts: int = 0  # of these, those that exceeded data.verifier_timeout_s
+    queue_s: float = 0.0  # sum of the times that they had waited for a worker
+    time_s: float = 0.0  # sum of the times that they took
+    longest_s: float = 0.0
+
+
 class EngineReport(Message):
     """The engine's measurements since its last report."""
 
@@ -148,6 +162,7 @@ class EngineReport(Message):
     ms_per_token: float  # mean time between two tokens of one request
     tokens_per_s: float
     busy_frac: float  # mean occupied slots / slots
+    verifier: VerifierReport = VerifierReport()
 
 
 class Probed(Message):
@@ -176,6 +191,12 @@ class PromptPayload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     messages: list[dict[str, str]]
     answer: str
     metadata: str  # JSON, for the environment (reasoning_gym's entry, say)
+    source: str = ""  # its file and row, "" if it has none
+
+    @property
+    def name(self) -> str:
+        """How messages call it: by its id, and where to find it."""
+        return f"prompt {self.prompt_id}" + (f" ({self.source})" if self.source else "")
 
 
 class LaunchedRollout(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -294,7 +294,7 @@ def test_a_run_whose_buffer_ended_well_succeeds_and_ends_with_its_report(
     run = launched({"buffer": "time.sleep(1)", "actors": SLEEP, "learner": "time.sleep(1)"})
     run.run_dir.mkdir(parents=True)
     (run.run_dir / "config.yaml").write_text("run: {name: run, steps: 1}\n")
-    rows = [{"step": 0, "time_s": 1.0, "reward/mean": 0.5, "eval/accuracy": 0.25}]
+    rows = [{"step": 0, "time_s": 1.0, "reward/mean": 0.5, "eval/reward_mean": 0.25}]
     (run.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, out, err = run.ended()
     assert status == 0, err

@@ -305,7 +305,8 @@ def test_a_failing_prompt_is_skipped_where_that_is_asked(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     """data.on_error=skip: the run goes on, nothing that failed is trained on, and the ledger says what became of it."""
-    running = Running(make_config(tmp_path, free_port(), "data.on_error=skip", "eval.every=0"))
+    skip = ("data.on_error=skip", "data.max_skipped_frac=0.99", "darts.max_reopens=0")
+    running = Running(make_config(tmp_path, free_port(), *skip, "eval.every=0"))
     address = running.service.run.router.address
     engine, learner = FakeEngine(address, "e"), FakeLearner(address, STEPS)
     engine.fail_rollouts = "the verifier raised"
@@ -327,6 +328,86 @@ def test_a_failing_prompt_is_skipped_where_that_is_asked(
         for r in row["rollouts"]
         if r["end"].startswith("selected")
     )
+    skipped = [row["data/skipped_prompts"] for row in rows(tmp_path, "metrics.jsonl")]
+    assert 0 < skipped[-1] <= len(failed) and skipped == sorted(skipped)
+
+
+def test_a_verifier_that_always_fails_ends_the_run_with_the_counts(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    options = ("data.on_error=skip", "darts.max_reopens=0", "eval.every=0")
+    running = Running(make_config(tmp_path, free_port(), *options))
+    address = running.service.run.router.address
+    engine, learner = FakeEngine(address, "e", slots=64), FakeLearner(address, STEPS)
+    engine.fail_rollouts = "verifier my_module:verify raised KeyError: 'x'"
+    engine.start()
+    learner.start()
+    assert running.wait() == 1
+    error = running.service.error
+    assert "9 like this: verifier my_module:verify raised KeyError" in error
+    assert "data.max_skipped_frac=0.1" in error
+    learner.join(5)
+    assert learner.shutdown is not None and learner.shutdown.error == error
+
+
+def test_an_evaluation_without_a_reward_ends_the_run(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    running = Running(make_config(tmp_path, free_port()))
+    run = running.service.run
+    engine, learner = FakeEngine(run.router.address, "e"), FakeLearner(run.router.address, STEPS)
+    engine.too_long = lambda prompt_id: prompt_id in run.eval_payloads
+    engine.start()
+    learner.start()
+    assert running.wait() == 1
+    assert running.service.error.startswith(
+        "evaluation after 0 steps: 5 of 5 prompts were skipped: 5 like this: prompt "
+    )
+
+
+def test_a_rollout_that_succeeds_at_its_second_attempt_is_no_failure(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """Also in an evaluation, which comes first, and although data.on_error=stop."""
+    running = Running(make_config(tmp_path, free_port()))
+    address = running.service.run.router.address
+    engine, learner = FakeEngine(address, "e"), FakeLearner(address, STEPS)
+    engine.num_to_fail = 2
+    engine.start()
+    learner.start()
+    assert running.wait() == 0
+    metrics = rows(tmp_path, "metrics.jsonl")
+    assert metrics[0]["eval/responses"] == 5
+    assert metrics[-1]["data/skipped_prompts"] == 0
+
+
+def test_a_prompt_that_is_too_long_is_skipped_and_counted(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """Whatever data.on_error says; the file and the row are named in the summary."""
+    held_out, data = tmp_path / "held-out.jsonl", tmp_path / "rows.jsonl"
+    for file, start in ((held_out, 1000), (data, 0)):
+        lines = (json.dumps({"prompt": f"{start + i}?", "answer": i}) for i in range(60))
+        file.write_text("\n".join(lines))
+    options = (f"data.train={data}", f"data.eval={held_out}", "data.max_skipped_frac=0.5")
+    running = Running(make_config(tmp_path, free_port(), *options))
+    run = running.service.run
+    too_long = {p.prompt_id: p for p in (run.prompts._stream.source[i] for i in range(20))}
+    too_long |= {p.prompt_id: p for p in list(run.eval_payloads.values())[:2]}
+    engine, learner = FakeEngine(run.router.address, "e"), FakeLearner(run.router.address, STEPS)
+    engine.too_long = lambda prompt_id: prompt_id in too_long
+    engine.start()
+    learner.start()
+    assert running.wait() == 0
+    ledger, metrics = rows(tmp_path, "groups.jsonl"), rows(tmp_path, "metrics.jsonl")
+    skipped = {row["prompt_id"] for row in ledger if row["end"] == "failed"}
+    assert skipped and skipped <= set(too_long)
+    assert not skipped & {row["prompt_id"] for row in ledger if row["end"] == "shipped"}
+    assert metrics[-1]["data/skipped_prompts"] == run.skipped.num_skipped > 0
+    assert [row["eval/responses"] for row in metrics if "eval/step" in row] == [3, 3, 3]
+    summary = run.skipped.summary(run.prompts.num_drawn)
+    assert any(f"{too_long[i].name} is too long" in summary for i in skipped)
+    assert f"({data}, row " in summary
 
 
 @pytest.mark.slow

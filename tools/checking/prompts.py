@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from actors.environments import make_environment
-from actors.prompts import uses_template
-from actors.worker import LEAST_ROOM
+from actors.prompts import PromptTooLong, response_limit, uses_template
 from buffer.data.sources import make_sources
 from configs.errors import one_line
 from configs.schema import Config
@@ -37,14 +36,12 @@ def describe_prompts(config: Config) -> Iterator[str]:
             try:
                 ids = environment.render(prompt, tokenizer)
             except Exception as error:  # a template or tokenizer raises as it likes
-                raise PromptRefused(f"prompt {prompt.prompt_id}: {one_line(error)}") from error
+                raise PromptRefused(f"{prompt.name}: {one_line(error)}") from error
             yield from _describe(number, ids, tokenizer, config)
-            room = config.model.max_context - len(ids)
-            if room < min(LEAST_ROOM, config.sampling.max_tokens):
-                raise PromptRefused(
-                    f"prompt {prompt.prompt_id} has {len(ids)} tokens and leaves {room} for a response: "
-                    f"raise model.max_context={config.model.max_context}"
-                )
+            try:
+                response_limit(prompt, len(ids), config)
+            except PromptTooLong as error:
+                yield f"warning: a run skips this prompt: {error}"
     finally:
         environment.close()
     if uses_template(tokenizer, config.data) and not _asks_for_an_answer(tokenizer):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -94,20 +94,35 @@ def stopping(snapshot: LiveState | None, limit_s: float) -> str:
     return f"stopping: {doing}, up to {limit_s:g} s; {AGAIN}"
 
 
-def told(snapshot: LiveState, evaluations: dict[int, float]) -> tuple[list[str], list[str], str]:
+class Evaluated(NamedTuple):
+    """The mean reward of an evaluation; `is_accuracy` if all its rewards are 0 or 1."""
+
+    reward: float
+    is_accuracy: bool
+
+
+def told(
+    snapshot: LiveState, evaluations: dict[int, Evaluated]
+) -> tuple[list[str], list[str], str]:
     """Facts about the outcome, facts about the flow, and who waits for whom; nothing before there is anything to tell."""
     if state(snapshot).startswith("starting"):
         return [], [], ""
     return outcome_facts(snapshot.metrics, evaluations), flow_facts(snapshot), snapshot.waiting
 
 
-def outcome_facts(metrics: dict[str, float], evaluations: dict[int, float]) -> list[str]:
-    """How good, how long. `evaluations`: accuracy by step."""
+def outcome_facts(metrics: dict[str, float], evaluations: dict[int, Evaluated]) -> list[str]:
+    """How good, how long. `evaluations`: by step."""
     facts = []
     if evaluations:
-        first, last = min(evaluations), max(evaluations)
-        since = f" (from {100 * evaluations[first]:.1f} %)" if last > first else ""
-        facts.append(f"accuracy {100 * evaluations[last]:.1f} %{since}")
+        first, last = evaluations[min(evaluations)], evaluations[max(evaluations)]
+        alike = first.is_accuracy and last.is_accuracy
+        name = "accuracy" if alike else "held-out reward"
+        shown, before = (
+            f"{100 * one.reward:.1f} %" if alike else f"{one.reward:.3f}" for one in (last, first)
+        )
+        facts.append(f"{name} {shown}" + (f" (from {before})" if len(evaluations) > 1 else ""))
+    if skipped := metrics.get("data/skipped_prompts"):
+        facts.append(f"{skipped:.0f} prompts skipped")
     if "reward/mean" in metrics:
         facts.append(f"reward {metrics['reward/mean']:.2f}")
     if "length/selected_mean" in metrics:
@@ -153,11 +168,14 @@ class _Following:
 
     def __init__(self) -> None:
         self.pace = Pace()
-        self.evaluations: dict[int, float] = {}
+        self.evaluations: dict[int, Evaluated] = {}
 
     def follow(self, snapshot: LiveState) -> None:
-        if "eval/accuracy" in snapshot.metrics:
-            self.evaluations[int(snapshot.metrics["eval/step"])] = snapshot.metrics["eval/accuracy"]
+        metrics = snapshot.metrics
+        if "eval/reward_mean" in metrics:
+            self.evaluations[int(metrics["eval/step"])] = Evaluated(
+                metrics["eval/reward_mean"], "eval/accuracy" in metrics
+            )
 
 
 class PlainView(SilentView):

@@ -10,6 +10,7 @@ from tools.reporting.run_directory import RunDirectory, is_number
 
 HELD_OUT = {  # metric -> name, factor, unit
     "eval/accuracy": ("held-out accuracy", 100.0, " %"),
+    "eval/reward_mean": ("held-out reward", 1.0, ""),
     "eval/length_mean": ("held-out length, mean", 1.0, ""),
     "eval/length_p99": ("held-out length, p99", 1.0, ""),
 }
@@ -30,14 +31,16 @@ def print_summary(run_dir: Path, peaks: Mapping[str, int], wall_s: float) -> Non
 
 def facts(run: RunDirectory, peaks: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     """(name, value), as far as they were recorded."""
-    for key, (name, factor, unit) in HELD_OUT.items():
+    for key in (run.held_out, "eval/length_mean", "eval/length_p99"):
+        name, factor, unit = HELD_OUT[key]
+        digits = 3 if key == "eval/reward_mean" else 1
         values = [factor * value for value in run.series(key)[1]]
         if values:
-            yield (
-                name,
-                " -> ".join(f"{value:.1f}" for value in values[:: max(1, len(values) - 1)]) + unit,
-            )
+            ends = values[:: max(1, len(values) - 1)]
+            yield (name, " -> ".join(f"{value:.{digits}f}" for value in ends) + unit)
     last = run.metrics[-1] if run.metrics else {}
+    if skipped := last.get("data/skipped_prompts"):
+        yield ("prompts skipped", f"{skipped:,.0f}")
     tokens = {
         fate: last[key]
         for fate in ("generated", "trained", "without_signal", "cancelled", "discarded")

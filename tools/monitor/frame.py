@@ -36,7 +36,7 @@ Layout = list[list[tuple[Panel, float]]]
 ORDERS: tuple[Order, ...] = ("spread", "budget", "pass_rate")
 SILENCE_S = 3.0  # the buffer publishes several times a second
 HEADER_METRICS = {
-    "accuracy": ("eval/accuracy", "{:.3f}"), "reward": ("reward/mean", "{:.3f}"), "length": ("length/selected_mean", "{:.0f}"),
+    "held-out reward": ("eval/reward_mean", "{:.3f}"), "reward": ("reward/mean", "{:.3f}"), "length": ("length/selected_mean", "{:.0f}"),
     "p99": ("length/selected_p99", "{:.0f}"), "cancelled": ("darts/cancelled_frac", "{:.0%}"), "budget": ("darts/budget_mean", "{:.1f}"),
     "learner waits": ("wait/learner_frac", "{:.0%}"), "busy": ("engine/busy_frac", "{:.0%}"), "tokens/s": ("engine/tokens_per_s", "{:.0f}"),
 }  # fmt: skip

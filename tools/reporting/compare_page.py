@@ -30,9 +30,9 @@ COLUMNS = {
     "pruned_frac": "pruned",
     "short_wrong_frac": "short seats off",
     "long_wrong_frac": "long seat off",
-    "accuracy": "accuracy",
+    "judged_reward": "held-out reward",
     "trained_s": "s in all",
-    "reach_s": "s to the first's accuracy",
+    "reach_s": "s to the first's held-out reward",
     "near_s": "s to within margin of it",
 }
 
@@ -50,7 +50,7 @@ def _shown(name: str, value: float | None) -> str:
         return "-"
     if name.startswith("tokens/"):
         return f"{value / 1e6:.2f}M"
-    if name.endswith(("_frac", "accuracy", "reward")):
+    if name.endswith(("_frac", "reward")):
         return f"{value:.3f}"
     return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
 
@@ -114,7 +114,7 @@ def plot_table(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot_curves(by_variant: dict[str, list[Row]], path: Path) -> None:
-    """Held-out accuracy over time: a line for each seed."""
+    """Held-out reward over time: a line for each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,7 +133,7 @@ def plot_curves(by_variant: dict[str, list[Row]], path: Path) -> None:
                 label=name if number == 0 else None,
             )
     axes.set_xlabel("seconds of training, after the first step")
-    axes.set_ylabel("held-out accuracy, temperature of training")
+    axes.set_ylabel("held-out reward, temperature of training")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

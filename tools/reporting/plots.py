@@ -31,6 +31,7 @@ STYLE: Any = {  # matplotlib types its keys as literals
     "lines.solid_capstyle": "round", "svg.fonttype": "path",
 }  # fmt: skip
 GROUPS_SHOWN = 8
+HELD_OUT = {"eval/accuracy": "accuracy", "eval/reward_mean": "mean reward"}
 WAITS = {
     "wait/learner_s": "learner, for groups",
     "wait/pull_s": "learner, from asking to having them",
@@ -38,8 +39,8 @@ WAITS = {
 
 
 def outcome(run: RunDirectory) -> str:
-    """Held-out accuracy and training reward, over learner steps and over wall time."""
-    if not run.series("eval/accuracy")[0] and not run.series("reward/mean")[0]:
+    """Held-out and training reward, over learner steps and over wall time."""
+    if not run.series(run.held_out)[0] and not run.series("reward/mean")[0]:
         return ""
     with matplotlib.rc_context(STYLE):
         figure, (by_step, by_time) = _figure(1, 2, height=3.1, sharey=True)
@@ -65,14 +66,14 @@ def outcome(run: RunDirectory) -> str:
             markersize=4.5,
         )
         by_time.plot([minute[row] for _, row, _ in accuracies], [value for _, _, value in accuracies], "o-", color=TEAL, markersize=4.5,
-                     label="accuracy on held-out prompts")  # fmt: skip
+                     label=f"{HELD_OUT[run.held_out]} on held-out prompts")  # fmt: skip
         values = rewards[1] + [value for _, _, value in accuracies]
         if min(values) >= 0 and max(values) <= 1:
             by_step.set_ylim(0, 1.02)
         by_step.set(title="Over learner steps", xlabel="learner step")
         by_time.set(title="Over wall time", xlabel="minutes since the run began")
         _legend_above(figure, *by_time.get_legend_handles_labels())
-        return _svg(figure, "Accuracy and reward over learner steps and over wall time")
+        return _svg(figure, "Held-out and training reward over learner steps and over wall time")
 
 
 def lengths(run: RunDirectory) -> str:
@@ -312,6 +313,7 @@ def health(run: RunDirectory) -> str:
         "train/logprob_diff": "|learner − actor| log-prob",
         "engine/tokens_per_s": "generated tokens/s", "train/tokens_per_s": "trained tokens/s",
         "cancel/freed_p50_ms": "cancel to free slot, median ms", "publish/swap_pause_s": "pause of a weight swap, s",
+        "verifier/time_s_mean": "verification, s", "verifier/queue_mean": "responses waiting for a verifier",
         "memory/learner_peak_bytes": "learner's peak memory, bytes", "memory/buffer_peak_bytes": "buffer's peak memory, bytes",
     }  # fmt: skip
     known = [key for key in names if run.series(key)[0]]
@@ -343,13 +345,16 @@ FIGURES = {
 
 
 def evaluations(run: RunDirectory) -> list[tuple[float, float, float]]:
-    """(step of the policy evaluated, step whose row reports it, accuracy), in order."""
-    rows = [row for row in run.metrics if is_number(row.get("eval/accuracy"))]
+    """(step of the policy evaluated, step whose row reports it, result), in order.
+
+    The result is `run.held_out`: an accuracy or a mean reward.
+    """
+    rows = [row for row in run.metrics if is_number(row.get(run.held_out))]
     return [
         (
             row["eval/step"] if is_number(row.get("eval/step")) else row["step"],
             row["step"],
-            row["eval/accuracy"],
+            row[run.held_out],
         )
         for row in rows
     ]

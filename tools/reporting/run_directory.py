@@ -73,6 +73,13 @@ class RunDirectory:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
+    @property
+    def held_out(self) -> str:
+        """The metric of its evaluations: accuracy if each of them has one, else the mean reward."""
+        every = "eval/reward_mean"
+        one = "eval/accuracy"
+        return one if len(self.series(one)[0]) == len(self.series(every)[0]) else every
+
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """The steps at which metric `key` was recorded, and its values."""
         rows = [row for row in self.metrics if is_number(row.get(key))]

@@ -89,6 +89,19 @@ def user_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Envir
         (" Paris ", "Paris"),
         ("I think <answer>3</answer>, no: <answer> 4 </answer>.", "4"),
         (r"so \boxed{1} and \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\frac{\sqrt{3}}{2}}", r"\frac{\sqrt{3}}{2}"),
+        (r"first \boxed{5}, then \boxed{\frac{\sqrt{3}}{2}}.", r"\frac{\sqrt{3}}{2}"),
+        (r"\boxed{\text{{a}{b{c}}}} and \boxed {7}", "7"),
+        (r"\boxed{x = \boxed{5}}", "5"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{x\right.}", r"\left\{x\right."),
+        (r"\boxed{3} and then \boxed{\frac{1", "3"),
+        (r"} a stray brace { and \boxed{4}", "4"),
+        (r"\boxed{}", ""),
+        (r"\boxed{1} but <answer>2</answer>", "2"),
+        (r"<answer>1 and \boxed{2}", "2"),
+        ("<answer>1 <answer>2</answer>", "2"),
+        ("<answer>3</answer> is it </answer>", "3"),
         ("12 + 30 = 42\n#### 42", "42"),
     ],
 )
@@ -112,6 +125,29 @@ def test_the_final_answer_of_a_text(text: str, answer: str) -> None:
 )
 def test_inline_verifiers(verifier: str, answer: str, response: str, reward: float) -> None:
     assert score(make_environment(config_of(verifier)), payload(answer=answer), response) == reward
+
+
+def test_an_answer_in_nested_braces_is_compared_as_a_whole() -> None:
+    environment = make_environment(config_of("exact"))
+    prompt = payload(answer=r"\boxed{\frac{\sqrt{3}}{2}}")
+    assert score(environment, prompt, r"\boxed{5}, so \boxed{\frac{\sqrt{3}}{2}}") == 1.0
+    assert score(environment, prompt, r"\boxed{\frac{\sqrt{3}}{2}}, so \boxed{5}") == 0.0
+    assert score(environment, prompt, r"\boxed{\frac{\sqrt{3}}{3}}") == 0.0
+
+
+def test_a_long_response_of_open_boxes_is_scored_at_once() -> None:
+    """Its time grows with its length: the event loop waits for this verifier."""
+    assert final_answer(r"<answer>\boxed{" * 100_000 + r"\boxed{4}") == "4"
+
+
+def test_the_load_of_a_verifier_that_runs_inline_is_measured() -> None:
+    environment = make_environment(config_of("numeric"))
+    score(environment, payload(answer="4"), "4")
+    with pytest.raises(EnvironmentFailure):
+        score(environment, payload(answer="Paris"), "4")
+    report = environment.measure()
+    assert (report.num_verified, report.num_failed, report.num_timeouts) == (2, 1, 0)
+    assert report.time_s > 0 and environment.measure().num_verified == 0
 
 
 def test_a_numeric_reference_that_holds_no_number_is_a_failure_not_a_zero() -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from actors.verifier_workers import OUTPUT_BYTES, VerifierFailure, WorkerPool
+from actors.verifier_load import VerifierFailure
+from actors.verifier_workers import OUTPUT_BYTES, WorkerPool
 from buffer.processes.child import python_path
 from buffer.processes.descendants import processes_of
-from buffer.wire.messages import PromptPayload
+from buffer.wire.messages import PromptPayload, VerifierReport
 from configs.schema import DataConfig
 
 SECONDS = 10**9 + os.getpid()  # so that no other test's processes are taken for ours
@@ -295,6 +296,33 @@ def test_with_a_pool_ends_all_that_its_verifiers_started(
     pool.close()
     assert wait_for(lambda: not sleepers())
     assert wait_for(lambda: not [c for c in commands(processes(before)) if MODULE in c])
+
+
+def test_the_load_of_the_workers_is_measured(make_pool: Callable[..., WorkerPool]) -> None:
+    """One worker, three responses: one is verified, one waits, and the third's caller gives up."""
+    pool = make_pool(verifier_timeout_s=1.0)
+    prompt = PromptPayload(prompt_id="p", text="?", messages=[], answer="", metadata="")
+
+    async def measure_meanwhile() -> VerifierReport:
+        tasks = [
+            asyncio.create_task(pool.score(prompt, response))
+            for response in ("spins", "bool", "bool")
+        ]
+        await asyncio.sleep(0.3)
+        tasks[2].cancel()
+        await asyncio.sleep(0)
+        meanwhile = pool.measure()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return meanwhile
+
+    meanwhile = asyncio.run(measure_meanwhile())
+    assert (meanwhile.num_busy, meanwhile.num_waiting, meanwhile.num_verified) == (1, 1, 0)
+    after = pool.measure()
+    assert (after.num_busy, after.num_waiting, after.num_workers) == (0, 0, 1)
+    assert (after.num_verified, after.num_failed, after.num_timeouts) == (2, 1, 1)
+    assert after.longest_s >= 1.0 and after.time_s >= after.longest_s
+    assert after.queue_s >= 1.0
+    assert pool.measure() == VerifierReport(num_workers=1)
 
 
 def test_closing_does_not_wait_for_a_verification(make_pool: Callable[..., WorkerPool]) -> None:

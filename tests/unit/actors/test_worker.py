@@ -21,6 +21,7 @@ from buffer.wire.messages import (
     Cancel,
     Chunk,
     EngineHello,
+    EngineReport,
     Failed,
     Finished,
     Launch,
@@ -34,6 +35,7 @@ from buffer.wire.messages import (
     Shutdown,
     SnapshotRef,
     Stopped,
+    VerifierReport,
     Welcome,
 )
 from buffer.wire.probe import NUM_SEQUENCES, NUM_TOKENS
@@ -42,7 +44,9 @@ from buffer.wire.transport import TransportError
 from configs.schema import Config
 
 EOS = 9
-PROMPT = PromptPayload(prompt_id="p1", text="ab", messages=[], answer="", metadata="")
+PROMPT = PromptPayload(
+    prompt_id="p1", text="ab", messages=[], answer="", metadata="", source="rows.jsonl, row 3"
+)
 HELLO = EngineHello(
     engine_id="e/0", engine_type="fake", slots=4, policy_version=-1, pid=1, incarnation="a"
 )
@@ -99,6 +103,9 @@ class FakeEngine:
         return Measurement(1.0, 2.0, 3.0, 0.5)
 
 
+REPORT = VerifierReport(num_workers=2, num_waiting=3, num_verified=1, time_s=0.5)
+
+
 class FakeEnvironment:
     keep_special_tokens = False
 
@@ -118,6 +125,9 @@ class FakeEnvironment:
         if isinstance(self.reward, Exception):
             raise self.reward
         return self.reward
+
+    def measure(self) -> VerifierReport:
+        return REPORT
 
     def close(self) -> None: ...
 
@@ -343,6 +353,16 @@ def test_reports_leave_as_often_as_flush_s_says() -> None:
     assert len(play(script).sampled(1)) >= 15
 
 
+def test_an_engine_reports_how_busy_its_verifier_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def script(scene: Scene) -> None:
+        await scene.until(lambda: any(isinstance(m, EngineReport) for m in scene.link.sent))
+
+    monkeypatch.setattr("actors.worker.REPORT_S", 0.01)
+    sent = play(script).link.sent
+    (report,) = [m for m in sent if isinstance(m, EngineReport)][:1]
+    assert report.verifier == REPORT
+
+
 def test_tokens_carry_the_version_that_sampled_them() -> None:
     async def script(scene: Scene) -> None:
         scene.launch(1)
@@ -364,9 +384,7 @@ def test_a_failed_verifier_fails_the_rollout_and_is_no_reward() -> None:
         scene.engine.sample(1, 3, EOS, end="stop")
         await scene.answered(1)
 
-    assert play(script).answers() == [
-        Failed(rollout_id=1, error="verifier x raised on prompt p1", fatal=False)
-    ]
+    assert play(script).answers() == [Failed(rollout_id=1, error="verifier x raised on prompt p1")]
 
 
 def test_a_refused_request_fails_its_rollout_alone() -> None:
@@ -379,11 +397,11 @@ def test_a_refused_request_fails_its_rollout_alone() -> None:
         await scene.answered(2)
 
     failed, finished = play(script).answers()
-    assert (failed.rollout_id, failed.fatal) == (1, False)
+    assert (failed.rollout_id, failed.unusable) == (1, False)
     assert (type(finished), finished.rollout_id) == (Finished, 2)
 
 
-def test_a_prompt_too_long_for_the_context_stops_the_run() -> None:
+def test_a_prompt_too_long_for_the_context_is_named_and_no_retry_is_asked_for() -> None:
     async def script(scene: Scene) -> None:
         scene.environment.prompt_ids = [1] * 25
         scene.launch(1)
@@ -391,8 +409,9 @@ def test_a_prompt_too_long_for_the_context_stops_the_run() -> None:
 
     scene = play(script)
     (failed,) = scene.answers()
-    assert failed.fatal
-    assert all(part in failed.error for part in ("p1", "25", "model.max_context=40"))
+    assert failed.unusable
+    named = ("prompt p1 (rows.jsonl, row 3)", "25", "model.max_context=40")
+    assert all(part in failed.error for part in named)
     assert scene.engine.launched == {}
 
 
@@ -450,7 +469,7 @@ def test_a_cancelled_rollout_is_stopped_after_its_last_tokens() -> None:
     assert scene.sampled(1) == [(-1, [3])]
 
 
-def test_a_cancel_while_it_is_scored_is_answered_by_finished() -> None:
+def test_a_cancel_while_it_is_scored_is_answered_at_once() -> None:
     async def script(scene: Scene) -> None:
         scene.environment.release.clear()
         scene.launch(1)
@@ -458,11 +477,13 @@ def test_a_cancel_while_it_is_scored_is_answered_by_finished() -> None:
         scene.engine.sample(1, EOS, end="stop")
         await scene.until(lambda: bool(scene.environment.scored))
         scene.link.incoming.put(Cancel(rollout_ids=[1]))
-        await asyncio.sleep(0.02)
-        scene.environment.release.set()
         await scene.answered(1)
+        scene.environment.release.set()
+        await asyncio.sleep(0.02)
 
-    assert [type(answer) for answer in play(script).answers()] == [Finished]
+    scene = play(script)
+    assert scene.answers() == [Stopped(rollout_id=1, num_tokens=1)]
+    assert scene.sampled(1) == [(-1, [EOS])]
 
 
 def test_a_rollout_that_ends_while_it_is_aborted_is_answered_once() -> None:
@@ -711,7 +732,7 @@ def test_a_rollout_whose_prefix_the_buffer_lost_fails_and_is_freed(
 
     scene = play(script)
     (failed,) = scene.answers()
-    assert isinstance(failed, Failed) and not failed.fatal
+    assert isinstance(failed, Failed) and not failed.unusable
     assert scene.chunks(1) == []
 
 
@@ -728,7 +749,7 @@ def test_a_rollout_that_was_stopped_by_a_forgotten_cancel_fails(at_once: None) -
         await scene.answered(1)
 
     (failed,) = play(script).answers()
-    assert isinstance(failed, Failed) and not failed.fatal
+    assert isinstance(failed, Failed) and not failed.unusable
 
 
 def test_a_policy_loaded_while_the_link_is_down_is_reported(at_once: None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from buffer.peers import Peer
-from buffer.run_state import RunFailed
+from buffer.records.live_state import live_state
 from buffer.service import Service
 from buffer.wire import messages as msg
 from configs import cli
@@ -60,7 +60,7 @@ def engines(service: Service) -> set[str]:
     return set(service.run.core.engines.by_id)
 
 
-@pytest.mark.parametrize("kind", ["progress", "finished", "failed", "fatal", "stopped"])
+@pytest.mark.parametrize("kind", ["progress", "finished", "failed", "unusable", "stopped"])
 def test_a_message_about_another_engines_rollout_dismisses_the_speaker_alone(
     service: Service, kind: str
 ) -> None:
@@ -70,8 +70,8 @@ def test_a_message_about_another_engines_rollout_dismisses_the_speaker_alone(
         "finished": msg.Finished(
             rollout_id=victim, num_tokens=3, truncated=False, reward=1.0, text=""
         ),
-        "failed": msg.Failed(rollout_id=victim, error="x", fatal=False),
-        "fatal": msg.Failed(rollout_id=victim, error="x", fatal=True),
+        "failed": msg.Failed(rollout_id=victim, error="x"),
+        "unusable": msg.Failed(rollout_id=victim, error="x", unusable=True),
         "stopped": msg.Stopped(rollout_id=victim, num_tokens=0),
     }
     service._receive(b"b", forged[kind])
@@ -88,7 +88,7 @@ def test_messages_about_a_finished_rollout_change_nothing(service: Service) -> N
     for forged in (
         msg.Progress(chunks=[sampled(mine, 5)]),
         msg.Finished(rollout_id=mine, num_tokens=9, truncated=False, reward=0.0, text="forged"),
-        msg.Failed(rollout_id=mine, error="x", fatal=True),
+        msg.Failed(rollout_id=mine, error="x", unusable=True),
     ):
         service._receive(b"b", forged)
     assert service.run.store.num_sampled(mine) == 3
@@ -134,12 +134,39 @@ def test_a_second_name_on_one_connection_ends_the_first(service: Service) -> Non
     assert b"a" not in service.run.peers.by_identity
 
 
-def test_only_the_engine_that_has_a_rollout_can_end_the_run_with_its_failure(
+def engine_report(**verifier: float) -> msg.EngineReport:
+    load = msg.VerifierReport(num_workers=2, **verifier)
+    return msg.EngineReport(batch=1, ms_per_token=1, tokens_per_s=1, busy_frac=1, verifier=load)
+
+
+@pytest.mark.parametrize("time_s", [-1.0, float("nan"), float("inf")])
+def test_a_verifier_s_impossible_times_are_refused(service: Service, time_s: float) -> None:
+    service._receive(b"a", engine_report(num_verified=1, time_s=time_s))
+    assert engines(service) == {"b"}
+
+
+def test_a_verifier_that_holds_the_rollouts_is_named_instead_of_the_engines(
     service: Service,
 ) -> None:
-    mine = of(service, "a")
-    with pytest.raises(RunFailed, match="engine a: no room"):
-        service._receive(b"a", msg.Failed(rollout_id=mine, error="no room", fatal=True))
+    run = service.run
+    assert len(run.core.rollouts) == 4
+    service._apply([ev.ShardsRequested(0)])
+    service._receive(b"a", engine_report(num_busy=1))
+    service._receive(b"b", engine_report())
+    assert live_state(run).waiting.startswith("learner waits for actors: ")
+    service._receive(b"a", engine_report(num_waiting=0, num_busy=2, num_verified=1, time_s=2.5))
+    assert live_state(run).waiting == (
+        "learner waits for the verifier: 2 of 4 rollouts in flight have only their reward to come "
+        "(4 workers, 2.5 s each); make it faster, or raise data.verifier_workers"
+    )
+
+
+def test_actors_that_wait_for_the_learner_are_told_so_whatever_the_verifier_does(
+    service: Service,
+) -> None:
+    before = live_state(service.run).waiting
+    service._receive(b"a", engine_report(num_waiting=4, num_busy=2))
+    assert live_state(service.run).waiting == before
 
 
 def test_peers_have_one_name_each() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from buffer.records.metrics import Metrics
+import pytest
+
+from buffer.records.metrics import Metrics, judged
+from buffer.wire.messages import EngineReport, VerifierReport
 from darts import events as ev
 
 
@@ -27,3 +30,49 @@ def test_selected_tokens_are_trained_once_the_learner_has_said_so() -> None:
     metrics.closed(record(ev.RolloutRecord(0, "e", 10, 1.0, "selected_short", 0)))
     metrics.trained(4)
     assert metrics.tokens == {"generated": 10, "trained": 4, "without_signal": 6, "cancelled": 0}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([0.0, 1.0, 1.0, 1.0], {"eval/reward_mean": 0.75, "eval/accuracy": 0.75}),
+        ([1.0], {"eval/reward_mean": 1.0, "eval/accuracy": 1.0}),
+        ([0.0, 0.5, 1.0], {"eval/reward_mean": 0.5}),
+        ([-1.0, 1.0], {"eval/reward_mean": 0.0}),
+        ([], {}),
+    ],
+)
+def test_a_mean_reward_is_an_accuracy_if_rewards_are_0_or_1(
+    rewards: list[float], expected: dict[str, float]
+) -> None:
+    assert judged(rewards) == expected
+
+
+def test_an_evaluation_without_a_single_reward_has_no_mean() -> None:
+    lost = ev.RolloutRecord(0, "e", 10, None, "lost", 0)
+    assert Metrics().evaluated([record(lost)], step=4) == {"eval/step": 4, "eval/responses": 0}
+
+
+def report(**verifier: float) -> EngineReport:
+    load = VerifierReport(num_workers=4, **verifier)
+    return EngineReport(batch=1, ms_per_token=1, tokens_per_s=1, busy_frac=1, verifier=load)
+
+
+def test_a_row_has_the_load_of_the_verifiers_since_the_last_row() -> None:
+    metrics, shipped = Metrics(), record(ev.RolloutRecord(0, "e", 10, 1.0, "selected_short", 0))
+    metrics.note_report("a", report(num_waiting=6, num_busy=4, num_verified=1, time_s=2, queue_s=8))
+    metrics.note_report("a", report(num_waiting=2, num_busy=4, num_verified=2, time_s=7, queue_s=1,
+                                    longest_s=6, num_failed=2, num_timeouts=1))  # fmt: skip
+    metrics.note_report("b", report(num_busy=2))
+    row = metrics.row([shipped])
+    assert {name: row[name] for name in row if name.startswith("verifier/")} == {
+        "verifier/time_s_mean": 3.0,
+        "verifier/time_s_max": 6.0,
+        "verifier/queue_s_mean": 3.0,
+        "verifier/queue_mean": 4.0,
+        "verifier/busy_frac": pytest.approx(2.5 / 3),
+        "verifier/failures": 2,
+        "verifier/timeouts": 1,
+    }
+    later = metrics.row([shipped])
+    assert all(later[name] == 0 for name in later if name.startswith("verifier/"))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
+from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import buffer.data.sources
-from buffer.data.sources import TaggedSumSource, make_sources
+import buffer.data.generators
+from buffer.data.generators import TaggedSumSource
+from buffer.data.sources import make_sources
+from buffer.data.tables import TableSource
 from buffer.wire.messages import PromptPayload
 from configs.schema import Config
 
@@ -94,7 +99,7 @@ def test_what_is_held_out_does_not_depend_on_the_order_of_rows(tmp_path: Path) -
     backward = make_sources(
         config_of(write_jsonl(tmp_path / "b.jsonl", rows(100)[::-1]))
     ).eval_prompts
-    assert forward == backward
+    assert ids(forward) == ids(backward)
 
 
 def test_without_evaluation_nothing_is_held_out(tmp_path: Path) -> None:
@@ -137,8 +142,8 @@ def test_parquet_rows_read_as_jsonl_rows_do(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows(100)), tmp_path / "a.parquet")
     from_parquet = make_sources(config_of(str(tmp_path / "a.parquet")))
     from_jsonl = make_sources(config_of(write_jsonl(tmp_path / "a.jsonl", rows(100))))
-    assert from_parquet.train.draw(200) == from_jsonl.train.draw(200)
-    assert from_parquet.eval_prompts == from_jsonl.eval_prompts
+    assert ids(from_parquet.train.draw(200)) == ids(from_jsonl.train.draw(200))
+    assert ids(from_parquet.eval_prompts) == ids(from_jsonl.eval_prompts)
 
 
 def test_a_local_dataset_is_read_through_datasets(tmp_path: Path) -> None:
@@ -160,13 +165,18 @@ def test_reasoning_gym_entries_carry_what_their_verifier_needs() -> None:
 def test_a_generated_prompt_that_is_held_out_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("reasoning_gym")
     monkeypatch.setattr(
-        buffer.data.sources, "HELD_OUT_SEED", 0
+        buffer.data.generators, "HELD_OUT_SEED", 0
     )  # the run's own seed, so that both draw the same prompts first
     sources = make_sources(config_of("reasoning_gym:chain_sum"))
     held_out = {payload.text for payload in sources.eval_prompts}
     trained_on = {payload.text for payload in sources.train.draw(300)}
     assert len(held_out) == 20 and len(trained_on) > 250
     assert not held_out & trained_on
+
+
+def image_message() -> str:
+    parts = [{"type": "text", "text": "what is this?"}, {"type": "image", "url": "x.png"}]
+    return json.dumps({"prompt": [{"role": "user", "content": parts}], "answer": "a cat"})
 
 
 @pytest.mark.parametrize(
@@ -183,6 +193,16 @@ def test_a_generated_prompt_that_is_held_out_is_replaced(monkeypatch: pytest.Mon
         (['{"prompt": 3, "answer": "b"}'], ["row 1", "'prompt'", "chat messages"]),
         (['{"prompt": [{"role": "user"}], "answer": "b"}'], ["row 1", "'prompt'", "'content'"]),
         (['{"prompt": "a", "answer": ["b"]}'], ["row 1", "'answer'", "list"]),
+        (['{"prompt": "a", "answer": true}'], ["row 1", "'answer'", "bool"]),
+        (['{"prompt": "a", "answer": null}'], ["row 1", "'answer' is null"]),
+        (['{"prompt": "a", "answer": NaN}'], ["row 1", "'answer' is nan"]),
+        (['{"prompt": "a", "answer": "b"}', "{}"], ["row 2", "no field 'prompt'"]),
+        (['{"prompt": "\\ud800", "answer": "b"}'], ["row 1", "surrogate"]),
+        (['{"prompt": "a", "answer": "b", "x": "\\udfff"}'], ["row 1", "surrogate"]),
+        (["[" * 100_000], ["row 1", "not valid JSON (RecursionError"]),
+        (['{"prompt": "a", "answer": ' + "9" * 5000 + "}"], ["row 1", "not valid JSON"]),
+        ([image_message()], ["row 1", "'prompt'", "parts that are text"]),
+        (['{"prompt": [{"role": "user", "content": " "}], "answer": 1}'], ["row 1", "is empty"]),
         ([], ["no rows"]),
     ],
 )
@@ -197,12 +217,167 @@ def test_a_bad_file_is_refused_in_one_line_that_says_where(
     assert "\n" not in message and all(part in message for part in [str(path), *expected]), message
 
 
+def payload_of(row: Any, **data: Any) -> PromptPayload:
+    return TableSource("rows.jsonl", [(7, row)], config_of("rows.jsonl", **data).data)[0]
+
+
+def test_a_field_inside_a_field_can_be_named() -> None:
+    row = {
+        "data": {"messages": [{"role": "user", "content": "hi"}]},
+        "reward_model": {"style": "rule", "ground_truth": 4},
+        "answer.key": "flat",
+    }
+    nested = payload_of(row, prompt_field="data.messages", answer_field="reward_model.ground_truth")
+    assert (nested.messages[0]["content"], nested.answer) == ("hi", "4")
+    assert json.loads(nested.metadata)["reward_model"]["style"] == "rule"
+    assert payload_of(row, prompt_field="data.messages", answer_field="answer.key").answer == "flat"
+    with pytest.raises(ValueError) as error:
+        payload_of(row, prompt_field="data.messages", answer_field="reward_model.truth")
+    assert str(error.value) == (
+        "rows.jsonl, row 7: no field 'reward_model.truth' ('reward_model' has 'style', "
+        "'ground_truth'); name the right one with data.answer_field=..."
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [(4, "4"), (0.5, "0.5"), (Decimal("1.50"), "1.50"), (" 4 ", " 4 "), ("", ""), ("é", "é")],
+)
+def test_answers_are_taken_as_text(answer: Any, text: str) -> None:
+    assert payload_of({"prompt": "a", "answer": answer}).answer == text
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"answer": ["a", "b"]}, '["a", "b"]'),
+        ({"answer": {"x": 1}}, '{"x": 1}'),
+        ({"answer": None}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_users_own_verifier_may_have_any_answer_or_none(row: dict[str, Any], text: str) -> None:
+    assert payload_of({"prompt": "a"} | row, environment="my:verify").answer == text
+
+
+def test_the_text_parts_of_a_message_are_joined() -> None:
+    parts = [{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]
+    payload = payload_of({"prompt": [{"role": "user", "content": parts}], "answer": 1})
+    assert payload.messages == [{"role": "user", "content": "two parts"}]
+
+
+def test_rows_are_told_apart_by_everything_that_reaches_the_verifier() -> None:
+    row = {"prompt": "sort", "answer": "1", "tests": ["a"]}
+    others = [{"tests": ["b"]}, {"answer": "2"}, {"prompt": "sort it"}, {"more": 1}]
+    found = [payload_of(row | other).prompt_id for other in [{}, *others]]
+    assert len(set(found)) == 5
+    assert payload_of(dict(reversed(row.items()))).prompt_id == found[0]
+    # Text and answer are not run together.
+    assert payload_of({"prompt": "a1", "answer": ""}).prompt_id != (
+        payload_of({"prompt": "a", "answer": "1"}).prompt_id
+    )
+
+
+def test_rows_of_one_prompt_are_held_out_together_and_each_is_evaluated(tmp_path: Path) -> None:
+    table = [{"prompt": f"{i // 2}?", "answer": "1", "test": i} for i in range(100)]
+    sources = make_sources(config_of(write_jsonl(tmp_path / "a.jsonl", table)))
+    assert len(set(ids(sources.eval_prompts))) == 20
+    assert len({payload.text for payload in sources.eval_prompts}) == 10
+    trained_on = {payload.text for payload in sources.train.draw(80)}
+    assert len(trained_on) == 40
+    assert not trained_on & {payload.text for payload in sources.eval_prompts}
+
+
+def test_a_table_of_one_prompt_leaves_nothing_to_train_on(tmp_path: Path) -> None:
+    table = [{"prompt": "the same", "answer": "1", "test": i} for i in range(100)]
+    with pytest.raises(ValueError, match="too few to hold out"):
+        make_sources(config_of(write_jsonl(tmp_path / "a.jsonl", table)))
+
+
+@pytest.mark.parametrize(
+    ("encoded", "text"),
+    [
+        ('{"prompt": "a", "answer": "é"}'.encode("utf-8-sig"), "é"),
+        ('{"prompt": "a", "answer": "é"}\r\n\r\n'.encode(), "é"),
+        (b'{"prompt": "a", "answer": "\\ud83d\\ude00"}', "\U0001f600"),
+    ],
+)
+def test_marks_and_line_ends_of_other_systems_are_no_part_of_a_row(
+    tmp_path: Path, encoded: bytes, text: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(encoded)
+    config = config_of(str(path))
+    config.eval.every = 0
+    (payload,) = make_sources(config).train.draw(1)
+    assert (payload.answer, payload.source) == (text, f"{path}, row 1")
+
+
+def test_another_encoding_is_refused_with_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": "a", "answer": "b"}\n{"prompt": "\xe9", "answer": "b"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: not UTF-8 text") as error:
+        make_sources(config_of(str(path)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_that_its_library_cannot_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows:
+        def __iter__(self) -> Iterator[Any]:
+            yield {"prompt": "a", "answer": "b"}
+            raise OSError("cannot identify\nimage file")
+
+    datasets = types.SimpleNamespace(load_dataset=lambda *_, **__: Rows())
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    with pytest.raises(ValueError) as error:
+        make_sources(config_of("hf:owner/name"))
+    assert str(error.value).startswith(
+        "data.train=hf:owner/name, row 2: cannot be read: OSError: cannot identify image file"
+    )
+
+
+def test_a_value_that_its_library_cannot_show_is_named() -> None:
+    class Odd:
+        def __str__(self) -> str:
+            raise KeyError("lazy")
+
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 7: cannot be read: KeyError"):
+        payload_of({"prompt": "a", "answer": "b", "image": Odd()})
+
+
+def test_a_reasoning_gym_task_that_fails_later_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gym = pytest.importorskip("reasoning_gym")
+    stream = make_sources(config_of("reasoning_gym:chain_sum")).train
+    kind = type(stream.source._entries)
+    assert gym is not None
+
+    def fail(*_: Any) -> Any:
+        raise IndexError("no such\nword")
+
+    monkeypatch.setattr(kind, "__getitem__", fail)
+    with pytest.raises(ValueError) as error:
+        stream.draw(1)
+    message = str(error.value)
+    assert message.startswith("data.train=reasoning_gym:chain_sum: entry ")
+    assert "IndexError: no such word" in message
+
+
+def test_repetitions_of_a_generated_prompt_have_one_id() -> None:
+    pytest.importorskip("reasoning_gym")
+    source = make_sources(config_of("reasoning_gym:chain_sum")).train.source
+    entry = {"question": "1?", "answer": "2", "metadata": {"source_index": 1, "n": 3}}
+    other = {"question": "1?", "answer": "2", "metadata": {"source_index": 2, "n": 3}}
+    harder = {"question": "1?", "answer": "2", "metadata": {"source_index": 2, "n": 4}}
+    first, second, third = ids([source._payload([entry, other, harder], i) for i in range(3)])
+    assert first == second != third
+
+
 def test_a_bad_row_of_a_parquet_file_is_named(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(
         pyarrow.table({"prompt": ["a", None], "answer": ["b", "b"]}), tmp_path / "a.parquet"
     )
-    with pytest.raises(ValueError, match=r"a\.parquet, row 2: no field 'prompt'"):
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: field 'prompt' is null"):
         make_sources(config_of(str(tmp_path / "a.parquet")))
 
 

@@ -162,7 +162,7 @@ def serves_the_network(config: Config, own: Path) -> object:
 def outcome_of_failures(config: Config, own: Path) -> object:
     """How a run goes whose rollouts all fail: it stops, or goes on to the next prompts."""
     running = Running(in_folder(config, own), error="the verifier raised")
-    while running.status is None and running.engine.num_launched < 60:
+    while running.status is None and running.engine.num_launched < 120:
         time.sleep(0.01)
     stopped = running.wait(0.2)
     running.end()
@@ -226,6 +226,7 @@ TINY = (
     "eval.every=0",
     "data.num_prompts=200",
 )
+SKIP = ("data.on_error=skip", "darts.max_attempts=1", "darts.max_reopens=0")
 FULL = (*TINY, "run.steps=2", "batch.groups=4")
 EVALUATED = (*TINY, "eval.every=1", "eval.num_prompts=2")
 NETWORK = (*TINY, "buffer.address=tcp://0.0.0.0:{port}")
@@ -238,7 +239,10 @@ TURNS = {
     "run.dir": Turn("x", "y/z", folder_made, TINY),
     "run.trackers": Turn("[]", "[tensorboard]", files_written, TINY),
     "run.resume": Turn("false", "true", begins_again, TINY),
-    "data.on_error": Turn("stop", "skip", outcome_of_failures, TINY),
+    "data.on_error": Turn(
+        "stop", "skip", outcome_of_failures, (*TINY, "data.max_skipped_frac=0.99")
+    ),
+    "data.max_skipped_frac": Turn("0", "0.99", outcome_of_failures, (*TINY, *SKIP)),
     "buffer.fsync_s": Turn("0", "300", durable_at_once, TINY),
     "buffer.segment_bytes": Turn("1", "64000000", segments, TINY),
     "buffer.keep_event_bytes": Turn("0", "1000000", segments, (*TINY, "buffer.segment_bytes=1")),

@@ -66,21 +66,19 @@ def test_a_template_that_never_opens_the_answer_is_pointed_out(tmp_path: Path) -
     assert lines[-1].startswith("warning: the chat template does not open the assistant's turn")
 
 
-@pytest.mark.parametrize(
-    ("prompt", "template", "expected"),
-    [
-        ("2+2?", "{{ raise_exception('no such role') }}", "no such role"),
-        ("x" * 60, None, "has 60 tokens and leaves 4 for a response: raise model.max_context=64"),
-    ],
-)
-def test_a_prompt_that_cannot_be_used_is_refused(
-    tmp_path: Path, prompt: str, template: str | None, expected: str
-) -> None:
-    limits = ["model.max_context=64", "sampling.max_tokens=32"]
-    config = make_config(tmp_path, [row(prompt)], template, *limits)
-    with pytest.raises(PromptRefused, match=expected) as refused:
+def test_a_template_that_refuses_a_prompt_is_named_with_its_row(tmp_path: Path) -> None:
+    config = make_config(tmp_path, [row("2+2?")], "{{ raise_exception('no such role') }}")
+    with pytest.raises(PromptRefused, match=r", row 1\): no such role") as refused:
         list(describe_prompts(config))
     assert "\n" not in str(refused.value)
+
+
+def test_a_prompt_that_is_too_long_is_pointed_out_with_its_row(tmp_path: Path) -> None:
+    limits = ["model.max_context=64", "sampling.max_tokens=32"]
+    config = make_config(tmp_path, [row("x" * 60)], None, *limits)
+    warning = list(describe_prompts(config))[-1]
+    assert warning.startswith("warning: a run skips this prompt: prompt ")
+    assert ", row 1) has 60 tokens and leaves 4 for a response in model.max_context=64" in warning
 
 
 def test_a_refusal_names_model_check_numbers_and_what_to_do() -> None:

@@ -25,12 +25,12 @@ def result(step_s: float, **more: float) -> dict[str, Any]:
     }
 
 
-def test_equal_accuracy_makes_a_speedup_and_unequal_accuracy_none() -> None:
+def test_equal_rewards_make_a_speedup_and_unequal_ones_none() -> None:
     rows = table(
         {
-            "sync plain": [result(3.0, accuracy=0.80)],
-            "good": [result(2.0, accuracy=0.79)],
-            "bad": [result(1.0, accuracy=0.70)],
+            "sync plain": [result(3.0, judged_reward=0.80)],
+            "good": [result(2.0, judged_reward=0.79)],
+            "bad": [result(1.0, judged_reward=0.70)],
             "simulated": [result(1.5)],
         },
         margin=0.02,
@@ -38,8 +38,8 @@ def test_equal_accuracy_makes_a_speedup_and_unequal_accuracy_none() -> None:
     assert [row["verdict"] for row in rows] == [
         "reference",
         "1.50x speedup",
-        "no speedup claimed: accuracy -0.100",
-        "2.00x in time; accuracy not modelled",
+        "no speedup claimed: held-out reward -0.100",
+        "2.00x in time; held-out reward not modelled",
     ]
 
 
@@ -57,8 +57,8 @@ def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
          "tokens/generated": 60, "tokens/trained": 30, "tokens/discarded": 20, "tokens/cancelled": 10},
     ]  # fmt: skip
     judged = [
-        {"step": 2, "accuracy": 0.6, "length_mean": 9.0, "length_p99": 30.0},
-        {"step": 3, "accuracy": 0.7, "length_mean": 8.0, "length_p99": 20.0},
+        {"step": 2, "reward_mean": 0.6, "length_mean": 9.0, "length_p99": 30.0},
+        {"step": 3, "reward_mean": 0.7, "length_mean": 8.0, "length_p99": 20.0},
     ]
     rollouts = [
         {"tokens": 10, "end": "selected_short"},
@@ -80,7 +80,7 @@ def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
     assert (summary["step_s"], summary["trained_s"]) == (2.0, 4.0)
     assert summary["wait_frac"] == 0.25
     assert (summary["lag_mean"], summary["lag_max"]) == (1.0, 2)
-    assert (summary["length_mean"], summary["tokens/cancelled"], summary["accuracy"]) == (
+    assert (summary["length_mean"], summary["tokens/cancelled"], summary["judged_reward"]) == (
         15.0,
         10,
         0.7,
@@ -92,12 +92,12 @@ def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
     ]  # after two steps, and after three; from the end of the first
 
 
-def test_time_to_reach_is_to_the_accuracy_that_the_same_seed_s_reference_has_at_its_end() -> None:
+def test_time_to_reach_is_to_the_reward_that_the_same_seed_s_reference_has_at_its_end() -> None:
     rows: list[dict[str, Any]] = [
-        {"accuracy": 0.90, "curve": [[5.0, 0.50], [9.0, 0.90]]},
-        {"accuracy": 0.80, "curve": [[5.0, 0.79], [9.0, 0.80]]},
-        {"accuracy": 0.89, "curve": [[2.0, 0.60], [4.0, 0.89]]},
-        {"accuracy": 0.85, "curve": [[2.0, 0.81], [4.0, 0.85]]},
+        {"judged_reward": 0.90, "curve": [[5.0, 0.50], [9.0, 0.90]]},
+        {"judged_reward": 0.80, "curve": [[5.0, 0.79], [9.0, 0.80]]},
+        {"judged_reward": 0.89, "curve": [[2.0, 0.60], [4.0, 0.89]]},
+        {"judged_reward": 0.85, "curve": [[2.0, 0.81], [4.0, 0.85]]},
     ]
     add_time_to_reach([0, 1, 0, 1], rows, margin=0.02)
     assert [(row.get("reach_s"), row["near_s"]) for row in rows] == [

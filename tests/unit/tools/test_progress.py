@@ -68,12 +68,20 @@ def test_a_plain_line_comes_every_five_steps(capsys: pytest.CaptureFixture[str])
     ]
 
 
-def test_the_live_picture_shows_first_and_last_accuracy_and_the_lag_against_its_bound() -> None:
+@pytest.mark.parametrize(
+    ("is_accuracy", "shown"),
+    [(True, "accuracy 75.0 % (from 25.0 %)"), (False, "held-out reward 0.750 (from 0.250)")],
+)
+def test_the_live_picture_shows_first_and_last_evaluation_and_the_lag_against_its_bound(
+    is_accuracy: bool, shown: str
+) -> None:
     console = Console(width=100, file=io.StringIO(), record=True)
     view = LiveView(console)
-    view.show(snapshot(step=1, metrics={"eval/accuracy": 0.25, "eval/step": 0.0}))
-    view.show(snapshot(step=9, metrics={"eval/accuracy": 0.75, "eval/step": 8.0}))
+    for step, reward in ((1, 0.25), (9, 0.75)):
+        metrics = {"eval/reward_mean": reward, "eval/step": step - 1.0}
+        metrics |= {"eval/accuracy": reward} if is_accuracy else {}
+        view.show(snapshot(step=step, metrics=metrics))
     view.close()
     console.print(view.picture(snapshot(step=9, lags=[0, 3])))
     text = console.export_text()
-    assert "75.0 %" in text and "25.0 %" in text and "lag 3 of at most 4" in text
+    assert shown in text and "lag 3 of at most 4" in text

@@ -43,7 +43,10 @@ def metrics_row(step: int) -> dict:
         "engine/busy_frac": 0.9,
     }
     row |= {"wait/learner_s": 0.2, "wait/pull_s": 0.21, "wait/learner_frac": 0.1}
-    return row | ({"eval/accuracy": 0.5 + step / 20, "eval/step": step} if step in (0, 7) else {})
+    if step not in (0, 7):
+        return row
+    result = 0.5 + step / 20
+    return row | {"eval/reward_mean": result, "eval/accuracy": result, "eval/step": step}
 
 
 def group_row(group_id: int, end: str = "shipped") -> dict:
@@ -225,8 +228,23 @@ def test_values_that_are_no_numbers_are_left_out_of_a_series(run_dir: Path) -> N
 
 
 def test_evaluations_belong_to_the_step_that_was_evaluated(run_dir: Path) -> None:
-    write_rows(run_dir / "metrics.jsonl", [metrics_row(3) | {"eval/accuracy": 0.7, "eval/step": 1}])
+    write_rows(
+        run_dir / "metrics.jsonl", [metrics_row(3) | {"eval/reward_mean": 0.7, "eval/step": 1}]
+    )
     assert evaluations(RunDirectory.read(run_dir)) == [(1, 3, 0.7)]
+
+
+@pytest.mark.parametrize(("graded", "shown"), [(False, "accuracy"), (True, "mean reward")])
+def test_an_evaluation_is_called_accuracy_if_every_one_is(
+    run_dir: Path, graded: bool, shown: str
+) -> None:
+    rows = [metrics_row(step) for step in range(8)]
+    if graded:
+        del rows[7]["eval/accuracy"]
+    write_rows(run_dir / "metrics.jsonl", rows)
+    page = write_report(run_dir).read_text()
+    assert f"Held-out {shown}" in page
+    assert [step for step, _, _ in evaluations(RunDirectory.read(run_dir))] == [0, 7]
 
 
 def test_an_empty_folder_is_one_clear_error(tmp_path: Path) -> None:
