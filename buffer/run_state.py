@@ -64,10 +64,12 @@ class RunState:
         state = self.recovered.checkpoint.buffer
         self.step = state.step if state else 0
         self.policy: msg.SnapshotRef | None = state.policy if state else None
-        self.learner: Learner | None = state.learner if state else None
+        self.learner: Learner | None = None
         self.prompts = OutstandingPrompts(sources.train, state.cursor if state else None)
         self.eval_payloads = {p.prompt_id: p for p in sources.eval_prompts}
-        self.store = TrajectoryStore(config.buffer.max_bytes)
+        self.store = TrajectoryStore(config.buffer.max_bytes, config.model.max_context)
+        if state and state.learner:
+            self.set_learner(state.learner)
         self.rows = run_files.repair(self.folder, state.groups_bytes if state else 0)
         self.files = run_files.RunFiles(self.folder, self._trackers)
         self.metrics = Metrics()
@@ -102,6 +104,11 @@ class RunState:
         if not exists:
             atomic_write(self.folder / "config.yaml", to_yaml(self.config))
         return lock
+
+    def set_learner(self, learner: Learner) -> None:
+        """A learner is there; its vocabulary bounds the token ids of every engine."""
+        self.learner = learner
+        self.store.vocab_size = learner.vocab_size
 
     # The core
     # ---------------------------------------------------------------------------------------
