@@ -348,7 +348,7 @@ def test_closing_a_link_delivers_what_was_sent(monkeypatch, link_queue):
         with Serving(router):
             link.connect(HELLO, SOON_S)
         for number in range(40):
-            link.send(Progress(chunks=[chunk(number, [5] * 125_000, 0)]))
+            link.send(Progress(chunks=[chunk(number, 0, [5] * 125_000, 0)]))
         closing = threading.Thread(target=link.close)
         closing.start()
         time.sleep(0.2)
