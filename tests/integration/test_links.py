@@ -449,7 +449,7 @@ def test_a_link_sends_heartbeats_by_itself(router):
 
 @pytest.mark.parametrize("role", ["engine", "learner"])
 def test_a_buffer_that_does_not_know_a_link_has_it_join_again(router, role):
-    hello = HELLO if role == "engine" else LearnerHello(rank=0, num_ranks=1, step=0, pid=1)
+    hello = HELLO if role == "engine" else LearnerHello(rank=0, num_ranks=1, step=0, pid=1, vocab_size=100)
     link = (EngineLink if role == "engine" else LearnerLink)(router.address, role)
     with Serving(router) as serving, link:
         link.connect(hello, SOON_S)
