@@ -30,8 +30,6 @@ from buffer.wire import messages as msg
 from darts import events as ev
 from darts.state.groups import Rollout
 
-MAX_TEXT = 8000  # characters of a response or an error that are kept
-
 
 @dataclass(slots=True)
 class Outbox:
@@ -70,7 +68,6 @@ class EngineSide:
         """
         run = self.run
         run.require_own(hello.run)
-        rejoin.check_hello(hello)
         known = run.peers.engine(hello.engine_id)
         events: list[ev.Event] = []
         if known is not None and rejoin.is_same_process(known.incarnation, hello, run.core):
@@ -263,14 +260,18 @@ class EngineSide:
                 f"rollout {rollout.rollout_id} was sampled by version {chunk.version}: it was "
                 f"launched at {rollout.oldest_version}, and the newest is {core.policy_version}"
             )
-        if num_tokens > core.config.max_tokens:
+        self._check_length(rollout.rollout_id, num_tokens)
+
+    def _check_length(self, rollout_id: int, num_tokens: int) -> None:
+        limit = self.run.core.config.max_tokens
+        if num_tokens > limit:
             raise ev.ProtocolError(
-                f"rollout {rollout.rollout_id} has {num_tokens} tokens; "
-                f"the limit is {core.config.max_tokens}"
+                f"rollout {rollout_id} has {num_tokens} tokens; the limit is {limit}"
             )
 
     def _finished(self, peer: Peer, message: msg.Finished) -> list[ev.Event]:
         run, rollout_id = self.run, message.rollout_id
+        self._check_length(rollout_id, message.num_tokens)
         oldest = 0  # if it was cancelled while it finished, only its slot and its length matter
         if self._running(peer, rollout_id) is not None:
             num_tokens = run.store.num_sampled(rollout_id)
@@ -279,13 +280,8 @@ class EngineSide:
                     f"rollout {rollout_id} finished with {message.num_tokens} tokens, "
                     f"but {num_tokens} were sent"
                 )
-            if not abs(message.reward) <= msg.MAX_REWARD:
-                raise ev.ProtocolError(
-                    f"rollout {rollout_id} finished with reward {message.reward}: "
-                    f"rewards lie within -{msg.MAX_REWARD:g}..{msg.MAX_REWARD:g}"
-                )
             oldest = run.store.oldest_version(rollout_id)
-            run.texts[rollout_id] = message.text[:MAX_TEXT]
+            run.texts[rollout_id] = message.text
         self._settle(peer, rollout_id)
         return [
             ev.RolloutFinished(
@@ -294,7 +290,7 @@ class EngineSide:
         ]
 
     def _failed(self, peer: Peer, message: msg.Failed) -> list[ev.Event]:
-        run, error = self.run, " ".join(message.error.split())[:MAX_TEXT]
+        run, error = self.run, " ".join(message.error.split())
         rollout = self._running(peer, message.rollout_id)
         if rollout is not None:
             group_id = rollout.group.group_id
@@ -309,6 +305,7 @@ class EngineSide:
 
     def _stopped(self, peer: Peer, message: msg.Stopped) -> list[ev.Event]:
         self._running(peer, message.rollout_id)
+        self._check_length(message.rollout_id, message.num_tokens)
         self._settle(peer, message.rollout_id)
         return [ev.RolloutStopped(message.rollout_id, message.num_tokens)]
 

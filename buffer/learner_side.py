@@ -22,6 +22,7 @@ from buffer.wire import messages as msg
 from darts import events as ev
 
 SAMPLED_GROUPS = 2  # per step, written to samples.jsonl
+MAX_VERSIONS_AHEAD = 1000  # of a publication, if those between were lost with a buffer
 ALIVE_S = 3.0  # a learner heard within this time is alive: it sends a heartbeat each second
 
 
@@ -124,8 +125,9 @@ class LearnerSide:
             run.rewind(hello.step)
         self.forget_step()
         self._num_trained, self._trained_metrics = 0, {}
-        run.learner = Learner(hello.incarnation, hello.num_ranks)
-        run.log.note(run.learner, run.now())
+        learner = Learner(hello.incarnation, hello.num_ranks, hello.vocab_size)
+        run.set_learner(learner)
+        run.log.note(learner, run.now())
         run.say(f"learner joined with {hello.num_ranks} rank(s) at step {hello.step}")
         return [*events, ev.LearnerJoined()]
 
@@ -229,7 +231,8 @@ class LearnerSide:
             "policy_version": records[0].shipped_version,
         }
         run.metrics.trained(self._num_trained)
-        row |= run.metrics.row(records) | self._trained_metrics | run.probes.row()
+        # The learner's own come first, so that none of them can replace one of the buffer's.
+        row = self._trained_metrics | row | run.metrics.row(records) | run.probes.row()
         row["wait/learner_s"] = self._waited_s
         row["wait/learner_frac"] = min(1.0, self._waited_s / max(1e-9, now - self._row_s))
         row["data/skipped_prompts"] = run.skipped.num_skipped
@@ -283,10 +286,11 @@ class LearnerSide:
 
     def _published(self, peer: Peer, message: msg.Published) -> list[ev.Event]:
         run, version = self.run, message.policy.version
-        if version <= run.core.policy_version:
+        newest = run.core.policy_version
+        if not newest < version <= newest + MAX_VERSIONS_AHEAD:
             raise ev.ProtocolError(
-                f"{peer.name} published version {version} after {run.core.policy_version}: "
-                "versions grow"
+                f"{peer.name} published version {version} after {newest}: versions grow, "
+                f"by {MAX_VERSIONS_AHEAD} at most"
             )
         run.policy = message.policy
         run.log.note(Policy(message.policy), run.now())

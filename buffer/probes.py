@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from buffer.wire.messages import Probed
 from buffer.wire.probe import BROKEN_SWAP, OTHER_NUMBERS, allowed_difference, difference
 from configs.schema import Config
+from darts.events import ProtocolError
 
 BASE_VERSION = -1  # what an engine starts with: `model.path`, as version 0
 NUM_KEPT = 8  # versions; an engine that is further behind is compared at its next one
@@ -45,11 +46,19 @@ class Probes:
             del self._of_learner[old]
 
     def probed(self, engine_id: str, message: Probed) -> Comparison | None:
-        """Compare an engine's. None if the learner's are not known. Raises `ProbeFailed`."""
+        """Compare an engine's. None if the learner's are not known.
+
+        Raises `ProbeFailed`, or `ProtocolError` if it is not of the probe's tokens.
+        """
         base = message.version == BASE_VERSION
         expected = self._of_learner.get(0 if base else message.version)
         if not expected:
             return None
+        if len(message.logprobs) != len(expected):
+            raise ProtocolError(
+                f"engine {engine_id} sends {len(message.logprobs)} bytes of log-probabilities of "
+                f"the probe; the learner sent {len(expected)}"
+            )
         nats = difference(message.logprobs, expected)
         if not nats <= self._allowed:
             self._fail(engine_id, message, nats)

@@ -35,7 +35,7 @@ def replay(
             case Policy(policy):
                 run.policy = policy
             case Learner():
-                run.learner = entry
+                run.set_learner(entry)
             case Trained():
                 trained(entry)
             case Rewound(step):

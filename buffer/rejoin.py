@@ -14,8 +14,6 @@ from darts import events as ev
 from darts.core import Core
 from darts.state.groups import Rollout
 
-MAX_NAME = 200  # characters of an engine's name and of its incarnation
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reconciled:
@@ -41,20 +39,6 @@ def reconcile(in_flight: Mapping[int, bool], listed: Collection[int]) -> Reconci
         stopped=[i for i in cancelled if i not in listed],
         forget=[i for i in listed if i not in in_flight],
     )
-
-
-def check_hello(hello: EngineHello) -> None:
-    """Raise ProtocolError if no correct engine says so."""
-    for what, name in (("named", hello.engine_id), ("of incarnation", hello.incarnation)):
-        if not (1 <= len(name) <= MAX_NAME and name.isprintable()):
-            raise ev.ProtocolError(
-                f"an engine {what} {name[:MAX_NAME]!r}: 1 to {MAX_NAME} printable characters "
-                "are allowed"
-            )
-    if hello.slots < 1:
-        raise ev.ProtocolError(
-            f"engine {hello.engine_id} offers {hello.slots} slots; at least 1 is needed"
-        )
 
 
 def is_same_process(incarnation: str, hello: EngineHello, core: Core) -> bool:

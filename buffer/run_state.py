@@ -66,13 +66,15 @@ class RunState:
         state = self.recovered.checkpoint.buffer
         self.step = state.step if state else 0
         self.policy: msg.SnapshotRef | None = state.policy if state else None
-        self.learner: Learner | None = state.learner if state else None
+        self.learner: Learner | None = None
         self.prompts = OutstandingPrompts(sources.train, state.cursor if state else None)
         self.skipped = SkippedPrompts(
             config.data.max_skipped_frac, state.num_skipped if state else 0
         )
         self.eval_payloads = {p.prompt_id: p for p in sources.eval_prompts}
-        self.store = TrajectoryStore(config.buffer.max_bytes)
+        self.store = TrajectoryStore(config.buffer.max_bytes, config.model.max_context)
+        if state and state.learner:
+            self.set_learner(state.learner)
         self.rows = run_files.repair(self.folder, state.groups_bytes if state else 0)
         self.files = run_files.RunFiles(self.folder, self._trackers)
         self.metrics = Metrics()
@@ -123,6 +125,11 @@ class RunState:
             self._changed = []
         config = core_config(self.config)
         return [ev.SettingsChanged(config)] if config != self.core.config else []
+
+    def set_learner(self, learner: Learner) -> None:
+        """A learner is there; its vocabulary bounds the token ids of every engine."""
+        self.learner = learner
+        self.store.vocab_size = learner.vocab_size
 
     # The core
     # ---------------------------------------------------------------------------------------

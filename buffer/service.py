@@ -28,10 +28,12 @@ from buffer.deadlines import Deadlines
 from buffer.engine_side import EngineSide
 from buffer.evaluation import Evaluation
 from buffer.learner_side import LearnerSide
+from buffer.peers import Peer
 from buffer.records.live_state import live_state
 from buffer.recovery import replay, restore_tokens
 from buffer.run_state import RunFailed, RunState
 from buffer.wire import messages as msg
+from buffer.wire.transport import Violation
 from configs.schema import Config
 from darts import events as ev
 
@@ -180,8 +182,10 @@ class Service:
     # Messages
     # -----------------------------------------------------------------------------------------
 
-    def _receive(self, identity: bytes, message: msg.Message) -> None:
+    def _receive(self, identity: bytes, message: msg.Message | Violation) -> None:
         """Handle one message. A message that breaks the protocol ends its peer, not the run."""
+        if isinstance(message, Violation):
+            return self._violated(identity, message)
         if isinstance(message, (msg.EngineHello, msg.LearnerHello)):
             return self._greet(identity, message)
         peer = self.run.peers.heard(identity, time.monotonic())
@@ -195,9 +199,21 @@ class Service:
         try:
             self._apply(side.handle(peer, message))
         except ev.ProtocolError as error:
-            self.run.warn(f"{peer.name} broke the protocol and is dismissed: {error}")
-            self.run.send(peer, msg.Shutdown(error=f"protocol error: {error}"))
-            self._apply(side.lose(peer, "protocol error", keep_tokens=False))
+            self._dismiss(peer, str(error))
+
+    def _dismiss(self, peer: Peer, error: str) -> None:
+        self.run.warn(f"{peer.name} broke the protocol and is dismissed: {error}")
+        self.run.send(peer, msg.Shutdown(error=f"protocol error: {error}"))
+        side = self.engines if peer.engine_id else self.learner
+        self._apply(side.lose(peer, "protocol error", keep_tokens=False))
+
+    def _violated(self, identity: bytes, violation: Violation) -> None:
+        """A stranger is told too: it may be of another version, or configured wrongly."""
+        peer = self.run.peers.by_identity.get(identity)
+        if peer is not None:
+            self._dismiss(peer, violation.error)
+        else:
+            self.run.router.send(identity, msg.Shutdown(error=f"refused: {violation.error}"))
 
     def _greet(self, identity: bytes, hello: msg.EngineHello | msg.LearnerHello) -> None:
         try:

@@ -13,6 +13,7 @@ by `learner.train`.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -57,11 +58,12 @@ class BufferSession:
         rank: int,
         num_ranks: int,
         incarnation: str,
+        vocab_size: int,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self._stop_requested = stop_requested
         self._config, self._rank, self._num_ranks = config, rank, num_ranks
-        self._incarnation = incarnation
+        self._incarnation, self._vocab_size = incarnation, vocab_size
         self._step = 0
         self._published: Published | None = None
         self.link = LearnerLink(
@@ -92,8 +94,12 @@ class BufferSession:
             self._reconnect(error)
 
     def trained(self, step: int, num_tokens: int, metrics: dict[str, float]) -> None:
-        """Report a step trained on `num_tokens`. Returns once the buffer has recorded it."""
-        report = Trained(step=step, num_tokens=num_tokens, metrics=metrics)
+        """Report a step trained on `num_tokens`. Returns once the buffer has recorded it.
+
+        A metric that is not finite, such as a ratio that overflowed, is left out of the records.
+        """
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        report = Trained(step=step, num_tokens=num_tokens, metrics=finite)
         self._ask(report, Acknowledged, step)
 
     def wait_for_the_end(self) -> None:
@@ -159,6 +165,7 @@ class BufferSession:
             num_ranks=self._num_ranks,
             step=self._step,
             pid=os.getpid(),
+            vocab_size=self._vocab_size,
             incarnation=self._incarnation,
             resumed=self._config.run.resume,
             take_over=self._config.learner.take_over,

@@ -93,8 +93,11 @@ def run_rank(
         if config.run.resume:
             _resume(state)
         incarnation = draw_incarnation(device, rank)
+        vocab_size = state.model.config.get_text_config().vocab_size
         with (
-            BufferSession(config, rank, num_ranks, incarnation, stop_requested) as session,
+            BufferSession(
+                config, rank, num_ranks, incarnation, vocab_size, stop_requested
+            ) as session,
             WeightPublisher(config, rank) as publisher,
         ):
             _join(state, session)

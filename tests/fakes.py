@@ -593,6 +593,7 @@ class FakeLearner(threading.Thread):
             step=self.step,
             pid=id(self) % 10**6,
             incarnation=f"{id(self):x}",
+            vocab_size=100,
             resumed=True,
         )
         with LearnerLink(self.address, "learner/0", peer_timeout_s=10) as link:

@@ -81,13 +81,12 @@ class ReasoningGymSource:
 
     def __init__(self, key: str, task: str, size: int, seed: int) -> None:
         reasoning_gym = import_extra("reasoning_gym", f"{key}=reasoning_gym:{task}", "data")
-        from reasoning_gym.factory import DATASETS
-
-        if task not in DATASETS:
-            near = ", ".join(difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)) or "none"
+        tasks = list[str](reasoning_gym.factory.DATASETS)
+        if task not in tasks:
+            near = ", ".join(difflib.get_close_matches(task, tasks, n=3, cutoff=0.5)) or "none"
             raise ValueError(
                 f"{key}=reasoning_gym:{task}: reasoning-gym has no task {task!r}; near ones: "
-                f"{near}; it has {len(DATASETS)}"
+                f"{near}; it has {len(tasks)}"
             )
         self.name, self.size = f"{key}=reasoning_gym:{task}", size
         self._held_out: set[str] = set()

@@ -62,10 +62,8 @@ class PromptStream:
     def _next(self) -> PromptPayload:
         epoch, place = divmod(self.position, self.source.size)
         if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                np.random.default_rng([self.seed, epoch]).permutation(self.source.size),
-            )
+            rng = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._order = epoch, rng.permutation(self.source.size)
         payload = self.source[int(self._order[place])]
         self.position += 1
         return payload

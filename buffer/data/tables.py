@@ -125,7 +125,8 @@ def _payload(where: str, row: Any, data: DataConfig) -> PromptPayload:
 
 def _field(row: dict[str, Any], key: str, name: str) -> Any:
     """The value of a column, or of a field inside one: `reward_model.ground_truth`."""
-    value, parts = row, [name] if name in row else name.split(".")
+    value: Any = row
+    parts = [name] if name in row else name.split(".")
     for number, part in enumerate(parts):
         fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
         if part not in fields:

@@ -38,6 +38,7 @@ class Learner(msgspec.Struct, frozen=True, tag=True):
 
     incarnation: str
     num_ranks: int
+    vocab_size: int
 
 
 class BufferState(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,8 @@ from buffer.records.token_log import Piece, StoredRollout, TokenLog
 from buffer.wire.messages import Chunk, Trajectory
 from darts.events import ProtocolError
 
+MAX_VOCAB_SIZE = 2**31  # of int32
+
 
 class TrajectoryStore:
     """The tokens, log-probabilities and versions of rollouts in flight, or finished and not yet
@@ -24,8 +26,10 @@ class TrajectoryStore:
     still taken, since dropping them would waste decoding already done.
     """
 
-    def __init__(self, max_bytes: int, log: TokenLog | None = None) -> None:
+    def __init__(self, max_bytes: int, max_context: int, log: TokenLog | None = None) -> None:
         self.max_bytes = max_bytes
+        self.max_context = max_context  # tokens of one rollout, prompt included
+        self.vocab_size = MAX_VOCAB_SIZE  # until a learner has said what it is
         self.log = log
         self.ended: list[int] = []  # discarded here, and to be discarded in the log
         self.bytes_held = 0  # payload bytes of tokens and log-probabilities, exactly
@@ -61,12 +65,17 @@ class TrajectoryStore:
         correct engine sends.
         """
         rollout = self._rollout(chunk.rollout_id)
-        _check(chunk)
+        _check(chunk, self.vocab_size)
         end = rollout.num_tokens if end is None else end
         if not 0 <= chunk.offset <= end:
             raise ProtocolError(
                 f"rollout {chunk.rollout_id}: a chunk begins at token {chunk.offset}, "
                 f"but {end} tokens came before it"
+            )
+        if chunk.offset + len(chunk.tokens) // 4 > self.max_context:
+            raise ProtocolError(
+                f"rollout {chunk.rollout_id} has {chunk.offset + len(chunk.tokens) // 4} tokens, "
+                f"prompt included; model.max_context={self.max_context} is the limit"
             )
         num_repeated = min(end - chunk.offset, len(chunk.tokens) // 4)
         if num_repeated:
@@ -193,7 +202,7 @@ def _runs_within(rollout: StoredRollout, start: int, end: int) -> Iterable[tuple
         position += num_tokens
 
 
-def _check(chunk: Chunk) -> None:
+def _check(chunk: Chunk, vocab_size: int) -> None:
     where = f"rollout {chunk.rollout_id}: a chunk's"
     if len(chunk.tokens) % 4:
         raise ProtocolError(
@@ -208,8 +217,11 @@ def _check(chunk: Chunk) -> None:
         raise ProtocolError(
             f"{where} logprobs are {len(chunk.logprobs)} bytes; expected {expected}"
         )
-    if chunk.tokens and np.frombuffer(chunk.tokens, "<i4").min() < 0:
-        raise ProtocolError(f"{where} tokens hold a negative id; ids are 0 or more")
+    if chunk.tokens and np.frombuffer(chunk.tokens, "<u4").max() >= vocab_size:
+        raise ProtocolError(
+            f"{where} tokens hold an id that is negative or not below the vocabulary's size, "
+            f"{vocab_size}: the learner has no embedding for it"
+        )
     if chunk.sampled:
         if chunk.version < 0:
             raise ProtocolError(

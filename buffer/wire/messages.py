@@ -1,8 +1,8 @@
 """Every message on the wire: one tagged union per sender, named by who sends it to whom.
 
-Encoded as msgpack against these types (unknown fields and wrong types are refused, nothing is
-unpickled). Tokens, log-probabilities and masks travel as little-endian arrays: `tokens` int32,
-`logprobs` float32.
+Encoded as msgpack against these types: unknown fields, wrong types and values out of bounds are
+refused, and nothing is unpickled. Tokens, log-probabilities and masks travel as little-endian
+arrays: `tokens` int32, `logprobs` float32.
 """
 
 # It does not know that msgspec structs inherit frozen=True:
@@ -10,25 +10,55 @@ unpickled). Tokens, log-probabilities and masks travel as little-endian arrays: 
 
 from __future__ import annotations
 
-from typing import Union
+from typing import Annotated, Union
 
 import msgspec
+from msgspec import Meta
 
+LINE_CHARS = 4000  # of an error; its sender cuts it
+TEXT_CHARS = 8000  # of a response, which its sender cuts, too
+MAX_CHUNKS = 100_000  # of one `Progress`
 MAX_REWARD = 1e6  # and the least is its negative
+
+# A peer's values are bounded by their types, so that the decoder refuses all others. No bound admits
+# NaN. A pattern ends with \Z, because $ also matches before a last newline.
+Whole = Annotated[int, Meta(ge=0, le=2**53)]  # ids, steps, counts
+Version = Annotated[int, Meta(ge=-1, le=2**40)]  # -1: none yet
+Slots = Annotated[int, Meta(ge=1, le=2**16)]
+VocabSize = Annotated[int, Meta(ge=1, le=2**31)]
+NumBytes = Annotated[int, Meta(ge=0, le=2**42)]
+Reward = Annotated[float, Meta(ge=-MAX_REWARD, le=MAX_REWARD)]
+Amount = Annotated[float, Meta(ge=0, le=1e12)]  # seconds, tokens per second
+Share = Annotated[float, Meta(ge=0, le=2)]  # cancelled requests may still decode beside new ones
+Name = Annotated[str, Meta(max_length=200, pattern=r"^[ -~]+\Z")]  # printable ASCII
+OptionalName = Annotated[str, Meta(max_length=200, pattern=r"^[ -~]*\Z")]
+Line = Annotated[str, Meta(max_length=LINE_CHARS)]
+Text = Annotated[str, Meta(max_length=TEXT_CHARS)]
+Place = Annotated[str, Meta(max_length=4096)]  # an address or a path
+Digest = Annotated[str, Meta(pattern=r"^(?:[0-9a-f]{64})?\Z")]  # sha256 in hex, or ""
+ProbeLogprobs = Annotated[bytes, Meta(max_length=1 << 16)]
+MetricName = Annotated[str, Meta(max_length=100, pattern=r"^[a-z0-9_]+/[a-z0-9_/]+\Z")]
+Metrics = Annotated[
+    dict[MetricName, Annotated[float, Meta(ge=-1e300, le=1e300)]], Meta(max_length=1000)
+]
 
 
 class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Base of everything that travels."""
 
+    def _cut(self, field: str, most: int) -> None:
+        """Keep the beginning of a text that its receiver would refuse for its length."""
+        msgspec.structs.force_setattr(self, field, getattr(self, field)[:most])
+
 
 class SnapshotRef(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The address of an immutable weight snapshot, and the means to verify it."""
 
-    version: int
-    digest: str  # sha256 of the safetensors bytes, hex
-    num_bytes: int
-    address: str  # zmq endpoint that serves it, or "" for the file transport
-    path: str  # file that holds it, or "" for the zmq transport
+    version: Version
+    digest: Digest  # of the safetensors bytes
+    num_bytes: NumBytes
+    address: Place  # zmq endpoint that serves it, or "" for the file transport
+    path: Place  # file that holds it, or "" for the zmq transport
 
 
 class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -39,10 +69,10 @@ class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     was given as `LaunchedRollout.prefix` follow the prompt.
     """
 
-    rollout_id: int
-    offset: int
+    rollout_id: Whole
+    offset: Whole
     sampled: bool
-    version: int
+    version: Version
     tokens: bytes
     logprobs: bytes
 
@@ -60,8 +90,11 @@ class Shutdown(Message):
     `restart`: the peer itself stands still; its process is to be started again.
     """
 
-    error: str
+    error: Line
     restart: bool = False
+
+    def __post_init__(self) -> None:
+        self._cut("error", LINE_CHARS)
 
 
 class HelloAgain(Message):
@@ -83,20 +116,20 @@ class EngineHello(Message):
     run: the run that this link has served before, "" for none; a buffer of another run refuses it.
     """
 
-    engine_id: str
-    engine_type: str  # engines of one type share a latency curve, e.g. "cpu/float32/tp1"
-    slots: int
-    policy_version: int
-    pid: int
-    incarnation: str
-    rollouts: list[int] = []
-    run: str = ""
+    engine_id: Name
+    engine_type: Name  # engines of one type share a latency curve, e.g. "cpu/float32/tp1"
+    slots: Slots
+    policy_version: Version
+    pid: Whole
+    incarnation: Name
+    rollouts: Annotated[list[Whole], Meta(max_length=MAX_CHUNKS)] = []
+    run: OptionalName = ""
 
 
 class Progress(Message):
     """Chunks decoded since the last report, in order."""
 
-    chunks: list[Chunk]
+    chunks: Annotated[list[Chunk], Meta(max_length=MAX_CHUNKS)]
 
 
 class Finished(Message):
@@ -106,11 +139,14 @@ class Finished(Message):
     `sampling.max_tokens` or the end of the context.
     """
 
-    rollout_id: int
-    num_tokens: int
+    rollout_id: Whole
+    num_tokens: Whole
     truncated: bool
-    reward: float
-    text: str  # the response as text, for samples.jsonl; may be cut
+    reward: Reward
+    text: Text  # the response as text, for samples.jsonl; may be cut
+
+    def __post_init__(self) -> None:
+        self._cut("text", TEXT_CHARS)
 
 
 class Failed(Message):
@@ -118,9 +154,12 @@ class Failed(Message):
     place and the fix.
     """
 
-    rollout_id: int
-    error: str
+    rollout_id: Whole
+    error: Line
     unusable: bool = False  # its prompt does not fit the context: no retry can help
+
+    def __post_init__(self) -> None:
+        self._cut("error", LINE_CHARS)
 
 
 class Stopped(Message):
@@ -129,48 +168,48 @@ class Stopped(Message):
     `num_tokens` were sampled until it stopped.
     """
 
-    rollout_id: int
-    num_tokens: int
+    rollout_id: Whole
+    num_tokens: Whole
 
 
 class PolicyLoaded(Message):
     """The engine swapped in a snapshot: seconds to fetch it, and seconds that decoding paused."""
 
-    version: int
-    fetch_s: float
-    pause_s: float
+    version: Version
+    fetch_s: Amount
+    pause_s: Amount
 
 
 class VerifierReport(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """An engine's verifier: how busy it is now, and the verifications since the last report."""
 
-    num_workers: int = 0  # responses that can be verified at the same time
-    num_waiting: int = 0  # responses that wait for a free worker
-    num_busy: int = 0  # workers that verify
-    num_verified: int = 0  # verifications that ended, failures included
-    num_failed: int = 0  # of these, those without a reward, for any reason
-    num_timeouts: int = 0  # of these, those that exceeded data.verifier_timeout_s
-    queue_s: float = 0.0  # sum of the times that they had waited for a worker
-    time_s: float = 0.0  # sum of the times that they took
-    longest_s: float = 0.0
+    num_workers: Whole = 0  # responses that can be verified at the same time
+    num_waiting: Whole = 0  # responses that wait for a free worker
+    num_busy: Whole = 0  # workers that verify
+    num_verified: Whole = 0  # verifications that ended, failures included
+    num_failed: Whole = 0  # of these, those without a reward, for any reason
+    num_timeouts: Whole = 0  # of these, those that exceeded data.verifier_timeout_s
+    queue_s: Amount = 0.0  # sum of the times that they had waited for a worker
+    time_s: Amount = 0.0  # sum of the times that they took
+    longest_s: Amount = 0.0
 
 
 class EngineReport(Message):
     """The engine's measurements since its last report."""
 
-    batch: float  # mean number of requests decoding
-    ms_per_token: float  # mean time between two tokens of one request
-    tokens_per_s: float
-    busy_frac: float  # mean occupied slots / slots
+    batch: Amount  # mean number of requests decoding
+    ms_per_token: Amount  # mean time between two tokens of one request
+    tokens_per_s: Amount
+    busy_frac: Share  # mean occupied slots / slots
     verifier: VerifierReport = VerifierReport()
 
 
 class Probed(Message):
     """The probe's results under the engine's weights of `version` (`buffer.wire.probe`)."""
 
-    version: int  # -1: the weights that it started with
-    model_type: str
-    logprobs: bytes  # float32
+    version: Version  # -1: the weights that it started with
+    model_type: Name
+    logprobs: ProbeLogprobs  # float32
 
 
 EngineMessage = Union[
@@ -263,23 +302,25 @@ class LearnerHello(Message):
     incarnation: of this learner, the same over all its connections and ranks.
     resumed: it was started with run.resume, so it may continue records that exist.
     take_over: it replaces a learner that is still alive.
+    vocab_size: of its model; token ids are below it.
     """
 
-    rank: int
-    num_ranks: int
-    step: int
-    pid: int
-    incarnation: str = ""
+    rank: Whole
+    num_ranks: Whole
+    step: Whole
+    pid: Whole
+    vocab_size: VocabSize
+    incarnation: OptionalName = ""
     resumed: bool = False
     take_over: bool = False
-    run: str = ""  # as in `EngineHello`
+    run: OptionalName = ""  # as in `EngineHello`
 
 
 class Pull(Message):
     """Rank asks for its shard of `step`."""
 
-    rank: int
-    step: int
+    rank: Whole
+    step: Whole
 
 
 class Trained(Message):
@@ -288,24 +329,27 @@ class Trained(Message):
     Repeated until `Acknowledged`. Metrics by their `metrics.jsonl` names.
     """
 
-    step: int
-    num_tokens: int  # over all ranks, those that contributed to the gradient
-    metrics: dict[str, float]
+    step: Whole
+    num_tokens: Whole  # over all ranks, those that contributed to the gradient
+    metrics: Metrics
 
 
 class Published(Message):
     """A snapshot is ready to be fetched."""
 
     policy: SnapshotRef
-    seconds: float
-    probe: bytes = b""  # float32: its results under these weights (`buffer.wire.probe`)
+    seconds: Amount
+    probe: ProbeLogprobs = b""  # float32: its results under these weights (`buffer.wire.probe`)
 
 
 class LearnerFailed(Message):
     """The learner cannot go on; one line says why."""
 
-    rank: int
-    error: str
+    rank: Whole
+    error: Line
+
+    def __post_init__(self) -> None:
+        self._cut("error", LINE_CHARS)
 
 
 LearnerMessage = Union[LearnerHello, Pull, Trained, Published, LearnerFailed]
@@ -460,21 +504,21 @@ class LiveState(Message):
 class FetchSnapshot(Message):
     """Give me `num_bytes` of snapshot `version` from `offset`."""
 
-    version: int
-    offset: int
-    num_bytes: int
+    version: Version
+    offset: NumBytes
+    num_bytes: NumBytes
 
 
 class SnapshotChunk(Message):
     """A part of a snapshot's safetensors bytes."""
 
-    version: int
-    offset: int
+    version: Version
+    offset: NumBytes
     data: bytes
 
 
 class SnapshotGone(Message):
     """That version is no longer kept; `newest` is."""
 
-    version: int
+    version: Version
     newest: int

@@ -56,7 +56,7 @@ def largest(these: bytes, those: bytes) -> float:
 
 
 def _differences(these: bytes, those: bytes) -> np.ndarray:
-    left, right = np.frombuffer(these, "<f4"), np.frombuffer(those, "<f4")
-    if len(left) != len(right) or not len(left):
+    if len(these) != len(those) or not these or len(these) % 4:
         return np.array([np.inf])
+    left, right = np.frombuffer(these, "<f4"), np.frombuffer(those, "<f4")
     return np.nan_to_num(np.abs(left - right), nan=np.inf, posinf=np.inf)

@@ -89,8 +89,8 @@ class SnapshotServer:
     def _serve(self) -> None:
         while not self._closing.is_set():
             for peer, request in self._router.receive(0.1):
-                assert isinstance(request, FetchSnapshot)
-                self._router.send(peer, self._answer(request))
+                if isinstance(request, FetchSnapshot):
+                    self._router.send(peer, self._answer(request))
 
     def _answer(self, request: FetchSnapshot) -> SnapshotChunk | SnapshotGone:
         kept = self._kept

@@ -14,6 +14,7 @@ import ipaddress
 import re
 import time
 from collections import deque
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
 
@@ -45,6 +46,13 @@ def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
     wrong types.
     """
     return msgspec.msgpack.Decoder(kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """Received in place of a message that its type does not allow, or that is no message at all."""
+
+    error: str
 
 
 class TransportError(Exception):
@@ -263,11 +271,11 @@ class Router(_Server):
             time.sleep(BACKLOG_RETRY_S)
         super().close()
 
-    def receive(self, timeout_s: float) -> list[tuple[bytes, Message]]:
+    def receive(self, timeout_s: float) -> list[tuple[bytes, Message | Violation]]:
         """(peer, message) pairs, in order of arrival: waits up to `timeout_s` for the first, then
         takes those already there.
 
-        Messages that do not decode are counted in `num_rejected`. Frames above four times
+        Messages that do not decode are violations, and counted in `num_rejected`. Frames above four times
         MAX_FRAME_BYTES never get here: zmq closes the connection that sends them.
         """
         deadline = time.monotonic() + timeout_s
@@ -330,31 +338,31 @@ class Router(_Server):
             if not waiting:
                 del self._backlog[peer]
 
-    def _drain(self) -> list[tuple[bytes, Message]]:
-        received: list[tuple[bytes, Message]] = []
+    def _drain(self) -> list[tuple[bytes, Message | Violation]]:
+        received: list[tuple[bytes, Message | Violation]] = []
         for _ in range(MAX_PER_RECEIVE):
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            message = self._decoded(frames)
-            if message is None:
+            peer, message = frames[0], self._decoded(frames)
+            if isinstance(message, Violation):
                 self.num_rejected += 1
-                continue
-            peer = frames[0]
-            if isinstance(message, (EngineHello, LearnerHello)):
+            elif isinstance(message, (EngineHello, LearnerHello)):
                 self._lost.discard(peer)
                 self._backlog.pop(peer, None)
             received.append((peer, message))
         return received
 
-    def _decoded(self, frames: list[bytes]) -> Message | None:
-        if len(frames) != 2 or len(frames[1]) > MAX_FRAME_BYTES:
-            return None
+    def _decoded(self, frames: list[bytes]) -> Message | Violation:
+        if len(frames) != 2:
+            return Violation(f"a message of {len(frames) - 1} frames; each has one")
+        if len(frames[1]) > MAX_FRAME_BYTES:
+            return Violation(f"a message of {len(frames[1])} bytes; the limit is {MAX_FRAME_BYTES}")
         try:
             return self._decode(frames[1])
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-            return None
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            return Violation(f"a message that no peer of this version sends: {error}")
 
 
 class Publisher(_Server):

@@ -5,6 +5,7 @@ import socket as sockets
 import threading
 import time
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 
 import msgpack
@@ -40,7 +41,8 @@ from buffer.wire.snapshots import (
     fetch,
     write_snapshot,
 )
-from buffer.wire.transport import Publisher, Router, TransportError, encode, next_port
+from buffer.wire.transport import Publisher, Router, TransportError, Violation, encode, next_port
+from tests.fakes import chunk
 from tools.keys import make_keys
 
 LOOPBACK = "tcp://127.0.0.1:*"
@@ -237,10 +239,12 @@ def test_garbage_is_counted_and_harms_nobody(router, monkeypatch):
             bad.send_multipart(frames)
         bad.send(good)
         peer.send(good)
-        received = receive_all(router, 2)
-    assert sorted(received, key=lambda item: item[0]) == [
+        received = receive_all(router, 2 + len(garbage))
+    assert sorted((i for i in received if not isinstance(i[1], Violation)), key=itemgetter(0)) == [
         (name, Stopped(rollout_id=1, num_tokens=3)) for name in (b"bad", b"good")
     ]
+    refused = [peer for peer, message in received if isinstance(message, Violation)]
+    assert refused == [b"bad"] * len(garbage)
     assert router.num_rejected == len(garbage)
 
 
@@ -304,7 +308,7 @@ def test_a_learner_gets_its_shard(router):
     )
     with Serving(router) as serving, LearnerLink(router.address, "learner/0") as link:
         assert link.connect(
-            LearnerHello(rank=0, num_ranks=1, step=0, pid=1), SOON_S
+            LearnerHello(rank=0, num_ranks=1, step=0, pid=1, vocab_size=100), SOON_S
         ) == LearnerWelcome(policy_version=3)
         link.send(Pull(rank=0, step=0))
         wait_until(lambda: serving.heard == [Pull(rank=0, step=0)])
@@ -344,15 +348,7 @@ def test_closing_a_link_delivers_what_was_sent(monkeypatch, link_queue):
         with Serving(router):
             link.connect(HELLO, SOON_S)
         for number in range(40):
-            link.send(
-                Finished(
-                    rollout_id=number,
-                    num_tokens=3,
-                    truncated=False,
-                    reward=0.0,
-                    text="." * 1_000_000,
-                )
-            )
+            link.send(Progress(chunks=[chunk(number, 0, [5] * 125_000, 0)]))
         closing = threading.Thread(target=link.close)
         closing.start()
         time.sleep(0.2)
@@ -360,9 +356,9 @@ def test_closing_a_link_delivers_what_was_sent(monkeypatch, link_queue):
         deadline = time.monotonic() + SOON_S
         while len(finished) < 40 and time.monotonic() < deadline:
             finished += [
-                message.rollout_id
+                message.chunks[0].rollout_id
                 for _, message in router.receive(0.05)
-                if isinstance(message, Finished)
+                if isinstance(message, Progress)
             ]
         closing.join()
     assert finished == list(range(40))
@@ -453,7 +449,11 @@ def test_a_link_sends_heartbeats_by_itself(router):
 
 @pytest.mark.parametrize("role", ["engine", "learner"])
 def test_a_buffer_that_does_not_know_a_link_has_it_join_again(router, role):
-    hello = HELLO if role == "engine" else LearnerHello(rank=0, num_ranks=1, step=0, pid=1)
+    hello = (
+        HELLO
+        if role == "engine"
+        else LearnerHello(rank=0, num_ranks=1, step=0, pid=1, vocab_size=100)
+    )
     link = (EngineLink if role == "engine" else LearnerLink)(router.address, role)
     with Serving(router) as serving, link:
         link.connect(hello, SOON_S)
@@ -718,7 +718,7 @@ def test_a_late_answer_is_asked_for_again(monkeypatch):
             if request.offset in forgotten:
                 return message
             forgotten.add(request.offset)
-            return type(message)(version=-5, offset=message.offset, data=b"")
+            return type(message)(version=9, offset=message.offset, data=b"")
 
         monkeypatch.setattr(server, "_answer", forgetful)
         assert fetch(server.publish(0, data), timeout_s=SOON_S) == data
@@ -737,6 +737,8 @@ def test_absurd_requests_harm_no_server():
     with SnapshotServer(LOOPBACK) as server, raw_dealer(server.address) as dealer:
         ref = server.publish(0, b"weights")
         for offset, num_bytes in ((-1, 3), (0, -1), (2**62, 2**62), (0, 2**63 - 1)):
+            dealer.send(encode(FetchSnapshot(version=0, offset=offset, num_bytes=num_bytes)))
+        for offset, num_bytes in ((2**42, 2**42), (0, 2**42)):
             dealer.send(encode(FetchSnapshot(version=0, offset=offset, num_bytes=num_bytes)))
             assert dealer.poll(SOON_S * 1000)
             assert len(msgpack.unpackb(dealer.recv())["data"]) <= 7

@@ -70,7 +70,7 @@ class Learner(threading.Thread):
     def __init__(self, config: Config, incarnation: str, step: int = 0, version: int = -1) -> None:
         super().__init__(daemon=True)
         self.config, self.step, self.version = config, step, version
-        self.session = BufferSession(config, 0, 1, incarnation, lambda: self.stopped)
+        self.session = BufferSession(config, 0, 1, incarnation, 100, lambda: self.stopped)
         self.stopped = False
         self.trained: list[tuple[int, set[int]]] = []
         self.shards: list[msg.Shard] = []

@@ -479,7 +479,7 @@ def test_what_another_run_left_behind_is_refused(
     engine_hello = msg.EngineHello(
         engine_id="e", engine_type="fake", slots=4, policy_version=-1, pid=1, incarnation="a"
     )
-    learner_hello = msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=1)
+    learner_hello = msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=1, vocab_size=100)
     with (
         EngineLink(address, "e", peer_timeout_s=10) as engine_link,
         LearnerLink(address, "learner/0", peer_timeout_s=10) as learner_link,
@@ -492,7 +492,9 @@ def test_what_another_run_left_behind_is_refused(
         with pytest.raises(TransportError, match="another run"):
             engine_link.connect(engine_hello, 10)
         with pytest.raises(TransportError, match="another run"):
-            learner_link.connect(msg.LearnerHello(rank=0, num_ranks=1, step=3, pid=1), 10)
+            learner_link.connect(
+                msg.LearnerHello(rank=0, num_ranks=1, step=3, pid=1, vocab_size=100), 10
+            )
     engine, learner = FakeEngine(address, "e"), FakeLearner(address, STEPS)
     engine.start()
     learner.start()
@@ -542,14 +544,14 @@ def test_engine_with_an_impossible_hello_is_refused_and_the_run_goes_on(
     )
     with (
         EngineLink(address, "bad", peer_timeout_s=10) as link,
-        pytest.raises(TransportError, match="at least 1 is needed"),
+        pytest.raises(TransportError, match="slots"),
     ):
         link.connect(hello, 10)
     with (
         LearnerLink(address, "learner/7", peer_timeout_s=10) as link,
         pytest.raises(TransportError, match="rank 7 of 2"),
     ):
-        link.connect(msg.LearnerHello(rank=7, num_ranks=2, step=0, pid=1), 10)
+        link.connect(msg.LearnerHello(rank=7, num_ranks=2, step=0, pid=1, vocab_size=100), 10)
     engine, learner = FakeEngine(address, "e"), FakeLearner(address, STEPS)
     engine.start()
     learner.start()

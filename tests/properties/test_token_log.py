@@ -60,7 +60,7 @@ class TokenMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.disk, self.next_id, self.next_token = MemoryDisk(), 0, 0
         self.at_fuse: random.Random | None = None
-        self.store = TrajectoryStore(max_bytes=1 << 30)
+        self.store = TrajectoryStore(max_bytes=1 << 30, max_context=1 << 20)
         self.promised: dict[int, int] = {}
         self.log, found = TokenLog.open(FOLDER, set(), segment_bytes=SEGMENT_BYTES, disk=self.disk)
         assert found == {}
@@ -156,7 +156,7 @@ class TokenMachine(RuleBasedStateMachine):
             assert len(rollout.tokens) >= self.promised.get(rollout_id, 0)
             if len(rollout.tokens) == len(whole.tokens) and rng is None:
                 assert rollout.runs == whole.runs
-        restored = TrajectoryStore(max_bytes=1 << 30)
+        restored = TrajectoryStore(max_bytes=1 << 30, max_context=1 << 20)
         for rollout_id, rollout in found.items():
             restored.open(rollout_id, rollout.group_id, None)
             held = restored._rollouts[rollout_id]

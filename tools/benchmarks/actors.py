@@ -308,7 +308,7 @@ def _acknowledge(
     with SnapshotServer(config.weights.address, config.buffer.keys) as server:
         with LearnerLink(config.buffer.address, "learner/0", config.buffer.keys) as link:
             link.connect(
-                msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=os.getpid()),
+                msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=os.getpid(), vocab_size=2**31),
                 config.buffer.connect_timeout_s,
             )
             link.send(msg.Published(policy=server.publish(0, snapshot), seconds=0.0))

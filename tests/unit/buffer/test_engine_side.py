@@ -11,6 +11,7 @@ from buffer.peers import Peer
 from buffer.records.live_state import live_state
 from buffer.service import Service
 from buffer.wire import messages as msg
+from buffer.wire.transport import Violation
 from configs import cli
 from darts import events as ev
 from tests.fakes import chunk
@@ -116,13 +117,65 @@ def test_an_impossible_version_is_refused_before_anything_is_stored(
     assert engines(service) == {"b"}
 
 
-@pytest.mark.parametrize("name", ["", "x" * 300, "a\nb"])
-def test_a_name_that_cannot_be_shown_is_refused(service: Service, name: str) -> None:
-    hello = msg.EngineHello(
-        engine_id=name, engine_type="t", slots=1, policy_version=0, pid=1, incarnation=INCARNATION
+def test_a_violation_dismisses_its_speaker_alone(service: Service) -> None:
+    mine = of(service, "a")
+    service._receive(b"a", msg.Progress(chunks=[sampled(mine, 3)]))
+    service._receive(b"a", Violation("a reward of NaN"))
+    service._receive(b"stranger", Violation("no message at all"))
+    assert engines(service) == {"b"}
+    assert mine not in service.run.store
+
+
+def test_lengths_beyond_the_limit_dismiss_their_speaker(service: Service) -> None:
+    over = {"num_tokens": 41}
+    service._receive(b"a", msg.Stopped(rollout_id=of(service, "a"), **over))
+    assert engines(service) == {"b"}
+    finished = msg.Finished(
+        rollout_id=of(service, "b"), truncated=False, reward=0.0, text="", **over
     )
-    service._receive(b"new", hello)
-    assert engines(service) == {"a", "b"}
+    service._receive(b"b", finished)
+    assert engines(service) == set()
+
+
+def test_a_token_beyond_the_learners_vocabulary_dismisses_its_speaker(service: Service) -> None:
+    service._greet(b"l", msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=1, vocab_size=7))
+    service._receive(b"a", msg.Progress(chunks=[sampled(of(service, "a"), 1)]))  # of id 7
+    assert engines(service) == {"b"}
+
+
+def test_a_probe_of_other_tokens_dismisses_its_engine_and_no_run(service: Service) -> None:
+    service.run.probes.published(0, b"12345678")
+    probed = msg.Probed(version=0, model_type="t", logprobs=b"12345")
+    service._receive(b"a", probed)
+    assert engines(service) == {"b"}
+
+
+@pytest.mark.parametrize("version", [0, 1001 + 1])
+def test_an_implausible_publication_dismisses_the_learner(service: Service, version: int) -> None:
+    service._greet(b"l", msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=1, vocab_size=7))
+    policy = msg.SnapshotRef(version=version, digest="", num_bytes=0, address="", path="x")
+    service._receive(b"l", msg.Published(policy=policy, seconds=0.0))
+    assert service.run.core.policy_version == 0
+    assert service.run.peers.ranks() == []
+
+
+def test_a_learners_metric_replaces_none_of_the_buffers(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.run.metrics, "row", lambda records: {"tokens/trained": 0})
+    service.learner._trained_metrics = {"tokens/trained": -5.0, "train/loss": 0.5}
+    record = ev.GroupRecord(
+        group_id=0,
+        prompt_id="p",
+        opened_version=0,
+        shipped_version=0,
+        budget=2,
+        long_end="survivor",
+        end="shipped",
+        rollouts=(),
+    )
+    row = service.learner._finish_step([record])
+    assert (row["step"], row["train/loss"], row["tokens/trained"]) == (0, 0.5, 0)
 
 
 def test_a_second_name_on_one_connection_ends_the_first(service: Service) -> None:

@@ -169,15 +169,3 @@ def test_a_heartbeat_of_an_unknown_connection_is_answered_by_hello_again(scene: 
         scene.service._receive(b"stranger", message)
     scene.service._receive(b"1", msg.Heartbeat())
     assert scene.sent == [(b"stranger", msg.HelloAgain())]
-
-
-@pytest.mark.parametrize("incarnation", ["", "x" * 300, "a\n"])
-def test_an_incarnation_must_be_a_name(scene: Scene, incarnation: str) -> None:
-    scene.sent.clear()
-    hello = msg.EngineHello(
-        engine_id="e", engine_type="t", slots=4, policy_version=0, pid=1, incarnation=incarnation
-    )
-    scene.service._receive(b"2", hello)
-    ((to, answer),) = scene.sent
-    assert to == b"2" and isinstance(answer, msg.Shutdown)
-    assert "of incarnation" in answer.error and "e" in scene.run.core.engines.by_id

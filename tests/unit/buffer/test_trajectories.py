@@ -57,7 +57,7 @@ def finish(store, rollout_id):
 
 @pytest.fixture
 def store():
-    return TrajectoryStore(max_bytes=10_000)
+    return TrajectoryStore(max_bytes=10_000, max_context=1 << 20)
 
 
 def test_a_trajectory_is_its_chunks_in_order(store):
@@ -220,10 +220,13 @@ def test_the_lost_rollout_and_its_heir_share_nothing(store):
         (sampled_chunk(1, [5], version=-1), "version is -1"),
         (sampled_chunk(1, [5, 6], logprobs=[-1.0, float("nan")]), "not finite"),
         (sampled_chunk(1, [5], logprobs=[float("-inf")]), "not finite"),
-        (sampled_chunk(1, [-5]), "negative id"),
+        (sampled_chunk(1, [-5]), "an id that is negative"),
+        (sampled_chunk(1, [100]), "not below the vocabulary's size, 100"),
+        (sampled_chunk(1, [5] * 16), "max_context=16 is the limit"),
     ],
 )
 def test_a_malformed_chunk_is_refused_and_changes_nothing(store, chunk, complaint):
+    store.vocab_size, store.max_context = 100, 16
     store.open(1, 0, None)
     take(store, sampled_chunk(1, [5]))
     with pytest.raises(ProtocolError, match=f"rollout 1.*{complaint}"):
@@ -258,7 +261,7 @@ OPERATIONS = st.lists(
 
 @given(OPERATIONS)
 def test_bytes_held_is_exact_whatever_happens(operations):
-    store, next_id, ids = TrajectoryStore(max_bytes=1), 0, []
+    store, next_id, ids = TrajectoryStore(max_bytes=1, max_context=1 << 20), 0, []
     for what, which, size in operations:
         target = ids[which % len(ids)] if ids else None
         if what == "open" or (what == "continue" and target is not None):
@@ -290,7 +293,7 @@ def test_bytes_held_is_exact_whatever_happens(operations):
     )
 )
 def test_a_trajectory_is_consistent_with_itself(chunks):
-    store = TrajectoryStore(max_bytes=1)
+    store = TrajectoryStore(max_bytes=1, max_context=1 << 20)
     store.open(1, 0, None)
     for sampled, version, size in chunks:
         take(

@@ -52,7 +52,7 @@ def passes(config: Config, own: Path) -> object:
 
 def asks_to_take_over(config: Config, own: Path) -> object:
     """Whether its hello asks the buffer to dismiss a learner that is alive."""
-    session = BufferSession(config, rank=0, num_ranks=1, incarnation="a")
+    session = BufferSession(config, rank=0, num_ranks=1, incarnation="a", vocab_size=100)
     with patch.object(session.link, "connect") as connect:
         session.join(0)
     return connect.call_args[0][0].take_over
