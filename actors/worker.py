@@ -146,6 +146,15 @@ class Worker:
             if not self._engine.died.is_set():
                 await self._abort(decoding)
 
+    def hand_over(self) -> None:
+        """Tell the buffer that other engines are to continue all rollouts, from their last token.
+
+        Nothing is sent after that; the caller ends `run`.
+        """
+        self._send_progress(self._rollouts.values())
+        self._send(msg.Leaving())
+        self._joined = False
+
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
