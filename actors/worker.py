@@ -327,8 +327,9 @@ class Worker:
         for rollout_id in unable:
             error = "the buffer lost records of this rollout, so it cannot go on"
             self._send(msg.Failed(rollout_id=rollout_id, error=error, fatal=False))
-        self._send_progress(self._rollouts[i] for i in welcome.resend if i not in unable)
         for rollout in self._rollouts.values():
+            if rollout.rollout_id in welcome.resend:
+                self._send_progress([rollout])  # a message each, since it may be long
             if rollout.answer is not None:
                 self._send(rollout.answer)
 
