@@ -108,8 +108,13 @@ async def _until_shutdown(
 
     task = asyncio.current_task()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     worker = Worker(config, engine, link, environment, fetch_policy, hello=hello)
+
+    def leave() -> None:
+        task.cancel()
+        worker.hand_over()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leave)
     return await worker.run(welcome)
 
 

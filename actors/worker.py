@@ -144,6 +144,15 @@ class Worker:
             if not self._engine.died.is_set():
                 await self._abort(decoding)
 
+    def hand_over(self) -> None:
+        """Tell the buffer that other engines are to continue all rollouts, from their last token.
+
+        Nothing is sent after that; the caller ends `run`.
+        """
+        self._send_progress(self._rollouts.values())
+        self._send(msg.Leaving())
+        self._joined = False
+
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
@@ -321,8 +330,9 @@ class Worker:
         for rollout_id in unable:
             error = "the buffer lost records of this rollout, so it cannot go on"
             self._send(msg.Failed(rollout_id=rollout_id, error=error))
-        self._send_progress(self._rollouts[i] for i in welcome.resend if i not in unable)
         for rollout in self._rollouts.values():
+            if rollout.rollout_id in welcome.resend:
+                self._send_progress([rollout])  # a message each, since it may be long
             if rollout.answer is not None:
                 self._send(rollout.answer)
 

@@ -2,7 +2,7 @@
 messages.
 
     consumes       EngineHello, Progress, Finished, Failed, Stopped, PolicyLoaded, Probed,
-                   EngineReport
+                   EngineReport, Leaving
     waits for      nothing
     unblocked by   the core's launches and cancels, which `flush` sends once per turn of the loop
 
@@ -53,6 +53,7 @@ class EngineSide:
             msg.PolicyLoaded: self._loaded,
             msg.Probed: self._probed,
             msg.EngineReport: self._report,
+            msg.Leaving: self._leaving,
         }
         self._cancelled_s: dict[int, float] = {}
         self._never_sent: list[int] = []  # cancelled before their launch was sent
@@ -125,12 +126,7 @@ class EngineSide:
 
     def lose(self, peer: Peer, reason: str, keep_tokens: bool = True) -> list[ev.Event]:
         """Its rollouts continue elsewhere; from its tokens only if those can be trusted."""
-        in_flight = self.run.core.engines.by_id[peer.engine_id].in_flight
-        for rollout_id in in_flight:
-            self._cancelled_s.pop(rollout_id, None)
-        self._outboxes.pop(peer.engine_id, None)
-        self.run.peers.remove(peer)
-        self.run.probes.forget(peer.engine_id)
+        in_flight = self._forget(peer)
         self.run.warn(
             f"{peer.name} is lost ({reason}); "
             f"the {len(in_flight)} rollouts that it had in flight are launched again"
@@ -139,6 +135,21 @@ class EngineSide:
             for rollout_id in in_flight:
                 self.run.store.discard(rollout_id)
         return [ev.EngineLost(peer.engine_id, keep_tokens)]
+
+    def _leaving(self, peer: Peer, message: msg.Leaving) -> list[ev.Event]:
+        in_flight = self._forget(peer)
+        self.run.say(f"{peer.name} has left; other engines continue its {len(in_flight)} rollouts")
+        return [ev.EngineLost(peer.engine_id, left=True)]
+
+    def _forget(self, peer: Peer) -> list[int]:
+        """Returns the rollouts that the engine had in flight."""
+        in_flight = self.run.core.engines.by_id[peer.engine_id].in_flight
+        for rollout_id in in_flight:
+            self._cancelled_s.pop(rollout_id, None)
+        self._outboxes.pop(peer.engine_id, None)
+        self.run.peers.remove(peer)
+        self.run.probes.forget(peer.engine_id)
+        return list(in_flight)
 
     def restore(self, now_s: float) -> None:
         """After a restart of the buffer: engines in the core's table are expected to join again."""
@@ -196,13 +207,14 @@ class EngineSide:
         prompt = (
             run.eval_payloads[first.prompt_id] if held_out else run.prompts.payload(first.visit)
         )
+        prefixes = [run.store.prefix(launch.rollout_id) for launch in launches]
         rollouts = [
             msg.LaunchedRollout(
                 rollout_id=launch.rollout_id,
-                seed=sampling_seed(run.config.run.seed, launch),
-                prefix=run.store.prefix(launch.rollout_id),
+                seed=sampling_seed(run.config.run.seed, launch, len(prefix) // 4),
+                prefix=prefix,
             )
-            for launch in launches
+            for launch, prefix in zip(launches, prefixes, strict=True)
         ]
         return msg.Launch(group_id=first.group_id, prompt=prompt, rollouts=rollouts)
 
@@ -348,9 +360,17 @@ class EngineSide:
         return [ev.LatencyReported(peer.engine_id, message.batch, message.ms_per_token)]
 
 
-def sampling_seed(run_seed: int, launch: ev.Launch) -> int:
-    """Of the prompt's visit, not of the rollout's number: a resumed run draws
-    the same responses.
+def sampling_seed(run_seed: int, launch: ev.Launch, num_tokens: int) -> int:
+    """Of the prompt's visit, not of the rollout's number: a resumed run draws the same responses.
+
+    `num_tokens` of the prefix: an engine that continues a rollout must not draw as at its start.
     """
-    place = (run_seed, launch.prompt_id, launch.visit, launch.index, launch.attempt)
+    place = (
+        run_seed,
+        launch.prompt_id,
+        launch.visit,
+        launch.index,
+        launch.attempt,
+        num_tokens,
+    )
     return zlib.crc32(repr(place).encode()) >> 1

@@ -209,7 +209,7 @@ class Core:
         for rollout in engine.in_flight.values():
             del self.rollouts[rollout.rollout_id]
             if rollout.runs:
-                self._lose(rollout, event.keep_tokens)
+                self._lose(rollout, event.keep_tokens, event.left)
         self.orphaned.extend(
             group for group in groups.values() if group.state is GroupState.OPEN and group.planned
         )
@@ -384,15 +384,18 @@ class Core:
     # Rollouts
     # ---------------------------------------------------------------------------------------
 
-    def _lose(self, rollout: Rollout, keep_tokens: bool) -> None:
-        """A rollout in flight ended without a result. Plan another attempt while any are left."""
+    def _lose(self, rollout: Rollout, keep_tokens: bool, handed_over: bool = False) -> None:
+        """A rollout in flight ended without a result. Plan another attempt while any are left; one
+        that was handed over goes on in the same attempt.
+        """
         group = rollout.group
         group.end(rollout, RolloutState.LOST)
-        replaced = rollout.attempt < self.config.max_attempts
+        attempt = rollout.attempt if handed_over else rollout.attempt + 1
+        replaced = attempt <= self.config.max_attempts
         survivors.lose_survivor(group, rollout, replaced)
         if replaced:
             continues = rollout if keep_tokens and rollout.tokens else None
-            group.planned.appendleft(Planned(rollout.index, rollout.attempt + 1, continues))
+            group.planned.appendleft(Planned(rollout.index, attempt, continues))
             self.engines.enqueue(group, first=True)
 
     def _count_overshoot(self, rollout: Rollout, num_tokens: int) -> None:

@@ -96,11 +96,13 @@ class EngineLost:
     """An engine is gone, together with everything that it had in flight.
 
     `keep_tokens`: other engines continue its rollouts from the tokens received so far. False for an
-    engine that broke the protocol, since its tokens cannot be trusted.
+    engine that broke the protocol, since its tokens cannot be trusted. `left`: it was told to leave
+    and handed its rollouts over, which is no failed attempt.
     """
 
     engine_id: str
     keep_tokens: bool = True
+    left: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,11 +89,11 @@ class World:
         self.engine_versions[engine_id], self.engine_slots[engine_id] = version, slots
         self.send(ev.EngineJoined(engine_id, "fake", slots, version))
 
-    def lose(self, engine_id: str) -> None:
+    def lose(self, engine_id: str, left: bool = False) -> None:
         for rollout in self.on_engine(engine_id):
             rollout.end = "lost cancelled" if rollout.end == "cancelling" else "lost"
         del self.engine_versions[engine_id]
-        self.send(ev.EngineLost(engine_id))
+        self.send(ev.EngineLost(engine_id, left=left))
 
     def load(self, engine_id: str, version: int) -> None:
         self.engine_versions[engine_id] = version
@@ -404,7 +404,7 @@ class FakeEngine(threading.Thread):
         self.too_long: Callable[[str], bool] = lambda prompt_id: False
         self.probe_nats = 0.0  # by which it differs from the learner
         self.pause_s = 0.0  # between two rounds of decoding
-        self.killed = threading.Event()
+        self.killed, self.told_to_leave = threading.Event(), threading.Event()
         self.shutdown: msg.Shutdown | None = None
 
     @property
@@ -415,6 +415,8 @@ class FakeEngine(threading.Thread):
         with EngineLink(self.address, self.engine_id, peer_timeout_s=self.peer_timeout_s) as link:
             self.load(link, self.join_buffer(link).policy)
             while not self.killed.is_set():
+                if self.told_to_leave.is_set():
+                    return link.send(msg.Leaving())
                 try:
                     self.turn(link)
                 except LinkLost:
@@ -457,6 +459,11 @@ class FakeEngine(threading.Thread):
 
     def kill(self) -> None:
         self.killed.set()
+        self.join(5)
+
+    def leave(self) -> None:
+        """Hand over everything that is in flight."""
+        self.told_to_leave.set()
         self.join(5)
 
     def load(self, link: EngineLink, policy: msg.SnapshotRef | None) -> None:

@@ -63,7 +63,8 @@ class PromptStream:
         epoch, place = divmod(self.position, self.source.size)
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._order = epoch, rng.permutation(self.source.size)
+            self._order = rng.permutation(self.source.size)
+            self._epoch = epoch
         payload = self.source[int(self._order[place])]
         self.position += 1
         return payload

@@ -212,8 +212,14 @@ class Probed(Message):
     logprobs: ProbeLogprobs  # float32
 
 
+class Leaving(Message):
+    """The engine was told to leave. It has sent all its tokens, and other engines continue its
+    rollouts.
+    """
+
+
 EngineMessage = Union[
-    EngineHello, Progress, Finished, Failed, Stopped, PolicyLoaded, Probed, EngineReport
+    EngineHello, Progress, Finished, Failed, Stopped, PolicyLoaded, Probed, EngineReport, Leaving
 ]
 
 

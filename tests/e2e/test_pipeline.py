@@ -17,6 +17,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from buffer.records.event_log import read_sessions
+from darts import events as ev
 from tools.warm_start import warm_start
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -204,6 +206,46 @@ def test_killed_engine_is_restarted_and_the_run_ends_well(
     ledger = rows(tmp_path, "groups.jsonl")
     assert sum(row["end"] == "shipped" for row in ledger) == 8 * 16
     assert any(r["end"] == "lost" for row in ledger for r in row["rollouts"])
+
+
+def logged(folder: Path) -> list[ev.Event | ev.Decision]:
+    sessions = read_sessions(folder / "r" / "events")
+    return [
+        entry for session in sessions for e in session.events for entry in (e.event, *e.decisions)
+    ]
+
+
+def test_a_killed_buffer_costs_no_rollout(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    """The launcher starts it again; the engine has decoded on, and sends what was missed."""
+    process = launch(tmp_path, free_port(), "run.steps=8", "eval.every=0")
+    wait_for_steps(tmp_path, 3, process)
+    (buffer,) = descendants(process, "buffer")
+    buffer.send_signal(signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    assert [row["step"] for row in rows(tmp_path, "metrics.jsonl")] == list(range(8))
+    events = logged(tmp_path)
+    assert any(isinstance(event, ev.BufferRestarted) for event in events)
+    assert not any(isinstance(event, ev.EngineLost) for event in events)
+    ends = [r["end"] for group in rows(tmp_path, "groups.jsonl") for r in group["rollouts"]]
+    assert "lost" not in ends
+
+
+def test_an_engine_that_is_told_to_leave_hands_its_rollouts_over(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    overrides = ("run.steps=8", "eval.every=0", "actors.num_engines=2", "darts.max_attempts=1")
+    process = launch(tmp_path, free_port(), *overrides)
+    wait_for_steps(tmp_path, 3, process)
+    descendants(process, "actors.process")[0].send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 0, output
+    events = logged(tmp_path)
+    (left,) = [event for event in events if isinstance(event, ev.EngineLost)]
+    assert left.left
+    launches = [event for event in events if isinstance(event, ev.Launch)]
+    assert left.engine_id not in {d.engine_id for d in launches if d.continues is not None}
+    assert "failed" not in {group["end"] for group in rows(tmp_path, "groups.jsonl")}
 
 
 def test_killed_learner_resumes_from_its_checkpoint(

@@ -189,3 +189,35 @@ def test_an_engine_frozen_past_the_timeout_joins_again(
     check_run(tmp_path, buffer, learner)
     out, _ = frozen.communicate(timeout=20)
     assert int(out.split()[0]) == 1
+
+
+@pytest.mark.slow
+def test_a_learner_frozen_past_the_timeout_trains_each_step_once(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    config = make_config(tmp_path, free_port(), f"run.steps={STEPS}", "buffer.peer_timeout_s=1.5")
+    buffer = Buffer(tmp_path, config)
+    program = (
+        "import sys; from configs import cli; from tests.integration.test_recovery import Learner; "
+        "learner = Learner(cli.load(['--config', sys.argv[1]]), 'a'); learner.start(); "
+        "learner.join(); print(learner.outcome, [step for step, _ in learner.trained])"
+    )
+    frozen = subprocess.Popen(
+        [sys.executable, "-c", program, str(buffer.file)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    engine = FakeEngine(config.buffer.address, "e")
+    engine.start()
+    while not (metrics := tmp_path / "r" / "metrics.jsonl").exists() or not metrics.read_text():
+        assert buffer.process.poll() is None
+        time.sleep(0.02)
+    os.kill(frozen.pid, signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(frozen.pid, signal.SIGCONT)
+    out, _ = frozen.communicate(timeout=60)
+    assert out.strip() == f"ended well {list(range(STEPS))}"
+    assert buffer.process.wait(20) == 0
+    check_records(tmp_path, STEPS)
+    assert lost_rollouts(tmp_path) == []

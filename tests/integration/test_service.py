@@ -19,7 +19,7 @@ from buffer.wire.transport import TransportError
 from configs import cli
 from configs.schema import Config
 from darts import events as ev
-from tests.fakes import FakeEngine, FakeLearner
+from tests.fakes import FIRST_TOKEN, PROMPT, FakeEngine, FakeLearner
 from tools.replay import replay
 
 STEPS, GROUPS, SIZE = 5, 3, 4
@@ -223,6 +223,33 @@ def test_killed_engine_loses_only_what_it_had_in_flight(
     ledger = rows(tmp_path, "groups.jsonl")
     assert sum(row["end"] == "shipped" for row in ledger) == STEPS * GROUPS
     assert {row["end"] for row in ledger} <= {"shipped", "deadline"}
+
+
+def test_an_engine_that_leaves_hands_its_tokens_to_another(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    config = make_config(tmp_path, free_port(), "darts.max_attempts=1", "buffer.peer_timeout_s=60")
+    running = Running(config)
+    address = running.service.run.router.address
+    leaver, other = FakeEngine(address, "leaver"), FakeEngine(address, "other")
+    learner = FakeLearner(address, STEPS, step_s=0.2)
+    for peer in (learner, leaver, other):
+        peer.start()
+    while leaver.num_launched < 10:
+        other.join(0.01)
+    leaver.leave()
+    assert running.wait() == 0
+    assert running.service.run.core.engines.by_id.keys() == {"other"}
+    ledger = rows(tmp_path, "groups.jsonl")
+    lost = [r for row in ledger for r in row["rollouts"] if r["end"] == "lost"]
+    assert lost and {row["end"] for row in ledger} <= {"shipped", "deadline"}
+    sessions = read_sessions(tmp_path / "r" / "events")
+    decisions = [d for session in sessions for entry in session.events for d in entry.decisions]
+    continued = [d for d in decisions if isinstance(d, ev.Launch) and d.continues is not None]
+    assert continued and {launch.engine_id for launch in continued} == {"other"}
+    for trajectory in (t for shard in learner.shards for t in shard.trajectories):
+        tokens = np.frombuffer(trajectory.tokens, "<i4")[len(PROMPT) :]
+        assert tokens.tolist() == list(range(FIRST_TOKEN, FIRST_TOKEN + len(tokens)))
 
 
 def test_learner_that_dies_with_a_shard_is_replaced(

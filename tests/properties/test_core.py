@@ -65,7 +65,8 @@ class CoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.engine_versions)
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
-        self.world.lose(data.draw(st.sampled_from(sorted(self.world.engine_versions))))
+        engine_id = data.draw(st.sampled_from(sorted(self.world.engine_versions)))
+        self.world.lose(engine_id, left=data.draw(st.booleans()))
 
     @precondition(
         lambda self: any(v < self.world.version for v in self.world.engine_versions.values())
@@ -316,6 +317,25 @@ def test_survivor_keeps_the_shortest_and_one_longer_than_them(seed: int) -> None
     long = [r.tokens for r in world.ships[0].record.rollouts if r.end == "selected_long"]
     assert short == sorted(r.length for r in world.rollouts.values())[:4]
     assert len(long) == 1 and long[0] >= short[-1]
+
+
+def test_an_engine_that_leaves_costs_its_rollouts_no_attempt() -> None:
+    config = CoreConfig(1, group_size=2, redundancy="none", max_tokens=50, max_attempts=2)
+    world = World(config, random.Random(0))
+    world.publish()
+    world.join("e0", 2, 0)
+    world.draw(["p"])
+    for number in range(1, 6):
+        for rollout in world.running():
+            world.advance(rollout, 1)
+        world.join(f"e{number}", 2, 0)
+        world.lose(f"e{number - 1}", left=True)
+        assert [rollout.engine_id for rollout in world.running()] == [f"e{number}"] * 2
+    world.join("e6", 2, 0)
+    world.lose("e5")
+    assert [rollout.engine_id for rollout in world.running()] == ["e6"] * 2
+    world.lose("e6")
+    assert not world.running() and [drop.record.end for drop in world.drops] == ["failed"]
 
 
 def test_adversarial_lengths_starve_no_prompt() -> None:

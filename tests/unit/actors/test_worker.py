@@ -26,6 +26,7 @@ from buffer.wire.messages import (
     Finished,
     Launch,
     LaunchedRollout,
+    Leaving,
     PolicyLoaded,
     PolicyPublished,
     Probed,
@@ -178,6 +179,7 @@ class Scene:
     fetched: list[int] = field(default_factory=list)
     fetch_error: Exception | None = None
     may_fetch: threading.Event = field(default_factory=threading.Event)
+    worker: Worker = field(init=False)
 
     def __post_init__(self) -> None:
         self.may_fetch.set()
@@ -251,11 +253,10 @@ def play(
 
     async def run() -> Scene:
         scene = Scene(config, FakeEngine(), FakeLink(), FakeEnvironment())
-        worker = asyncio.create_task(
-            Worker(
-                config, scene.engine, scene.link, scene.environment, scene.fetch, hello=HELLO
-            ).run(Welcome(policy=policy))
+        scene.worker = Worker(
+            config, scene.engine, scene.link, scene.environment, scene.fetch, hello=HELLO
         )
+        worker = asyncio.create_task(scene.worker.run(Welcome(policy=policy)))
         scripted = asyncio.ensure_future(script(scene))
         await asyncio.wait({worker, scripted}, return_when=asyncio.FIRST_COMPLETED)
         if scripted.done():
@@ -782,6 +783,25 @@ def test_a_buffer_that_stays_away_ends_the_worker(at_once: None) -> None:
 
     with pytest.raises(TransportError, match="no buffer answered"):
         play(script)
+
+
+# Leaving -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_hands_over_sends_every_token_before_and_nothing_after() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1, 2)
+        await scene.running(1, 2)
+        scene.engine.sample(1, 3)
+        scene.engine.sample(2, 4)
+        scene.worker.hand_over()
+        scene.engine.sample(1, EOS, end="stop")
+        await asyncio.sleep(0.02)
+
+    scene = play(script)
+    assert isinstance(scene.link.sent[-1], Leaving)
+    assert (scene.sampled(1), scene.sampled(2)) == ([(-1, [3])], [(-1, [4])])
+    assert scene.answers() == []
 
 
 # Ledgers -------------------------------------------------------------------------------------------------------------
