@@ -98,15 +98,18 @@ class Run:
                 restarts = Restarts(launch.max_restarts, launch.restart_window_s)
                 self.members.append(Member(command, host.start(command), restarts))
 
-    def watch(self) -> None:
-        """Until the run has ended, well or not (`error`), or a signal came."""
+    def watch(self, verdict: Callable[[], str] = lambda: "") -> None:
+        """Until the run has ended, well or not (`error`), or a signal came.
+
+        `verdict` is asked each turn why the run cannot go on; "" if it can.
+        """
         while not self.request.requested and not self.error:
             if snapshot := self._link.receive(POLL_S):
                 self._snapshot = snapshot
                 self._view.show(snapshot)
             self._listen()
             self._restart()
-            self.error = self._verdict()
+            self.error = self._verdict() or verdict()
             if not self._running() or self._ended_long_ago("buffer", LEAVE_S):
                 return
 

@@ -1,0 +1,54 @@
+"""Which fault hits which process when: drawn from a seed, before anything runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tools.launching.processes import Role
+
+KINDS = ("kill", "stop", "reset", "delay", "cut", "slow")
+GAP_S = (0.3, 3.0)
+LASTING_S = {"kill": (0.0, 0.0), "reset": (0.0, 0.0), "stop": (0.5, 8.0)}
+SHAPED_S = (0.5, 5.0)
+DELAY_S = 0.2
+BYTES_PER_S = 10e6 / 8
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`at_s` counts from the first trained step, and `seconds` from there."""
+
+    at_s: float
+    kind: str
+    target: str  # the name of a process
+    seconds: float
+
+    def __str__(self) -> str:
+        lasting = f" for {self.seconds:.1f} s" if self.seconds else ""
+        return f"{self.kind} {self.target} at {self.at_s:.1f} s{lasting}"
+
+
+def draw(seed: int, num_faults: int, kinds: Sequence[str], targets: dict[str, Role]) -> list[Fault]:
+    """Faults in the order of their time. No process is hit while an earlier one still holds it.
+
+    Each role is hit as often as another, however many engines there are. The network's faults hit
+    peers, since each has a proxy before it.
+    """
+    rng = random.Random(f"faults {seed}")
+    faults: list[Fault] = []
+    free_at_s: dict[str, float] = {}
+    now_s = 0.0
+    for _ in range(num_faults):
+        now_s += rng.uniform(*GAP_S)
+        kind = rng.choice(kinds)
+        on_process = kind in ("kill", "stop")
+        roles = [role for role in set(targets.values()) if on_process or role != "buffer"]
+        role = rng.choice(sorted(roles))
+        target = rng.choice([name for name, its in targets.items() if its == role])
+        now_s = max(now_s, free_at_s.get(target, 0.0))
+        seconds = rng.uniform(*LASTING_S.get(kind, SHAPED_S))
+        free_at_s[target] = now_s + seconds + 0.1
+        faults.append(Fault(now_s, kind, target, seconds))
+    return faults
