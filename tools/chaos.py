@@ -29,7 +29,7 @@ class ChaosConfig:
     seeds: list[int] = key([0], "Seeds; each gives one schedule of faults over one run.", ge=0)
     steps: int = key(20, "Learner steps of a run.", ge=1)
     engines: int = key(2, "Engines of a run.", ge=1)
-    faults: int = key(7, "Faults of a run. 0 runs the same processes undisturbed.", ge=0)
+    faults: int = key(8, "Faults of a run. 0 runs the same processes undisturbed.", ge=0)
     kinds: list[str] = key(
         list(schedule.KINDS),
         "Kinds of fault that are drawn from. Name fewer to find out which one breaks a run.",
