@@ -7,6 +7,7 @@ a seed that did not hold is kept, and its number repeats its schedule.
 
 from __future__ import annotations
 
+import random
 import shutil
 import tempfile
 import time
@@ -29,7 +30,7 @@ class ChaosConfig:
     seeds: list[int] = key([0], "Seeds; each gives one schedule of faults over one run.", ge=0)
     steps: int = key(20, "Learner steps of a run.", ge=1)
     engines: int = key(2, "Engines of a run.", ge=1)
-    faults: int = key(8, "Faults of a run. 0 runs the same processes undisturbed.", ge=0)
+    faults: int = key(10, "Faults of a run. 0 runs the same processes undisturbed.", ge=0)
     kinds: list[str] = key(
         list(schedule.KINDS),
         "Kinds of fault that are drawn from. Name fewer to find out which one breaks a run.",
@@ -46,8 +47,8 @@ class ChaosConfig:
 
 
 def run_config(folder: Path, model: Path, seed: int, steps: int) -> Config:
-    """A run of small steps whose peers lose patience within seconds."""
-    config = Config()
+    """A run of small steps whose peers lose patience within seconds, in a mode drawn from its seed."""
+    config, rng = Config(), random.Random(f"run {seed}")
     config.run.dir, config.run.name = str(folder), "run"
     config.run.seed, config.run.steps, config.run.trackers = seed, steps, []
     config.run.stop_s = 10.0
@@ -55,13 +56,17 @@ def run_config(folder: Path, model: Path, seed: int, steps: int) -> Config:
     config.data.environment = "tools.faults.sampled:score"
     config.data.num_prompts = 500
     config.batch.groups, config.batch.max_tokens = 4, 512
-    config.staleness.max_lag = 1 + seed % 3
+    config.pipeline.mode = rng.choice(["async", "async", "sync"])
+    config.staleness.max_lag = rng.randint(1, 4)
+    config.staleness.on_deadline = rng.choice(["wait", "drop"])
+    config.weights.publish_every = rng.randint(1, 2)
+    config.darts.cancel = rng.choice(["exact", "eager"])
     config.darts.group_size, config.darts.num_long = 4, 1
     config.sampling.max_tokens = 96
     config.actors.name, config.actors.slots, config.actors.stream_interval = "engine", 16, 4
     config.buffer.peer_timeout_s, config.buffer.rejoin_timeout_s = 3.0, 60.0
     config.buffer.segment_bytes = 100_000
-    config.learner.device, config.learner.checkpoint_every = "cpu", 2
+    config.learner.device, config.learner.checkpoint_every = "cpu", rng.randint(1, 4)
     config.learner.max_logprob_diff = 100.0  # the engines' log-probabilities are made up
     config.optimizer.lr = 1e-4
     config.eval.every, config.eval.num_prompts = 5, 3

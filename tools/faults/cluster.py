@@ -156,20 +156,14 @@ class Storm:
         deadline: float,
     ) -> None:
         self._run, self._view, self._proxies, self._deadline = run, view, proxies, deadline
-        self._started: float | None = None
+        self._started = time.monotonic()
         actions = [action for fault in faults for action in self._actions(fault)]
         self._pending = sorted(actions, key=lambda action: action[0])
 
     def turn(self) -> str:
         now = time.monotonic()
-        if self._started is None and self._view.step:
-            self._started = now
-        while self._started is not None and self._pending:
-            at_s, action = self._pending[0]
-            if at_s > now - self._started:
-                break
-            del self._pending[0]
-            action()
+        while self._pending and self._pending[0][0] <= now - self._started:
+            self._pending.pop(0)[1]()
         return self._states() if now > self._deadline else ""
 
     def end(self) -> None:

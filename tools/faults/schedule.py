@@ -10,7 +10,7 @@ from tools.launching.processes import Role
 
 KINDS = ("kill", "stop", "reset", "delay", "cut", "slow")
 ON_PROCESS = ("kill", "stop")  # the others are the network's, and hit what has a proxy before it
-GAP_S = (0.1, 2.5)
+GAP_S = (0.1, 3.5)
 LASTING_S = {"kill": (0.0, 0.0), "reset": (0.0, 0.0), "stop": (0.5, 8.0)}
 SHAPED_S = (0.5, 5.0)
 DELAY_S = 0.2
@@ -19,7 +19,7 @@ BYTES_PER_S = 1e6 / 8  # messages are small here: a slow link must be slow to ma
 
 @dataclass(frozen=True)
 class Fault:
-    """`at_s` counts from the first trained step, and `seconds` from there."""
+    """`at_s` counts from the start of the processes, and `seconds` from there."""
 
     at_s: float
     kind: str
