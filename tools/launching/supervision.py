@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from buffer.processes.child import given_reason, may_succeed_again
@@ -174,18 +175,27 @@ class Run:
         """Start again the processes that were killed and may be."""
         assert self._host is not None
         for member in self.members:
-            command, rule = member.command, RESTART_RULES[member.command.role]
-            if self.over or not (rule.allowed and may_succeed_again(member.status)):
+            command = member.command
+            allowed = RESTART_RULES[command.role].allowed
+            if self.over or not (allowed and may_succeed_again(member.status)):
                 continue
             if not (number := member.restarts.take()):
                 continue
-            with_overrides = f" with {' '.join(rule.overrides)}" if rule.overrides else ""
+            overrides = self._overrides(command.role)
+            with_overrides = f" with {' '.join(overrides)}" if overrides else ""
             self._view.say(
                 f"{member.how_it_failed()}; restart {number} of {member.restarts.most}"
                 + with_overrides
             )
-            again = replace(command, arguments=(*command.arguments, *rule.overrides))
+            again = replace(command, arguments=(*command.arguments, *overrides))
             member.process, member.status = self._host.start(again), None
+
+    def _overrides(self, role: Role) -> tuple[str, ...]:
+        """A buffer that was killed before it had made its run's folder starts the run."""
+        run = self._config.run
+        if role == "buffer" and not (Path(run.dir) / run.name / "config.yaml").exists():
+            return ()
+        return RESTART_RULES[role].overrides
 
     def _verdict(self) -> str:
         """Why the run cannot go on, or ""."""
