@@ -16,6 +16,7 @@ class Evaluation:
     def __init__(self, run: RunState) -> None:
         self.run = run
         self.step: int | None = None  # the steps done when the one under way was asked for
+        self.newest: int | None = None  # the same of the newest one, which may have ended
         self._records: list[ev.GroupRecord] = []
 
     def due_after(self, step: int) -> bool:
@@ -27,14 +28,18 @@ class Evaluation:
         run = self.run
         if not run.eval_payloads or self.step is not None:
             return []
-        self.step = run.step
+        self.step = self.newest = run.step
         prompts = tuple(ev.Prompt(i, visit=run.step) for i in run.eval_payloads)
         samples = run.config.eval.samples_per_prompt
         return [ev.EvaluationRequested(prompts, samples, run.core.policy_version)]
 
     def requested(self, step: int) -> None:
         """During recovery: the log holds the request."""
-        self.step, self._records = step, []
+        self.step, self.newest, self._records = step, step, []
+
+    def request_again(self) -> list[ev.Event]:
+        """After recovery: the one that is due now, unless the log holds its request."""
+        return self.request() if self.newest != self.run.step else []
 
     def group_ended(self, record: ev.GroupRecord) -> int | None:
         """Take a held-out group. Returns the step of its evaluation once that is complete."""
