@@ -98,10 +98,13 @@ class Script:
         return True
 
     def join(self) -> None:
-        self.service._receive(
-            ENGINE,
-            msg.EngineHello(engine_id="e", engine_type="t", slots=6, policy_version=-1, pid=1),
-        )
+        """The engine is the one that the core knows, without its rollouts."""
+        known = self.service.run.core.engines.by_id.get("e")
+        version = known.version if known else -1
+        engine = msg.EngineHello(
+            engine_id="e", engine_type="t", slots=6, policy_version=version, pid=1, incarnation="i",
+        )  # fmt: skip
+        self.service._receive(ENGINE, engine)
         if self.to_load is not None:
             self.load(self.to_load.version)
         learner = self.learner
@@ -148,9 +151,9 @@ class Script:
         """The length is the rollout's own; some are reported in part before."""
         rollout_id, done = rollout.rollout_id, len(rollout.prefix) // 4
         length = max(done, 3 + rollout.seed % 20)
-        self.chunk(rollout_id, sampled=False, count=2)
+        self.chunk(rollout_id, 0, sampled=False, count=2)
         if length > done:
-            self.chunk(rollout_id, sampled=True, count=length - done)
+            self.chunk(rollout_id, 2 + done, sampled=True, count=length - done)
         finished = msg.Finished(
             rollout_id=rollout_id, num_tokens=length, truncated=False,
             reward=float(rollout_id % 2), text="t",
@@ -158,12 +161,12 @@ class Script:
         self.cancelled.discard(rollout_id)
         self.service._receive(ENGINE, finished)
 
-    def chunk(self, rollout_id: int, sampled: bool, count: int) -> None:
+    def chunk(self, rollout_id: int, offset: int, sampled: bool, count: int) -> None:
         tokens = array("i", [7] * count).tobytes()
         logprobs = array("f", [-0.5] * count).tobytes() if sampled else b""
         version = self.loaded if sampled else 0
         chunk = msg.Chunk(
-            rollout_id=rollout_id, sampled=sampled, version=version, tokens=tokens,
+            rollout_id=rollout_id, offset=offset, sampled=sampled, version=version, tokens=tokens,
             logprobs=logprobs,
         )  # fmt: skip
         self.service._receive(ENGINE, msg.Progress(chunks=[chunk]))
