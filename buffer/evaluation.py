@@ -17,6 +17,7 @@ class Evaluation:
     def __init__(self, run: RunState) -> None:
         self.run = run
         self.step: int | None = None  # the steps done when the one under way was asked for
+        self.newest: int | None = None  # the same of the newest one, which may have ended
         self._records: list[ev.GroupRecord] = []
         self._skipped = self._none_skipped()
 
@@ -29,14 +30,19 @@ class Evaluation:
         run = self.run
         if not run.eval_payloads or self.step is not None:
             return []
-        self.step = run.step
+        self.step = self.newest = run.step
         prompts = tuple(ev.Prompt(i, visit=run.step) for i in run.eval_payloads)
         samples = run.config.eval.samples_per_prompt
         return [ev.EvaluationRequested(prompts, samples, run.core.policy_version)]
 
     def requested(self, step: int) -> None:
         """During recovery: the log holds the request."""
-        self.step, self._records, self._skipped = step, [], self._none_skipped()
+        self.step, self.newest = step, step
+        self._records, self._skipped = [], self._none_skipped()
+
+    def request_again(self) -> list[ev.Event]:
+        """After recovery: the one that is due now, unless the log holds its request."""
+        return self.request() if self.newest != self.run.step else []
 
     def group_ended(self, record: ev.GroupRecord) -> int | None:
         """Take a held-out group. Returns the step of its evaluation once that is complete."""

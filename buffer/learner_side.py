@@ -99,6 +99,11 @@ class LearnerSide:
                 f"{run.step}: "
                 "its checkpoint is from another folder, or the folder is from an older copy"
             )
+        if run.core.run_ended and hello.step < run.step:
+            raise ev.ProtocolError(
+                f"this learner resumes at step {hello.step}, but all {run.step} steps of "
+                f"{run.folder} are done: its last checkpoint is missing"
+            )
         alive = [
             peer
             for peer in run.peers.ranks()
@@ -120,11 +125,11 @@ class LearnerSide:
         run = self.run
         events: list[ev.Event] = []
         if hello.step == run.step + 1:  # it trained the batch, and its report was lost
+            self._log_trained(Trained(run.step, 0, {}))
             events += [ev.GroupTrained(record.group_id) for record in self._shipped]
         elif hello.step < run.step:
             run.rewind(hello.step)
         self.forget_step()
-        self._num_trained, self._trained_metrics = 0, {}
         learner = Learner(hello.incarnation, hello.num_ranks, hello.vocab_size)
         run.set_learner(learner)
         run.log.note(learner, run.now())
@@ -141,12 +146,14 @@ class LearnerSide:
         self.run.warn(f"{peer.name} is lost ({reason}); restart the learner with run.resume=true")
         return []
 
-    def restore(self) -> None:
-        """After a restart of the buffer: the groups in the learner's hands are
-        those that shipped.
+    def restore(self) -> list[ev.Event]:
+        """After a restart of the buffer: the groups in the learner's hands are those that shipped.
+
+        If some of them were closed, the learner had reported their step, so the others close too.
         """
         groups = self.run.core.groups
         self._shipped = [record for record in self._shipped if record.group_id in groups]
+        return [ev.GroupTrained(r.group_id) for r in self._shipped] if self._closed else []
 
     # Decisions
     # ----------------------------------------------------------------------------------------
@@ -322,11 +329,13 @@ class LearnerSide:
                 f"{peer.name} trained on {message.num_tokens} tokens of step {message.step}, which "
                 f"has {most}"
             )
-        note = Trained(message.step, message.num_tokens, message.metrics)
-        self.note_trained(note)
-        run.log.note(note, run.now())
+        self._log_trained(Trained(message.step, message.num_tokens, message.metrics))
         records, self._shipped, self._shards = self._shipped, [], []
         return [ev.GroupTrained(record.group_id) for record in records]
+
+    def _log_trained(self, note: Trained) -> None:
+        self.note_trained(note)
+        self.run.log.note(note, self.run.now())
 
     def acknowledge(self, step: int) -> None:
         """Tell the learner that the step is recorded, durably."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from buffer.records import run_files
 from buffer.records.event_log import Learner, Policy, Rewound, Trained
 from buffer.records.token_log import TokenLog
 from buffer.run_state import RunState
+from buffer.wire import messages as msg
 from darts import events as ev
 from darts.core import Core
 from darts.state.groups import RolloutState
@@ -30,22 +30,24 @@ def replay(
 ) -> None:
     """Bring back the core, the prompts and the records."""
     run.replaying = True
+    announced: msg.SnapshotRef | None = None
     for _, entry in run.recovered.entries:
         match entry:
             case Policy(policy):
-                run.policy = policy
+                announced = policy
             case Learner():
                 run.set_learner(entry)
             case Trained():
                 trained(entry)
-            case Rewound(step):
-                run.rewind(step)
+            case Rewound():
+                run.withdraw(entry)
             case _:
+                if isinstance(entry, ev.PolicyPublished):
+                    run.policy = announced
                 _replay_event(run, entry, perform)
                 replayed(entry)
-    run.replaying = False
+    run.end_replay()
     run.recovered.entries.clear()
-    run.rows = run_files.withdraw_rows(run.folder, run.step)
 
 
 def _replay_event(run: RunState, event: ev.Event, perform: Callable[[ev.Decision], None]) -> None:

@@ -75,7 +75,7 @@ class RunState:
         self.store = TrajectoryStore(config.buffer.max_bytes, config.model.max_context)
         if state and state.learner:
             self.set_learner(state.learner)
-        self.rows = run_files.repair(self.folder, state.groups_bytes if state else 0)
+        self.rows = run_files.repair(self.folder, self._kept_groups_bytes())
         self.files = run_files.RunFiles(self.folder, self._trackers)
         self.metrics = Metrics()
         self.metrics.tokens.update(state.tokens if state else {})
@@ -89,6 +89,7 @@ class RunState:
         self.probes = Probes(config)
         self.phase = "starting"
         self.replaying = False  # during recovery: record, and send nothing
+        self._rows_again: dict[int, dict[str, Any]] = {}  # made during recovery
         self.last_row: dict[str, Any] = self.rows[-1] if self.rows else {}
         self.texts: dict[int, str] = {}  # responses of finished rollouts
         self.errors: dict[int, str] = {}  # group -> its most recent failure
@@ -130,6 +131,13 @@ class RunState:
         """A learner is there; its vocabulary bounds the token ids of every engine."""
         self.learner = learner
         self.store.vocab_size = learner.vocab_size
+
+    def _kept_groups_bytes(self) -> int:
+        """The ledger up to here is untouched by all that the newest segment tells."""
+        state = self.recovered.checkpoint.buffer
+        sizes = [state.groups_bytes if state else 0]
+        sizes += [n.groups_bytes for _, n in self.recovered.entries if isinstance(n, Rewound)]
+        return min(sizes)
 
     # The core
     # ---------------------------------------------------------------------------------------
@@ -269,23 +277,62 @@ class RunState:
 
         Their prompts are drawn again before anything new.
         """
-        self.files.close()
-        withdrawn = run_files.withdraw_groups(self.folder, step, self.config.batch.groups)
-        if not self.replaying:  # after a replay, the other files tell how it went on
-            self.rows = run_files.withdraw_rows(self.folder, step)
-        self.last_row = self.rows[step - 1] if step else {}
-        self.files = run_files.RunFiles(self.folder, self._trackers)
-        self.metrics.tokens.clear()
-        self.metrics.restore(self.last_row)
-        self.skipped.num_skipped = int(self.last_row.get("data/skipped_prompts", 0))
-        self.prompts.put_back(withdrawn)
+        self.files.flush()
+        per_step = self.config.batch.groups
+        groups_bytes, visits = run_files.groups_after(self.folder, step, per_step)
+        sums = Metrics()
+        row = run_files.read_rows(self.folder)[step - 1] if step else {}
+        sums.restore(row)
+        note = Rewound(
+            step=step,
+            groups_bytes=groups_bytes,
+            tokens=dict(sums.tokens),
+            visits=visits,
+            num_skipped=int(row.get("data/skipped_prompts", 0)),
+        )
+        self.log.note(note, self.now())
+        self.make_durable()  # what is cut off below is told by the note alone
         self.say(
             f"the learner resumes at step {step}; records of steps {step}..{self.step - 1} are "
-            f"withdrawn, and {len(withdrawn)} prompts return to the stream"
+            f"withdrawn, and {len(visits)} prompts return to the stream"
         )
-        self.step = step
-        if not self.replaying:
-            self.log.note(Rewound(step=step), self.now())
+        self.withdraw(note)
+        self.cut_rows()
+
+    def withdraw(self, note: Rewound) -> None:
+        """Bring the ledger, the sums and the prompts back to the step of `note`."""
+        self.files.close()
+        run_files.cut_groups(self.folder, note.groups_bytes)
+        self.files = run_files.RunFiles(self.folder, self._trackers)
+        self.metrics.tokens.clear()
+        self.metrics.tokens.update(note.tokens)
+        self.skipped.num_skipped = note.num_skipped
+        self.prompts.put_back(note.visits)
+        self.step = note.step
+
+    def cut_rows(self) -> None:
+        """Cut metrics and samples back to the steps done."""
+        self.files.close()
+        self.rows = run_files.withdraw_rows(self.folder, self.step)
+        self.files = run_files.RunFiles(self.folder, self._trackers)
+        self.last_row = self.rows[-1] if self.rows else {}
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        """A step is done. During recovery its row may be in the file already, or be withdrawn yet."""
+        if self.replaying:
+            self._rows_again[row["step"]] = row
+        else:
+            self.files.metrics(row)
+            self.last_row = row
+
+    def end_replay(self) -> None:
+        """Write the rows that a kill took."""
+        self.replaying = False
+        self.cut_rows()
+        for step in range(len(self.rows), self.step):
+            if step in self._rows_again:  # the last one waits for the last evaluation
+                self.write_row(self._rows_again[step])
+        self._rows_again.clear()
 
     # Peers and the terminal
     # ---------------------------------------------------------------------------

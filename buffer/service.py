@@ -139,12 +139,14 @@ class Service:
         if run.recovered.is_new:
             return
         self._apply([ev.BufferRestarted(), *lost, *changed])
-        self.learner.restore()
         self.engines.restore(time.monotonic())
-        if run.core.policy_version >= 0:
-            run.phase = "training"
         if run.step == self.config.run.steps:
             self._apply(self._finish_again())
+        elif run.core.policy_version >= 0:
+            run.phase = "training"
+            if self.evaluation.due_after(run.step):
+                self._apply(self.evaluation.request_again())
+            self._apply(self.learner.restore())
         run.say(
             f"continues at step {run.step} with {len(run.core.groups)} groups outstanding; "
             f"{len(run.core.engines.by_id)} engines have {self.config.buffer.peer_timeout_s:g} s "
@@ -173,11 +175,11 @@ class Service:
             run.phase = "done"
             return []
         run.phase = "evaluating"
-        if run.core.run_ended and self.evaluation.step is None:
-            self._end()
-            return []
         events: list[ev.Event] = [] if run.core.run_ended else [ev.RunEnded()]
-        return events + self.evaluation.request()
+        events += self.evaluation.request_again()
+        if self.evaluation.step is None:
+            self._end()
+        return events
 
     # Messages
     # -----------------------------------------------------------------------------------------
@@ -309,9 +311,7 @@ class Service:
             if not evaluation and self.evaluation.step is None:
                 self._end()
             return [ev.RunEnded(), *evaluation]
-        run.last_row = row
-        if not run.replaying or run.step > len(run.rows):
-            run.files.metrics(row)
+        run.write_row(row)
         if run.replaying:
             return []
         if self.evaluation.step is None:
@@ -330,6 +330,5 @@ class Service:
     def _end(self) -> None:
         assert self._final_row is not None
         row = self._final_row | self.run.metrics.take_evaluation()
-        self.run.files.metrics(row)
-        self.run.last_row = row
+        self.run.write_row(row)
         self.run.phase = "done"

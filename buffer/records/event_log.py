@@ -76,9 +76,17 @@ class Policy(msgspec.Struct, frozen=True, tag=True):
 
 
 class Rewound(msgspec.Struct, frozen=True, tag=True):
-    """A note: a learner resumed at `step`, so later steps were withdrawn."""
+    """A note: a learner resumed at `step`, so later steps are withdrawn.
+
+    groups_bytes: of groups.jsonl without them. tokens: the cumulative sums without them.
+    visits: of the prompts that return to the stream. num_skipped: prompts skipped by then.
+    """
 
     step: int
+    groups_bytes: int
+    tokens: dict[str, int]
+    visits: list[int]
+    num_skipped: int
 
 
 Note = Trained | Policy | Rewound | Learner

@@ -7,6 +7,7 @@ whole again. The checkpoints beside them belong to the learner, `report.html` to
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -80,13 +81,22 @@ def repair(folder: Path, groups_bytes: int) -> list[Row]:
     groups.jsonl is cut back to `groups_bytes`, since the event log tells all that follows. A row of
     metrics or a sample is kept if its line is whole.
     """
-    groups = folder / "groups.jsonl"
-    if groups.exists() and groups.stat().st_size > groups_bytes:
-        with groups.open("r+b") as file:
-            file.truncate(groups_bytes)
+    cut_groups(folder, groups_bytes)
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_torn_line(folder / name)
+    return read_rows(folder)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of metrics.jsonl."""
     return _read(folder / "metrics.jsonl")
+
+
+def cut_groups(folder: Path, num_bytes: int) -> None:
+    """Cut groups.jsonl back to `num_bytes`, if it has more."""
+    groups = folder / "groups.jsonl"
+    if groups.exists() and groups.stat().st_size > num_bytes:
+        os.truncate(groups, num_bytes)
 
 
 def withdraw_rows(folder: Path, num_steps: int) -> list[Row]:
@@ -100,17 +110,18 @@ def withdraw_rows(folder: Path, num_steps: int) -> list[Row]:
     return kept["metrics.jsonl"]
 
 
-def withdraw_groups(folder: Path, num_steps: int, groups_per_step: int) -> list[int]:
-    """Cut the ledger back to the first `num_steps` steps. Returns the visits withdrawn."""
-    groups = _read(folder / "groups.jsonl")
-    kept, num_shipped = 0, 0
-    for row in groups:
+def groups_after(folder: Path, num_steps: int, groups_per_step: int) -> tuple[int, list[int]]:
+    """Where groups.jsonl goes beyond the first `num_steps` steps, in bytes, and the visits there."""
+    num_bytes = num_shipped = 0
+    visits: set[int] = set()
+    for line in _whole_lines(folder / "groups.jsonl"):
+        row = json.loads(line)
         if num_shipped == num_steps * groups_per_step:
-            break
-        num_shipped += row["end"] == "shipped"
-        kept += 1
-    _rewrite(folder / "groups.jsonl", groups[:kept])
-    return sorted({row["visit"] for row in groups[kept:]})
+            visits.add(row["visit"])
+        else:
+            num_bytes += len(line.encode())
+            num_shipped += row["end"] == "shipped"
+    return num_bytes, sorted(visits)
 
 
 def no_such_run(folder: Path) -> str:
@@ -125,10 +136,12 @@ def _write(file: Any, row: Row) -> None:
 
 
 def _read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]
 
 
 def _rewrite(path: Path, rows: list[Row]) -> None:

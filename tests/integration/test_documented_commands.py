@@ -39,6 +39,7 @@ REDUCED: list[Reduction] = [  # the first pattern that matches counts
     (r"-m (buffer|actors|learner)\b", plus("--print-config"), "serves until its run ends"),
     (r"-m tools\.launch .*--help", lambda c: c, ""),
     (r"-m tools\.(launch|compare) ", plus("--print-config"), "minutes to hours; in tests/e2e"),
+    (r"-m tools\.chaos", plus("--print-config"), "minutes; tests/chaos runs it"),
     (r"thousand\.yaml", plus("--print-config"), "over a minute of one core"),
     (r"-m tools\.bench", helped, "a measurement; tests/e2e/test_bench.py runs it"),
     (r"-m tools\.(evaluate|export)", helped, "needs a real checkpoint; tests/e2e/test_pipeline.py"),

@@ -268,6 +268,22 @@ def test_a_killed_pool_and_a_killed_buffer_are_started_again(
     assert len(run.started(0)) == 6  # the buffer three times, the pool twice, the learner once
 
 
+@pytest.mark.parametrize(("exists", "arguments"), [(True, "['run.resume=true']"), (False, "[]")])
+def test_a_killed_buffer_continues_a_run_only_if_it_had_begun_one(
+    launched: Callable[..., Launched], exists: bool, arguments: str
+) -> None:
+    make = "os.makedirs(f, exist_ok=True); open(f + '/config.yaml', 'w');"
+    folder = "f = os.path.dirname(os.environ['PIDS']) + '/runs/run';"
+    run = launched(
+        {
+            "buffer": folder + exists * make + DIES_ONCE.format(n=2)
+            + "print('buffer: has', sys.argv[1:]);" + SLEEP,
+        },
+        "launch.max_restarts=1",
+    )  # fmt: skip
+    assert arguments in run.line_with("buffer | has")
+
+
 def test_a_killed_launcher_leaves_nothing(launched: Callable[..., Launched]) -> None:
     run = launched(
         {

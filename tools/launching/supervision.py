@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from buffer.processes.child import given_reason, may_succeed_again
@@ -98,15 +99,18 @@ class Run:
                 restarts = Restarts(launch.max_restarts, launch.restart_window_s)
                 self.members.append(Member(command, host.start(command), restarts))
 
-    def watch(self) -> None:
-        """Until the run has ended, well or not (`error`), or a signal came."""
+    def watch(self, verdict: Callable[[], str] = lambda: "") -> None:
+        """Until the run has ended, well or not (`error`), or a signal came.
+
+        `verdict` is asked each turn why the run cannot go on; "" if it can.
+        """
         while not self.request.requested and not self.error:
             if snapshot := self._link.receive(POLL_S):
                 self._snapshot = snapshot
                 self._view.show(snapshot)
             self._listen()
             self._restart()
-            self.error = self._verdict()
+            self.error = self._verdict() or verdict()
             if not self._running() or self._ended_long_ago("buffer", LEAVE_S):
                 return
 
@@ -171,18 +175,27 @@ class Run:
         """Start again the processes that were killed and may be."""
         assert self._host is not None
         for member in self.members:
-            command, rule = member.command, RESTART_RULES[member.command.role]
-            if self.over or not (rule.allowed and may_succeed_again(member.status)):
+            command = member.command
+            allowed = RESTART_RULES[command.role].allowed
+            if self.over or not (allowed and may_succeed_again(member.status)):
                 continue
             if not (number := member.restarts.take()):
                 continue
-            with_overrides = f" with {' '.join(rule.overrides)}" if rule.overrides else ""
+            overrides = self._overrides(command.role)
+            with_overrides = f" with {' '.join(overrides)}" if overrides else ""
             self._view.say(
                 f"{member.how_it_failed()}; restart {number} of {member.restarts.most}"
                 + with_overrides
             )
-            again = replace(command, arguments=(*command.arguments, *rule.overrides))
+            again = replace(command, arguments=(*command.arguments, *overrides))
             member.process, member.status = self._host.start(again), None
+
+    def _overrides(self, role: Role) -> tuple[str, ...]:
+        """A buffer that was killed before it had made its run's folder starts the run."""
+        run = self._config.run
+        if role == "buffer" and not (Path(run.dir) / run.name / "config.yaml").exists():
+            return ()
+        return RESTART_RULES[role].overrides
 
     def _verdict(self) -> str:
         """Why the run cannot go on, or ""."""

@@ -26,7 +26,10 @@ from configs.schema import Config, key
 ROOT = Path(__file__).parents[3]
 PRODUCT = ("actors", "buffer", "configs", "darts", "learner", "tools")
 # Started by us alone, with pipes.
-INTERNAL = {"actors.process", "actors.verifier_process", "buffer.processes.janitor"}
+INTERNAL = {
+    "actors.process", "actors.verifier_process", "buffer.processes.janitor",
+    "tools.faults.fake_engine", "tools.faults.real_learner", "tools.faults.standin_learner",
+}  # fmt: skip
 
 
 def is_main_guard(node: ast.stmt) -> bool:

@@ -1,0 +1,147 @@
+"""Runs of real processes under seeded faults hold, and the recount would tell if one did not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import cli
+from configs.schema import Config
+from darts.core import Core
+from tools.faults import schedule
+from tools.faults.recount import recount
+from tools.faults.sampled import Life, faults_of, logprob, score, text, token
+
+ROOT = Path(__file__).parents[2]
+SEEDS = [0, 1, 2]
+Row = dict[str, Any]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of three seeds that held, each run by a command of its own, at the same time."""
+    out = tmp_path_factory.mktemp("chaos") / "runs"
+    keys = ["steps=6", "faults=4", "deadline_s=100", f"out={out}"]
+    commands = [
+        subprocess.Popen([sys.executable, "-m", "tools.chaos", f"seeds=[{seed}]", *keys], cwd=ROOT)
+        for seed in SEEDS
+    ]
+    assert [command.wait(200) for command in commands] == [0, 0, 0]
+    return out
+
+
+@pytest.fixture
+def copy(runs: Path, tmp_path: Path) -> Path:
+    """The folder of one of them, to be falsified."""
+    return shutil.copytree(runs / "seed-0", tmp_path / "seed")
+
+
+def count_again(folder: Path) -> list[str]:
+    config = cli.load(["--config", str(folder / "run" / "config.yaml")])
+    assert isinstance(config, Config)
+    return recount(folder / "run", config, folder / "trained.jsonl")
+
+
+def rewrite(path: Path, change: Callable[[list[Row]], list[Row]]) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
+
+
+def first_trajectory(rows: list[Row]) -> Row:
+    """Of the last step, which no restart has repeated."""
+    return rows[-1]["trajectories"][0]
+
+
+def test_seeds_hold_and_are_counted_again_alike(runs: Path) -> None:
+    for seed in SEEDS:
+        assert count_again(runs / f"seed-{seed}") == []
+
+
+@pytest.mark.parametrize(
+    ("file", "falsify", "expected"),
+    [
+        ("trained.jsonl", lambda rows: swap(rows, "tokens", 17), "sampled token"),
+        ("trained.jsonl", lambda rows: swap(rows, "logprobs", -0.5), "log-probabilities"),
+        ("trained.jsonl", lambda rows: assign(rows, "reward", 0.5), "reward"),
+        ("trained.jsonl", lambda rows: assign(rows, "rollout_id", 10**9), "was never launched"),
+        ("trained.jsonl", lambda rows: rows[:-1], "were not trained"),
+        ("trained.jsonl", lambda rows: repeat(rows), "is there 2 times"),
+        ("trained.jsonl", lambda rows: later(rows), "its lag is"),
+        ("run/metrics.jsonl", lambda rows: rows[1:], "has the steps"),
+        ("run/groups.jsonl", lambda rows: [*rows, rows[-1]], "is there 2 times"),
+        ("run/groups.jsonl", lambda rows: without_shipped(rows), "neither trained, dropped"),
+    ],
+)
+def test_a_falsified_record_is_found(
+    copy: Path, file: str, falsify: Callable[[list[Row]], list[Row]], expected: str
+) -> None:
+    rewrite(copy / file, falsify)
+    assert any(expected in fault for fault in count_again(copy))
+
+
+def swap(rows: list[Row], name: str, value: float) -> list[Row]:
+    """One sampled token, or its log-probability, is another's."""
+    trajectory = first_trajectory(rows)
+    place = trajectory["sampled"].index(1)
+    trajectory[name][place] = value
+    return rows
+
+
+def assign(rows: list[Row], name: str, value: float) -> list[Row]:
+    first_trajectory(rows)[name] = value
+    return rows
+
+
+def repeat(rows: list[Row]) -> list[Row]:
+    rows[-1]["trajectories"].append(first_trajectory(rows))
+    return rows
+
+
+def later(rows: list[Row]) -> list[Row]:
+    rows[-1]["policy_version"] += 10
+    return rows
+
+
+def without_shipped(rows: list[Row]) -> list[Row]:
+    last = max(place for place, row in enumerate(rows) if row["end"] == "shipped")
+    return rows[:last] + rows[last + 1 :]
+
+
+def test_an_event_log_whose_decisions_differ_is_found(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Core, "_learn_lengths", lambda self, group: None)
+    assert any("replays differently" in fault for fault in count_again(copy))
+
+
+def test_a_schedule_depends_on_its_seed_alone() -> None:
+    targets = {"buffer": "buffer", "learner": "learner", "e/0": "actors", "e/1": "actors"}
+    first = schedule.draw(5, 50, schedule.KINDS, targets)
+    assert first == schedule.draw(5, 50, schedule.KINDS, targets)
+    assert first != schedule.draw(6, 50, schedule.KINDS, targets)
+    assert {fault.kind for fault in first} == set(schedule.KINDS)
+    assert {fault.target for fault in first} == set(targets)
+
+
+def test_a_row_may_go_through_the_lives_of_its_rollout_in_order_only() -> None:
+    lives = [Life(1, "a"), Life(9, "b")]
+    tokens = [token(lives[0], 0, 3), token(lives[1], 1, 4)]
+    trajectory = {
+        "tokens": tokens,
+        "sampled": [1, 1],
+        "versions": [(3, 1), (4, 1)],
+        "logprobs": [*map(logprob, tokens)],
+        "reward": score("", text(tokens), "", {}),
+    }
+    assert list(faults_of(trajectory, lives)) == []
+    assert list(faults_of(trajectory, lives[::-1])) != []
+    assert list(faults_of(trajectory | {"versions": [(3, 2)]}, lives)) != []

@@ -1,0 +1,313 @@
+"""The buffer crashes between any two writes; started again, it ends the run with true records.
+
+A script plays one engine and the learner against a buffer in this process. The run's folder is copied
+before each record of the event log, as a kill at that moment would leave it, and each copy is
+continued to its end: with the same learner, or with one that resumes from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from buffer.records.event_log import read_sessions
+from buffer.records.segments import SegmentLog
+from buffer.service import Service
+from buffer.wire import messages as msg
+from configs import cli
+from darts import events as ev
+from tools.replay import replay
+
+GROUPS, SIZE, STEPS, KEEP_EVERY = 2, 2, 5, 2
+ENGINE = b"engine"
+
+
+@dataclass
+class Learner:
+    """`kept`: the step of its newest checkpoint. `trained`: rollouts by step, the last time counts."""
+
+    incarnation: str
+    step: int = 0
+    kept: int = 0
+    version: int = -1
+    reported: bool = False  # the present step, which is not acknowledged yet
+    trained: dict[int, set[int]] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> bytes:
+        """Of its connection."""
+        return self.incarnation.encode()
+
+    def reborn(self, incarnation: str, step: int) -> Learner:
+        return Learner(incarnation, step, step, trained=self.trained)
+
+
+class Script:
+    """Buffer, engine and learner, one message at a time."""
+
+    def __init__(self, folder: Path, port: int, learner: Learner, resume: bool) -> None:
+        config = cli.load(
+            [
+                f"run.dir={folder}", "run.name=r", f"run.steps={STEPS}", "run.trackers=[]",
+                f"run.resume={resume}", f"buffer.address=tcp://127.0.0.1:{port}", "eval.every=2", "eval.num_prompts=1",
+                f"batch.groups={GROUPS}", f"darts.group_size={SIZE}", "redundancy.rule=fixed",
+                "redundancy.upper=1.5", "sampling.max_tokens=40", "data.num_prompts=50",
+                "staleness.max_lag=2", "buffer.segment_bytes=9000", "buffer.fsync_s=1000",
+            ]
+        )  # fmt: skip
+        self.learner, self.launched = learner, list[msg.LaunchedRollout]()
+        self.cancelled: set[int] = set()
+        self.shard: msg.Shard | None = None
+        self.known_version = self.loaded = -1
+        self.to_load: msg.SnapshotRef | None = None
+        self.service = Service(config)
+        self.service.run.router.send = self._sent
+        self.service._recover()
+
+    def _sent(self, identity: bytes, message: msg.Message) -> bool:
+        if identity not in (ENGINE, self.learner.identity):
+            return False  # an engine that the core knows, and that has not joined again
+        match message:
+            case msg.Launch():
+                self.launched += message.rollouts
+            case msg.Cancel():
+                self.cancelled |= set(message.rollout_ids)
+            case msg.Shard():
+                self.shard = message
+            case msg.Welcome():
+                self.to_load = message.policy
+            case msg.LearnerWelcome():
+                self.known_version = message.policy_version
+            case msg.Acknowledged() if message.step == self.learner.step:
+                self.learner.step += 1
+                self.learner.reported = False
+                if self.learner.step % KEEP_EVERY == 0 and self.learner.kept < STEPS:
+                    self.learner.kept = self.learner.step
+            case msg.Shutdown():
+                assert not message.error, message.error
+        return True
+
+    def join(self) -> None:
+        """The engine is the one that the core knows, without its rollouts."""
+        known = self.service.run.core.engines.by_id.get("e")
+        version = known.version if known else -1
+        engine = msg.EngineHello(
+            engine_id="e", engine_type="t", slots=6, policy_version=version, pid=1, incarnation="i",
+        )  # fmt: skip
+        self.service._receive(ENGINE, engine)
+        if self.to_load is not None:
+            self.load(self.to_load.version)
+        learner = self.learner
+        hello = msg.LearnerHello(
+            rank=0, num_ranks=1, step=learner.step, pid=1, incarnation=learner.incarnation,
+            resumed=learner.incarnation != "a", take_over=True,
+        )  # fmt: skip
+        self.service._receive(self.learner.identity, hello)
+        if learner.version < 0:
+            learner.version = self.known_version + 1
+        if learner.version > self.known_version:
+            self.announce()
+
+    def publish(self) -> None:
+        self.learner.version += 1
+        self.announce()
+
+    def announce(self) -> None:
+        version = self.learner.version
+        policy = msg.SnapshotRef(version=version, digest="", num_bytes=0, address="", path="x")
+        self.service._receive(self.learner.identity, msg.Published(policy=policy, seconds=0.0))
+        self.load(version)
+
+    def load(self, version: int) -> None:
+        self.loaded = version
+        loaded = msg.PolicyLoaded(version=version, fetch_s=0.0, pause_s=0.0)
+        self.service._receive(ENGINE, loaded)
+
+    def turn(self) -> None:
+        service = self.service
+        service._apply(service._begin_training())
+        service._apply(service.run.due_events())
+        service._apply(service.engines.flush())
+        service.run.poll_disk()
+        launched, self.launched = self.launched, []
+        for rollout in launched:
+            self.decode(rollout)
+        cancelled, self.cancelled = self.cancelled, set()
+        for rollout_id in cancelled:
+            service._receive(ENGINE, msg.Stopped(rollout_id=rollout_id, num_tokens=40))
+        self.train()
+
+    def decode(self, rollout: msg.LaunchedRollout) -> None:
+        """The length is the rollout's own; some are reported in part before."""
+        rollout_id, done = rollout.rollout_id, len(rollout.prefix) // 4
+        length = max(done, 3 + rollout.seed % 20)
+        self.chunk(rollout_id, 0, sampled=False, count=2)
+        if length > done:
+            self.chunk(rollout_id, 2 + done, sampled=True, count=length - done)
+        finished = msg.Finished(
+            rollout_id=rollout_id, num_tokens=length, truncated=False,
+            reward=float(rollout_id % 2), text="t",
+        )  # fmt: skip
+        self.cancelled.discard(rollout_id)
+        self.service._receive(ENGINE, finished)
+
+    def chunk(self, rollout_id: int, offset: int, sampled: bool, count: int) -> None:
+        tokens = array("i", [7] * count).tobytes()
+        logprobs = array("f", [-0.5] * count).tobytes() if sampled else b""
+        version = self.loaded if sampled else 0
+        chunk = msg.Chunk(
+            rollout_id=rollout_id, offset=offset, sampled=sampled, version=version, tokens=tokens,
+            logprobs=logprobs,
+        )  # fmt: skip
+        self.service._receive(ENGINE, msg.Progress(chunks=[chunk]))
+
+    def train(self) -> None:
+        """One step forward: pull, or train, publish and report; unless the run has ended."""
+        learner = self.learner
+        if learner.step == STEPS:
+            return
+        if self.shard is None and not learner.reported:
+            self.service._receive(self.learner.identity, msg.Pull(rank=0, step=learner.step))
+        if self.shard is not None and not learner.reported:
+            assert self.shard.step == learner.step
+            learner.trained[learner.step] = {t.rollout_id for t in self.shard.trajectories}
+            self.shard = None
+            learner.reported = True
+            self.publish()
+            if learner.step == STEPS - 1:
+                learner.kept = STEPS
+        if learner.reported:
+            report = msg.Trained(step=learner.step, num_tokens=1, metrics={"train/loss": 1.0})
+            self.service._receive(self.learner.identity, report)
+
+    def to_the_end(self) -> None:
+        self.join()
+        for _ in range(200):
+            if self.service.run.phase == "done":
+                self.service.run.close("")
+                return
+            self.turn()
+        raise AssertionError(f"no end: {self.service.run.core.waiting_for()}")
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "r" / name).read_text().splitlines()]
+
+
+def check(folder: Path, trained: dict[int, set[int]]) -> None:
+    metrics, groups = rows(folder, "metrics.jsonl"), rows(folder, "groups.jsonl")
+    assert [row["step"] for row in metrics] == list(range(STEPS))
+    assert max(Counter(row["group_id"] for row in groups).values()) == 1
+    shipped = [row for row in groups if row["end"] == "shipped"]
+    assert max(Counter(row["visit"] for row in shipped).values()) == 1
+    assert len(shipped) == STEPS * GROUPS
+    for step in range(STEPS):
+        selected = {
+            rollout["rollout_id"]
+            for row in shipped[step * GROUPS : (step + 1) * GROUPS]
+            for rollout in row["rollouts"]
+            if rollout["end"].startswith("selected")
+        }
+        assert selected == trained[step], step
+    drawn, outstanding = set[int](), set[int]()
+    for session in read_sessions(folder / "r" / "events"):
+        logged = list(session.events)
+        assert replay(session.config, session.state, logged).difference is None
+        for entry in logged:
+            if isinstance(entry.event, ev.PromptsDrawn):
+                drawn |= {prompt.visit for prompt in entry.event.prompts}
+    # None is passed over: all of the first visits were trained, or wait at the end of the run.
+    first = sorted(drawn)[: STEPS * GROUPS - 4]
+    assert set(first) <= {row["visit"] for row in shipped} | outstanding
+    generated = [row["tokens/generated"] for row in metrics]
+    assert generated == sorted(generated) and generated[0] > 0
+
+
+@dataclass
+class Crash:
+    """The folder of a run at one moment, and its learner then."""
+
+    folder: Path
+    learner: Learner
+
+
+def run_and_copy(
+    folder: Path, port: int, monkeypatch: pytest.MonkeyPatch, resumes: dict[int, int]
+) -> list[Crash]:
+    """A whole run, and its state before each record. `resumes`: at a step, a learner of an earlier one."""
+    script = Script(folder / "whole", port, Learner("a"), resume=False)
+    crashes: list[Crash] = []
+    append = SegmentLog.append
+
+    def copied(log: SegmentLog, payload: bytes, time_s: float) -> int:
+        target = folder / f"copy-{len(crashes)}"
+        shutil.copytree(folder / "whole", target)
+        crashes.append(Crash(target, deepcopy(script.learner)))
+        return append(log, payload, time_s)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SegmentLog, "append", copied)
+        script.join()
+        while script.service.run.phase != "done":
+            script.turn()
+            if (back := resumes.pop(script.learner.step, None)) is not None:
+                script.shard = None
+                script.learner = script.learner.reborn(f"from {back} {len(crashes)}", back)
+                script.join()
+        script.service.run.close("")
+    check(folder / "whole", script.learner.trained)
+    return crashes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resumes", [{}, {4: 2}, {3: 2, 4: 1}])
+def test_a_crash_between_any_two_records(
+    tmp_path: Path,
+    free_port: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+    resumes: dict[int, int],
+) -> None:
+    """Every second time the learner dies as well, and resumes from its checkpoint."""
+    for name in ("fsync", "fdatasync"):  # a killed process needs none
+        monkeypatch.setattr(os, name, lambda handle: None)
+    port = free_port()
+    crashes = run_and_copy(tmp_path, port, monkeypatch, dict(resumes))
+    begun = [crash for crash in crashes if (crash.folder / "r" / "config.yaml").exists()]
+    assert len(begun) > 100
+    for index, crash in enumerate(begun):
+        learner = crash.learner
+        if index % 2:
+            learner = learner.reborn("reborn", learner.kept)
+        script = Script(crash.folder, port, learner, resume=True)
+        try:
+            script.to_the_end()
+            check(crash.folder, learner.trained)
+        except BaseException:
+            print(f"crash at {crash.folder.name}")
+            raise
+        shutil.rmtree(crash.folder)
+
+
+def test_a_learner_of_an_earlier_step_is_refused_once_all_steps_are_done(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """The records of a run that has ended would be withdrawn, and never made again."""
+    script = Script(tmp_path, free_port(), Learner("a"), resume=False)
+    script.join()
+    while not script.service.run.core.run_ended:
+        script.turn()
+    script.learner = script.learner.reborn("b", 2)
+    with pytest.raises(AssertionError, match=f"all {STEPS} steps of .* are done"):
+        script.join()
+    script.service.run.close("")
+    assert script.service.run.step == STEPS

@@ -1,0 +1,124 @@
+"""`python -m tools.chaos seeds=[0,1,2]`: runs of real processes under seeded faults, each recounted.
+
+A run has the real buffer, engines with a fake sampler, and a learner: a stand-in without a model, or
+the real one on a tiny model. Each seed gives one line; the last line says how many held. The folder of
+a seed that did not hold is kept, and its number repeats its schedule.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from configs.command import run_command
+from configs.errors import ExitStatus
+from configs.schema import Config, key
+from tools.faults import schedule
+from tools.faults.cluster import Cluster
+from tools.faults.recount import recount
+
+LEARNERS = {"standin": "tools.faults.standin_learner", "real": "tools.faults.real_learner"}
+
+
+@dataclass
+class ChaosConfig:
+    seeds: list[int] = key([0], "Seeds; each gives one schedule of faults over one run.", ge=0)
+    steps: int = key(20, "Learner steps of a run.", ge=1)
+    engines: int = key(2, "Engines of a run.", ge=1)
+    faults: int = key(10, "Faults of a run. 0 runs the same processes undisturbed.", ge=0)
+    kinds: list[str] = key(
+        list(schedule.KINDS),
+        "Kinds of fault that are drawn from. Name fewer to find out which one breaks a run.",
+        choices=schedule.KINDS,
+    )
+    learner: Literal["standin", "real"] = key(
+        "standin",
+        "The learner: standin (starts at once, trains nothing) or real (on a tiny random model).",
+    )
+    deadline_s: float = key(
+        180.0, "Seconds after which a run that has not ended counts as stuck.", gt=0
+    )
+    out: str = key("", "Folder for the runs, all of which are kept then. Empty: a temporary one.")
+
+
+def run_config(folder: Path, model: Path, seed: int, steps: int) -> Config:
+    """A run of small steps whose peers lose patience within seconds, in a mode drawn from its seed."""
+    config, rng = Config(), random.Random(f"run {seed}")
+    config.run.dir, config.run.name = str(folder), "run"
+    config.run.seed, config.run.steps, config.run.trackers = seed, steps, []
+    config.run.stop_s = 10.0
+    config.model.path, config.model.max_context = str(model), 256
+    config.data.environment = "tools.faults.sampled:score"
+    config.data.num_prompts = 500
+    config.batch.groups, config.batch.max_tokens = 4, 512
+    config.pipeline.mode = rng.choice(["async", "async", "sync"])
+    config.staleness.max_lag = rng.randint(1, 4)
+    config.staleness.on_deadline = rng.choice(["wait", "drop"])
+    config.weights.publish_every = rng.randint(1, 2)
+    config.darts.cancel = rng.choice(["exact", "eager"])
+    config.darts.group_size, config.darts.num_long = 4, 1
+    config.sampling.max_tokens = 96
+    config.actors.name, config.actors.slots, config.actors.stream_interval = "engine", 16, 4
+    config.buffer.peer_timeout_s, config.buffer.rejoin_timeout_s = 3.0, 60.0
+    config.buffer.segment_bytes = 100_000
+    config.learner.device, config.learner.checkpoint_every = "cpu", rng.randint(1, 4)
+    config.learner.max_logprob_diff = 100.0  # the engines' log-probabilities are made up
+    config.optimizer.lr = 1e-4
+    config.eval.every, config.eval.num_prompts = 5, 3
+    config.launch.max_restarts = 100
+    return config
+
+
+def hold(chaos: ChaosConfig, config: Config, folder: Path) -> list[str]:
+    """Run one seed and count it again. Returns its schedule, then everything that did not hold."""
+    cluster = Cluster(config, folder, chaos.engines, LEARNERS[chaos.learner])
+    faults = schedule.draw(config.run.seed, chaos.faults, chaos.kinds, cluster.targets())
+    error = cluster.run(faults, chaos.deadline_s)
+    found = [error] if error else recount(cluster.run_folder, config, cluster.record)
+    return [", ".join(map(str, faults)) or "no faults", *found]
+
+
+def run(chaos: ChaosConfig) -> int:
+    out = Path(chaos.out or tempfile.mkdtemp(prefix="chaos-"))
+    model = out / "model"
+    if chaos.learner == "real":
+        from tools.faults.tiny_model import save_model  # here: torch takes seconds to import
+
+        save_model(model)
+    num_held = 0
+    for seed in chaos.seeds:
+        folder = out / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        started = time.monotonic()
+        plan, *found = hold(chaos, run_config(folder, model, seed, chaos.steps), folder)
+        print(
+            f"seed {seed}: {'; '.join(found) or 'held'} "
+            f"({time.monotonic() - started:.0f} s in {folder}; {plan})",
+            flush=True,
+        )
+        num_held += not found
+        if not found and not chaos.out:
+            shutil.rmtree(folder)
+    print(f"{num_held} of {len(chaos.seeds)} seeds held")
+    if num_held < len(chaos.seeds):
+        return ExitStatus.FAILED
+    if not chaos.out:
+        shutil.rmtree(out)
+    return ExitStatus.OK
+
+
+def main() -> NoReturn:
+    run_command(
+        "Kill, stop and cut off the processes of a run by a seeded schedule, and count it again.",
+        run,
+        schema=ChaosConfig,
+    )
+
+
+if __name__ == "__main__":
+    main()

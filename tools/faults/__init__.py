@@ -1,0 +1,1 @@
+"""Faults on purpose: the processes of a run under a seeded schedule, and the recount afterwards."""

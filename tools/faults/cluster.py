@@ -1,0 +1,224 @@
+"""The processes of one run on this machine, under the launcher's supervision and under faults.
+
+Owns a buffer, a learner and fake engines, each peer behind a proxy of its own, and the moment of each
+fault. Processes are started again by `tools.launching.supervision`, as in any run. Driven by
+`tools.chaos`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from buffer.processes.private_folder import private_folder
+from buffer.wire.client import MonitorLink
+from buffer.wire.messages import LiveState
+from buffer.wire.transport import next_port
+from configs import cli
+from configs.schema import Config
+from tools.faults.proxy import Proxy
+from tools.faults.schedule import BYTES_PER_S, DELAY_S, Fault
+from tools.launching.processes import CONFIG, Command, LocalProcess, Role
+from tools.launching.supervision import Run
+
+BUFFER, LEARNER = "buffer", "learner"
+Action = Callable[[], Any]
+
+
+class LoggedProcess(LocalProcess):
+    """A child whose whole output is kept."""
+
+    log: Path
+
+    def lines(self) -> list[str]:
+        lines = super().lines()
+        if lines:
+            with self.log.open("a") as file:
+                file.write("".join(f"{time.monotonic():.2f} {line}\n" for line in lines))
+        return lines
+
+
+@dataclass
+class Host:
+    """Gives each process the address of its own proxy, and a log in `folder`."""
+
+    config: Config
+    folder: Path
+    ports: Mapping[str, int]
+
+    def start(self, command: Command) -> LoggedProcess:
+        name = command.name.replace("/", "-")
+        config = deepcopy(self.config)
+        config.buffer.address = f"tcp://127.0.0.1:{self.ports[command.name]}"
+        file = self.folder / f"{name}.yaml"
+        file.write_text(cli.to_yaml(config))
+        arguments = [argument.replace(CONFIG, str(file)) for argument in command.arguments]
+        process = LoggedProcess(command.name, [sys.executable, *arguments], command.environment)
+        process.log = self.folder / f"{name}.log"
+        return process
+
+
+class View:
+    """Keeps the launcher's lines, and the number of steps done."""
+
+    def __init__(self, log: Path) -> None:
+        self._log, self.step = log, 0
+
+    def show(self, snapshot: LiveState) -> None:
+        self.step = max(self.step, snapshot.step)
+
+    def say(self, text: str) -> None:
+        with self._log.open("a") as file:
+            file.write(f"{time.monotonic():.2f} {text}\n")
+
+    def close(self) -> None:
+        """Nothing is shown."""
+
+
+@dataclass
+class Cluster:
+    """`folder` holds the run's directory, its logs and its configuration files."""
+
+    config: Config
+    folder: Path
+    num_engines: int
+    learner: str = "tools.faults.standin_learner"  # its module
+    proxies: dict[str, Proxy] = field(default_factory=dict)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.config.run.dir) / self.config.run.name
+
+    @property
+    def record(self) -> Path:
+        """The shards that the learner trained on."""
+        return self.folder / "trained.jsonl"
+
+    def commands(self) -> list[Command]:
+        learner = ("-m", self.learner, str(self.record), "--config", CONFIG)
+        one_thread = {"OMP_NUM_THREADS": "1"}
+        return [
+            Command("buffer", BUFFER, ("-m", "buffer", "--config", CONFIG)),
+            Command("learner", LEARNER, learner, environment=one_thread),
+            *(self._engine(index) for index in range(self.num_engines)),
+        ]
+
+    def targets(self) -> dict[str, Role]:
+        return {command.name: command.role for command in self.commands()}
+
+    def _engine(self, index: int) -> Command:
+        command = ("-m", "tools.faults.fake_engine", str(index), CONFIG)
+        return Command("actors", f"{self.config.actors.name}/{index}", command)
+
+    def run(self, faults: Sequence[Fault], deadline_s: float) -> str:
+        """From start to end. Returns why it did not end well, or ""."""
+        port = free_port()
+        with ExitStack() as stack:
+            ports = {BUFFER: port}
+            for name in list(self.targets())[1:]:
+                self.proxies[name] = stack.enter_context(Proxy(free_port(), port))
+                ports[name] = self.proxies[name].port
+            link = stack.enter_context(MonitorLink(next_port(f"tcp://127.0.0.1:{port}")))
+            view = View(self.folder / "launcher.log")
+            run = Run(self.config, view, link)
+            storm = Storm(run, view, self.proxies, faults, time.monotonic() + deadline_s)
+            stack.enter_context(run.request)
+            stack.enter_context(private_folder(self.config.run.stop_s))
+            try:
+                run.start(Host(self.config, self.folder, ports), self.commands())
+                run.watch(storm.turn)
+            finally:
+                storm.end()
+                run.stop()
+        if run.request.requested:
+            raise KeyboardInterrupt
+        return run.error
+
+
+class Storm:
+    """Does what is due, each turn of the launcher's loop."""
+
+    def __init__(
+        self,
+        run: Run,
+        view: View,
+        proxies: Mapping[str, Proxy],
+        faults: Sequence[Fault],
+        deadline: float,
+    ) -> None:
+        self._run, self._view, self._proxies, self._deadline = run, view, proxies, deadline
+        self._started = time.monotonic()
+        actions = [action for fault in faults for action in self._actions(fault)]
+        self._pending = sorted(actions, key=lambda action: action[0])
+
+    def turn(self) -> str:
+        now = time.monotonic()
+        while self._pending and self._pending[0][0] <= now - self._started:
+            self._pending.pop(0)[1]()
+        return self._states() if now > self._deadline else ""
+
+    def end(self) -> None:
+        """Nothing stays stopped."""
+        for member in self._run.members:
+            self._signal(member.process.name, signal.SIGCONT)
+
+    def _states(self) -> str:
+        told = [f"{self._view.step} steps done when the deadline passed"]
+        for member in self._run.members:
+            state = "runs" if member.status is None else member.process.how_it_ended()
+            last = member.process.last_lines[-1] if member.process.last_lines else "no output"
+            told.append(f"{member.name} {state} ({last})")
+        return "; ".join(told)
+
+    def _signal(self, name: str, number: signal.Signals) -> None:
+        member = next(m for m in self._run.members if m.command.name == name)
+        process = member.process
+        assert isinstance(process, LoggedProcess)
+        if process.status() is None:
+            self._view.say(f"{number.name} to {name}")
+            os.kill(process.pid, number)
+
+    def _actions(self, fault: Fault) -> list[tuple[float, Action]]:
+        """Its beginning, and its end `seconds` later."""
+        target, over_s = fault.target, fault.at_s + fault.seconds
+        if fault.kind == "kill":
+            return [(fault.at_s, lambda: self._signal(target, signal.SIGKILL))]
+        if fault.kind == "stop":
+            return [
+                (fault.at_s, lambda: self._signal(target, signal.SIGSTOP)),
+                (over_s, lambda: self._signal(target, signal.SIGCONT)),
+            ]
+        proxy = self._proxies[target]
+        begin: dict[str, Action] = {
+            "reset": proxy.reset,
+            "cut": lambda: proxy.cut(fault.seconds),
+            "delay": lambda: proxy.shape(delay_s=DELAY_S),
+            "slow": lambda: proxy.shape(bytes_per_s=BYTES_PER_S),
+        }
+        actions: list[tuple[float, Action]] = [
+            (fault.at_s, lambda: self._view.say(f"{fault}")),
+            (fault.at_s, begin[fault.kind]),
+        ]
+        return [*actions, (over_s, proxy.shape)] if fault.kind in ("delay", "slow") else actions
+
+
+def free_port() -> int:
+    """A port that is free now, and the next one too: the buffer takes both."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port

@@ -1,0 +1,122 @@
+"""`python -m tools.faults.fake_engine INDEX CONFIG_FILE`: an engine's process with a fake sampler.
+
+Everything but vLLM is real: the process, its link, its worker, its verifiers. Lengths are lognormal,
+drawn from the launch's seed; tokens are those of `tools.faults.sampled`, and one tick of the event
+loop gives each request its next ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import time
+from array import array
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from actors import process
+from actors.inference.generation import Generation, Measurement, Meter
+from configs.schema import Config
+from tools.faults.sampled import END, FIRST, VOCAB_SIZE, Life, logprob, text, token
+
+TICK_S, TOKENS_PER_TICK = 0.05, 2
+MEDIAN_LOG_LENGTH, SPREAD = 3.2, 0.7
+SWAP_S = 0.01
+
+
+class Tokenizer:
+    """Bytes as token ids, for prompts; the ids themselves as the text of a response."""
+
+    bos_token_id = 1
+    eos_token_id = END
+    chat_template = None
+
+    def encode(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
+        return [FIRST + byte for byte in prompt.encode()]
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return text(token_ids)
+
+
+class FakeEngine:
+    """A `Sampler` of the actors' worker. Made before the event loop runs, as the real one is."""
+
+    model_type, vocab_size, cause = "fake", VOCAB_SIZE, ""
+
+    def __init__(self, config: Config, engine_id: str) -> None:
+        self.tokenizer: Any = Tokenizer()
+        self.eos_ids = frozenset({END})
+        self.version = -1
+        self.died = asyncio.Event()
+        self._engine_id = engine_id
+        self._meter = Meter(config.actors.slots, time.monotonic())
+        self._running: dict[str, tuple[Generation, asyncio.Task[None]]] = {}
+
+    def launch(
+        self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
+    ) -> Generation:
+        drawn = random.Random(f"{seed} {len(prompt_ids)}")
+        length = max(1, round(drawn.lognormvariate(MEDIAN_LOG_LENGTH, SPREAD)))
+        generation = Generation(request_id)
+        task = asyncio.create_task(self._decode(generation, len(prompt_ids), length, max_tokens))
+        self._running[request_id] = (generation, task)
+        self._meter.occupy(len(self._running), time.monotonic())
+        return generation
+
+    async def _decode(
+        self, generation: Generation, start: int, length: int, max_tokens: int
+    ) -> None:
+        life = Life(int(generation.request_id), self._engine_id)
+        end = min(length, max_tokens)
+        while (done := len(generation.tokens)) < end:
+            await asyncio.sleep(TICK_S)
+            stop = min(end, done + TOKENS_PER_TICK)
+            ids = [token(life, start + place, self.version) for place in range(done, stop)]
+            if stop == length:
+                ids[-1] = END
+            generation.extend(self.version, ids, map(logprob, ids))
+            self._meter.step(time.monotonic(), len(self._running), int(stop == end))
+        self._release(generation, "stop" if end == length else "length")
+
+    def _release(self, generation: Generation, outcome: str) -> None:
+        del self._running[generation.request_id]
+        self._meter.occupy(len(self._running), time.monotonic())
+        generation.end(outcome)
+
+    async def abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            if request_id in self._running:
+                generation, task = self._running[request_id]
+                task.cancel()
+                self._release(generation, "abort")
+
+    async def swap(self, path: str, version: int) -> float:
+        """A policy's snapshot names its version, if the learner is a stand-in."""
+        said = Path(path).read_bytes()[:32]
+        assert not said.startswith(b"policy ") or said == b"policy %d" % version, said
+        await asyncio.sleep(SWAP_S)
+        self.version = version
+        return SWAP_S
+
+    async def score(self, token_ids: list[int]) -> array[float]:
+        return array("f", map(logprob, token_ids[1:]))
+
+    def measure(self) -> Measurement:
+        return self._meter.report(time.monotonic())
+
+    def close(self) -> None:
+        """Nothing is held outside this process."""
+
+
+def main(argv: list[str]) -> int:
+    """`actors.process`, for which `actors.inference.engine` is this module: it imports it late."""
+    module = ModuleType("actors.inference.engine")
+    module.__dict__["Engine"] = lambda config: FakeEngine(config, f"{config.actors.name}/{argv[0]}")
+    sys.modules[module.__name__] = module
+    return process.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,27 @@
+"""The learner's own record of its training: one JSON line per shard, in the file before the step."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from pathlib import Path
+
+from buffer.wire.messages import Shard
+
+
+def record(path: Path, shard: Shard) -> None:
+    rows = [
+        {
+            "rollout_id": t.rollout_id,
+            "group_id": t.group_id,
+            "tokens": array("i", t.tokens).tolist(),
+            "sampled": list(t.sampled),
+            "logprobs": array("f", t.actor_logprobs).tolist(),
+            "versions": t.versions,
+            "reward": t.reward,
+        }
+        for t in shard.trajectories
+    ]
+    line = {"step": shard.step, "policy_version": shard.policy_version, "trajectories": rows}
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")

@@ -1,0 +1,168 @@
+"""Counts a run again from its logs alone, and says everything that does not hold.
+
+Reads the event log, groups.jsonl, metrics.jsonl, and the learner's own record of its training. Trusts
+none of them: decisions are made again by a core, and tokens are checked against the engine to which
+the log gave the rollout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from buffer.records.event_log import read_sessions
+from configs.schema import Config
+from darts import events as ev
+from darts.checkpoint import restore
+from darts.core import Core
+from tools.faults.sampled import Life, faults_of
+from tools.replay import replay
+
+Row = dict[str, Any]
+MAX_SHOWN = 5
+
+
+@dataclass
+class History:
+    """All lives of the buffer, from the event log alone."""
+
+    drawn: set[int] = field(default_factory=set)  # visits of training prompts
+    launches: dict[int, ev.Launch] = field(default_factory=dict)
+    given_up: set[int] = field(default_factory=set)  # visits dropped and not put back
+    outstanding: set[int] = field(default_factory=set)  # visits at the end, in groups or queued
+    differences: list[str] = field(default_factory=list)
+
+    def lives(self, rollout_id: int) -> list[Life]:
+        """The lives of a rollout, oldest first."""
+        lives: list[Life] = []
+        at: int | None = rollout_id
+        while at is not None:
+            launch = self.launches[at]
+            lives.append(Life(at, launch.engine_id))
+            at = launch.continues
+        return lives[::-1]
+
+
+def recount(folder: Path, config: Config, record: Path) -> list[str]:
+    """The faults found in a run that has ended; none, if the promise holds."""
+    history = read_history(folder / "events")
+    rows, groups = _lines(folder / "metrics.jsonl"), _lines(folder / "groups.jsonl")
+    trained = {row["step"]: row for row in _lines(record)}  # the last time counts
+    faults = list(history.differences)
+    steps = [row["step"] for row in rows]
+    if steps != list(range(config.run.steps)):
+        faults.append(f"metrics.jsonl has the steps {steps}")
+    faults += _group_faults(groups, history)
+    faults += _step_faults(config, groups, trained)
+    for step, row in sorted(trained.items()):
+        faults += _token_faults(config, step, row, history)
+    return faults
+
+
+def read_history(events: Path) -> History:
+    """Drives a core through every segment."""
+    history = History()
+    for number, session in enumerate(read_sessions(events), 1):
+        logged = list(session.events)
+        difference = replay(session.config, session.state, logged).difference
+        if difference is not None:
+            history.differences.append(f"segment {number} replays differently at {difference}")
+        core = restore(session.config, session.state) if session.state else Core(session.config)
+        for entry in logged:
+            _take(history, core, entry.event)
+        if not core.run_ended:
+            history.outstanding = _visits(core)
+    return history
+
+
+def _take(history: History, core: Core, event: ev.Event) -> None:
+    if isinstance(event, ev.PromptsDrawn):
+        history.drawn |= {prompt.visit for prompt in event.prompts}
+    elif isinstance(event, ev.RunEnded):  # it drops all of these, unrecorded
+        history.outstanding = _visits(core)
+    try:
+        decisions = core.handle(event)
+    except ev.ProtocolError:
+        return  # a peer's mistake, refused then as well
+    for decision in decisions:
+        if isinstance(decision, ev.Launch):
+            history.launches[decision.rollout_id] = decision
+        elif isinstance(decision, ev.Drop) and decision.record.end != "run_ended":
+            history.given_up.discard(decision.record.visit)
+            if not decision.requeued:
+                history.given_up.add(decision.record.visit)
+
+
+def _visits(core: Core) -> set[int]:
+    """Visits of the training prompts in groups or queued."""
+    groups = {g.prompt.visit for g in core.groups.values() if g.purpose == "train"}
+    return groups | {waiting.prompt.visit for waiting in core.prompts.training}
+
+
+def _group_faults(groups: list[Row], history: History) -> Iterator[str]:
+    """Every group once; every visit trained once, dropped for good with a reason, or outstanding."""
+    yield from _repeated("group", (row["group_id"] for row in groups))
+    own = [row for row in groups if row["end"] != "evaluated"]
+    shipped = [row["visit"] for row in own if row["end"] == "shipped"]
+    yield from _repeated("visit", shipped)
+    dropped = {row["visit"] for row in own if row["end"] != "shipped"}
+    ended = set(shipped) | (dropped & history.given_up)
+    lost = history.drawn - ended - history.outstanding
+    yield from _listed("visits were drawn and neither trained, dropped nor outstanding", lost)
+    yield from _listed("visits were trained or dropped and never drawn", ended - history.drawn)
+    yield from _listed("visits were trained and are outstanding", ended & history.outstanding)
+
+
+def _step_faults(config: Config, groups: list[Row], trained: dict[int, Row]) -> Iterator[str]:
+    """The learner trained exactly the batches of the ledger, step by step."""
+    shipped = [row for row in groups if row["end"] == "shipped"]
+    per_step = config.batch.groups
+    if len(shipped) != config.run.steps * per_step:
+        yield f"{len(shipped)} groups shipped in {config.run.steps} steps of {per_step}"
+    for step in range(config.run.steps):
+        expected = {
+            rollout["rollout_id"]
+            for row in shipped[step * per_step : (step + 1) * per_step]
+            for rollout in row["rollouts"]
+            if rollout["end"].startswith("selected") and not rollout["truncated"]
+        }
+        found = [t["rollout_id"] for t in trained.get(step, {}).get("trajectories", [])]
+        yield from _repeated(f"step {step}: rollout", found)
+        yield from _listed(f"rollouts of step {step} were not trained", expected - set(found))
+        sentence = f"rollouts were trained in step {step} and are not in its groups"
+        yield from _listed(sentence, set(found) - expected)
+
+
+def _token_faults(config: Config, step: int, row: Row, history: History) -> Iterator[str]:
+    for trajectory in row["trajectories"]:
+        rollout_id = trajectory["rollout_id"]
+        name = f"step {step}, rollout {rollout_id}"
+        if rollout_id not in history.launches:
+            yield f"{name} was never launched"
+            continue
+        for fault in faults_of(trajectory, history.lives(rollout_id)):
+            yield f"{name}: {fault}"
+        lag = row["policy_version"] - min(version for version, _ in trajectory["versions"])
+        if not 0 <= lag <= config.staleness.max_lag:
+            yield f"{name}: its lag is {lag}"
+
+
+def _repeated(name: str, ids: Iterable[int]) -> list[str]:
+    return [f"{name} {i} is there {n} times" for i, n in Counter(ids).items() if n > 1]
+
+
+def _listed(sentence: str, ids: set[int]) -> list[str]:
+    some = ", ".join(map(str, sorted(ids)[:MAX_SHOWN]))
+    return [f"{len(ids)} {sentence}: {some}"] if ids else []
+
+
+def _lines(path: Path) -> list[Row]:
+    """A last line that a kill cut off is not one."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,104 @@
+"""`python -m tools.faults.standin_learner RECORD key=value ...`: a learner without a model.
+
+Its conversation with the buffer, its snapshots' server and the order of a step are the learner's. A
+policy is its version's name, a step a short sleep, and a checkpoint one file. It imports no torch, so
+that it starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from buffer.processes.child import ERROR
+from buffer.records.files import atomic_write
+from buffer.wire.probe import probe_sequences
+from buffer.wire.snapshots import SnapshotServer
+from buffer.wire.transport import TransportError
+from configs.command import run_command
+from configs.errors import ExitStatus
+from configs.schema import Config
+from learner import BufferLost, RunStopped
+from learner.session import BufferSession, RunEnded
+from tools.faults.record import record
+from tools.faults.sampled import VOCAB_SIZE, logprob
+
+STEP_S = 0.2
+PROBE = np.array(
+    [logprob(token) for sequence in probe_sequences(VOCAB_SIZE) for token in sequence[1:]], "<f4"
+).tobytes()
+
+
+class StandIn:
+    """`train` takes every step that is left."""
+
+    def __init__(self, config: Config, path: Path) -> None:
+        self._config, self._record = config, path
+        self._checkpoint = path.with_name("checkpoint.json")
+        self._step, self._version = 0, -1
+        if config.run.resume and self._checkpoint.exists():
+            self._step = json.loads(self._checkpoint.read_text())["step"]
+
+    def train(self, session: BufferSession, server: SnapshotServer) -> NoReturn:
+        """Ends with an exception only, as `learner.train` does."""
+        config = self._config
+        self._version = session.join(self._step)
+        self._publish(session, server)
+        while self._step < config.run.steps:
+            shard, _ = session.pull(self._step)
+            record(self._record, shard)
+            time.sleep(STEP_S)
+            self._step += 1
+            last = self._step == config.run.steps
+            if last or self._step % config.weights.publish_every == 0:
+                self._publish(session, server)
+            if last:
+                self._save()
+            num_tokens = sum(t.sampled.count(1) for t in shard.trajectories)
+            session.trained(shard.step, num_tokens, {"train/loss": 0.0})
+            if not last and self._step % config.learner.checkpoint_every == 0:
+                self._save()
+        session.wait_for_the_end()
+        raise AssertionError("the end is an exception")
+
+    def _publish(self, session: BufferSession, server: SnapshotServer) -> None:
+        self._version += 1
+        policy = server.publish(self._version, b"policy %d" % self._version)
+        session.announce(policy, 0.0, PROBE)
+
+    def _save(self) -> None:
+        atomic_write(self._checkpoint, json.dumps({"step": self._step}))
+
+
+def main() -> NoReturn:
+    path = Path(sys.argv.pop(1))
+
+    def run(config: Config) -> int:
+        with (
+            BufferSession(config, 0, 1, secrets.token_hex(6)) as session,
+            SnapshotServer(config.weights.address) as server,
+        ):
+            try:
+                StandIn(config, path).train(session, server)
+            except RunEnded:
+                return ExitStatus.OK
+            except BufferLost as error:
+                print(f"{ERROR}{error}", file=sys.stderr)
+                return ExitStatus.TRY_AGAIN
+
+    run_command(
+        "A learner without a model, which records what it is given.",
+        run,
+        schema=Config,
+        errors=(TransportError, RunStopped),
+    )
+
+
+if __name__ == "__main__":
+    main()
