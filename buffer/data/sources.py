@@ -47,7 +47,8 @@ class PromptStream:
 
     def __init__(self, source: Source, seed: int) -> None:
         self.source, self.seed, self.position = source, seed, 0
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._epoch: int = -1
+        self._order = np.empty(0, dtype=np.int64)
 
     def draw(self, num_prompts: int) -> list[PromptPayload]:
         """The next prompts. A prompt keeps its `prompt_id` across epochs and runs."""

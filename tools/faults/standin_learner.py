@@ -81,7 +81,7 @@ def main() -> NoReturn:
 
     def run(config: Config) -> int:
         with (
-            BufferSession(config, 0, 1, secrets.token_hex(6)) as session,
+            BufferSession(config, 0, 1, secrets.token_hex(6), VOCAB_SIZE) as session,
             SnapshotServer(config.weights.address) as server,
         ):
             try:

@@ -184,7 +184,7 @@ def test_a_bound_itself_is_allowed(
 def test_a_sender_cuts_texts_that_would_be_refused() -> None:
     long = "x" * 100_000
     for message in (
-        msg.Failed(rollout_id=1, error=long, fatal=False),
+        msg.Failed(rollout_id=1, error=long),
         msg.LearnerFailed(rank=0, error=long),
         msg.Finished(rollout_id=1, num_tokens=1, truncated=False, reward=0.0, text=long),
         msg.Shutdown(error=long),
