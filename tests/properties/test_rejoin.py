@@ -52,7 +52,7 @@ def row(num_tokens: int) -> list[int]:
 
 
 def store_of(numbered: dict[int, Case]) -> TrajectoryStore:
-    store = TrajectoryStore(max_bytes=1 << 30)
+    store = TrajectoryStore(max_bytes=1 << 30, max_context=1 << 20)
     for i, case in numbered.items():
         if case.of_core == "running":
             store.open(i, 0, None)

@@ -23,6 +23,10 @@ CHUNK = {
     "logprobs": b"",
 }
 POLICY = {"version": 0, "digest": "a" * 64, "num_bytes": 1, "address": "", "path": ""}
+VERIFIER = {
+    "num_workers": 1, "num_waiting": 0, "num_busy": 0, "num_verified": 0, "num_failed": 0,
+    "num_timeouts": 0, "queue_s": 0.5, "time_s": 0.5, "longest_s": 0.5,
+}  # fmt: skip
 VALID: dict[str, dict[str, Any]] = {
     "EngineHello": {
         "engine_id": "pool b/0", "engine_type": "cpu/float32/tp1", "slots": 1,
@@ -30,11 +34,15 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "Progress": {"chunks": [CHUNK]},
     "Finished": {"rollout_id": 1, "num_tokens": 1, "truncated": False, "reward": 1.0, "text": "x"},
-    "Failed": {"rollout_id": 1, "error": "x", "fatal": False},
+    "Failed": {"rollout_id": 1, "error": "x", "unusable": False},
     "Stopped": {"rollout_id": 1, "num_tokens": 1},
     "PolicyLoaded": {"version": 0, "fetch_s": 0.5, "pause_s": 0.5},
     "Probed": {"version": 0, "model_type": "qwen3", "logprobs": b"1234"},
-    "EngineReport": {"batch": 1.0, "ms_per_token": 1.0, "tokens_per_s": 1.0, "busy_frac": 1.0},
+    "EngineReport": {
+        "batch": 1.0, "ms_per_token": 1.0, "tokens_per_s": 1.0, "busy_frac": 1.0,
+        "verifier": VERIFIER,
+    },
+    "Leaving": {},
     "LearnerHello": {
         "rank": 0, "num_ranks": 1, "step": 0, "pid": 1, "vocab_size": 100, "incarnation": "a",
         "resumed": False, "take_over": False, "run": "r",
@@ -76,6 +84,7 @@ HARMLESS = {  # by field: hostile elsewhere, and within bounds here
     "reward": {"minus one", "minus two", "a half"},
     "fetch_s": {"a half"}, "pause_s": {"a half"}, "seconds": {"a half"}, "batch": {"a half"},
     "ms_per_token": {"a half"}, "tokens_per_s": {"a half"}, "busy_frac": {"a half"},
+    "queue_s": {"a half"}, "time_s": {"a half"}, "longest_s": {"a half"},
     "engine_id": {"number as text", "parent folder"},
     "engine_type": {"number as text", "parent folder"},
     "model_type": {"number as text", "parent folder"},
@@ -83,7 +92,7 @@ HARMLESS = {  # by field: hostile elsewhere, and within bounds here
     "incarnation": {"number as text", "parent folder"}, "rollouts": {"list"},
     "digest": {"empty"}, "address": FREE_TEXT, "path": FREE_TEXT, "text": FREE_TEXT,
     "error": FREE_TEXT, "logprobs": {"bytes"}, "probe": {"bytes"},
-    "sampled": {"true"}, "truncated": {"true"}, "fatal": {"true"}, "resumed": {"true"},
+    "sampled": {"true"}, "truncated": {"true"}, "unusable": {"true"}, "resumed": {"true"},
     "take_over": {"true"},
 }  # fmt: skip
 CHUNK_BYTES_FIELDS = {"tokens", "logprobs"}  # bounded by the largest message, not by a type
@@ -100,7 +109,7 @@ def places() -> Iterator[tuple[str, str, str]]:
         for field, value in fields.items():
             yield name, "", field
             inner = value[0] if field == "chunks" else value
-            if inner in (CHUNK, POLICY):
+            if inner in (CHUNK, POLICY, VERIFIER):
                 for part in inner:
                     yield name, field, part
 
@@ -126,6 +135,7 @@ def test_every_message_and_every_field_is_tried() -> None:
     for name, fields in VALID.items():
         assert fields.keys() == {f.name for f in msgspec.structs.fields(TYPES[name])}
     assert CHUNK.keys() == {f.name for f in msgspec.structs.fields(msg.Chunk)}
+    assert VERIFIER.keys() == {f.name for f in msgspec.structs.fields(msg.VerifierReport)}
     assert POLICY.keys() == {f.name for f in msgspec.structs.fields(msg.SnapshotRef)}
 
 
