@@ -221,7 +221,7 @@ class DataConfig:
         "Largest fraction of the prompts that may be skipped before the run ends with their number "
         "and the reasons. Eight are always allowed. Raise it for data with many bad rows.",
         ge=0,
-        lt=1,
+        le=1,
     )
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from buffer.wire.client import EngineLink
-from tests.fakes import FakeEngine, FakeLearner
+from tests.fakes import FakeEngine, FakeLearner, FakeRollout
 from tests.integration.test_service import STEPS, Running, make_config, rows
 
 
 class HangingEngine(FakeEngine):
     """Decodes nothing after its first ten rollouts; its heartbeats go on."""
 
-    def decode(self, link: EngineLink) -> None:
-        if self.num_launched < 10:
-            super().decode(link)
-        else:
-            time.sleep(0.05)
+    def decode(self) -> list[FakeRollout]:
+        return super().decode() if self.num_launched < 10 else []
 
 
 def test_an_engine_that_hangs_is_started_again_and_its_rollouts_go_on_elsewhere(

@@ -239,10 +239,8 @@ TURNS = {
     "run.dir": Turn("x", "y/z", folder_made, TINY),
     "run.trackers": Turn("[]", "[tensorboard]", files_written, TINY),
     "run.resume": Turn("false", "true", begins_again, TINY),
-    "data.on_error": Turn(
-        "stop", "skip", outcome_of_failures, (*TINY, "data.max_skipped_frac=0.99")
-    ),
-    "data.max_skipped_frac": Turn("0", "0.99", outcome_of_failures, (*TINY, *SKIP)),
+    "data.on_error": Turn("stop", "skip", outcome_of_failures, (*TINY, "data.max_skipped_frac=1")),
+    "data.max_skipped_frac": Turn("0", "1", outcome_of_failures, (*TINY, *SKIP)),
     "buffer.fsync_s": Turn("0", "300", durable_at_once, TINY),
     "buffer.segment_bytes": Turn("1", "64000000", segments, TINY),
     "buffer.keep_event_bytes": Turn("0", "1000000", segments, (*TINY, "buffer.segment_bytes=1")),
