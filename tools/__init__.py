@@ -1,1 +1,1 @@
-"""What people run beside the three processes: launch, watch, replay, report, compare, benchmark."""
+"""The commands beside the three processes: launch, watch, replay, report, compare, benchmark."""

@@ -1,6 +1,6 @@
-"""`python -m tools.bench SUBJECT`: measures one subject on this machine and prints what it found. Never a test: timings judge nobody.
+"""`python -m tools.bench SUBJECT`: measure one subject on this machine and print the result.
 
-One function per subject, in `SUBJECTS`.
+Each subject has one function in `SUBJECTS`. Nothing here passes or fails.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ ENGINES, SLOTS, GROUP_SIZE, MAX_TOKENS = 64, 256, 8, 100_000
 
 
 def core(options: Sequence[str]) -> None:
-    """Events per second through `Core.handle`, on one core: reports of progress, and ends with all that follows from them."""
+    """Events per second through `Core.handle` on one CPU core.
+
+    Measures reports of progress, then ends of rollouts with all the decisions that follow.
+    """
     if options:
         raise ValueError(f"command line: {options[0]}: the subject core takes no options")
     machine = Core(
@@ -43,14 +46,15 @@ def core(options: Sequence[str]) -> None:
         send(ev.EngineJoined(f"engine/{index}", "bench", SLOTS, 0))
     send(ev.PromptsDrawn(tuple(ev.Prompt(f"p{i}") for i in range(4096))))
     print(
-        f"{len(launched):,} rollouts in flight on {ENGINES} engines, {machine.num_outstanding:,} groups"
+        f"{len(launched):,} rollouts in flight on {ENGINES} engines, "
+        f"{machine.num_outstanding:,} groups"
     )
     _progress(machine, list(launched))
     _finishes(machine, list(launched))
 
 
 def _progress(machine: Core, rollouts: list[int]) -> None:
-    """Every rollout reports in turn, as their engines decode."""
+    """Every rollout reports its progress in turn, as if its engine were decoding."""
     rounds = 40
     events: list[ev.Event] = [
         ev.RolloutProgressed(rollout_id, 8 * (n + 1))
@@ -69,7 +73,7 @@ def _progress(machine: Core, rollouts: list[int]) -> None:
 
 
 def _finishes(machine: Core, rollouts: list[int]) -> None:
-    """Rollouts end in random order; cancels are confirmed at once, freed slots taken by new groups, ready groups trained."""
+    """Rollouts end in random order; cancels are confirmed at once and new groups start."""
     rng = random.Random(0)
     rng.shuffle(rollouts)
     running, prompts, rates = list(rollouts), itertools.count(), []
@@ -92,17 +96,21 @@ def _finishes(machine: Core, rollouts: list[int]) -> None:
                 )
         rates.append(num / (time.perf_counter() - began))
     print(
-        f"ends:     {_spread(rates)} (finishes and confirmed cancels, with selection, statistics, admission and launches)"
+        f"ends:     {_spread(rates)} (finishes and confirmed cancels, with selection, statistics, "
+        "admission and launches)"
     )
 
 
 def _spread(rates: list[float]) -> str:
     ordered = sorted(rates)
-    return f"{ordered[len(ordered) // 2]:,.0f} events/s (median of {len(ordered)}; {ordered[0]:,.0f} to {ordered[-1]:,.0f})"
+    return (
+        f"{ordered[len(ordered) // 2]:,.0f} events/s "
+        f"(median of {len(ordered)}; {ordered[0]:,.0f} to {ordered[-1]:,.0f})"
+    )
 
 
 def pipeline(options: Sequence[str]) -> None:
-    # Here: it loads vLLM and torch, and vLLM's processes import this module again.
+    # Here, because it loads vLLM and torch, and vLLM's processes import this module again.
     from tools.benchmarks import pipeline
 
     pipeline.main(options)
@@ -122,11 +130,11 @@ SUBJECTS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("subject", choices=sorted(SUBJECTS), help="what to measure")
+    parser.add_argument("subject", choices=sorted(SUBJECTS), help="the subject to measure")
     parser.add_argument(
         "options",
         nargs=argparse.REMAINDER,
-        help="of pipeline only: key=value, --config, or --help for all of them",
+        help="for pipeline only: key=value or --config; --help lists all keys",
     )
 
 

@@ -1,8 +1,8 @@
-"""`python -m tools.check key=value ...`: whether a run of this configuration would train on the right numbers.
+"""`python -m tools.check key=value ...`: check that a run would train on the right numbers.
 
-Shows a few prompts as the model is given them, then compares learner and engine on the model itself,
-in less than a minute for a small one. Exits with status 1 if the model is refused. Driven by hand;
-a run makes the same comparisons by itself and stops at the first that fails.
+Shows a few prompts as the model receives them, then compares learner and engine on the model
+itself. This takes less than a minute for a small model. Exits with status 1 if the model is
+refused. Run by hand; a run makes the same comparisons itself and stops at the first that fails.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def run(config: Config) -> None:
 
 def main() -> NoReturn:
     run_command(
-        "Check, before a run, that learner and engine compute the same for the model of this "
-        "configuration, also after new weights have been loaded, and show a few prompts as tokens.",
+        "Check before a run that learner and engine compute the same log-probabilities for the "
+        "model of this configuration, also after new weights have been loaded, and show a few "
+        "prompts as tokens.",
         run,
         schema=Config,
         errors=(Refused, PromptRefused),

@@ -1,14 +1,17 @@
-"""`python -m tools.compare [key=value ...]`: policies on the same seeds and the same work, simulated or live, in one table.
+"""`python -m tools.compare [key=value ...]`: compare policies on the same seeds and the same work.
 
     python -m tools.compare set=ablation base=configs/simulate/qwen14b.yaml out=runs/compare
     python -m tools.compare live=true set=live base=configs/demo.yaml seeds=[0,1,2] out=runs/compare
 
-A variant is a name and the configuration values that make it; nothing else differs. The first one is what the others are
-measured against. Writes table.json, table.html and table.png to `out`, and curves.png where the runs are live. A difference in time is
-called a speedup only if held-out rewards agree within `margin`; simulated policies have none, and the table says so.
+The policies are simulated or run live. A variant is a name and the configuration values that define
+it; nothing else differs. The first variant is the reference for the others. Writes table.json,
+table.html and table.png to `out`, and curves.png for live runs. A difference in time is called a
+speedup only if the held-out rewards agree within `margin`; simulated policies have none, and the
+table says so.
 
-Live runs are judged after they have ended, by `tools.evaluate` on their checkpoints, so that judging costs none of them time. Times
-count from the end of the first step, which holds the loading of engines.
+Live runs are judged after they have ended, by `tools.evaluate` on their checkpoints, so that
+judging takes no time from any run. Times count from the end of the first step, because the engines
+are loaded during that step.
 """
 
 from __future__ import annotations
@@ -38,18 +41,14 @@ Variants = dict[str, list[str]]
 PLAIN = ["darts.policy=plain"]
 SYNC, ASYNC = ["pipeline.mode=sync"], ["pipeline.mode=async"]
 FIXED = ["redundancy.rule=fixed", "redundancy.upper=1.5"]
-ADAPTIVE = [
-    "redundancy.rule=paper",
-    "redundancy.upper=2.0",
-    "redundancy.price=0.6",
-]  # a mean budget of about 12, as FIXED has
-SPLIT_32 = [
-    "engines.num_engines=12",
-    "learner.num_gpus=20",
-]  # the same 32 devices, in two parts about as busy under async plain
-# The demo in smaller steps: the 32 responses of a plain one decode where this engine's latency is flat, as on a GPU that is not full.
+# The mean budget is about 12, the budget of FIXED.
+ADAPTIVE = ["redundancy.rule=paper", "redundancy.upper=2.0", "redundancy.price=0.6"]
+# The same 32 devices in two parts that are about equally busy under async plain.
+SPLIT_32 = ["engines.num_engines=12", "learner.num_gpus=20"]
+# The demo in smaller steps. A plain step has 32 responses, for which the latency of this engine is
+# flat, as on a GPU that is not full.
 FLAT = ["batch.groups=4", "run.steps=128", "optimizer.lr=1e-4"]
-LONGER = [*FLAT, "run.steps=192"]  # still sooner done
+LONGER = [*FLAT, "run.steps=192"]  # still ends earlier than sync plain
 
 SETS: dict[str, Variants] = {
     "ablation": {  # the published order, with the published rule for the long seat
@@ -67,7 +66,7 @@ SETS: dict[str, Variants] = {
         "6:2": [*SYNC, *FIXED, "darts.num_long=2"],
         "4:4": [*SYNC, *FIXED, "darts.num_long=4"],
     },
-    "async": {  # 32 devices each: sync uses all for both, async splits them
+    "async": {  # 32 devices each: sync uses all of them for both tasks, async splits them
         "sync plain": [*SYNC, *PLAIN],
         "sync tail batching": [*SYNC, "baseline.scheduler=tail_batching"],
         "sync partial rollout": [*SYNC, "baseline.scheduler=partial_rollout"],
@@ -84,7 +83,7 @@ SETS: dict[str, Variants] = {
             *SPLIT_32,
         ],
     },
-    "rules": {  # on whatever hardware the base has
+    "rules": {  # on the hardware of the base configuration
         "async plain": [*ASYNC, *PLAIN],
         "random of 12": [*ASYNC, *FIXED, "darts.policy=random"],
         "exact, longest": [*ASYNC, *FIXED, "darts.long_end=longest"],
@@ -112,14 +111,14 @@ class CompareConfig:
     )
     overrides: list[str] = key([], "Overrides of every variant, such as [run.steps=10].")
     only: list[str] = key(
-        [], "Names of the variants to run. The first is the reference. Empty: the whole set."
+        [], "Names of the variants to run; the first is the reference. Empty: the whole set."
     )
     seeds: list[int] = key([0], "Seeds; every variant runs once with each of them.")
     live: bool = key(
-        False, "Compare real runs (tools.launch), one after the other, instead of simulated ones."
+        False, "Compare real runs (tools.launch), one after the other, instead of simulations."
     )
     judge_every: int = key(
-        5, "Live runs: number of learner steps between the checkpoints that are judged.", ge=1
+        5, "Live runs: number of learner steps between the checkpoints to judge.", ge=1
     )
     judge_samples: int = key(
         4, "Live runs: number of responses per held-out prompt and checkpoint.", ge=1
@@ -130,9 +129,9 @@ class CompareConfig:
         ge=0,
     )
     jobs: int = key(
-        1, "Number of simulations, or of judgements of live runs, at the same time.", ge=1
+        1, "Number of simulations, or of evaluations of live runs, that run in parallel.", ge=1
     )
-    out: str = key("runs/compare", "Folder for the table, and for live runs.")
+    out: str = key("runs/compare", "Folder for the table, and for the directories of live runs.")
 
 
 def run(config: CompareConfig) -> None:
@@ -148,7 +147,7 @@ def run(config: CompareConfig) -> None:
         add_time_to_reach([seed for _, _, _, seed in jobs], results, config.margin)
     else:
         for job in jobs:
-            _simulation(*job)  # a mistake in any of them is told before the first one runs
+            _simulation(*job)  # reports any mistake before the first one runs
         with ProcessPoolExecutor(config.jobs) as pool:
             results = list(pool.map(_simulated, jobs))
     by_variant: dict[str, list[Row]] = {name: [] for name in variants}
@@ -160,7 +159,8 @@ def run(config: CompareConfig) -> None:
     kind = (
         "Real runs"
         if config.live
-        else "Simulated: held-out reward is not modelled, and lengths, latencies and learning are assumptions"
+        else "Simulated: held-out reward is not modelled, and lengths, latencies and learning are "
+        "assumptions"
     )
     page = html(rows, config.set, f"{kind}. {config.base}, seeds {config.seeds}. Means over seeds.")
     atomic_write(out / "table.html", page, durable=False)
@@ -176,14 +176,15 @@ def _chosen(config: CompareConfig) -> Variants:
     unknown = [name for name in config.only if name not in known]
     if unknown:
         raise ValueError(
-            f"only={unknown[0]!r}: not a variant of set={config.set}; its variants are {', '.join(known)}"
+            f"only={unknown[0]!r}: not a variant of set={config.set}; its variants are "
+            f"{', '.join(known)}"
         )
     if not config.seeds:
-        raise ValueError("seeds=[]: at least one seed, or nothing runs")
+        raise ValueError("seeds=[]: give at least one seed, otherwise nothing runs")
     return {name: known[name] for name in (config.only or known)}
 
 
-# Running -----------------------------------------------------------------------------------------------------------
+# Running ------------------------------------------------------------------------------------------
 
 
 def _simulation(
@@ -201,10 +202,10 @@ def _simulated(job: tuple[CompareConfig, str, Sequence[str], int]) -> Row:
 
 
 def _train(config: CompareConfig, name: str, values: Sequence[str], seed: int) -> Path:
-    """A live run, alone on this machine; its directory."""
+    """Execute a live run alone on this machine, and return its directory."""
     run_name = f"{name.replace(',', '').replace(' ', '-')}-{seed}"
     folder = Path(config.out) / run_name
-    if not (folder / "report.html").exists():  # a comparison cut short goes on where it was
+    if not (folder / "report.html").exists():  # an interrupted comparison continues
         command = [
             sys.executable,
             "-m",
@@ -236,7 +237,10 @@ def _judge(folder: Path, num_samples: int) -> None:
 
 
 def _judged_later(config: CompareConfig) -> list[str]:
-    """A run keeps what it will be judged by, and is evaluated only before and after: prompts are held out where it is evaluated at all."""
+    """Settings that keep the checkpoints to judge, and evaluate only before and after training.
+
+    Evaluation stays enabled because prompts are held out only if a run evaluates.
+    """
     return [
         f"learner.checkpoint_every={config.judge_every}",
         "learner.keep_checkpoints=1000000",
@@ -246,9 +250,10 @@ def _judged_later(config: CompareConfig) -> list[str]:
 
 
 def summarise(run: RunDirectory) -> Row:
-    """A finished and judged run in the words of a simulation's summary. Times leave out the first step.
+    """A finished and judged run in the format of a simulation's summary, without the first step.
 
-    `curve`: for each judged checkpoint the seconds after which it was there, and its held-out reward.
+    `curve` has one entry per judged checkpoint: the seconds until it was saved, and its held-out
+    reward.
     """
     if len(run.metrics) < 2:
         raise ValueError(
@@ -290,8 +295,11 @@ def _mean(run: RunDirectory, name: str) -> float:
 
 
 def add_time_to_reach(seeds: Sequence[int], results: list[Row], margin: float) -> None:
-    """Seconds until a run first has the held-out reward that the reference of its seed, which comes first, has at its end (`reach_s`), and until
-    it is within `margin` of it (`near_s`); absent where it never is."""
+    """Add the seconds until a run first reaches the final held-out reward of its reference.
+
+    `reach_s` counts until the reward is reached, `near_s` until it is within `margin`. A value is
+    absent if this never happens. The reference is the first result with the same seed.
+    """
     targets: dict[int, float] = {}
     for seed, row in zip(seeds, results, strict=True):
         target = targets.setdefault(seed, row["judged_reward"])
@@ -301,11 +309,11 @@ def add_time_to_reach(seeds: Sequence[int], results: list[Row], margin: float) -
                 row[name] = reached[0]
 
 
-# Table -------------------------------------------------------------------------------------------------------------
+# Table --------------------------------------------------------------------------------------------
 
 
 def table(by_variant: dict[str, list[Row]], margin: float) -> list[Row]:
-    """One row per variant: means over seeds, the step time's range, and what may be said of it against the first variant."""
+    """One row per variant: means over seeds, the range of step times, and the verdict."""
     reference = next(iter(by_variant.values()))
     rows = []
     for name, results in by_variant.items():
@@ -325,7 +333,7 @@ def table(by_variant: dict[str, list[Row]], margin: float) -> list[Row]:
 
 
 def verdict(row: Row, reference: Row, margin: float) -> str:
-    """A speedup, or why it is none."""
+    """The speedup, or the reason why none is claimed."""
     if row is reference:
         return "reference"
     ratio = f"{row['time_ratio']:.2f}x"

@@ -1,7 +1,9 @@
-"""`python -m tools.evaluate runs/<name>`: every kept checkpoint on held-out prompts, after the run and beside nobody.
+"""`python -m tools.evaluate runs/<name>`: evaluate every kept checkpoint on held-out prompts.
 
-One engine takes the checkpoints in turn, as it would take published weights; responses are sampled as in training, nothing is cancelled.
-Writes runs/<name>/evaluations.jsonl (step, reward_mean, accuracy if all rewards are 0 or 1, responses, length statistics) and prints it. Driven by hand and by `tools.compare`.
+Works after the run, so that evaluation takes no time from it. One engine loads the checkpoints in
+turn, as it loads published weights. Responses are sampled as in training, and none is cancelled.
+Writes runs/<name>/evaluations.jsonl (step, reward_mean, accuracy if all rewards are 0 or 1, number
+of responses, length statistics) and prints it. Driven by hand and by `tools.compare`.
 """
 
 from __future__ import annotations
@@ -31,18 +33,21 @@ from tools.reporting.run_directory import EVALUATIONS, Row
 
 
 def evaluate(run: Path, samples: int | None = None) -> list[Row]:
-    """Judges all checkpoints on the run's own held-out prompts (None: `eval.samples_per_prompt` responses of each) and writes `evaluations.jsonl`.
+    """Judge all checkpoints on the run's own held-out prompts, and write `evaluations.jsonl`.
 
-    Raises `ValueError` where there is nothing to judge, or nothing to judge it by.
+    `samples` is the number of responses per prompt (None: `eval.samples_per_prompt`). Raises
+    `ValueError` if the run has no checkpoints or no held-out prompts.
     """
     config, steps = run_config(run), steps_saved(run)
     if not config.eval.every and not config.data.eval:
         raise ValueError(
-            f"{run} held no prompts out (eval.every=0, data.eval empty), and what it was trained on judges nobody"
+            f"{run} held no prompts out (eval.every=0 and data.eval is empty), and a model cannot "
+            "be judged on its training prompts"
         )
     if not steps:
         raise ValueError(
-            f"{run}/checkpoints holds none: learner.checkpoint_every and learner.keep_checkpoints say what a run keeps"
+            f"{run}/checkpoints holds no checkpoint; learner.checkpoint_every and "
+            "learner.keep_checkpoints control which ones a run keeps"
         )
     config = replace(
         config,
@@ -60,8 +65,11 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
             if "accuracy" in row
             else (f"mean reward {row['reward_mean']:.3f}")
         )
-        print(f"step {row['step']:>6,.0f}: {result}, mean length {row['length_mean']:.1f}, "
-              f"p99 {row['length_p99']:.0f}", flush=True)  # fmt: skip
+        print(
+            f"step {row['step']:>6,.0f}: {result}, mean length {row['length_mean']:.1f}, "
+            f"p99 {row['length_p99']:.0f}",
+            flush=True,
+        )
     atomic_write(run / EVALUATIONS, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -69,9 +77,8 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
 def _judge(config: Config, run: Path, steps: list[int]) -> Iterator[Row]:
     import safetensors.torch
 
-    from actors.inference.engine import (
-        Engine,  # seconds of import: after everything that may be wrong
-    )
+    # Here, because it takes seconds; mistakes are reported before.
+    from actors.inference.engine import Engine
     from learner.publish import DTYPES, gather
 
     prompts = make_sources(config).eval_prompts
@@ -95,7 +102,7 @@ def _judge(config: Config, run: Path, steps: list[int]) -> Iterator[Row]:
 async def _answer(
     config: Config, engine: Any, environment: Environment, prompts: list[PromptPayload], step: int
 ) -> Row:
-    """Has every prompt answered `eval.samples_per_prompt` times, with the same seeds at every step."""
+    """Answer every prompt `eval.samples_per_prompt` times, with the same seeds at every step."""
 
     skipped = SkippedPrompts(config.data.max_skipped_frac)
 
@@ -145,7 +152,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         type=int,
-        help="responses per prompt (default: the run's eval.samples_per_prompt)",
+        help="number of responses per prompt (default: the run's eval.samples_per_prompt)",
     )
 
 

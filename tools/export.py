@@ -1,6 +1,7 @@
-"""`python -m tools.export runs/<name> FOLDER`: a checkpoint as an ordinary Hugging Face model folder, tokenizer included.
+"""`python -m tools.export runs/<name> FOLDER`: write a checkpoint as a Hugging Face model folder.
 
-Owns the folder that it writes, and nothing of the run. Driven by hand; `tools.evaluate` shares its reading of checkpoints.
+The folder includes the tokenizer. This tool changes nothing in the run. Driven by hand;
+`tools.evaluate` uses its functions to read checkpoints.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ GENERATION_FILE = "generation_config.json"
 
 
 def steps_saved(run: Path) -> list[int]:
-    """Steps whose checkpoints the run has kept, ascending."""
+    """The steps whose checkpoints the run has kept, in ascending order."""
     return sorted(
         int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*")
     )
 
 
 def run_config(run: Path) -> Config:
-    """The configuration of a run's directory. ValueError where it is none."""
+    """The configuration of a run. Raises `ValueError` if `run` is not the directory of a run."""
     if not (run / "config.yaml").is_file():
         raise ValueError(
             f"{run} holds no config.yaml: give the directory of a run, such as runs/demo"
@@ -35,8 +36,8 @@ def run_config(run: Path) -> Config:
 
 
 def load_checkpoint(config: Config, run: Path, step: int) -> Any:
-    """The model as it was after `step` steps, in float32 on the CPU. ValueError where it cannot be had."""
-    from learner import checkpoint, fsdp  # here: --help need not wait for torch
+    """Load the model after `step` steps, in float32 on the CPU. Raises `ValueError` on failure."""
+    from learner import checkpoint, fsdp  # here, so that --help need not wait for torch
 
     model = fsdp.load_model(config.model)
     checkpoint.load_weights(run / "checkpoints" / f"step_{step:06d}", model)
@@ -44,21 +45,23 @@ def load_checkpoint(config: Config, run: Path, step: int) -> Any:
 
 
 def export(run: Path, target: Path, step: int | None = None) -> int:
-    """Writes the checkpoint of `step` (None: the newest) to `target`, in the run's `model.dtype`. Returns its step.
+    """Write the checkpoint of `step` (None: the newest) to `target`, in the run's `model.dtype`.
 
-    Raises `ValueError` where there is no such checkpoint, it does not fit the model, or `target` exists.
+    Returns its step. Raises `ValueError` if there is no such checkpoint, if it does not fit the
+    model, or if `target` exists.
     """
     config, saved = run_config(run), steps_saved(run)
     step = saved[-1] if saved and step is None else step
     if step not in saved:
         raise ValueError(
-            f"{run}: no checkpoint of step {step}; it has {', '.join(map(str, saved)) or 'none'}"
+            f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, saved)) or 'none'}"
         )
     if target.exists():
         raise ValueError(
-            f"{target} exists already: name a folder that does not, or an engine would load two models from one"
+            f"{target} exists already; name a folder that does not exist, because an engine would "
+            "load two models from one folder"
         )
-    from learner.publish import DTYPES  # here: --help need not wait for it
+    from learner.publish import DTYPES  # here, so that --help need not wait for it
 
     model = load_checkpoint(config, run, step)
     with atomic_folder(target) as folder:
@@ -69,8 +72,8 @@ def export(run: Path, target: Path, step: int | None = None) -> int:
 def write_model(model: Any, source: str, folder: Path) -> None:
     """Write the model, with the tokenizer and exactly the generation settings of `source`.
 
-    transformers reads settings that contradict each other (a temperature beside do_sample=false,
-    as some published models have), and refuses to write them.
+    The settings are copied as a file. transformers reads settings that contradict each other (a
+    temperature with do_sample=false, as in some published models), but refuses to write them.
     """
     from transformers import AutoTokenizer, GenerationConfig
     from transformers.utils import cached_file
@@ -78,7 +81,7 @@ def write_model(model: Any, source: str, folder: Path) -> None:
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder)
     settings = cached_file(source, GENERATION_FILE, _raise_exceptions_for_missing_entries=False)
-    if settings is None:  # then config.json says it all
+    if settings is None:  # then config.json holds all settings
         (folder / GENERATION_FILE).unlink()
     else:
         shutil.copyfile(settings, folder / GENERATION_FILE)
@@ -87,7 +90,7 @@ def write_model(model: Any, source: str, folder: Path) -> None:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="directory of a run, such as runs/demo")
-    parser.add_argument("folder", type=Path, help="where to write the model; it must not exist")
+    parser.add_argument("folder", type=Path, help="folder to write the model to; it must not exist")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
 
 

@@ -35,7 +35,7 @@ LEFT, ROW, BAR = 78, 26, 16
 
 
 def draw_selection(example: SelectionExample) -> str:
-    """One bar per rollout, coloured by its end; a dashed outline shows what a cancel saved."""
+    """One bar per rollout, coloured by its end; a dashed outline shows the tokens saved."""
     width, scale, top = 760, 1.55, 60
     bottom = top + ROW * len(example.bars)
     svg = Svg(width, bottom + 44, "Selection of one group: four of eight rollouts are trained on")
@@ -115,7 +115,7 @@ def _marker(svg: Svg, x: float, top: int, bottom: int, label: str) -> None:
 
 
 def figures() -> dict[str, str]:
-    """File name -> contents of every generated figure."""
+    """The contents of every generated figure, by file name."""
     return {
         "selection.svg": draw_selection(selection_example()),
         "lag-bound.svg": draw_lag(lag_example()),

@@ -1,13 +1,13 @@
-"""`python -m tools.launch [key=value ...]`: every process of one run, here or on a Ray cluster.
+"""`python -m tools.launch [key=value ...]`: start every process of a run, here or on a Ray cluster.
 
     launcher ──starts──> buffer, actors (one or more pools), learner
              <──output, exit status── each          <──LiveState── buffer
 
-    waits for      snapshots, output and ends, at most `supervision.POLL_S`
-    unblocked by   the buffer's end (the run is over), a process that cannot go on, a signal
+    waits for      live states, output and exits of processes, at most `supervision.POLL_S`
+    unblocked by   the buffer's end (the run is over), a process that failed for good, a signal
 
-Owns the order of a run: checks before the start, one view while it goes, the report at its end. The
-processes are `tools.launching.supervision`'s. Imports no torch, vLLM or Ray of its own.
+Owns the order of a run: checks before the start, one view while it runs, and the report at its end.
+`tools.launching.supervision` owns the processes. Does not import torch, vLLM or Ray itself.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from tools.launching.supervision import Host, Run
 
 
 def run_all(config: Config) -> int:
-    """Start everything, watch it, end it, and tell how it went. Returns the exit status."""
+    """Start all processes, watch them, end them and report the outcome. Returns the exit status."""
     config = prepare(config)
     if has_ended(config):
-        print(f"run {config.run.name} has ended already, after {config.run.steps} steps")
+        print(f"run {config.run.name} has already ended, after {config.run.steps} steps")
         print_summary(Path(config.run.dir) / config.run.name, {}, 0.0)
         return ExitStatus.OK
     commands = commands_of(config)
     host: AbstractContextManager[Host]
     if config.launch.launcher == "ray":
         import_extra("ray", "launch.launcher=ray", "ray")
-        from tools.launching.ray_cluster import RayCluster  # here: it takes seconds to import
+        from tools.launching.ray_cluster import RayCluster  # here, because it takes seconds
 
         host = RayCluster(config, commands)
     else:
@@ -54,7 +54,7 @@ def run_all(config: Config) -> int:
 
 
 def conduct(config: Config, host: AbstractContextManager[Host], commands: Sequence[Command]) -> int:
-    """One run of `commands` from start to report."""
+    """Run `commands` from start to report. Returns the exit status."""
     started_s = time.monotonic()
     run_dir = Path(config.run.dir) / config.run.name
     view = make_view(config.launch.progress)
@@ -72,11 +72,12 @@ def conduct(config: Config, host: AbstractContextManager[Host], commands: Sequen
         finally:
             view.close()
     if run.request.requested and not run.over:
-        print(f"interrupted: everything has ended. {resume_hint(run_dir)}")
+        print(f"interrupted: all processes have ended. {resume_hint(run_dir)}")
         return ExitStatus.INTERRUPTED
     if run.error:
         print(
-            f"error: {run.error}\nThe run stopped; everything has ended. {resume_hint(run_dir)}",
+            f"error: {run.error}\n"
+            f"The run stopped; all processes have ended. {resume_hint(run_dir)}",
             file=sys.stderr,
         )
         return 1

@@ -1,7 +1,7 @@
-"""`python -m tools.replay runs/<name>`: feed a recorded event log to the core and compare every decision.
+"""`python -m tools.replay runs/<name>`: replay a recorded event log and compare every decision.
 
-It proves that the decisions of a run follow from its events alone. With `--group N` or `--prompt ID` it
-tells the life of a group instead, event by event and decision by decision.
+It proves that the decisions of a run follow from its events alone. With `--group N` or
+`--prompt ID` it tells the life of a group instead, event by event and decision by decision.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tools.reporting.group_story import Story
 
 
 class Difference(NamedTuple):
-    """The first event whose decisions are not the recorded ones."""
+    """The first event whose decisions differ from the recorded ones."""
 
     number: int
     event: ev.Event
@@ -33,7 +33,7 @@ class Difference(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """What was compared, up to the first difference."""
+    """The number of events and decisions compared, up to the first difference."""
 
     num_events: int
     num_decisions: int
@@ -48,7 +48,7 @@ def replay(config: CoreConfig, state: CoreState | None, logged: Iterable[LoggedE
         try:
             replayed = list(core.handle(event))
         except ev.ProtocolError:
-            replayed = []  # a peer's mistake, which the core refused then as well
+            replayed = []  # a peer's mistake, which the core refused during the run as well
         if not complete:
             replayed = replayed[: len(recorded)]
         if replayed != recorded:

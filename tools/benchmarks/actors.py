@@ -1,8 +1,10 @@
-"""The actors' half of `python -m tools.bench pipeline`: bare vLLM, and the same engine behind worker, wire and buffer.
+"""The actors' half of `python -m tools.bench pipeline`: bare vLLM against the whole pipeline.
 
-Both decode with `actors.slots` requests always in flight, on the same prompts with the same options. The pipeline is the real one
-(`actors.worker`, `actors.inference.engine`, `python -m buffer`, the snapshot server); the learner alone is a stand-in that acknowledges each shard
-at once, and so asks more of the actors than any real one. Driven by `tools.benchmarks.pipeline`.
+Both decode the same prompts with the same options, with `actors.slots` requests always in flight.
+The pipeline is the real one (`actors.worker`, `actors.inference.engine`, `python -m buffer` and the
+snapshot server) around the same engine. Only the learner is a stand-in: it acknowledges each shard
+at once, which demands more of the actors than any real learner. Driven by
+`tools.benchmarks.pipeline`.
 """
 
 from __future__ import annotations
@@ -41,14 +43,18 @@ from configs.cli import to_yaml
 from configs.schema import Config
 
 BARE, ONE_POLICY, SWAPS = "bare vLLM", "one policy", "a swap each step"
-WAITED = "(its wait for a processor)"
-NEVER = 10**6  # learner steps
+WAITED = "(waiting for a CPU)"
+NEVER = 10**6  # in learner steps
 POLL_S = 0.1
 
 
 @dataclass
 class Window:
-    """What one measurement saw. `cpu_s`: by part, and what the engine core's threads waited for a processor; pauses as a share."""
+    """The result of one measurement.
+
+    `cpu_s` holds the CPU time of each part, and the time that the threads of the engine core
+    waited for a CPU. `paused_frac` is the share of time that weight swaps paused generation.
+    """
 
     num_tokens: int
     seconds: float
@@ -65,7 +71,7 @@ class Window:
 async def measure_actors(
     config: Config, snapshot: bytes, seconds: float, warmup_s: float, rounds: int
 ) -> tuple[dict[str, list[Window]], list[msg.Shard]]:
-    """Each kind once a round, and all shards that the pipeline handed over meanwhile."""
+    """The windows of each kind, one per round, and all shards that the pipeline shipped."""
     engine = Engine(config)
     bare = BareEngine(config, engine)
     windows: dict[str, list[Window]] = {BARE: [], ONE_POLICY: [], SWAPS: []}
@@ -84,7 +90,7 @@ async def measure_actors(
                 flush=True,
             )
     finally:
-        del bare  # it holds the engine's vLLM, which must not outlive it
+        del bare  # it references the engine's vLLM, which must not outlive the engine
         engine.close()
     return windows, shards
 
@@ -106,7 +112,7 @@ async def _window(
 
 
 def _cpu_seconds(buffer_pid: int | None) -> dict[str, float]:
-    """By part of the pipeline; bare vLLM has the first two."""
+    """CPU time by part of the pipeline; for bare vLLM there is no buffer."""
     used = {"engine core": 0.0, WAITED: 0.0, "front end": _cpu(psutil.Process())}
     for child in psutil.Process().children(recursive=True):
         part = "buffer" if child.pid == buffer_pid else "engine core"
@@ -117,7 +123,7 @@ def _cpu_seconds(buffer_pid: int | None) -> dict[str, float]:
 
 
 def _waited(pid: int) -> float:
-    """Seconds that its threads were ready to run and did not: others had the processors."""
+    """Seconds for which the threads of a process were ready to run but had no CPU."""
     waited_ns = 0
     for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         try:
@@ -132,14 +138,15 @@ def _cpu(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-# Bare vLLM ---------------------------------------------------------------------------------------------------------
+# Bare vLLM ----------------------------------------------------------------------------------------
 
 
 class BareEngine:
-    """vLLM as its manual says: `AsyncLLM.generate`, in the cheapest of its modes (no text, no log-probabilities, one output at the end).
+    """vLLM as its documentation uses it: `AsyncLLM.generate` in the cheapest mode.
 
-    Borrows the very instance that the pipeline uses, with vLLM's own output processor back in its place: a second one would cost its
-    loading, and as much memory again.
+    This mode returns no text, no log-probabilities, and one output at the end. The instance is the
+    one that the pipeline uses, with vLLM's own output processor back in place, because a second
+    instance would take as long to load and as much memory again.
     """
 
     def __init__(self, config: Config, engine: Engine) -> None:
@@ -159,11 +166,11 @@ class BareEngine:
     def _install(self, processor: Any) -> None:
         if self._llm.output_handler is not None:
             self._llm.output_handler.cancel()
-            self._llm.output_handler = None  # the next request starts another
+            self._llm.output_handler = None  # the next request starts a new one
         self._llm.output_processor = processor
 
     def _draw(self) -> Iterator[tuple[list[int], SamplingParams]]:
-        """The run's own prompts, each `darts.group_size` times."""
+        """The prompts of the run, each `darts.group_size` times."""
         config, sampling = self._config, self._config.sampling
         environment, prompts = make_environment(config), make_sources(config).train
         while True:
@@ -188,7 +195,7 @@ class BareEngine:
         finally:
             for slot in slots:
                 slot.cancel()
-            await asyncio.gather(*slots, return_exceptions=True)  # each aborts its request
+            await asyncio.gather(*slots, return_exceptions=True)  # each task aborts its request
             self._install(ours)
 
     async def _keep_busy(self) -> None:
@@ -199,11 +206,11 @@ class BareEngine:
                 pass
 
 
-# The pipeline ------------------------------------------------------------------------------------------------------
+# The pipeline -------------------------------------------------------------------------------------
 
 
 class _MeteredLink:
-    """The worker's link to the buffer; counts what is reported through it."""
+    """The worker's link to the buffer, which also counts the reported tokens and swaps."""
 
     def __init__(self, link: EngineLink) -> None:
         self.connect, self.receive = link.connect, link.receive
@@ -233,7 +240,7 @@ async def _pipeline(
     seconds: float,
     warmup_s: float,
 ) -> Window:
-    """One measurement on a buffer of its own."""
+    """One measurement, with its own buffer process."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         config = replace(
             config,
@@ -274,9 +281,10 @@ async def _pipeline(
                 await asyncio.wait(
                     {measuring, worker, learner}, return_when=asyncio.FIRST_COMPLETED
                 )
-                if not measuring.done():  # whoever ended first says why
+                if not measuring.done():  # the task that ended raises its own error here
                     raise RuntimeError(
-                        f"the pipeline ended early: {(learner if learner.done() else worker).result()}"
+                        "the pipeline ended early: "
+                        f"{(learner if learner.done() else worker).result()}"
                     )
                 return measuring.result()
             finally:
@@ -291,7 +299,7 @@ async def _measure_worker(
     link: _MeteredLink, buffer_pid: int, seconds: float, warmup_s: float
 ) -> Window:
     window = await _window(lambda: link.num_tokens, buffer_pid, seconds, warmup_s)
-    reports = link.reports[-max(1, int(seconds)) :]  # one a second
+    reports = link.reports[-max(1, int(seconds)) :]  # one per second
     window.busy_frac = sum(report.busy_frac for report in reports) / max(1, len(reports))
     lasted_s = seconds + warmup_s
     window.num_swaps, window.paused_frac = (
@@ -304,7 +312,7 @@ async def _measure_worker(
 def _acknowledge(
     config: Config, snapshot: bytes, shards: list[msg.Shard], stop: threading.Event
 ) -> None:
-    """The learner's part of the conversation, without the learning."""
+    """The learner's side of the protocol, without any training."""
     with SnapshotServer(config.weights.address, config.buffer.keys) as server:
         with LearnerLink(config.buffer.address, "learner/0", config.buffer.keys) as link:
             link.connect(
@@ -328,7 +336,7 @@ def _acknowledge(
 
 @contextmanager
 def _buffer(config: Config) -> Iterator[int]:
-    """The buffer's process; yields its pid."""
+    """Run the buffer's process and yield its pid."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(to_yaml(config))
         file.flush()

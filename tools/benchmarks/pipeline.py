@@ -1,7 +1,9 @@
-"""`python -m tools.bench pipeline`: what the pipeline costs over vLLM alone, and over a training loop alone, measured side by side.
+"""`python -m tools.bench pipeline`: the cost of the pipeline over bare vLLM and a bare loop.
 
-Owns the table and the order: bare and pipeline take turns in one process, on one machine, so that its noise meets both. The actors
-half is `tools.benchmarks.actors`, whose shards the learner half trains on. Never judges: the aim is a ratio of 0.95, the reader compares.
+Owns the table and the order of measurements: bare and pipeline take turns in one process on one
+machine, so that noise affects both alike. The actors' half is `tools.benchmarks.actors`; the
+learner's half trains on the shards that it produced. The target is a ratio of 0.95, but nothing
+here passes or fails: the reader compares.
 """
 
 from __future__ import annotations
@@ -34,13 +36,11 @@ class BenchOptions:
     seconds: float = key(15.0, "Length of one measurement of the actors, in seconds.", gt=0)
     warmup_s: float = key(
         4.0,
-        "Generation before each measurement, in seconds, until the lengths in flight are mixed.",
+        "Generation before each measurement, in seconds. It mixes the lengths in flight.",
         ge=0,
     )
     rounds: int = key(3, "Number of measurements of each kind; the kinds take turns.", ge=1)
-    steps: int = key(
-        8, "Largest number of learner steps that are measured, after one that warms up.", ge=1
-    )
+    steps: int = key(8, "Largest number of learner steps to measure, after one warm-up step.", ge=1)
 
 
 @dataclass
@@ -51,8 +51,8 @@ class BenchConfig(Config):
 def main(argv: Sequence[str]) -> NoReturn:
     run_command(
         "Measure the tokens/s of the pipeline against bare vLLM at the same concurrency, and those "
-        "of the learner against a bare FSDP2 loop on the same packs. Starts from the preset demo. "
-        "One engine serves both sides in turns; the learner has one rank.",
+        "of the learner against a bare FSDP2 loop on the same packs. The configuration starts from "
+        "the preset demo. One engine serves both sides in turn; the learner has one rank.",
         run,
         schema=BenchConfig,
         argv=["--config", "demo", *argv],
@@ -62,10 +62,8 @@ def main(argv: Sequence[str]) -> NoReturn:
 
 def run(options: BenchConfig) -> None:
     config = Config(**{section.name: getattr(options, section.name) for section in fields(Config)})
-    config.darts.policy, config.redundancy.rule = (
-        "plain",
-        "none",
-    )  # nothing is cancelled, so both sides decode alike
+    # Nothing is cancelled, so that both sides decode the same work.
+    config.darts.policy, config.redundancy.rule = "plain", "none"
     config.eval.every = 0
     config.learner.num_ranks = 1
     check(config)
@@ -77,11 +75,13 @@ def run(options: BenchConfig) -> None:
     )
     if len(shards) < 2:
         raise ValueError(
-            f"bench.seconds={bench.seconds:g}: {len(shards)} learner steps were generated, 2 are needed; make it longer"
+            f"bench.seconds={bench.seconds:g}: responses for {len(shards)} learner steps were "
+            "generated, but 2 are needed; raise it"
         )
     steps = measure_learner(config, shards[: bench.steps + 1])
     print(
-        f"\n{'':<28}{'bare':>10}{'pipeline':>10}{'ratio':>8}   medians of tokens/s; ratio: of paired measurements (range)"
+        f"\n{'':<28}{'bare':>10}{'pipeline':>10}{'ratio':>8}   "
+        "medians of tokens/s; median ratio of paired measurements (range)"
     )
     for name in (ONE_POLICY, SWAPS):
         _row(
@@ -102,7 +102,8 @@ def run(options: BenchConfig) -> None:
         for name, label in LEARNER_PARTS.items()
     ]
     print(
-        f"where the time goes, learner, ms per step of {median(s.num_tokens for s in steps):,.0f} tokens: {', '.join(shares)}"
+        "where the time goes, learner, ms per step of "
+        f"{median(s.num_tokens for s in steps):,.0f} tokens: {', '.join(shares)}"
     )
 
 
@@ -110,7 +111,8 @@ def _row(name: str, bare: Sequence[float], pipeline: Sequence[float]) -> None:
     ratios = sorted(ours / theirs for ours, theirs in zip(pipeline, bare, strict=True))
     spread = f"({ratios[0]:.3f} to {ratios[-1]:.3f}, {len(ratios)} pairs)"
     print(
-        f"{name:<28}{median(bare):>10,.0f}{median(pipeline):>10,.0f}{median(ratios):>8.3f}   {spread}"
+        f"{name:<28}{median(bare):>10,.0f}{median(pipeline):>10,.0f}"
+        f"{median(ratios):>8.3f}   {spread}"
     )
 
 
@@ -120,24 +122,27 @@ def _explain(name: str, windows: Sequence[Window], slots: int) -> None:
         for part in windows[0].cpu_s
     }
     shares = ", ".join(f"{part} {value:.0f}" for part, value in cpu.items())
-    paused = f"; paused for {median(w.num_swaps for w in windows):.0f} swaps {median(w.paused_frac for w in windows):.1%}"
+    paused = (
+        f"; paused for {median(w.num_swaps for w in windows):.0f} swaps, "
+        f"{median(w.paused_frac for w in windows):.1%} of the time"
+    )
     occupied = f"; {median(w.busy_frac for w in windows):.1%} of {slots} slots occupied{paused}"
-    print(f"  {name:<20}CPU µs a token: {shares}{occupied if name != BARE else ''}")
+    print(f"  {name:<20}CPU µs per token: {shares}{occupied if name != BARE else ''}")
 
 
-# Learner -----------------------------------------------------------------------------------------------------------
+# Learner ------------------------------------------------------------------------------------------
 
 LEARNER_PARTS = {
     "bare_s": "bare loop",
     "train_s": "train_step",
-    "packs_s": "of it packing",
-    "publish_s": "and apart from it publishing",
+    "packs_s": "including packing",
+    "publish_s": "and separately publishing",
 }
 
 
 @dataclass
 class LearnerStep:
-    """One shard, trained on by both loops. Tokens are those that enter the model."""
+    """One shard, trained on by both loops. `num_tokens` counts the tokens that enter the model."""
 
     num_tokens: int
     train_s: float
@@ -147,7 +152,10 @@ class LearnerStep:
 
 
 def measure_learner(config: Config, shards: Sequence[Shard]) -> list[LearnerStep]:
-    """Every shard once by `train_step` and once by a bare loop, in alternating order; the first only warms up."""
+    """Train on every shard once by `train_step` and once by a bare loop, in alternating order.
+
+    The first shard only warms up.
+    """
     steps = []
     with fsdp.process_group(config) as device, WeightPublisher(config, 0) as publisher:
         state = build_state(config, device)
@@ -158,7 +166,7 @@ def measure_learner(config: Config, shards: Sequence[Shard]) -> list[LearnerStep
 
 
 def _with_signal(shard: Shard) -> Shard:
-    """The same trajectories with alternating rewards: groups of equal ones would cost no pass."""
+    """The same trajectories with alternating rewards; groups of equal rewards would be skipped."""
     trajectories = [
         msgspec.structs.replace(
             trajectory,
@@ -201,7 +209,7 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def bare_step(state: LearnerState, packs: Sequence[Pack]) -> None:
-    """What any FSDP2 loop does with packs that are ready: forward, cross-entropy, backward, clip, step."""
+    """A plain FSDP2 step on finished packs: forward, cross-entropy, backward, clip and step."""
     model, optimizer = state.model, state.optimizer
     for pack in packs:
         batch = pack.to(state.device)
@@ -225,7 +233,7 @@ def bare_step(state: LearnerState, packs: Sequence[Pack]) -> None:
 
 
 def _initial_snapshot(config: Config) -> bytes:
-    """The weights of `model.path`, as the learner would publish them."""
+    """The weights of `model.path` in the form in which the learner would publish them."""
     with fsdp.process_group(config) as device, WeightPublisher(config, 0) as publisher:
         snapshot = publisher.publish(fsdp.load_sharded(config, device), 0)
         assert snapshot is not None

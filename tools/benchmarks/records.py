@@ -1,7 +1,7 @@
-"""`python -m tools.bench buffer`: how fast the buffer's logs take records, durable within the window of group commit and not.
+"""`python -m tools.bench buffer`: append rates of the buffer's logs, with and without fsync.
 
-Owns the measurement; prints rates and their ratio, and judges nothing. The loop polls after each record, as the buffer's
-does after each message.
+Owns the measurement; prints rates and their ratio, and nothing passes or fails. The loop polls
+after each record, as the buffer's loop does after each message.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ Append = Callable[[int], object]
 
 
 def append_rates(folder: Path) -> None:
-    """Print appends per second to logs in `folder`, whose disk is thereby measured."""
+    """Print appends per second to logs in `folder`, which choose the disk to measure."""
     print(f"{RECORDS:,} appends per round, median of {ROUNDS} rounds, in {folder}")
     for name, run in (("events", _events), ("chunks", _chunks)):
         durable, free = [], []
-        for index in range(
-            WARM_UP_ROUNDS + ROUNDS
-        ):  # in turn, so that the machine's noise meets both
+        # Both take turns, so that noise of the machine affects them alike.
+        for index in range(WARM_UP_ROUNDS + ROUNDS):
             rates = [
                 run(folder / f"{name}-{index}-{fsync_s}", fsync_s) for fsync_s in (FSYNC_S, inf)
             ]
@@ -44,7 +43,7 @@ def append_rates(folder: Path) -> None:
         size = f"{EVENT_BYTES} bytes" if name == "events" else f"{CHUNK_TOKENS} tokens"
         print(
             f"{name} of {size}: {median(durable):,.0f}/s with fsync every {1000 * FSYNC_S:.0f} ms, "
-            f"{median(free):,.0f}/s without ({ratio:.2f} of it)"
+            f"{median(free):,.0f}/s without (ratio {ratio:.2f})"
         )
 
 
@@ -58,7 +57,7 @@ def _events(folder: Path, fsync_s: float) -> float:
 
 
 def _chunks(folder: Path, fsync_s: float) -> float:
-    """Rollouts take turns; each is replaced after 2,000 tokens at most, so that segments die and are dropped."""
+    """Rollouts take turns; each is replaced after at most `MAX_TOKENS`, which frees segments."""
     sampled = bytes(4 * CHUNK_TOKENS)
     current = list(range(ROLLOUTS))
     offsets = [0] * ROLLOUTS
@@ -92,7 +91,7 @@ def _chunks(folder: Path, fsync_s: float) -> float:
 
 
 def restart_time(folder: Path) -> None:
-    """Print how long a restarted buffer needs to read the tokens of outstanding rollouts."""
+    """Print how long a restarted buffer takes to read the tokens of outstanding rollouts."""
     sampled = bytes(4 * CHUNK_TOKENS)
     log, _ = TokenLog.open(folder, ())
     for rollout_id in range(ROLLOUTS):

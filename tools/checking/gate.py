@@ -1,8 +1,8 @@
-"""The gate: whether learner and engine compute the same for this model, and go on doing so after a swap.
+"""The gate: do learner and engine compute the same log-probabilities, also after a weight swap?
 
 Each check is measured on the model itself, never looked up in a list of models. The learner goes
 first and is freed before the engine starts, because both may need the same GPU. Weights travel as
-in a run: published, fetched, swapped in.
+in a run: they are published, fetched and swapped in. Driven by `tools.check`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ FETCH_TIMEOUT_S = 60.0
 
 
 class Refused(Exception):
-    """The model cannot be trained here. One line: model type, check, numbers, and what to do."""
+    """The model cannot be trained here. One line: model type, check, numbers, and the remedy."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One check that passed. `difference`: of any token's log-probability, in nats."""
+    """One check that passed. `difference`: the largest over all tokens, in nats."""
 
     check: str
     result: str
@@ -50,7 +50,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class LearnerSide:
-    """What the learner says of a model: for version 0, and for version 1 with other weights."""
+    """The learner's results for a model: for version 0, and for version 1 with other weights."""
 
     model_type: str
     packing: Verdict
@@ -59,7 +59,10 @@ class LearnerSide:
 
 
 def checks(config: Config) -> Iterator[Verdict]:
-    """Every check in turn. Raises `Refused` at the first that fails, and `ValueError` for a model that cannot be loaded."""
+    """Every check in turn.
+
+    Raises `Refused` at the first that fails, and `ValueError` if the model cannot be loaded.
+    """
     with local_publisher(config) as publisher:
         learner = ask_learner(config, publisher)
         yield learner.packing
@@ -67,8 +70,8 @@ def checks(config: Config) -> Iterator[Verdict]:
 
 
 def local_publisher(config: Config) -> Any:
-    """The learner's outlet for snapshots, which stay on this machine."""
-    from learner.publish import WeightPublisher  # here: --help need not wait for torch
+    """A publisher of snapshots that stay on this machine."""
+    from learner.publish import WeightPublisher  # here, so that --help need not wait for torch
 
     local = replace(
         config,
@@ -79,7 +82,7 @@ def local_publisher(config: Config) -> Any:
 
 
 def ask_learner(config: Config, publisher: Any) -> LearnerSide:
-    """Load the model as a learner of one rank would, probe it, publish it twice, and free it."""
+    """Load the model as a learner of one rank does, probe and publish two versions, and free it."""
     from learner import fsdp
     from learner.capability import probe_packing
     from learner.packs.boundaries import Boundaries
@@ -110,8 +113,8 @@ def ask_learner(config: Config, publisher: Any) -> LearnerSide:
 
 
 def ask_engine(config: Config, learner: LearnerSide) -> Iterator[Verdict]:
-    """Start an engine and compare it, before and after swaps, with what the learner said."""
-    from actors.inference.engine import Engine  # seconds of import, and only now needed
+    """Start an engine and compare it with the learner's results, before and after swaps."""
+    from actors.inference.engine import Engine  # here, because it takes seconds
 
     at_temperature_one = replace(config, sampling=replace(config.sampling, temperature=1.0))
     try:
@@ -168,7 +171,7 @@ def _compare(
 
 
 async def _decode(engine: Any) -> tuple[bytes, bytes]:
-    """The log-probabilities of a response, as it was decoded and as it is scored afterwards."""
+    """The log-probabilities of a response: from decoding it, and from scoring it afterwards."""
     prompt = probe_sequences(engine.vocab_size)[0][: NUM_TOKENS // 2]
     generation = engine.launch("decoded", prompt, NUM_TOKENS // 2, 0)
     await generation.finished
@@ -178,7 +181,7 @@ async def _decode(engine: Any) -> tuple[bytes, bytes]:
 
 
 async def _load(engine: Any, learner: LearnerSide, version: int) -> None:
-    """Load a version as in a run."""
+    """Load a version as an engine does in a run."""
     snapshot = learner.snapshots[version]
     try:
         await weights.load(snapshot, partial(fetch, timeout_s=FETCH_TIMEOUT_S), engine)

@@ -1,4 +1,4 @@
-"""A few prompts of a run, as text and as tokens: exactly what engine and learner are given."""
+"""Describes a few prompts of a run, as text and as the tokens that engine and learner receive."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SHOWN_TOKENS = 80
 
 
 class PromptRefused(Exception):
-    """A prompt that no run could train on, in one line that says why."""
+    """No run could train on this prompt. One line that gives the reason."""
 
 
 def describe_prompts(config: Config) -> Iterator[str]:
     """Lines that show the first prompts of the run. Raises `PromptRefused`."""
-    from transformers import AutoTokenizer  # here: --help need not wait for it
+    from transformers import AutoTokenizer  # here, so that --help need not wait for it
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     if uses_template(tokenizer, config.data):
@@ -35,7 +35,7 @@ def describe_prompts(config: Config) -> Iterator[str]:
         for number, prompt in enumerate(stream.draw(min(NUM_PROMPTS, stream.source.size)), start=1):
             try:
                 ids = environment.render(prompt, tokenizer)
-            except Exception as error:  # a template or tokenizer raises as it likes
+            except Exception as error:  # a template or tokenizer may raise anything
                 raise PromptRefused(f"{prompt.name}: {one_line(error)}") from error
             yield from _describe(number, ids, tokenizer, config)
             try:
@@ -46,8 +46,8 @@ def describe_prompts(config: Config) -> Iterator[str]:
         environment.close()
     if uses_template(tokenizer, config.data) and not _asks_for_an_answer(tokenizer):
         yield (
-            "warning: the chat template does not open the assistant's turn, so the model may go on "
-            "with the user's"
+            "warning: the chat template does not open the assistant's turn, so the model may "
+            "continue the user's turn"
         )
 
 
@@ -64,7 +64,7 @@ def _describe(number: int, ids: list[int], tokenizer: Any, config: Config) -> It
 
 
 def _asks_for_an_answer(tokenizer: Any) -> bool:
-    """Whether the template adds anything where the response begins."""
+    """Whether the template opens the assistant's turn at the start of the response."""
     messages = [{"role": "user", "content": "?"}]
     with_prompt, without = (
         tokenizer.apply_chat_template(messages, add_generation_prompt=asked, tokenize=False)

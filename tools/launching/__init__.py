@@ -1,1 +1,1 @@
-"""Starting, watching and stopping the processes of a run; used by `tools.launch`."""
+"""Starts, watches and stops the processes of a run. Used by `tools.launch`."""

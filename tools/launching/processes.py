@@ -1,8 +1,8 @@
-"""The commands of one run, and where they run: on this machine, or wherever a host puts them.
+"""The commands of one run and the processes that execute them, on this machine or another host.
 
-Owns the words in which the launcher speaks of processes, and their peak memory. Their life and
-death is `buffer.processes`'. Never decides when they end. Driven by `tools.launch`, and on each node
-of a Ray cluster by `tools.launching.ray_cluster`.
+Owns how the launcher names processes, and measures their peak memory. Starting and ending them is
+left to `buffer.processes`; this module never decides when they end. Driven by `tools.launch`, and
+by `tools.launching.ray_cluster` on each node of a Ray cluster.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SMALL_BYTES = 30 << 20  # helpers of the Python runtime, which are not worth a l
 
 @dataclass(frozen=True)
 class Command:
-    """A process to start: `arguments` follow the interpreter, and may hold `CONFIG`."""
+    """A process to start. `arguments` follow the interpreter and may contain `CONFIG`."""
 
     role: Role
     name: str
@@ -39,39 +39,39 @@ class Command:
 
 
 class Process(Protocol):
-    """A started command, wherever it runs. None of these methods waits for it."""
+    """A started command on any host. None of these methods waits for it to end."""
 
     name: str
     where: str  # "pid 4711", for the user
     last_lines: deque[str]
 
     def lines(self) -> list[str]:
-        """Its output since the last call."""
+        """The lines that it has printed since the last call."""
         ...
 
     def status(self) -> int | None:
-        """None while it runs, then its exit status, negative for a signal."""
+        """None while it runs, then its exit status, which is negative after a signal."""
         ...
 
     def how_it_ended(self) -> str:
-        """As the rest of a sentence; only after its end."""
+        """Completes a sentence about the process. Call it only after the process has ended."""
         ...
 
     def peaks(self) -> dict[str, int]:
-        """Peak resident bytes so far, of it and of each of its descendants, by label."""
+        """Peak resident bytes so far of the process and its descendants, by label."""
         ...
 
     def terminate(self) -> None: ...
     def kill(self) -> None:
-        """End it at once, with everything that it started."""
+        """Kill the process and all of its descendants at once."""
         ...
 
 
 class LocalHost:
-    """Starts processes on this machine, which share one configuration file. Leaves nothing behind."""
+    """Starts processes on this machine. They share one configuration file, removed at the end."""
 
     def __init__(self, config_yaml: str, grace_s: float) -> None:
-        """`grace_s`: as for `private_folder`."""
+        """`grace_s` has the meaning that it has for `private_folder`."""
         self._config_yaml, self._grace_s = config_yaml, grace_s
         self._exit = ExitStack()
 
@@ -85,13 +85,13 @@ class LocalHost:
         self._exit.close()
 
     def start(self, command: Command) -> LocalProcess:
-        """Call it from a thread that lives as long as the run, as `Child` asks."""
+        """Call this from a thread that lives as long as the run, as `Child` requires."""
         filled = [argument.replace(CONFIG, str(self._config)) for argument in command.arguments]
         return LocalProcess(command.name, [sys.executable, *filled], command.environment)
 
 
 class LocalProcess(Child):
-    """A child whose memory is measured."""
+    """A child process whose memory is measured."""
 
     def __init__(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
         super().__init__(name, command, environment)
@@ -102,7 +102,7 @@ class LocalProcess(Child):
             self._measure()
         peaks: dict[str, int] = {}
         for (_, label), peak in self._peaks.items():
-            # Of several alike, a restarted engine say, the largest counts.
+            # Of several with one label, such as a restarted engine, the largest counts.
             peaks[label] = max(peak, peaks.get(label, 0))
         return peaks
 
@@ -117,13 +117,13 @@ class LocalProcess(Child):
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 label = self.name if process == own else self._label(process)
             except (OSError, psutil.Error):
-                continue  # it ended just now
+                continue  # the process has just ended
             high_water = re.search(r"VmHWM:\s+(\d+) kB", status)
             if high_water and int(high_water[1]) * 1024 > SMALL_BYTES:
                 self._peaks[process.pid, label] = int(high_water[1]) * 1024
 
     def _label(self, descendant: psutil.Process) -> str:
-        """A descendant in the user's words."""
+        """A name for a descendant that a user understands."""
         line = " ".join([descendant.name(), *descendant.cmdline()])
         parts = {
             "VLLM::EngineCore": "engine core",

@@ -1,6 +1,7 @@
-"""How a run looks while it goes: one live picture on a terminal, plain lines elsewhere, or nothing.
+"""The progress of a run: a live display on a terminal, plain lines elsewhere, or nothing.
 
-Owns the words and the drawing. Reads snapshots that the buffer publishes; decides nothing. Driven by `tools.launch`.
+Owns the wording and the drawing. Reads the states that the buffer publishes and decides nothing.
+Driven by `tools.launch`.
 """
 
 from __future__ import annotations
@@ -21,25 +22,23 @@ from rich.text import Text
 from buffer.processes.stop_request import AGAIN
 from buffer.wire.messages import LiveState
 
-PLAIN_STEPS, PLAIN_S = (
-    5,
-    10.0,
-)  # a plain line after so many steps, or so many seconds if a step was taken
-PLAIN_IDLE_S = 30.0  # while no step is taken
-ETA_STEPS = 3  # steps to have seen before guessing when it ends
+# A plain line follows after this many steps, or this many seconds if a step was taken.
+PLAIN_STEPS, PLAIN_S = 5, 10.0
+PLAIN_IDLE_S = 30.0  # between plain lines while no step is taken
+ETA_STEPS = 3  # learner steps to observe before the end is estimated
 
 
 class View(Protocol):
     def show(self, snapshot: LiveState) -> None: ...
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays on screen."""
         ...
 
     def close(self) -> None: ...
 
 
 def make_view(kind: str) -> View:
-    """`kind`: `launch.progress`."""
+    """The view for `kind`, a value of `launch.progress`."""
     if kind == "none":
         return SilentView()
     return LiveView() if kind == "live" or (kind == "auto" and sys.stdout.isatty()) else PlainView()
@@ -54,14 +53,13 @@ def clock(seconds: float) -> str:
 
 @dataclass
 class Pace:
-    """When the run will end, from the steps taken since this launch."""
+    """Estimates when the run will end, from the steps taken since this launch."""
 
-    first: tuple[float, int] | None = (
-        None  # (time_s, step) once the first step was taken: those before it wait for engines
-    )
+    # (time_s, step) when training was first seen; the time before it is spent waiting for engines.
+    first: tuple[float, int] | None = None
 
     def eta(self, snapshot: LiveState) -> str:
-        """ "" until enough was seen. The last evaluation is not in it."""
+        """The time left, without the last evaluation; "" until enough steps have been seen."""
         if self.first is None and state(snapshot) == "training":
             self.first = (snapshot.time_s, snapshot.step)
         if (
@@ -78,7 +76,7 @@ class Pace:
 
 
 def state(snapshot: LiveState) -> str:
-    """What goes on now, in words."""
+    """The current phase of the run, in words."""
     if any(engine.policy_version >= 0 for engine in snapshot.engines) or snapshot.phase == "done":
         return snapshot.phase
     missing = ["the learner's first weights"] if snapshot.policy_version < 0 else []
@@ -87,11 +85,11 @@ def state(snapshot: LiveState) -> str:
 
 
 def stopping(snapshot: LiveState | None, limit_s: float) -> str:
-    """The answer to a request to stop: what goes on now, and how long it may take."""
-    doing = "the processes end"
+    """The answer to a request to stop: the work still to be done, and how long it may take."""
+    doing = "the processes are ending"
     if snapshot is not None and state(snapshot) == "training" and snapshot.step < snapshot.steps:
-        doing = f"the learner ends step {snapshot.step + 1} and saves it"
-    return f"stopping: {doing}, up to {limit_s:g} s; {AGAIN}"
+        doing = f"the learner is finishing step {snapshot.step + 1} and will save it"
+    return f"stopping: {doing}; this takes up to {limit_s:g} s; {AGAIN}"
 
 
 class Evaluated(NamedTuple):
@@ -104,14 +102,17 @@ class Evaluated(NamedTuple):
 def told(
     snapshot: LiveState, evaluations: dict[int, Evaluated]
 ) -> tuple[list[str], list[str], str]:
-    """Facts about the outcome, facts about the flow, and who waits for whom; nothing before there is anything to tell."""
+    """Facts about the outcome, facts about the flow, and which part of the run waits for which.
+
+    All are empty while the run is starting.
+    """
     if state(snapshot).startswith("starting"):
         return [], [], ""
     return outcome_facts(snapshot.metrics, evaluations), flow_facts(snapshot), snapshot.waiting
 
 
 def outcome_facts(metrics: dict[str, float], evaluations: dict[int, Evaluated]) -> list[str]:
-    """How good, how long. `evaluations`: by step."""
+    """Held-out result, reward and response length. `evaluations` maps a step to its result."""
     facts = []
     if evaluations:
         first, last = evaluations[min(evaluations)], evaluations[max(evaluations)]
@@ -127,13 +128,14 @@ def outcome_facts(metrics: dict[str, float], evaluations: dict[int, Evaluated]) 
         facts.append(f"reward {metrics['reward/mean']:.2f}")
     if "length/selected_mean" in metrics:
         facts.append(
-            f"length {metrics['length/selected_mean']:.0f} mean, {metrics['length/selected_p99']:.0f} p99"
+            f"length {metrics['length/selected_mean']:.0f} mean, "
+            f"{metrics['length/selected_p99']:.0f} p99"
         )
     return facts
 
 
 def flow_facts(snapshot: LiveState) -> list[str]:
-    """How fast, how stale, how busy."""
+    """Cancellation, staleness, throughput and utilisation."""
     metrics, facts = snapshot.metrics, []
     if "darts/cancelled_frac" in metrics:
         facts.append(f"{100 * metrics['darts/cancelled_frac']:.0f} % cancelled")
@@ -151,7 +153,7 @@ def flow_facts(snapshot: LiveState) -> list[str]:
 
 
 class SilentView:
-    """What must be said, and no more."""
+    """Prints only the lines that must be said."""
 
     def show(self, snapshot: LiveState) -> None:
         pass
@@ -164,7 +166,7 @@ class SilentView:
 
 
 class _Following:
-    """What both views remember of a run."""
+    """The state that both views keep of a run."""
 
     def __init__(self) -> None:
         self.pace = Pace()
@@ -179,7 +181,7 @@ class _Following:
 
 
 class PlainView(SilentView):
-    """A line every few steps, for logs."""
+    """Prints a line every few steps, for logs."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._following, self._clock_s = _Following(), clock_s
@@ -217,7 +219,7 @@ class PlainView(SilentView):
 
 
 class LiveView:
-    """One picture that redraws itself at the bottom of the terminal; lines scroll above it."""
+    """A display that redraws itself at the bottom of the terminal; lines scroll above it."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._following, self._started_s = _Following(), time.monotonic()

@@ -1,7 +1,9 @@
-"""The processes of one run on a Ray cluster: one Ray actor for each, which runs the very command that the local launcher would run.
+"""The processes of one run on a Ray cluster.
 
-Owns where each process is placed and how it is reached. `tools.launch` drives it exactly as it drives `LocalHost`. Every node needs this
-repository and its environment at the same path, and run.dir on storage that all see. Imported only for launch.launcher=ray.
+One Ray actor per process runs the same command that the local launcher would run. This module owns
+where each process is placed and how it is reached. `tools.launch` drives it exactly as it drives
+`LocalHost`, and imports it only if launch.launcher=ray. Every node needs this repository and its
+environment at the same path, and run.dir on storage that all nodes share.
 """
 
 from __future__ import annotations
@@ -33,14 +35,12 @@ LOOPBACK = re.compile(r"tcp://(127\.|localhost:|\[::1\])")
 START_S = 120.0  # for Ray to find the resources and start a worker
 CALL_S = 10.0
 LISTENER_TIMEOUT_S = 5.0
-FEW_CPUS = (
-    0.01  # the processes share a node's CPUs as the local launcher's do; GPUs alone are counted
-)
+FEW_CPUS = 0.01  # processes share a node's CPUs as under the local launcher; only GPUs are counted
 
 
 @dataclass
 class Poll:
-    """The news of a process: `lines` since the last time."""
+    """The state of a process. `lines` is its output since the last poll."""
 
     status: int | None
     how_it_ended: str
@@ -49,12 +49,11 @@ class Poll:
 
 
 class Runner:
-    """In a Ray actor: one command on its node."""
+    """Runs one command on its node, inside a Ray actor."""
 
     def __init__(self, command: Command, config_yaml: str, grace_s: float) -> None:
-        os.environ.pop(
-            "OMP_NUM_THREADS", None
-        )  # Ray's own guess, 1, would bind the learner to one core
+        # Ray sets this to 1, which would confine the learner to one core.
+        os.environ.pop("OMP_NUM_THREADS", None)
         self._host = LocalHost(config_yaml, grace_s).__enter__()
         self._process = self._host.start(command)
 
@@ -62,7 +61,7 @@ class Runner:
         return f"{self._process.where} on {ray.util.get_node_ip_address()}"
 
     def poll(self) -> Poll:
-        """The status is read first, so that the lines are complete once there is one."""
+        """The status is read first, so that the lines are complete once the process has ended."""
         status = self._process.status()
         how = "" if status is None else self._process.how_it_ended()
         return Poll(status, how, self._process.lines(), self._process.peaks())
@@ -76,7 +75,7 @@ class Runner:
 
 
 class RayProcess:
-    """A command in its Ray actor, seen from the launcher."""
+    """A command in its Ray actor, as the launcher sees it."""
 
     def __init__(self, name: str, runner: Any) -> None:
         self.name, self._runner = name, runner
@@ -125,7 +124,7 @@ class RayProcess:
         self._how_it_ended = in_words(self._status)
 
     def _ask(self, call: Callable[[], object]) -> None:
-        """A Ray actor that died took its process with it, which the kernel sees to."""
+        """Make a call. If the Ray actor has died, the kernel has killed its process as well."""
         try:
             call()
         except (RayActorError, GetTimeoutError) as error:
@@ -136,7 +135,10 @@ class RayProcess:
 
 
 def _require_listener(address: str) -> None:
-    """Ray itself asks for minutes at an address where nobody is, and says nothing. `auto` and the like are left to it."""
+    """Ray retries an unreachable address silently for minutes, so check it first.
+
+    An address without a port, such as `auto`, is left to Ray.
+    """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not (colon and port.isdigit()):
         return
@@ -144,12 +146,16 @@ def _require_listener(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=LISTENER_TIMEOUT_S).close()
     except OSError as error:
         raise TransportError(
-            f"launch.ray_address={address}: no Ray cluster answers there ({one_line(error)}); see `ray status`"
+            f"launch.ray_address={address}: no Ray cluster answers there ({one_line(error)}); "
+            "see `ray status`"
         ) from error
 
 
 class RayCluster:
-    """Starts processes through Ray: on launch.ray_address, or on a cluster of this machine alone that ends with the run."""
+    """Starts processes through Ray, on the cluster at launch.ray_address.
+
+    If launch.ray_address is empty, it starts a cluster on this machine that ends with the run.
+    """
 
     def __init__(self, config: Config, commands: Sequence[Command]) -> None:
         self._config, self._commands = config, commands
@@ -160,7 +166,7 @@ class RayCluster:
         local: dict[str, Any] = {} if address else {"include_dashboard": False}
         _require_listener(address)
         with ExitStack() as opened:
-            opened.enter_context(private_folder(self._config.run.stop_s))  # Ray's own files too
+            opened.enter_context(private_folder(self._config.run.stop_s))  # for Ray's own files too
             opened.callback(ray.shutdown)
             try:
                 ray.init(
@@ -170,7 +176,7 @@ class RayCluster:
                     runtime_env={"env_vars": python_path()},
                     **local,
                 )
-            except Exception as error:  # Ray raises bare ones here
+            except Exception as error:  # Ray raises plain exceptions here
                 what = (
                     f"the Ray cluster launch.ray_address={address} could not be joined"
                     if address
@@ -203,8 +209,9 @@ class RayCluster:
             return RayProcess(command.name, runner)
         except (RayActorError, GetTimeoutError) as error:
             raise TransportError(
-                f"Ray did not start {command.name} within {START_S:g} s (it wants {command.num_gpus} GPUs on one node"
-                f"{', the one of its address' if node else ''}; `ray status` shows what is free): {one_line(error)}"
+                f"Ray did not start {command.name} within {START_S:g} s (it needs "
+                f"{command.num_gpus} GPUs on one node{', the one of its address' if node else ''}; "
+                f"`ray status` shows the free resources): {one_line(error)}"
             ) from None
 
     def _check_gpus(self) -> None:
@@ -213,17 +220,17 @@ class RayCluster:
         if sum(needed.values()) > there:
             wanted = ", ".join(f"{name} {count}" for name, count in needed.items())
             raise ValueError(
-                f"launch.launcher=ray: the run needs {sum(needed.values())} GPUs ({wanted}), the cluster has {there}; otherwise it would "
-                "wait for them for ever (lower actors.num_engines or learner.num_ranks, or add nodes)"
+                f"launch.launcher=ray: the run needs {sum(needed.values())} GPUs ({wanted}), but "
+                f"the cluster has {there}, so the run would wait for them forever; lower "
+                "actors.num_engines or learner.num_ranks, or add nodes"
             )
 
     def _node_of(self, role: str) -> str:
-        """The node that a role must run on, so that the address it binds is its own; "" where any will do."""
+        """The node that owns the address which a role binds; "" if any node will do."""
         config = self._config
         if LOOPBACK.match(config.buffer.address):
-            return (
-                ray.get_runtime_context().get_node_id()
-            )  # nobody elsewhere could reach the buffer
+            # No process on another node could reach the buffer.
+            return ray.get_runtime_context().get_node_id()
         binds = {
             "buffer": config.buffer.address,
             "learner": config.weights.address if config.weights.transport == "zmq" else "",
@@ -233,7 +240,8 @@ class RayCluster:
             return ""
         if LOOPBACK.match(address):
             raise ValueError(
-                f"weights.address={address}: actors on other nodes cannot reach it; name the learner's node, tcp://HOST:*"
+                f"weights.address={address}: actors on other nodes cannot reach it; name the "
+                "learner's node, as in tcp://HOST:*"
             )
         host = re.sub(r"^tcp://\[?|\]?:[^:]*$", "", address)
         nodes = {
@@ -241,6 +249,7 @@ class RayCluster:
         }
         if host not in nodes:
             raise ValueError(
-                f"{role} at {address}: no node of the Ray cluster has this address; it has {', '.join(sorted(nodes))}"
+                f"{role} at {address}: no node of the Ray cluster has this address; the nodes are "
+                f"{', '.join(sorted(nodes))}"
             )
         return nodes[host]

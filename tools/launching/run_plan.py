@@ -1,6 +1,7 @@
-"""What a run needs before it starts: checks that take no time, and the command of each of its processes.
+"""The preparation of a run: quick checks, and the command of each of its processes.
 
-Owns the translation of a configuration into commands. Starts nothing, and leaves nothing behind. Driven by `tools.launch`.
+Owns the translation of a configuration into commands. Starts no process of the run, and leaves no
+files behind. Driven by `tools.launch`.
 """
 
 from __future__ import annotations
@@ -22,14 +23,12 @@ from configs.schema import Config
 from tools.launching.processes import CONFIG, Command
 from tools.reporting.run_directory import RunDirectory
 
-BUILDERS = {
-    "tiny": "tools.warm_start",
-    "smollm2": "tools.smollm2",
-}  # by what a missing model's folder is called
+# The tool that makes a missing model, by a part of the name of its folder.
+BUILDERS = {"tiny": "tools.warm_start", "smollm2": "tools.smollm2"}
 
 
 def prepare(config: Config) -> Config:
-    """The configuration to run, after checks that take no time. Raises `ValueError` or `TransportError`, in one line."""
+    """The configuration to run, after quick checks. Raises `ValueError` or `TransportError`."""
     try:
         check_model(config.model.path)
     except ValueError as error:
@@ -48,13 +47,14 @@ def prepare(config: Config) -> Config:
     name = free_name(config)
     if name != config.run.name:
         print(
-            f"{Path(config.run.dir) / config.run.name} holds a run already, so this one is {name} (run.resume=true continues that one)"
+            f"{Path(config.run.dir) / config.run.name} holds a run already, so this one is called "
+            f"{name} (run.resume=true would continue the existing run)"
         )
     return replace(config, run=replace(config.run, name=name))
 
 
 def has_ended(config: Config) -> bool:
-    """Whether a run to be resumed has taken its last step, and its last evaluation is recorded."""
+    """Whether a run to be resumed has recorded its last step and its last evaluation."""
     if not config.run.resume:
         return False
     metrics = RunDirectory.read(Path(config.run.dir) / config.run.name).metrics
@@ -62,7 +62,7 @@ def has_ended(config: Config) -> bool:
 
 
 def free_name(config: Config) -> str:
-    """`run.name`, or the first of run.name-2, run.name-3, ... whose directory holds no run."""
+    """`run.name`, or the first of run.name-2, run.name-3, ... whose directory has no run yet."""
     name, number = config.run.name, 1
     while not config.run.resume and (Path(config.run.dir) / name / "config.yaml").exists():
         number += 1
@@ -71,14 +71,14 @@ def free_name(config: Config) -> str:
 
 
 def commands_of(config: Config) -> list[Command]:
-    """Every process, in the order of their start. `ValueError` if an entry of launch.pools cannot work."""
+    """Every process in start order. Raises `ValueError` if an entry of launch.pools is invalid."""
     pools: list[tuple[Config, tuple[str, ...]]] = [(config, ())]
     names = [config.actors.name]
     for entry in config.launch.pools:
         pool, overrides = with_overrides(config, entry)
         if pool.actors.name in names:
             raise ValueError(
-                f"launch.pools={entry!r}: a pool named {pool.actors.name} is there already; "
+                f"launch.pools={entry!r}: there is already a pool named {pool.actors.name}; "
                 "add actors.name=ANOTHER"
             )
         names.append(pool.actors.name)
@@ -100,7 +100,7 @@ def commands_of(config: Config) -> list[Command]:
 
 
 def with_overrides(config: Config, entry: str) -> tuple[Config, tuple[str, ...]]:
-    """A pool's own configuration, and its overrides one by one."""
+    """A pool's own configuration, and the list of its overrides."""
     overrides = tuple(shlex.split(entry))
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(cli.to_yaml(config))
@@ -112,7 +112,7 @@ def with_overrides(config: Config, entry: str) -> tuple[Config, tuple[str, ...]]
 
 
 def share_gpus(commands: list[Command], gpus: Sequence[str]) -> list[Command]:
-    """Gives each process GPUs of its own if there are enough for all; otherwise all see every one."""
+    """Give each process GPUs of its own if there are enough; otherwise all share every GPU."""
     left, shared = list(gpus), []
     if sum(command.num_gpus for command in commands) > len(left):
         return commands

@@ -1,4 +1,7 @@
-"""What a run came to: the lines that `tools.launch` ends with. Reads the run's directory; writes nothing but the report."""
+"""The summary that `tools.launch` prints at the end of a run.
+
+Reads the run's directory and writes only the report.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,11 @@ HELD_OUT = {  # metric -> name, factor, unit
 
 
 def print_summary(run_dir: Path, peaks: Mapping[str, int], wall_s: float) -> None:
-    """Before and after, what it took, and the report, whose path is the last line. `peaks`: bytes by process."""
-    from tools.report import write_report  # here: it draws, and takes a second to import
+    """Print the outcome and the cost of a run; the last line is the path of its report.
+
+    `peaks` maps a process to its peak memory in bytes.
+    """
+    from tools.report import write_report  # here, because importing matplotlib takes a second
 
     run = RunDirectory.read(run_dir)
     print(
@@ -30,7 +36,7 @@ def print_summary(run_dir: Path, peaks: Mapping[str, int], wall_s: float) -> Non
 
 
 def facts(run: RunDirectory, peaks: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """(name, value), as far as they were recorded."""
+    """(name, value) of each fact that was recorded."""
     for key in (run.held_out, "eval/length_mean", "eval/length_p99"):
         name, factor, unit = HELD_OUT[key]
         digits = 3 if key == "eval/reward_mean" else 1
@@ -59,10 +65,13 @@ def facts(run: RunDirectory, peaks: Mapping[str, int]) -> Iterator[tuple[str, st
 
 
 def resume_hint(run_dir: Path) -> str:
-    """How to go on with a run that ended early, as a sentence."""
+    """A sentence that says how to continue a run that ended early."""
     if not (run_dir / "config.yaml").is_file():
-        return "It had not begun: the same command starts it again."
+        return "The run had not begun; start it again with the same command."
     latest = run_dir / "checkpoints" / "latest"
     step = latest.read_text().strip().removeprefix("step_").lstrip("0") if latest.is_file() else ""
     where = f"from step {step}" if step else "from the start, as there is no checkpoint yet"
-    return f"To go on {where}: python -m tools.launch --config {run_dir / 'config.yaml'} run.resume=true"
+    return (
+        f"To continue {where}: python -m tools.launch --config {run_dir / 'config.yaml'} "
+        "run.resume=true"
+    )

@@ -1,7 +1,7 @@
-"""The processes of one run from start to end: which failed, which are started again, an end for all.
+"""Supervises the processes of one run: detects failures, restarts processes, ends all of them.
 
-Owns that life cycle, on whichever host the processes run. Never speaks to a process but through
-signals, and decides nothing about training. Driven by `tools.launch`, in one thread.
+Owns this life cycle on any host. Communicates with processes only through signals, and decides
+nothing about training. Driven by `tools.launch`, in one thread.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from tools.launching.progress import View, stopping
 
 POLL_S = 0.1
 MEASURE_S = 1.0
-LEAVE_S = 20.0  # for the others to end by themselves once the buffer has ended the run
-SETTLE_S = 5.0  # for the buffer to end the run once the learner, or the last pool, has ended well
+LEAVE_S = 20.0  # for the other processes to end by themselves once the buffer has ended the run
+SETTLE_S = 5.0  # for the buffer to end the run once the learner or the last pool has ended well
 
 
 class Host(Protocol):
-    """Where processes are started: `LocalHost`, or `tools.launching.ray_cluster.RayCluster`."""
+    """Starts processes: `LocalHost`, or `tools.launching.ray_cluster.RayCluster`."""
 
     def start(self, command: Command) -> Process: ...
 
 
 @dataclass(frozen=True)
 class RestartRule:
-    """Whether a process that was killed is started again, and with which overrides."""
+    """Whether a process that was killed is restarted, and with which overrides."""
 
     allowed: bool
     overrides: tuple[str, ...] = ()
 
 
 RESTART_RULES: dict[Role, RestartRule] = {
-    # It continues from its logs; engines and learner join it again.
+    # It continues from its logs; the engines and the learner join it again.
     "buffer": RestartRule(True, ("run.resume=true",)),
     "learner": RestartRule(True, ("run.resume=true",)),
-    # The pool's own process. The pool restarts its engines.
+    # This is the pool's own process, which restarts its engines itself.
     "actors": RestartRule(True),
 }
 
 
 @dataclass
 class Member:
-    """A command of the run, and the process that runs it now."""
+    """A command of the run, and the process that currently executes it."""
 
     command: Command
     process: Process
@@ -74,11 +74,11 @@ class Member:
 
 
 class Run:
-    """The processes of one run. `start`, `watch`, then always `stop`."""
+    """The processes of one run. Call `start` and `watch`, and always `stop` at the end."""
 
     def __init__(self, config: Config, view: View, link: MonitorLink) -> None:
         self.members: list[Member] = []
-        self.error = ""  # one line, once the run cannot go on
+        self.error = ""  # one line, set once the run cannot continue
         self.request = StopRequest(self._answer)  # to be entered before `start`
         self._config, self._view, self._link = config, view, link
         self._host: Host | None = None
@@ -92,7 +92,7 @@ class Run:
 
     def start(self, host: Host, commands: Sequence[Command]) -> None:
         self._host = host
-        self.request.take_signals()  # Ray may have taken them for itself
+        self.request.take_signals()  # Ray may have installed its own handlers
         launch = self._config.launch
         for command in commands:
             if not self.request.requested:
@@ -100,9 +100,9 @@ class Run:
                 self.members.append(Member(command, host.start(command), restarts))
 
     def watch(self, verdict: Callable[[], str] = lambda: "") -> None:
-        """Until the run has ended, well or not (`error`), or a signal came.
+        """Return once the run has ended, has failed (`error` is set), or a signal has arrived.
 
-        `verdict` is asked each turn why the run cannot go on; "" if it can.
+        In each turn `verdict` returns the reason why the run cannot continue, or "".
         """
         while not self.request.requested and not self.error:
             if snapshot := self._link.receive(POLL_S):
@@ -115,10 +115,11 @@ class Run:
                 return
 
     def stop(self) -> None:
-        """End what still runs, in `run.stop_s` at most.
+        """End every process that still runs, within `run.stop_s`.
 
-        The buffer is told first: it lets the learner end its step, and tells the others. After a
-        failure, or once it has ended, all are told. At a second signal all are killed.
+        The buffer is told first, because it lets the learner finish its step and tells the other
+        processes. After a failure, or once the buffer has ended, all processes are told to end.
+        At a second signal all of them are killed.
         """
         deadline = time.monotonic() + self._config.run.stop_s
 
@@ -155,7 +156,7 @@ class Run:
                 member.process.terminate()
 
     def _listen(self) -> None:
-        """Take in new output, ends and peak memory."""
+        """Collect new output, exit statuses and peak memory."""
         now = time.monotonic()
         measure = now - self._measured_s >= MEASURE_S
         for member in self.members:
@@ -172,7 +173,7 @@ class Run:
             self._measured_s = now
 
     def _restart(self) -> None:
-        """Start again the processes that were killed and may be."""
+        """Restart the processes that were killed, as far as the rules allow."""
         assert self._host is not None
         for member in self.members:
             command = member.command
@@ -191,14 +192,14 @@ class Run:
             member.process, member.status = self._host.start(again), None
 
     def _overrides(self, role: Role) -> tuple[str, ...]:
-        """A buffer that was killed before it had made its run's folder starts the run."""
+        """A buffer resumes its run unless it was killed before it had made the run's folder."""
         run = self._config.run
         if role == "buffer" and not (Path(run.dir) / run.name / "config.yaml").exists():
             return ()
         return RESTART_RULES[role].overrides
 
     def _verdict(self) -> str:
-        """Why the run cannot go on, or ""."""
+        """The reason why the run cannot continue, or ""."""
         pools = [member for member in self.members if member.command.role == "actors"]
         culprits = [m for m in self.members if m.status and m not in pools]
         if not self.over and all(pool.status is not None for pool in pools):
@@ -218,7 +219,7 @@ class Run:
         return ""
 
     def _ended_long_ago(self, role: Role, grace_s: float) -> bool:
-        """Whether a process of that role ended well more than `grace_s` ago."""
+        """Whether a process of this role ended well more than `grace_s` ago."""
         return any(
             m.command.role == role and m.status == 0 and time.monotonic() - m.ended_s > grace_s
             for m in self.members

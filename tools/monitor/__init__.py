@@ -1,1 +1,1 @@
-"""Drawing the live state in a terminal; used by `tools.tail_monitor`."""
+"""Draws the live state in a terminal. Used by `tools.tail_monitor`."""

@@ -1,6 +1,7 @@
-"""Charts made of characters: stacked columns, growing bars, sparklines. Pure; each returns lines of exactly the width asked for.
+"""Charts made of characters: stacked columns, growing bars and sparklines.
 
-Knows nothing of runs. Driven by `tools.monitor.views`.
+Pure functions that know nothing about runs. Each returns lines of exactly the requested width.
+Driven by `tools.monitor.views`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
 class Ink(NamedTuple):
-    """How one layer of a chart is drawn: in colour, or as a letter where there is none."""
+    """How one layer of a chart is drawn: in colour, or as a letter if there is no colour."""
 
     color: str  # "#rrggbb"
     letter: str
 
     def shaded(self) -> Ink:
-        """Slightly darker: tells a bar from its neighbour."""
+        """A slightly darker copy, which distinguishes a bar from its neighbour."""
         parts = (int(self.color[place : place + 2], 16) * 3 // 4 for place in (1, 3, 5))
         return Ink("#" + "".join(f"{part:02x}" for part in parts), self.letter)
 
@@ -40,12 +41,12 @@ def fitted(text: Text, width: int) -> Text:
 
 
 def printable(text: str) -> str:
-    """What a terminal may be shown of text from outside: no control characters, so no escape sequences."""
+    """External text without control characters, so that it cannot send escape sequences."""
     return "".join(character if character.isprintable() else "·" for character in text)
 
 
 def nice_ceiling(value: int) -> int:
-    """The next of 8, 12, 16, 24, 32, 48, ...: a scale that does not change with every token."""
+    """The next of 8, 12, 16, 24, 32, 48, ..., for a scale that does not change with every token."""
     ceiling = 8
     while ceiling < value:
         ceiling = ceiling * 3 // 2 if ceiling & (ceiling - 1) == 0 else ceiling * 4 // 3
@@ -55,7 +56,7 @@ def nice_ceiling(value: int) -> int:
 def stacked_columns(
     layers: Sequence[Sequence[int]], inks: Sequence[Ink], width: int, height: int, color: bool
 ) -> list[Text]:
-    """`layers[k][bin]` counts, the first layer at the bottom; the highest column fills `height`."""
+    """Stack the counts `layers[k][bin]`, first layer at the bottom. The highest fills `height`."""
     columns = list(zip(*layers, strict=True))
     merged = -(-len(columns) // max(width, 1)) or 1
     columns = [
@@ -80,12 +81,15 @@ def stacked_columns(
 def _cell(
     column: Sequence[int], inks: Sequence[Ink], row: int, scale: float, color: bool
 ) -> tuple[str, str]:
-    """The character of one cell, `row` rows above the ground: the lower of its layers as ink, the one above it as paper."""
+    """The character of one cell, `row` rows above the bottom, and its style.
+
+    The lower layer in the cell is the foreground, and the layer above it is the background.
+    """
     tops, top = [], 0.0
     for count in column:
         top += count * scale
         tops.append(top)
-    if 0 < top < 0.125 and row == 0:  # one rollout among thousands is still there
+    if 0 < top < 0.125 and row == 0:  # keep one rollout among thousands visible
         tops[next(layer for layer, count in enumerate(column) if count)] = top = 0.125
     inside = [
         layer
@@ -104,9 +108,8 @@ def _cell(
             else (" ", "")
         )
     eighths = [round(8 * (min(tops[layer], row + 1) - row)) for layer in inside]
-    visible = next(
-        (index for index, top in enumerate(eighths) if top), 0
-    )  # a layer thinner than an eighth gives way to the next
+    # A layer thinner than an eighth is not drawn; the next one is.
+    visible = next((index for index, top in enumerate(eighths) if top), 0)
     lower, above = inks[inside[visible]], inside[visible + 1 :]
     if eighths[visible] >= 8 or not above:
         return EIGHTHS[max(eighths[visible], 1)], lower.color
@@ -114,12 +117,15 @@ def _cell(
 
 
 def bars_per_line(color: bool) -> int:
-    """Half blocks of two colours hold two bars."""
+    """In colour a line of half blocks holds two bars."""
     return 2 if color else 1
 
 
 def growing_bars(bars: Sequence[Bar], scale: int, mark: int, width: int, color: bool) -> list[Text]:
-    """Horizontal bars, two to a line in colour, one without; `scale` is the length that fills `width`, `mark` is drawn across."""
+    """Horizontal bars, two per line in colour and one without.
+
+    `scale` is the length that fills `width`. A vertical line is drawn across at length `mark`.
+    """
     per_line = bars_per_line(color)
     inks = [bar.ink.shaded() if place % per_line else bar.ink for place, bar in enumerate(bars)]
     lengths = [
@@ -151,7 +157,7 @@ def _bar_cell(filled: Sequence[Ink | None], marked: bool, color: bool) -> tuple[
 
 
 def race_track(bars: Sequence[Bar], scale: int, mark: int, width: int, color: bool) -> Text:
-    """All bars on one line, each as a dot at its end; the longer one hides the shorter."""
+    """All bars on one line, each as a dot at its end. A longer bar hides a shorter one."""
     cells: list[tuple[str, str]] = [("·", "bright_black" if color else "")] * width
     if mark:
         cells[min(width - 1, mark * width // scale)] = ("│", "bright_white" if color else "")
@@ -164,7 +170,7 @@ def race_track(bars: Sequence[Bar], scale: int, mark: int, width: int, color: bo
 
 
 def _joined(cells: Sequence[tuple[str, str]]) -> Text:
-    """Cells of one style in a row become one span: drawing costs by the span."""
+    """Join adjacent cells of one style into one span, because the cost of drawing is per span."""
     runs = groupby(cells, key=lambda cell: cell[1])
     return Text.assemble(
         *(("".join(character for character, _ in run), style) for style, run in runs)
@@ -172,7 +178,7 @@ def _joined(cells: Sequence[tuple[str, str]]) -> Text:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Heights from the lowest value to the highest; exactly `width` characters."""
+    """The values as block heights, from the lowest to the highest, in `width` characters."""
     if not values:
         return " " * width
     picked = (
@@ -189,7 +195,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def counts_in_log_bins(values: Sequence[int], low: int, high: int, bins: int) -> list[int]:
-    """How many of `values` lie in each of `bins` bins of equal ratio from `low` to `high`."""
+    """The number of `values` in each of `bins` bins of equal ratio from `low` to `high`."""
     low = max(low, 1)
     span = max(log(high / low), 1e-9)
     counts = [0] * bins

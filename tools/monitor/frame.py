@@ -1,6 +1,7 @@
-"""The monitor's screen: header, panels laid out for the terminal's size, footer; and what a key does to the view.
+"""The monitor's screen: a header, panels laid out for the terminal's size, and a footer.
 
-Pure: `frame` gives exactly as many lines and cells as it is asked for. Driven by `tools.tail_monitor`.
+Also owns the effect of each key on the view. Pure: `frame` returns exactly the requested number of
+lines and cells. Driven by `tools.tail_monitor`.
 """
 
 from __future__ import annotations
@@ -36,29 +37,35 @@ Layout = list[list[tuple[Panel, float]]]
 ORDERS: tuple[Order, ...] = ("spread", "budget", "pass_rate")
 SILENCE_S = 3.0  # the buffer publishes several times a second
 HEADER_METRICS = {
-    "held-out reward": ("eval/reward_mean", "{:.3f}"), "reward": ("reward/mean", "{:.3f}"), "length": ("length/selected_mean", "{:.0f}"),
-    "p99": ("length/selected_p99", "{:.0f}"), "cancelled": ("darts/cancelled_frac", "{:.0%}"), "budget": ("darts/budget_mean", "{:.1f}"),
-    "learner waits": ("wait/learner_frac", "{:.0%}"), "busy": ("engine/busy_frac", "{:.0%}"), "tokens/s": ("engine/tokens_per_s", "{:.0f}"),
-}  # fmt: skip
-WIDE = 132  # columns from which three panels fit side by side
+    "held-out reward": ("eval/reward_mean", "{:.3f}"),
+    "reward": ("reward/mean", "{:.3f}"),
+    "length": ("length/selected_mean", "{:.0f}"),
+    "p99": ("length/selected_p99", "{:.0f}"),
+    "cancelled": ("darts/cancelled_frac", "{:.0%}"),
+    "budget": ("darts/budget_mean", "{:.1f}"),
+    "learner waits": ("wait/learner_frac", "{:.0%}"),
+    "busy": ("engine/busy_frac", "{:.0%}"),
+    "tokens/s": ("engine/tokens_per_s", "{:.0f}"),
+}
+WIDE = 132  # number of columns at which three panels fit side by side
 
 HELP = """
-up, down (k, j)     choose a prompt: its lengths and its pattern are shown
+up, down (k, j)     choose the prompt whose lengths and pattern are shown
 left, right (h, l)  choose the group in flight whose rollouts are drawn in full
 s                   order the prompts by spread, budget or pass rate
-space, + and -      a replay: hold, faster, slower
-?                   this page, and back
+space, + and -      pause a replay, play it faster, play it slower
+?                   show or hide this page
 q                   quit
 
-Pattern I   right responses are no longer than wrong ones: useless verbosity.
-Pattern II  right responses are longer: depth that is needed.
-Spread      standard deviation of log length.
-Cut │       the K-th shortest so far: what is longer is out of the short ones.
+Pattern I   right responses are no longer than wrong ones: ineffective verbosity.
+Pattern II  right responses are longer: necessary depth.
+Spread      the standard deviation of the log length.
+Cut │       the K-th shortest length so far; a longer response gets no short seat.
 """
 
 
 def frame(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
-    """The whole screen: exactly `height` lines of exactly `width` cells."""
+    """The whole screen as exactly `height` lines of exactly `width` cells."""
     head = header(snapshot, view, width)
     body = height - len(head) - 1
     if view.help:
@@ -77,7 +84,7 @@ def frame(snapshot: LiveState, view: View, width: int, height: int) -> list[Text
 
 
 def pressed(view: View, key: str, snapshot: LiveState) -> View:
-    """The view after a key: "up", "down", "left", "right", or a character. Unknown keys change nothing."""
+    """The view after a key: "up", "down", "left", "right" or a character. Ignores unknown keys."""
     if key in ("up", "k", "down", "j"):
         ids = [prompt.prompt_id for prompt in ordered(snapshot.prompts, view.order)]
         return replace(
@@ -95,7 +102,10 @@ def pressed(view: View, key: str, snapshot: LiveState) -> View:
 
 
 def header(snapshot: LiveState, view: View, width: int) -> list[Text]:
-    """Run and progress; the newest metrics; who waits for whom, or for how long nothing has been heard."""
+    """Three lines: the run and its progress, its newest metrics, and its waits.
+
+    If no state has arrived for some time, the last line says so instead.
+    """
     name = Text(f" {printable(snapshot.run_name)}", style(view, "bold reverse"))
     name.truncate(max(width // 3, 4), overflow="ellipsis")
     name.append(" ")
@@ -121,12 +131,12 @@ def header(snapshot: LiveState, view: View, width: int) -> list[Text]:
         third = Text(" the run is done", style(view, "#2fbf9b"))
     elif view.silent_s >= SILENCE_S:
         third = Text(
-            f" no news for {view.silent_s:.0f} s: this is the last that was heard",
+            f" no news for {view.silent_s:.0f} s: this is the last state received",
             style(view, "bold #f0604d"),
         )
     else:
         third = Text(
-            f" {printable(snapshot.waiting) or 'nobody waits'}",
+            f" {printable(snapshot.waiting) or 'nothing is waiting'}",
             style(view, "#eeb02e" if snapshot.waiting else DIM),
         )
     return [
@@ -140,14 +150,14 @@ def header(snapshot: LiveState, view: View, width: int) -> list[Text]:
 
 
 TITLES: dict[Panel, Callable[[LiveState, View], str]] = {
-    lengths_panel: lambda snapshot, view: "Lengths by fate",
+    lengths_panel: lambda snapshot, view: "Lengths by end",
     groups_panel: lambda snapshot, view: "Groups in flight",
     prompts_panel: lambda snapshot, view: f"Prompts by {view.order.replace('_', ' ')}",
     prompt_panel: prompt_title,
-    lag_panel: lambda snapshot, view: f"Lag when trained on, bound {snapshot.max_lag}",
+    lag_panel: lambda snapshot, view: f"Lag of trained responses, bound {snapshot.max_lag}",
     engines_panel: lambda snapshot, view: "Engines",
 }
-# Columns from left to right; in each (panel, share of the height), from top to bottom.
+# Columns from left to right. Each lists (panel, share of the height) from top to bottom.
 NARROW_LAYOUT: Layout = [
     [(lengths_panel, 8), (prompts_panel, 7), (lag_panel, 5)],
     [(groups_panel, 10), (prompt_panel, 6), (engines_panel, 4)],
@@ -160,7 +170,7 @@ WIDE_LAYOUT: Layout = [
 
 
 def titled(panel: Panel, snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
-    """A panel below its title; exactly `height` lines."""
+    """A panel with its title above it, as exactly `height` lines."""
     title = TITLES[panel](snapshot, view)
     rule = Text.assemble(
         (title + " ", style(view, TITLE)), ("─" * max(0, width - len(title) - 1), style(view, DIM))

@@ -1,7 +1,8 @@
-"""Plays a run's ledger back as snapshots, one learner step after the other. Owns the pace; reads only the run's directory.
+"""Plays a run's ledger back as live states, one learner step after the other.
 
-The ledger keeps how each rollout ended, not when it was how long: so a step shows its groups as they ended, and no engine states.
-Driven by `tools.tail_monitor --play`.
+Owns the pace, and reads only the run's directory. The ledger records how each rollout ended, not
+how it grew, so a step shows its groups as they ended, and no engines. Driven by
+`tools.tail_monitor --play`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from buffer.records.metrics import HISTOGRAM_EDGES
 from buffer.wire.messages import GroupView, LiveState, PromptView, RolloutView
 from tools.reporting.run_directory import Row, RunDirectory, is_number
 
-WINDOW_GROUPS = 64  # what "recent" means for the histogram, the prompts and the lags
+WINDOW_GROUPS = 64  # number of recent groups in the histogram, the prompts and the lags
 STEPS_PER_S = 2.0
 
 
 class Replay:
-    """A finished run as a source of snapshots, as `MonitorLink` is for one that lives. `speed` 1 plays two steps a second."""
+    """A finished run as a source of live states, in place of the `MonitorLink` of a live run.
+
+    A `speed` of 1 plays `STEPS_PER_S` learner steps per second.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._snapshots = snapshots(RunDirectory.read(run_dir))
@@ -31,7 +35,7 @@ class Replay:
         self._due_s = time.monotonic()
 
     def receive(self, timeout_s: float) -> LiveState | None:
-        """The next step's snapshot once it is due; None if that takes longer than `timeout_s`, or at the end."""
+        """The state of the next step, or None if none is due within `timeout_s`."""
         now = time.monotonic()
         if self.held or self._next == len(self._snapshots) or self._due_s > now + timeout_s:
             time.sleep(timeout_s)
@@ -48,11 +52,11 @@ class Replay:
         return self._next == len(self._snapshots)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Does nothing, because no resource is held open."""
 
 
 def snapshots(run: RunDirectory) -> list[LiveState]:
-    """One snapshot per recorded step. `ValueError` without metrics.jsonl or groups.jsonl."""
+    """One state per recorded step. Raises `ValueError` without metrics.jsonl or groups.jsonl."""
     if not run.metrics or not run.groups:
         raise ValueError(f"{run.path} cannot be played: {' '.join(run.problems)}")
     frames, first = [], 0
@@ -71,7 +75,10 @@ def snapshots(run: RunDirectory) -> list[LiveState]:
 
 
 def _ends_of_steps(run: RunDirectory) -> list[int]:
-    """For each row of metrics the number of ledger rows up to its step: the ledger is in order, and a step trains on a fixed number."""
+    """For each row of metrics, the number of ledger rows up to the end of its step.
+
+    The ledger is in order, and every step trains on the same number of groups.
+    """
     per_step = run.setting("batch.groups") or max(
         1, round(len(run.trained_groups()) / len(run.metrics))
     )
@@ -159,9 +166,8 @@ def _prompt_views(groups: list[Row]) -> list[PromptView]:
             logs = [log(max(length, 1)) for length in right + wrong]
             views[str(group["prompt_id"])] = PromptView(
                 prompt_id=str(group["prompt_id"]),
-                spread=pstdev(
-                    logs
-                ),  # of those that finished alone, so lower than what the buffer knows
+                # Without cancelled responses, so lower than the spread that the buffer computes.
+                spread=pstdev(logs),
                 budget=group["budget"],
                 pass_rate=fmean(rollout["reward"] > 0.5 for rollout in ended),
                 lengths_right=right,

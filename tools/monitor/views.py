@@ -1,6 +1,7 @@
-"""What the monitor shows of a snapshot, one function per panel: (LiveState, View, width, height) -> at most that many lines.
+"""The panels of the monitor, one function each: (LiveState, View, width, height) -> lines.
 
-Pure: reads no clock, socket or keyboard. Laid out by `tools.monitor.frame`.
+A panel returns at most `height` lines. Pure: reads no clock, socket or keyboard. Laid out by
+`tools.monitor.frame`.
 """
 
 from __future__ import annotations
@@ -40,30 +41,32 @@ DIM, TITLE = "bright_black", "bold"
 
 @dataclass(frozen=True)
 class View:
-    """What the person at the keyboard chose, and how the terminal is."""
+    """The choices of the user, and the properties of the terminal."""
 
     color: bool = True
-    prompt_id: str = ""  # "": the first of the table
-    group_id: int = -1  # -1: the first in flight
+    prompt_id: str = ""  # "": the first prompt of the table
+    group_id: int = -1  # -1: the first group in flight
     order: Order = "spread"
     help: bool = False
-    silent_s: float = 0.0  # since the last snapshot
-    source: str = ""  # "replay x4", say
+    silent_s: float = 0.0  # seconds since the last state
+    source: str = ""  # such as "replay ×4"; "" for a live run
 
 
 def ordered(prompts: list[PromptView], order: Order) -> list[PromptView]:
-    """Largest spread or budget first; lowest pass rate first. Ties by id, so that rows do not jump."""
+    """Largest spread or budget first, or lowest pass rate first.
+
+    Ties are ordered by id, so that rows do not jump.
+    """
     sign = 1 if order == "pass_rate" else -1
-    latest = {
-        prompt.prompt_id: prompt for prompt in prompts
-    }  # a prompt drawn again replaces itself
+    # A prompt that was drawn again replaces its older row.
+    latest = {prompt.prompt_id: prompt for prompt in prompts}
     return sorted(
         latest.values(), key=lambda prompt: (sign * getattr(prompt, order), prompt.prompt_id)
     )
 
 
 def pattern(prompt: PromptView) -> str:
-    """I: E[length | right] <= E[length | wrong]; II: the opposite; "": nothing to compare.
+    """I if E[length | right] <= E[length | wrong], II if not, "" if there is nothing to compare.
 
     Source: DARTS (arXiv 2605.30859), ineffective verbosity and necessary depth.
     """
@@ -73,7 +76,7 @@ def pattern(prompt: PromptView) -> str:
 
 
 def lengths_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
-    """Ends of recent rollouts by length, stacked by fate, with a legend that counts them."""
+    """Recent rollouts by length, stacked by how they ended, with a legend that counts them."""
     names = [name for name in FATES if name in snapshot.histogram]
     filled = [
         place
@@ -113,9 +116,12 @@ def lengths_panel(snapshot: LiveState, view: View, width: int, height: int) -> l
 
 
 def groups_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
-    """Groups in flight: the chosen one and those after it as growing bars while there is room, the others as one track each."""
+    """Groups in flight, from the chosen one on.
+
+    The first groups are drawn as growing bars while there is room, the others as one track each.
+    """
     if not snapshot.groups:
-        return [Text("nothing in flight", style(view, DIM))]
+        return [Text("no group is in flight", style(view, DIM))]
     ids = [group.group_id for group in snapshot.groups]
     start = ids.index(view.group_id) if view.group_id in ids else 0
     groups = snapshot.groups[start:] + snapshot.groups[:start]
@@ -135,7 +141,7 @@ def groups_panel(snapshot: LiveState, view: View, width: int, height: int) -> li
 
 
 def prompts_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
-    """Recently closed prompts; the chosen row stays in sight."""
+    """Recently closed prompts. The chosen row stays visible."""
     spark = min(width - 44, 24) if width >= 54 else 0
     name = max(6, min(width - 28 - (2 + spark if spark else 0), 24))
     heading = f"{'prompt':<{name}}{'spread':>7}{'budget':>7}{'pass':>6}{'pattern':>8}" + (
@@ -151,7 +157,10 @@ def prompts_panel(snapshot: LiveState, view: View, width: int, height: int) -> l
     for prompt in prompts[top : top + visible]:
         mark = "" if view.color or prompt is not chosen else ">"
         label = fitted(Text(mark + printable(prompt.prompt_id)), name).plain
-        row = f"{label}{prompt.spread:>7.2f}{prompt.budget:>7}{prompt.pass_rate:>6.0%}{pattern(prompt) or '–':>8}"
+        row = (
+            f"{label}{prompt.spread:>7.2f}{prompt.budget:>7}{prompt.pass_rate:>6.0%}"
+            f"{pattern(prompt) or '–':>8}"
+        )
         lengths = prompt.lengths_right + prompt.lengths_wrong
         if spark and lengths:
             row += "  " + sparkline(
@@ -169,17 +178,20 @@ def prompt_title(snapshot: LiveState, view: View) -> str:
         return "Prompt"
     prompt = _chosen(ordered(snapshot.prompts, view.order), view)
     kinds = {"I": "pattern I, verbosity", "II": "pattern II, depth", "": "no pattern"}
-    return f"Prompt {fitted(Text(printable(prompt.prompt_id)), min(len(prompt.prompt_id), 14)).plain}: {kinds[pattern(prompt)]}"
+    return (
+        f"Prompt {fitted(Text(printable(prompt.prompt_id)), min(len(prompt.prompt_id), 14)).plain}"
+        f": {kinds[pattern(prompt)]}"
+    )
 
 
 def prompt_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
-    """The chosen prompt's lengths, by right and wrong."""
+    """The lengths of the chosen prompt's right and wrong responses."""
     if not snapshot.prompts:
         return [Text("no prompt has closed yet", style(view, DIM))]
     prompt = _chosen(ordered(snapshot.prompts, view.order), view)
     lengths = prompt.lengths_right + prompt.lengths_wrong
     if not lengths:
-        return [Text("nothing finished", style(view, DIM))]
+        return [Text("no response has finished", style(view, DIM))]
     parts = (("right", prompt.lengths_right, RIGHT), ("wrong", prompt.lengths_wrong, WRONG))
     legend = _legend(
         [
@@ -201,9 +213,9 @@ def prompt_panel(snapshot: LiveState, view: View, width: int, height: int) -> li
 
 
 def lag_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
-    """Lags of recently shipped trajectories; beyond the bound, which must stay empty, in red."""
+    """Lags of recently shipped trajectories. Any lag beyond the bound, which is a bug, is red."""
     if not snapshot.lags:
-        return [Text("nothing shipped yet", style(view, DIM))]
+        return [Text("no trajectory has been shipped yet", style(view, DIM))]
     last = max(snapshot.max_lag, *snapshot.lags)
     counts = [snapshot.lags.count(lag) for lag in range(last + 1)]
     within = [count if lag <= snapshot.max_lag else 0 for lag, count in enumerate(counts)]
@@ -219,15 +231,15 @@ def lag_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[
 
 
 def engines_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
-    """Each engine: slots in use, speed, version, and its latency per token against the batch."""
+    """Per engine: slots in use, speed, version, and its latency per token over the batch size."""
     if not snapshot.engines:
         return [
             Text(
                 "none: "
                 + (
-                    "a ledger keeps no engine states"
+                    "the ledger does not record engines"
                     if view.source.startswith("replay")
-                    else "no actor has joined"
+                    else "no engine has joined"
                 ),
                 style(view, DIM),
             )
@@ -304,7 +316,10 @@ def _scale(group: GroupView) -> int:
 
 
 def _axis(edges: list[int], bins: int, width: int, view: View, every: bool = False) -> Text:
-    """Lower edges below their columns: as many as fit. Mirrors how `stacked_columns` merges and spaces its bins."""
+    """As many lower edges as fit, each below its column.
+
+    Mirrors how `stacked_columns` merges and spaces its bins.
+    """
     merged = -(-bins // max(width, 1)) or 1
     pitch = max(width // max(-(-bins // merged), 1), 1)
     cells = [" "] * width
@@ -320,7 +335,7 @@ def _axis(edges: list[int], bins: int, width: int, view: View, every: bool = Fal
 
 
 def _legend(parts: list[tuple[str, Ink]], view: View) -> Text:
-    """Words in the colour of what they name, or after its letter."""
+    """Each word in the colour of its layer, or after the layer's letter."""
     return Text("  ").join(
         [
             Text(text if view.color else f"{ink.letter} {text}", style(view, ink.color))

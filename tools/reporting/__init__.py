@@ -1,1 +1,1 @@
-"""Reading a run's directory and drawing it; used by `tools.report` and `tools.compare`."""
+"""Reads a run's directory and draws its contents. Used by `tools.report` and `tools.compare`."""

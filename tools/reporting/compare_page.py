@@ -1,4 +1,4 @@
-"""The table of a comparison as Markdown, HTML and figures. Measures nothing; driven by `tools.compare`."""
+"""Renders the table of a comparison as Markdown, HTML and figures. Driven by `tools.compare`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ COLUMNS = {
     "short_wrong_frac": "short seats off",
     "long_wrong_frac": "long seat off",
     "judged_reward": "held-out reward",
-    "trained_s": "s in all",
-    "reach_s": "s to the first's held-out reward",
-    "near_s": "s to within margin of it",
+    "trained_s": "s in total",
+    "reach_s": "s to the reference's held-out reward",
+    "near_s": "s to within the margin of it",
 }
 
 
@@ -63,8 +63,10 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 PAGE_STYLE = """
-body { font:14px system-ui; margin:2em } table { border-collapse:collapse; font-variant-numeric:tabular-nums }
-td, th { padding:4px 10px; border-bottom:1px solid #ddd; text-align:right } td:first-child, th:first-child { text-align:left }
+body { font:14px system-ui; margin:2em }
+table { border-collapse:collapse; font-variant-numeric:tabular-nums }
+td, th { padding:4px 10px; border-bottom:1px solid #ddd; text-align:right }
+td:first-child, th:first-child { text-align:left }
 """
 
 
@@ -75,9 +77,10 @@ def html(rows: Sequence[Row], title: str, lead: str) -> str:
         for row in rows
     )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>{PAGE_STYLE}</style>'
-        f"<h1>{escape(title)}</h1><p>{escape(lead)}</p>"
-        f'<table><tr>{head}</tr>{body}</table><p><img src="table.png" alt="The same as bars"></p></html>\n'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title>'
+        f"<style>{PAGE_STYLE}</style><h1>{escape(title)}</h1><p>{escape(lead)}</p>"
+        f"<table><tr>{head}</tr>{body}</table>"
+        '<p><img src="table.png" alt="The same data as bars"></p></html>\n'
     )
 
 
@@ -95,7 +98,7 @@ def plot_table(rows: Sequence[Row], path: Path) -> None:
     above = [row["time_ratio_range"][1] - row["time_ratio"] for row in rows]
     left.barh(names, [row["time_ratio"] for row in rows], xerr=[below, above], color="#3d5bd9")
     left.axvline(1.0, color="#1d2733", linewidth=0.8)
-    left.set_xlabel(f"learner steps per second, over {names[0]} (range over seeds)")
+    left.set_xlabel(f"learner steps per second, relative to {names[0]} (range over seeds)")
     start = [0.0] * len(rows)
     for fate, colour in (
         ("trained", "#12876f"),
@@ -114,7 +117,7 @@ def plot_table(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot_curves(by_variant: dict[str, list[Row]], path: Path) -> None:
-    """Held-out reward over time: a line for each seed."""
+    """Plot held-out reward over time, with one line per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,7 +136,7 @@ def plot_curves(by_variant: dict[str, list[Row]], path: Path) -> None:
                 label=name if number == 0 else None,
             )
     axes.set_xlabel("seconds of training, after the first step")
-    axes.set_ylabel("held-out reward, temperature of training")
+    axes.set_ylabel("held-out reward at the training temperature")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

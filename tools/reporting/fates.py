@@ -1,4 +1,4 @@
-"""How a rollout's end is shown, the same in the live monitor and in the report. Owns nothing else."""
+"""The labels and colours of a rollout's end, shared by the live monitor and the report."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 class Fate(NamedTuple):
     label: str
-    short: str  # where there is no room for the label
+    short: str  # if there is no room for the label
     on_paper: str  # colour on a light page
     on_screen: str  # colour in a terminal
-    letter: str  # where there is no colour
+    letter: str  # if there is no colour
 
 
-# Trained on first, then paid for and left out, then stopped before it was paid for.
+# In this order: trained on, generated in full but left out, stopped early.
 FATES = {
     "selected_short": Fate("selected, short", "short", "#12876f", "#2fbf9b", "s"),
     "selected_long": Fate("selected, long", "long", "#3d5bd9", "#6f8cff", "L"),

@@ -1,4 +1,4 @@
-"""The life of a group in words, from the event log. Used by `tools.replay --group` and `--prompt`."""
+"""Tells the life of a group in words, from the event log. Used by `tools.replay`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from darts import events as ev
 
 
 class Story:
-    """Feed it every logged event of a session; it yields a line for each that concerns the group."""
+    """Takes every logged event of a session, and yields a line for each that concerns the group."""
 
     def __init__(self, group_id: int | None, prompt_id: str | None) -> None:
         self._group_id, self._prompt_id = group_id, prompt_id
         self._groups: set[int] = set()
-        self._rollouts: dict[int, int] = {}  # rollout -> its group, for the groups told
-        self._tokens: dict[int, int] = {}  # rollout -> length as last reported
+        self._rollouts: dict[int, int] = {}  # rollout -> its group, for the chosen groups
+        self._tokens: dict[int, int] = {}  # rollout -> last reported length
         self._engines: dict[str, set[int]] = {}  # engine -> rollouts launched on it
 
     def lines(self, entry: LoggedEvent) -> Iterator[str]:
@@ -62,7 +62,7 @@ class Story:
                 self._rollouts[decision.rollout_id] = decision.group_id
                 self._engines.setdefault(decision.engine_id, set()).add(decision.rollout_id)
                 before = decision.continues
-                suffix = "" if before is None else f", where rollout {before} was lost"
+                suffix = "" if before is None else f" to replace the lost rollout {before}"
                 yield f"launch rollout {decision.rollout_id} on {decision.engine_id}{suffix}"
             case ev.Cancel() if decision.rollout_id in self._rollouts:
                 tokens = self._tokens.get(decision.rollout_id, 0)

@@ -1,6 +1,7 @@
-"""The figures of a run's report, each a function of a `RunDirectory` to inline SVG, or "" where the data is missing.
+"""The figures of a run's report.
 
-Pure drawing: reads no files, writes none. Driven by `tools.report`.
+Each is a function from a `RunDirectory` to inline SVG, or to "" if its data is missing. This module
+only draws; it neither reads nor writes files. Driven by `tools.report`.
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ from tools.reporting.run_directory import Row, RunDirectory, is_number
 INK, MUTED, GRID = "#1d2733", "#5d6b7a", "#e6eaee"
 BLUE, TEAL, AMBER, RED, VIOLET = "#3d5bd9", "#12876f", "#e3a11f", "#d5482b", "#8a4bb0"
 STYLE: Any = {  # matplotlib types its keys as literals
-    "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": "#b9c2cc",
-    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 9, "axes.titlecolor": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
-    "grid.color": GRID, "grid.linewidth": 0.9, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-    "xtick.major.size": 3, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.9,
-    "lines.solid_capstyle": "round", "svg.fonttype": "path",
+    "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK,
+    "axes.labelcolor": MUTED, "axes.edgecolor": "#b9c2cc",
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.titlepad": 9, "axes.titlecolor": INK,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
+    "grid.color": GRID, "grid.linewidth": 0.9,
+    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
+    "xtick.major.size": 3, "ytick.major.size": 0,
+    "legend.frameon": False, "legend.fontsize": 8.5,
+    "lines.linewidth": 1.9, "lines.solid_capstyle": "round", "svg.fonttype": "path",
 }  # fmt: skip
 GROUPS_SHOWN = 8
 HELD_OUT = {"eval/accuracy": "accuracy", "eval/reward_mean": "mean reward"}
 WAITS = {
     "wait/learner_s": "learner, for groups",
-    "wait/pull_s": "learner, from asking to having them",
+    "wait/pull_s": "learner, from request to receipt",
 }
 
 
@@ -65,8 +71,14 @@ def outcome(run: RunDirectory) -> str:
             color=TEAL,
             markersize=4.5,
         )
-        by_time.plot([minute[row] for _, row, _ in accuracies], [value for _, _, value in accuracies], "o-", color=TEAL, markersize=4.5,
-                     label=f"{HELD_OUT[run.held_out]} on held-out prompts")  # fmt: skip
+        by_time.plot(
+            [minute[row] for _, row, _ in accuracies],
+            [value for _, _, value in accuracies],
+            "o-",
+            color=TEAL,
+            markersize=4.5,
+            label=f"{HELD_OUT[run.held_out]} on held-out prompts",
+        )
         values = rewards[1] + [value for _, _, value in accuracies]
         if min(values) >= 0 and max(values) <= 1:
             by_step.set_ylim(0, 1.02)
@@ -77,7 +89,7 @@ def outcome(run: RunDirectory) -> str:
 
 
 def lengths(run: RunDirectory) -> str:
-    """Quantile bands of the generated and of the selected lengths, over steps."""
+    """Quantile bands of generated and selected lengths over learner steps."""
     kinds = [kind for kind in ("generated", "selected") if run.series(f"length/{kind}_p50")[0]]
     if not kinds:
         return ""
@@ -87,7 +99,7 @@ def lengths(run: RunDirectory) -> str:
             axes,
             ("generated", "selected"),
             (AMBER, BLUE),
-            ("All that was generated", "What was trained on"),
+            ("Generated responses", "Selected responses"),
             strict=True,
         ):
             quantiles = {
@@ -125,7 +137,7 @@ def lengths(run: RunDirectory) -> str:
 
 
 def prompts(run: RunDirectory) -> str:
-    """Every response of the first and of the last trained groups, coloured by what became of it."""
+    """Every response of the first and the last trained groups, coloured by its end."""
     groups = run.trained_groups()
     if not groups:
         return ""
@@ -143,7 +155,7 @@ def prompts(run: RunDirectory) -> str:
             axis.set(
                 title=title,
                 xlim=(-0.6, shown - 0.4),
-                xlabel="prompt (filled: reward above ½, hollow: not, or never scored)",
+                xlabel="prompt (filled: reward above ½; hollow: lower, or not scored)",
             )
             axis.set_xticks(
                 range(len(part)),
@@ -164,11 +176,11 @@ def prompts(run: RunDirectory) -> str:
             for fate in FATES.values()
         ]
         _legend_above(figure, handles, [str(handle.get_label()) for handle in handles])
-        return _svg(figure, "Response lengths of the first and of the last groups by fate")
+        return _svg(figure, "Response lengths of the first and the last groups, by end")
 
 
 def tokens(run: RunDirectory) -> str:
-    """Where the generated tokens went, cumulatively; and what redundancy was bought and taken back."""
+    """Cumulative use of the generated tokens, and the redundancy that was spent and cancelled."""
     kinds = {
         "trained": TEAL,
         "without_signal": VIOLET,
@@ -198,7 +210,7 @@ def tokens(run: RunDirectory) -> str:
             label="generated",
         )
         areas.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-        areas.set(title="Tokens by fate, cumulative", xlabel="learner step")
+        areas.set(title="Cumulative tokens by use", xlabel="learner step")
         areas.legend(loc="upper left", reverse=True)
         for key, color, label in (
             ("cancelled", RED, "rollouts cancelled"),
@@ -206,7 +218,7 @@ def tokens(run: RunDirectory) -> str:
         ):
             x, y = run.series(f"darts/{key}_frac")
             fractions.plot(x, [100 * value for value in y], color=color, linewidth=1.4, label=label)
-        fractions.set(title="Taken back", xlabel="learner step", ylabel="% of the step")
+        fractions.set(title="Cancelled and pruned", xlabel="learner step", ylabel="% of the step")
         fractions.set_ylim(0, max(fractions.get_ylim()[1] * 1.3, 1))  # room for the legend
         fractions.legend(loc="upper left")
         budgets.plot(
@@ -221,15 +233,15 @@ def tokens(run: RunDirectory) -> str:
                 linewidth=1.2,
                 label=f"trained on, M = {size}",
             )
-        budgets.set(title="Bought", xlabel="learner step", ylabel="rollouts per group")
+        budgets.set(title="Mean budget", xlabel="learner step", ylabel="rollouts per group")
         low, high = budgets.get_ylim()
         budgets.set_ylim(max(0, low - 0.5), high + 0.35 * (high - low))
         budgets.legend(loc="upper left")
-        return _svg(figure, "Cumulative tokens by fate, and budgets over steps")
+        return _svg(figure, "Cumulative tokens by use, and budgets over learner steps")
 
 
 def lag(run: RunDirectory) -> str:
-    """Staleness against its bound: exact per step, and by group as versions from opening to shipping."""
+    """Staleness against its bound: exact per step, and per group from opening to shipping."""
     bound = run.setting("staleness.max_lag")
     spans = [group["shipped_version"] - group["opened_version"] for group in run.trained_groups()]
     if not spans and not run.series("lag/max")[0]:
@@ -268,7 +280,7 @@ def lag(run: RunDirectory) -> str:
 
 
 def waits(run: RunDirectory) -> str:
-    """Who waited for whom: seconds per step, and the shares of time that learner and engines were at work."""
+    """Seconds of waiting per step, the share of waiting, and the share of busy engine slots."""
     waiting = sorted(
         {
             key
@@ -281,7 +293,7 @@ def waits(run: RunDirectory) -> str:
         return ""
     with matplotlib.rc_context(STYLE):
         figure, (seconds, shares) = _figure(1, 2, height=2.8)
-        # One wait can be told twice, by who waits and by who keeps waiting, so these are lines to compare and not parts to add.
+        # Both sides of a wait may record it, so these are lines to compare, not parts to add.
         for key, color in zip(
             waiting, itertools.cycle((RED, BLUE, AMBER, VIOLET, TEAL)), strict=False
         ):
@@ -302,19 +314,23 @@ def waits(run: RunDirectory) -> str:
             shares.plot(x, [100 * value for value in y], color=color, label=label)
         shares.set(title="Shares of time", xlabel="learner step", ylabel="%", ylim=(0, 104))
         shares.legend(loc="best")
-        return _svg(figure, "Who waited for whom")
+        return _svg(figure, "Waiting times and shares of time")
 
 
 def health(run: RunDirectory) -> str:
-    """Small multiples of what tells a healthy run from a sick one."""
+    """Small plots of the metrics that distinguish a healthy run from a failing one."""
     names = {
-        "train/loss": "loss", "train/grad_norm": "gradient norm", "train/entropy": "entropy, nats per token",
+        "train/loss": "loss", "train/grad_norm": "gradient norm",
+        "train/entropy": "entropy, nats per token",
         "train/clip_frac": "tokens clipped", "train/tis_clip_frac": "importance weights capped",
         "train/logprob_diff": "|learner − actor| log-prob",
         "engine/tokens_per_s": "generated tokens/s", "train/tokens_per_s": "trained tokens/s",
-        "cancel/freed_p50_ms": "cancel to free slot, median ms", "publish/swap_pause_s": "pause of a weight swap, s",
-        "verifier/time_s_mean": "verification, s", "verifier/queue_mean": "responses waiting for a verifier",
-        "memory/learner_peak_bytes": "learner's peak memory, bytes", "memory/buffer_peak_bytes": "buffer's peak memory, bytes",
+        "cancel/freed_p50_ms": "cancel to free slot, median ms",
+        "publish/swap_pause_s": "pause for a weight swap, s",
+        "verifier/time_s_mean": "verification, s",
+        "verifier/queue_mean": "responses waiting for a verifier",
+        "memory/learner_peak_bytes": "learner's peak memory, bytes",
+        "memory/buffer_peak_bytes": "buffer's peak memory, bytes",
     }  # fmt: skip
     known = [key for key in names if run.series(key)[0]]
     if not known:
@@ -391,7 +407,7 @@ def _draw_group(axis: Axes, place: int, group: Row) -> None:
     for order, rollout in enumerate(ended):
         color = FATES[rollout["end"]].on_paper
         right = is_number(rollout.get("reward")) and rollout["reward"] > 0.5
-        offset = ((order % 3) - 1) * 0.17  # neighbours in length would hide one another
+        offset = ((order % 3) - 1) * 0.17  # otherwise similar lengths would overlap
         fill = color if right else "white"
         axis.scatter(
             place + offset,
@@ -457,9 +473,8 @@ def _smooth(values: list[float]) -> np.ndarray:
 
 def _svg(figure: Figure, title: str) -> str:
     stream = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.hashsalt": title}
-    ):  # the same run gives the same bytes, and ids that do not collide in one page
+    # The same run gives the same bytes, and ids do not collide within one page.
+    with matplotlib.rc_context({"svg.hashsalt": title}):
         figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
     text = stream.getvalue()
     return text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

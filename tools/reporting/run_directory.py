@@ -1,6 +1,7 @@
-"""Reads what a run left in its directory, finished or not. Never writes, never raises over a half-written line.
+"""Reads the directory of a run, finished or not.
 
-Driven by `tools.report` and by `tools.tail_monitor --play`.
+Never writes, and never raises because of a half-written line. Driven by the tools that read a run:
+`tools.report`, `tools.compare` and `tools.tail_monitor --play`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ Row = dict[str, Any]
 FILES = {
     "config.yaml": "the settings are unknown",
     "metrics.jsonl": "there are no curves",
-    "groups.jsonl": "there is nothing to say about single prompts",
+    "groups.jsonl": "nothing is known about single prompts",
     "samples.jsonl": "there are no responses to read",
 }
-EVALUATIONS = "evaluations.jsonl"  # of `tools.evaluate`, where somebody ran it
+EVALUATIONS = "evaluations.jsonl"  # exists only if `tools.evaluate` was run
 REQUIRED_KEYS = {
     "metrics.jsonl": {"step"},
     "groups.jsonl": {"prompt_id", "opened_version", "shipped_version", "budget", "end", "rollouts"},
@@ -35,7 +36,7 @@ REQUIRED_KEYS = {
 
 @dataclass
 class RunDirectory:
-    """The rows of a run. `problems`: one sentence for each thing that is missing, skipped or unfinished."""
+    """The rows of a run. `problems` has one sentence per thing missing, skipped or unfinished."""
 
     path: Path
     config: Row = field(default_factory=dict)
@@ -46,7 +47,7 @@ class RunDirectory:
 
     @classmethod
     def read(cls, path: Path) -> RunDirectory:
-        """Raises `ValueError` if `path` holds none of a run's files."""
+        """Read the directory. Raises `ValueError` if `path` holds none of a run's files."""
         if not any((path / name).is_file() for name in FILES):
             what = "is not a folder" if not path.is_dir() else f"holds none of {', '.join(FILES)}"
             raise ValueError(f"{path} {what}: give the directory of a run, such as runs/<name>")
@@ -67,7 +68,7 @@ class RunDirectory:
         return str(self.setting("run.name") or self.path.resolve().name)
 
     def setting(self, key: str) -> Any:
-        """The value of a dotted configuration key, or None where it is not known."""
+        """The value of a dotted configuration key, or None if it is unknown."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -86,7 +87,10 @@ class RunDirectory:
         return [float(row["step"]) for row in rows], [float(row[key]) for row in rows]
 
     def seconds(self) -> list[float]:
-        """Wall time of each row of `metrics`, from the run's start (from its first row, where the clock is the epoch's)."""
+        """Wall time of each row of `metrics` since the start of the run.
+
+        If the recorded times count from the epoch, the first row is taken as the start.
+        """
         times = [
             float(row["time_s"]) if is_number(row.get("time_s")) else 0.0 for row in self.metrics
         ]
@@ -97,7 +101,10 @@ class RunDirectory:
         return [group for group in self.groups if group["end"] == "shipped"]
 
     def ledger(self) -> dict[str, Counter[str]]:
-        """For every prompt how often its groups were opened, shipped, filled with truncated responses, and dropped."""
+        """For each prompt, how often its groups were opened, shipped, filled and dropped.
+
+        A group is filled if a truncated response was selected.
+        """
         counts: dict[str, Counter[str]] = {}
         for group in self.groups:
             if group["end"] == "evaluated":
@@ -143,23 +150,26 @@ class RunDirectory:
                 skipped.append(number)
         if skipped:
             lines = (
-                f"line {skipped[0]}"
+                f"line {skipped[0]} cannot be read and was skipped"
                 if len(skipped) == 1
-                else f"{len(skipped)} lines, the first is {skipped[0]},"
+                else f"{len(skipped)} lines cannot be read and were skipped (the first is line "
+                f"{skipped[0]})"
             )
             self.problems.append(
-                f"{name}: {lines} cannot be read (cut off when the run was killed?) and was skipped."
+                f"{name}: {lines}; the run may have been killed while it wrote them."
             )
         if not rows:
             self.problems.append(f"{name} has no rows: {FILES[name]}.")
         return rows
 
     def _latest_per_step(self, rows: list[Row]) -> list[Row]:
-        # A resumed run repeats the steps after its checkpoint: what counts is what the final weights went through.
+        # A resumed run repeats the steps after its checkpoint. The later record describes the step
+        # that led to the final weights.
         latest = {row["step"]: row for row in rows if is_number(row["step"])}
         if len(latest) < len(rows):
             self.problems.append(
-                f"{len(rows) - len(latest)} steps are recorded twice (a resumed run): the later record counts."
+                f"{len(rows) - len(latest)} steps are recorded twice, because the run was resumed; "
+                "the later record counts."
             )
         return [latest[step] for step in sorted(latest)]
 
@@ -177,6 +187,6 @@ def is_number(value: Any) -> bool:
 def _parsed(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:  # covers malformed JSON and malformed UTF-8
+    except ValueError:  # malformed JSON or malformed UTF-8
         return None
     return row if isinstance(row, dict) else None

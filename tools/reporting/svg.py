@@ -1,7 +1,7 @@
 """A small SVG writer: rectangles, lines and text, rendered to the same bytes on every machine.
 
-Used for the figures of the documentation, which a test compares with the repository's copies. Plots
-of measured data are matplotlib's, in `tools.reporting.plots`.
+Used for the figures of the documentation, which a test compares with the repository's copies.
+`tools.reporting.plots` draws measured data with matplotlib.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The worked examples of `docs/method.md`: one selection, and one run against the lag bound.
 
 Owns the scenarios: hand-picked response lengths and durations around one engine and one learner.
-Decides nothing; every cancel, seat and ship below is `darts.core.Core`'s. Driven by
-`tools.figures`, which draws and prints them.
+Every cancel, seat and ship in them is a decision of `darts.core.Core`. Driven by `tools.figures`,
+which draws and prints them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _row(*cells: object) -> str:
 
 # One selection ------------------------------------------------------------------------------------
 
-LENGTHS = (60, 95, 130, 150, 320, 410, 110, 260)  # of the eight rollouts, if nothing cancels them
+LENGTHS = (60, 95, 130, 150, 320, 410, 110, 260)  # of the eight rollouts, if none were cancelled
 SELECTION = CoreConfig(
     groups_per_step=1, group_size=4, num_long=1, redundancy="fixed", upper=2.0, max_tokens=512
 )
@@ -59,7 +59,7 @@ class SelectionExample:
 
 
 def selection_example() -> SelectionExample:
-    """One group of budget 8 on an engine where every rollout decodes one token per unit of time."""
+    """One group of budget 8. Every rollout decodes one token per unit of time."""
     core, bars, running, now = Core(SELECTION), list[RolloutBar](), set[int](), 0
     records: list[ev.GroupRecord] = []
 
@@ -101,7 +101,20 @@ def selection_example() -> SelectionExample:
 BOUND = CoreConfig(
     groups_per_step=2, group_size=2, num_long=0, policy="plain", max_lag=2, max_tokens=512
 )
-DURATIONS = (20, 110, 25, 20, 30, 25, 20, 27, 25, 20, 25, 20)  # of each group, opening to finish
+DURATIONS = (
+    20,
+    110,
+    25,
+    20,
+    30,
+    25,
+    20,
+    27,
+    25,
+    20,
+    25,
+    20,
+)  # of each group, from opening to finish
 STEP_TIME, SWAP_TIME, NUM_STEPS = 15, 10, 5
 
 
@@ -122,7 +135,7 @@ class GroupBar:
 
 @dataclass
 class StepRow:
-    """One learner step: when its batch was requested, when it came, and with which groups."""
+    """One learner step: when its batch was requested and served, and the groups in it."""
 
     version: int
     requested: int

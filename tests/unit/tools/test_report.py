@@ -135,7 +135,7 @@ def test_a_finished_run_gets_every_figure_and_lacks_nothing(finished_page: Path)
     assert RunDirectory.read(finished_page.parent).problems == []
     page = Page(finished_page)
     assert page.tags.count("svg") == len(FIGURES)
-    assert "What this report lacks" not in page.text
+    assert "Missing from this report" not in page.text
 
 
 def test_the_page_needs_no_network(finished_page: Path) -> None:
@@ -188,7 +188,7 @@ def test_any_single_file_is_enough_for_a_page(run_dir: Path, alone: str) -> None
     for file in run_dir.iterdir():
         if file.name != alone:
             file.unlink()
-    assert "What this report lacks" in Page(write_report(run_dir)).text
+    assert "Missing from this report" in Page(write_report(run_dir)).text
 
 
 @pytest.mark.parametrize("name", FIGURES)
