@@ -1,8 +1,8 @@
-"""`python -m tools.chaos seeds=[0,1,2]`: runs of real processes under seeded faults, each recounted.
+"""`python -m tools.chaos seeds=[0,1,2]`: run real processes under seeded faults, and recount.
 
-A run has the real buffer, engines with a fake sampler, and a learner: a stand-in without a model, or
-the real one on a tiny model. Each seed gives one line; the last line says how many held. The folder of
-a seed that did not hold is kept, and its number repeats its schedule.
+A run has the real buffer, engines with a fake sampler, and a learner: a stand-in without a model,
+or the real one on a tiny model. Each seed prints one line, and the last line is the number of seeds
+that held. The folder of a seed that failed is kept, and the same seed repeats the same schedule.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LEARNERS = {"standin": "tools.faults.standin_learner", "real": "tools.faults.rea
 
 @dataclass
 class ChaosConfig:
-    seeds: list[int] = key([0], "Seeds; each gives one schedule of faults over one run.", ge=0)
-    steps: int = key(20, "Learner steps of a run.", ge=1)
-    engines: int = key(2, "Engines of a run.", ge=1)
-    faults: int = key(10, "Faults of a run. 0 runs the same processes undisturbed.", ge=0)
+    seeds: list[int] = key([0], "Seeds; each defines one schedule of faults for one run.", ge=0)
+    steps: int = key(20, "Number of learner steps per run.", ge=1)
+    engines: int = key(2, "Number of engines per run.", ge=1)
+    faults: int = key(10, "Number of faults per run. 0 runs the same processes undisturbed.", ge=0)
     kinds: list[str] = key(
         list(schedule.KINDS),
-        "Kinds of fault that are drawn from. Name fewer to find out which one breaks a run.",
+        "Kinds of faults to draw from. Name fewer to find the one that breaks a run.",
         choices=schedule.KINDS,
     )
     learner: Literal["standin", "real"] = key(
@@ -43,11 +43,11 @@ class ChaosConfig:
     deadline_s: float = key(
         180.0, "Seconds after which a run that has not ended counts as stuck.", gt=0
     )
-    out: str = key("", "Folder for the runs, all of which are kept then. Empty: a temporary one.")
+    out: str = key("", "Folder in which all runs are kept. Empty: a temporary folder.")
 
 
 def run_config(folder: Path, model: Path, seed: int, steps: int) -> Config:
-    """A run of small steps whose peers lose patience within seconds, in a mode drawn from its seed."""
+    """A run of small steps and timeouts of seconds, in a mode that is drawn from its seed."""
     config, rng = Config(), random.Random(f"run {seed}")
     config.run.dir, config.run.name = str(folder), "run"
     config.run.seed, config.run.steps, config.run.trackers = seed, steps, []
@@ -67,7 +67,7 @@ def run_config(folder: Path, model: Path, seed: int, steps: int) -> Config:
     config.buffer.peer_timeout_s, config.buffer.rejoin_timeout_s = 3.0, 60.0
     config.buffer.segment_bytes = 100_000
     config.learner.device, config.learner.checkpoint_every = "cpu", rng.randint(1, 4)
-    config.learner.max_logprob_diff = 100.0  # the engines' log-probabilities are made up
+    config.learner.max_logprob_diff = 100.0  # the engines invent their log-probabilities
     config.optimizer.lr = 1e-4
     config.eval.every, config.eval.num_prompts = 5, 3
     config.launch.max_restarts = 100
@@ -75,7 +75,7 @@ def run_config(folder: Path, model: Path, seed: int, steps: int) -> Config:
 
 
 def hold(chaos: ChaosConfig, config: Config, folder: Path) -> list[str]:
-    """Run one seed and count it again. Returns its schedule, then everything that did not hold."""
+    """Run one seed and recount it. Returns its schedule, then every violation that was found."""
     cluster = Cluster(config, folder, chaos.engines, LEARNERS[chaos.learner])
     faults = schedule.draw(config.run.seed, chaos.faults, chaos.kinds, cluster.targets())
     error = cluster.run(faults, chaos.deadline_s)
@@ -87,7 +87,7 @@ def run(chaos: ChaosConfig) -> int:
     out = Path(chaos.out or tempfile.mkdtemp(prefix="chaos-"))
     model = out / "model"
     if chaos.learner == "real":
-        from tools.faults.tiny_model import save_model  # here: torch takes seconds to import
+        from tools.faults.tiny_model import save_model  # here, because torch takes seconds
 
         save_model(model)
     num_held = 0
@@ -114,7 +114,7 @@ def run(chaos: ChaosConfig) -> int:
 
 def main() -> NoReturn:
     run_command(
-        "Kill, stop and cut off the processes of a run by a seeded schedule, and count it again.",
+        "Kill, stop and cut off the processes of a run by a seeded schedule, and recount the run.",
         run,
         schema=ChaosConfig,
     )

@@ -125,7 +125,8 @@ class CompareConfig:
     )
     margin: float = key(
         0.02,
-        "Largest difference in held-out mean reward at which a difference in time is called a speedup.",
+        "Largest difference in mean held-out reward at which a difference in time is called a "
+        "speedup.",
         ge=0,
     )
     jobs: int = key(

@@ -1,1 +1,1 @@
-"""Faults on purpose: the processes of a run under a seeded schedule, and the recount afterwards."""
+"""Injects seeded faults into the processes of a run, and recounts the run afterwards."""

@@ -1,8 +1,7 @@
 """The processes of one run on this machine, under the launcher's supervision and under faults.
 
-Owns a buffer, a learner and fake engines, each peer behind a proxy of its own, and the moment of each
-fault. Processes are started again by `tools.launching.supervision`, as in any run. Driven by
-`tools.chaos`.
+Owns a buffer, a learner and fake engines, with each peer behind its own proxy, and the time of each
+fault. `tools.launching.supervision` restarts the processes, as in any run. Driven by `tools.chaos`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Action = Callable[[], Any]
 
 
 class LoggedProcess(LocalProcess):
-    """A child whose whole output is kept."""
+    """A child process whose entire output is kept."""
 
     log: Path
 
@@ -68,7 +67,7 @@ class Host:
 
 
 class View:
-    """Keeps the launcher's lines, and the number of steps done."""
+    """Records the launcher's lines and the number of steps taken."""
 
     def __init__(self, log: Path) -> None:
         self._log, self.step = log, 0
@@ -81,7 +80,7 @@ class View:
             file.write(f"{time.monotonic():.2f} {text}\n")
 
     def close(self) -> None:
-        """Nothing is shown."""
+        """Does nothing, because nothing is shown."""
 
 
 @dataclass
@@ -120,7 +119,7 @@ class Cluster:
         return Command("actors", f"{self.config.actors.name}/{index}", command)
 
     def run(self, faults: Sequence[Fault], deadline_s: float) -> str:
-        """From start to end. Returns why it did not end well, or ""."""
+        """Run from start to end. Returns the reason why the run failed, or ""."""
         port = free_port()
         with ExitStack() as stack:
             ports = {BUFFER: port}
@@ -145,7 +144,7 @@ class Cluster:
 
 
 class Storm:
-    """Does what is due, each turn of the launcher's loop."""
+    """Applies the faults that are due, in each turn of the launcher's loop."""
 
     def __init__(
         self,
@@ -167,12 +166,12 @@ class Storm:
         return self._states() if now > self._deadline else ""
 
     def end(self) -> None:
-        """Nothing stays stopped."""
+        """Continue every process that a fault has stopped."""
         for member in self._run.members:
             self._signal(member.process.name, signal.SIGCONT)
 
     def _states(self) -> str:
-        told = [f"{self._view.step} steps done when the deadline passed"]
+        told = [f"{self._view.step} steps were taken when the deadline passed"]
         for member in self._run.members:
             state = "runs" if member.status is None else member.process.how_it_ended()
             last = member.process.last_lines[-1] if member.process.last_lines else "no output"
@@ -188,7 +187,7 @@ class Storm:
             os.kill(process.pid, number)
 
     def _actions(self, fault: Fault) -> list[tuple[float, Action]]:
-        """Its beginning, and its end `seconds` later."""
+        """The start of a fault, and its end `seconds` later."""
         target, over_s = fault.target, fault.at_s + fault.seconds
         if fault.kind == "kill":
             return [(fault.at_s, lambda: self._signal(target, signal.SIGKILL))]
@@ -212,7 +211,7 @@ class Storm:
 
 
 def free_port() -> int:
-    """A port that is free now, and the next one too: the buffer takes both."""
+    """A port that is free now and whose successor is free too, because the buffer uses both."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))

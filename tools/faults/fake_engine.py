@@ -1,8 +1,8 @@
 """`python -m tools.faults.fake_engine INDEX CONFIG_FILE`: an engine's process with a fake sampler.
 
-Everything but vLLM is real: the process, its link, its worker, its verifiers. Lengths are lognormal,
-drawn from the launch's seed; tokens are those of `tools.faults.sampled`, and one tick of the event
-loop gives each request its next ones.
+Everything except vLLM is real: the process, its link, its worker and its verifiers. Lengths are
+lognormal and drawn from the launch's seed. Tokens come from `tools.faults.sampled`; every `TICK_S`
+each request gets its next ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SWAP_S = 0.01
 
 
 class Tokenizer:
-    """Bytes as token ids, for prompts; the ids themselves as the text of a response."""
+    """Encodes the bytes of a prompt as token ids, and decodes a response to the ids themselves."""
 
     bos_token_id = 1
     eos_token_id = END
@@ -41,7 +41,7 @@ class Tokenizer:
 
 
 class FakeEngine:
-    """A `Sampler` of the actors' worker. Made before the event loop runs, as the real one is."""
+    """A `Sampler` for the actors' worker. Made before the event loop runs, like the real one."""
 
     model_type, vocab_size, cause = "fake", VOCAB_SIZE, ""
 
@@ -93,7 +93,7 @@ class FakeEngine:
                 self._release(generation, "abort")
 
     async def swap(self, path: str, version: int) -> float:
-        """A policy's snapshot names its version, if the learner is a stand-in."""
+        """Load a snapshot. One from the stand-in learner contains its version, which is checked."""
         said = Path(path).read_bytes()[:32]
         assert not said.startswith(b"policy ") or said == b"policy %d" % version, said
         await asyncio.sleep(SWAP_S)
@@ -107,11 +107,11 @@ class FakeEngine:
         return self._meter.report(time.monotonic())
 
     def close(self) -> None:
-        """Nothing is held outside this process."""
+        """Does nothing, because no resource outside this process is held."""
 
 
 def main(argv: list[str]) -> int:
-    """`actors.process`, for which `actors.inference.engine` is this module: it imports it late."""
+    """Run `actors.process`, which imports `actors.inference.engine` late, with the fake engine."""
     module = ModuleType("actors.inference.engine")
     module.__dict__["Engine"] = lambda config: FakeEngine(config, f"{config.actors.name}/{argv[0]}")
     sys.modules[module.__name__] = module

@@ -1,6 +1,6 @@
 """A TCP proxy in front of the buffer that resets, delays, throttles and cuts its connections.
 
-One per peer, on a thread of its own. It understands nothing of what it carries.
+There is one per peer, on its own thread. It does not interpret the bytes that it carries.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._reset)
 
     def shape(self, delay_s: float = 0.0, bytes_per_s: float = 0.0) -> None:
-        """Delay every block, and limit the rate; 0 ends either."""
+        """Delay every block and limit the rate; 0 disables either."""
         self._delay_s, self._bytes_per_s = delay_s, bytes_per_s
 
     def cut(self, seconds: float) -> None:
-        """Carry nothing for a while; connections stay open, and later bytes wait."""
+        """Carry nothing for some seconds. Connections stay open, and later bytes wait."""
         self._cut_until_s = time.monotonic() + seconds
 
     def __enter__(self) -> Self:
@@ -70,7 +70,7 @@ class Proxy:
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:
-            writer.close()  # the buffer is down; its peer tries again
+            writer.close()  # the buffer is down; its peer will try again
             return
         self._writers |= {writer, far_writer}
         self._spawn(self._carry(reader, far_writer))
@@ -91,7 +91,7 @@ class Proxy:
                 writer.write(block)
                 await writer.drain()
         except OSError:
-            pass  # reset, by us or by an end that died
+            pass  # the connection was reset, by this proxy or by an end that died
         finally:
             self._writers.discard(writer)
             writer.close()

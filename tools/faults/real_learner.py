@@ -1,4 +1,4 @@
-"""`python -m tools.faults.real_learner RECORD key=value ...`: the learner, which records each shard."""
+"""`python -m tools.faults.real_learner RECORD key=value ...`: the learner, recording each shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learner's own record of its training: one JSON line per shard, in the file before the step."""
+"""The learner's own record of its training: one JSON line per shard, written before the step."""
 
 from __future__ import annotations
 

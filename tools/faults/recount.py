@@ -1,8 +1,8 @@
-"""Counts a run again from its logs alone, and says everything that does not hold.
+"""Recounts a run from its logs alone, and reports every violation of a guarantee.
 
-Reads the event log, groups.jsonl, metrics.jsonl, and the learner's own record of its training. Trusts
-none of them: decisions are made again by a core, and tokens are checked against the engine to which
-the log gave the rollout.
+Reads the event log, groups.jsonl, metrics.jsonl, and the learner's own record of its training. It
+trusts none of them: a core makes the decisions again, and tokens are checked against the engine to
+which the log assigned the rollout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_SHOWN = 5
 
 @dataclass
 class History:
-    """All lives of the buffer, from the event log alone."""
+    """The history of a run across all lives of the buffer, from the event log alone."""
 
     drawn: set[int] = field(default_factory=set)  # visits of training prompts
     launches: dict[int, ev.Launch] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class History:
 
 
 def recount(folder: Path, config: Config, record: Path) -> list[str]:
-    """The faults found in a run that has ended; none, if the promise holds."""
+    """The violations found in a run that has ended; none if all guarantees hold."""
     history = read_history(folder / "events")
     rows, groups = _lines(folder / "metrics.jsonl"), _lines(folder / "groups.jsonl")
     trained = {row["step"]: row for row in _lines(record)}  # the last time counts
@@ -64,7 +64,7 @@ def recount(folder: Path, config: Config, record: Path) -> list[str]:
 
 
 def read_history(events: Path) -> History:
-    """Drives a core through every segment."""
+    """Drive a core through every segment of the event log."""
     history = History()
     for number, session in enumerate(read_sessions(events), 1):
         logged = list(session.events)
@@ -82,12 +82,12 @@ def read_history(events: Path) -> History:
 def _take(history: History, core: Core, event: ev.Event) -> None:
     if isinstance(event, ev.PromptsDrawn):
         history.drawn |= {prompt.visit for prompt in event.prompts}
-    elif isinstance(event, ev.RunEnded):  # it drops all of these, unrecorded
+    elif isinstance(event, ev.RunEnded):  # the core drops all of these without a record
         history.outstanding = _visits(core)
     try:
         decisions = core.handle(event)
     except ev.ProtocolError:
-        return  # a peer's mistake, refused then as well
+        return  # a peer's mistake, refused during the run as well
     for decision in decisions:
         if isinstance(decision, ev.Launch):
             history.launches[decision.rollout_id] = decision
@@ -104,7 +104,7 @@ def _visits(core: Core) -> set[int]:
 
 
 def _group_faults(groups: list[Row], history: History) -> Iterator[str]:
-    """Every group once; every visit trained once, dropped for good with a reason, or outstanding."""
+    """Each group ends once; each visit is trained once, dropped with a reason, or outstanding."""
     yield from _repeated("group", (row["group_id"] for row in groups))
     own = [row for row in groups if row["end"] != "evaluated"]
     shipped = [row["visit"] for row in own if row["end"] == "shipped"]
@@ -118,7 +118,7 @@ def _group_faults(groups: list[Row], history: History) -> Iterator[str]:
 
 
 def _step_faults(config: Config, groups: list[Row], trained: dict[int, Row]) -> Iterator[str]:
-    """The learner trained exactly the batches of the ledger, step by step."""
+    """Check that the learner trained on exactly the batches of the ledger, step by step."""
     shipped = [row for row in groups if row["end"] == "shipped"]
     per_step = config.batch.groups
     if len(shipped) != config.run.steps * per_step:
@@ -152,7 +152,7 @@ def _token_faults(config: Config, step: int, row: Row, history: History) -> Iter
 
 
 def _repeated(name: str, ids: Iterable[int]) -> list[str]:
-    return [f"{name} {i} is there {n} times" for i, n in Counter(ids).items() if n > 1]
+    return [f"{name} {i} occurs {n} times" for i, n in Counter(ids).items() if n > 1]
 
 
 def _listed(sentence: str, ids: set[int]) -> list[str]:
@@ -161,7 +161,7 @@ def _listed(sentence: str, ids: set[int]) -> list[str]:
 
 
 def _lines(path: Path) -> list[Row]:
-    """A last line that a kill cut off is not one."""
+    """The rows of a file, without a last line that a kill has cut off."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)

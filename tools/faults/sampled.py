@@ -1,7 +1,7 @@
 """Tokens that prove their origin: a function of rollout, engine, position and policy version.
 
-Owns the token ids, log-probabilities and rewards of the fake engines, and the check of a trained row.
-Shared by the fake engine, which samples them, and by the recount, which has only the logs.
+Owns the token ids, log-probabilities and rewards of the fake engines, and the check of a trained
+row. Shared by the fake engine, which samples them, and by the recount, which has only the logs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VOCAB_SIZE = FIRST + NUM_IDS
 
 @dataclass(frozen=True)
 class Life:
-    """A rollout as one engine had it; a lost one goes on as another life."""
+    """A rollout on one engine. If it is lost there, it continues as another life."""
 
     rollout_id: int
     engine_id: str
@@ -39,14 +39,15 @@ def text(token_ids: Sequence[int]) -> str:
 
 
 def score(_prompt: str, response: str, _answer: str, _metadata: dict[str, Any]) -> float:
-    """A verifier, `data.environment=tools.faults.sampled:score`: 1 for about half of all responses."""
+    """The verifier `data.environment=tools.faults.sampled:score`: 1 for half of the responses."""
     return float(zlib.crc32(response.encode()) & 1)
 
 
 def faults_of(trajectory: dict[str, Any], lives: Sequence[Life]) -> Iterator[str]:
-    """Everything in a trained row that its engines did not sample.
+    """Every part of a trained row that its engines did not sample.
 
-    `lives`: of the rollout, oldest first. Once one has gone on as the next, it samples no more.
+    `lives` are those of the rollout, oldest first. Once a rollout continues as the next life, the
+    former one samples no more.
     """
     tokens, sampled = trajectory["tokens"], trajectory["sampled"]
     places = [position for position, is_sampled in enumerate(sampled) if is_sampled]

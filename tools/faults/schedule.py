@@ -1,4 +1,4 @@
-"""Which fault hits which process when: drawn from a seed, before anything runs."""
+"""Schedules of faults: the kind, target and time of each, drawn from a seed before the run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from tools.launching.processes import Role
 
 KINDS = ("kill", "stop", "reset", "delay", "cut", "slow")
-ON_PROCESS = ("kill", "stop")  # the others are the network's, and hit what has a proxy before it
+ON_PROCESS = ("kill", "stop")  # the other kinds act on the network, and need a proxy
 GAP_S = (0.1, 3.5)
 LASTING_S = {"kill": (0.0, 0.0), "reset": (0.0, 0.0), "stop": (0.5, 8.0)}
 SHAPED_S = (0.5, 5.0)
 DELAY_S = 0.2
-BYTES_PER_S = 1e6 / 8  # messages are small here: a slow link must be slow to matter
+BYTES_PER_S = 1e6 / 8  # messages are small here, so only a very slow link matters
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Fault:
 
 
 def draw(seed: int, num_faults: int, kinds: Sequence[str], targets: dict[str, Role]) -> list[Fault]:
-    """Faults in the order of their time. No process is hit while an earlier one still holds it.
+    """Faults in the order of time. A process is not hit while an earlier fault still affects it.
 
-    Each role is hit as often as another, however many engines there are.
+    Each role is equally likely to be hit, regardless of the number of engines.
     """
     rng = random.Random(f"faults {seed}")
     can_hit_buffer = any(kind in ON_PROCESS for kind in kinds)

@@ -1,8 +1,8 @@
 """`python -m tools.faults.standin_learner RECORD key=value ...`: a learner without a model.
 
-Its conversation with the buffer, its snapshots' server and the order of a step are the learner's. A
-policy is its version's name, a step a short sleep, and a checkpoint one file. It imports no torch, so
-that it starts at once.
+Its messages to the buffer, its snapshot server and the order of a step are those of the learner. A
+policy is the name of its version, a step is a short sleep, and a checkpoint is one file. It does
+not import torch, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PROBE = np.array(
 
 
 class StandIn:
-    """`train` takes every step that is left."""
+    """The learner's state. `train` takes all remaining steps."""
 
     def __init__(self, config: Config, path: Path) -> None:
         self._config, self._record = config, path
@@ -46,7 +46,7 @@ class StandIn:
             self._step = json.loads(self._checkpoint.read_text())["step"]
 
     def train(self, session: BufferSession, server: SnapshotServer) -> NoReturn:
-        """Ends with an exception only, as `learner.train` does."""
+        """Take all remaining steps. Like `learner.train`, it always ends with an exception."""
         config = self._config
         self._version = session.join(self._step)
         self._publish(session, server)
@@ -93,7 +93,7 @@ def main() -> NoReturn:
                 return ExitStatus.TRY_AGAIN
 
     run_command(
-        "A learner without a model, which records what it is given.",
+        "Run a learner without a model that records every shard it receives.",
         run,
         schema=Config,
         errors=(TransportError, RunStopped),

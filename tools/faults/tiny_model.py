@@ -1,4 +1,4 @@
-"""A model that trains in milliseconds: two small layers, with the fake engines' vocabulary."""
+"""A model that trains in milliseconds: two small layers with the fake engines' vocabulary."""
 
 from __future__ import annotations
 
