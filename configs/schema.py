@@ -31,8 +31,8 @@ RENAMED = {  # the old name is refused with the new one in the message
 
 WHOLE_DISTRIBUTION = (
     "responses are sampled from the whole distribution, because the learner has to know the "
-    "probability of every token that it trains on. An engine's truncation or penalty depends on its "
-    "own weights, so the ratio of learner to actor would be wrong or undefined; use "
+    "probability of every token that it trains on. An engine's truncation or penalty depends on "
+    "its own weights, so the ratio of learner to actor would be wrong or undefined; use "
     "sampling.temperature"
 )
 REFUSED = {  # keys that a user of another system looks for, and why there are none
@@ -102,8 +102,8 @@ class RunConfig(SharedRun):
     )
     trackers: list[str] = key(
         ["tensorboard"],
-        "Experiment trackers that get every row of metrics: tensorboard writes to <run>/tb and needs "
-        "the extra trackers. [] turns them off.",
+        "Experiment trackers that get every row of metrics: tensorboard writes to <run>/tb and "
+        "needs the extra trackers. [] turns them off.",
         choices=["tensorboard"],
     )
     stop_s: float = key(
@@ -449,7 +449,8 @@ class BufferConfig:
     )
     keep_event_bytes: int = key(
         1_000_000_000,
-        "Size of the event log that is kept for tools.replay, in bytes; older segments are removed.",
+        "Size of the event log that is kept for tools.replay, in bytes; older segments are "
+        "removed.",
         ge=0,
     )
     max_bytes: int = key(
@@ -573,8 +574,8 @@ class LearnerConfig:
     device: Device = key("auto", "Device of the ranks; auto uses CUDA if there is a GPU.")
     take_over: bool = key(
         False,
-        "Replace a learner of this run that is still alive. Without it a second learner is refused; "
-        "set it if the first one hangs where you cannot stop it.",
+        "Replace a learner of this run that is still alive. Without it a second learner is "
+        "refused; set it if the first one hangs where you cannot stop it.",
     )
     activation_checkpointing: bool = key(
         False,
@@ -589,8 +590,8 @@ class LearnerConfig:
         0.0,
         "Largest difference between engine and learner, in nats per token at equal weights; a run "
         "above it stops. 0: 0.005 in float32, 0.05 in float16, 0.1 in bfloat16, and for the probe, "
-        "whose tokens are fixed, 0.0001, 0.05 and 0.3. Raise it only for an engine that is known to "
-        "round more.",
+        "whose tokens are fixed, 0.0001, 0.05 and 0.3. Raise it only for an engine that is known "
+        "to round more.",
         ge=0,
     )
 
