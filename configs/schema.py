@@ -304,15 +304,15 @@ class SharedDarts:
     )
     uniform: Literal["train", "drop"] = key(
         "train",
-        "What happens to a group whose selected rewards are all equal, which has no gradient: train "
-        "(ship it with the others) or drop (replace it by another prompt's, as published by DAPO). "
-        "Drop when many prompts are always or never solved; a step then costs more tokens.",
+        "What happens to a group whose selected rewards are all equal, so that it has no gradient: "
+        "train (ship it with the others) or drop (replace it by a group of another prompt, as in "
+        "DAPO). Drop if many prompts are always or never solved; a step then costs more tokens.",
     )
     max_refill: float = key(
         2.0,
-        "Groups without signal that a step may replace, as a multiple of batch.groups. Beyond it "
-        "they are trained, so that a run goes on when every prompt is solved, or none. Applies to "
-        "darts.uniform=drop.",
+        "Largest number of groups without signal that a step may replace, as a multiple of "
+        "batch.groups. Further ones are trained on, so that a run continues if every prompt is "
+        "solved, or none. Applies to darts.uniform=drop.",
         gt=0,
     )
     max_reopens: int = key(
@@ -478,20 +478,20 @@ class BufferConfig:
     )
     rollout_timeout_s: float = key(
         600.0,
-        "How long an engine may give no sign of a rollout: no token, no score, no confirmed cancel, "
-        "in seconds. Then the engine is started again and its rollouts go on elsewhere. This and "
-        "the next two deadlines grow to five times the longest such wait that was seen.",
+        "How long an engine may give no sign of a rollout (no token, score or confirmed cancel), "
+        "in seconds. Then the engine is restarted, and its rollouts continue on other engines. "
+        "This and the next two deadlines grow to five times the longest such wait that was seen.",
         gt=1,
     )
     load_timeout_s: float = key(
         600.0,
-        "How long an engine may take to load a newer policy, in seconds. Then it is started again.",
+        "How long an engine may take to load a newer policy, in seconds. Then it is restarted.",
         gt=1,
     )
     step_timeout_s: float = key(
         1800.0,
         "How long the learner may take for a step or a publication, in seconds. Then the run fails "
-        "and says so.",
+        "with an error.",
         gt=1,
     )
 
