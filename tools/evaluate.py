@@ -124,7 +124,7 @@ async def _answer(
             skipped.add(prompt, str(error))
         except EnvironmentFailure as error:
             if config.data.on_error == "stop":
-                raise ValueError(f"{error} (data.on_error=skip goes on without it)") from error
+                raise ValueError(f"{error} (data.on_error=skip continues without it)") from error
             skipped.add(prompt, str(error))
         return None
 
