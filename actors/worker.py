@@ -19,6 +19,7 @@ import threading
 import time
 from array import array
 from collections.abc import Coroutine, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -40,6 +41,7 @@ from configs.schema import Config
 TEXT_CHARS = 4000  # of a response, for samples.jsonl
 REPORT_S = 1.0
 FETCH_ATTEMPTS, FETCH_RETRY_S = 3, 1.0  # of the first policy
+ABORT_S = 5.0  # for the last aborts, when the worker ends
 RECEIVE_S = 1.0
 RECONNECT_S = 0.5  # between the loss of a link and the next attempt
 SLOWEST_FLUSH = 10  # times actors.flush_s
@@ -142,7 +144,9 @@ class Worker:
             for task in self._tasks:
                 task.cancel()
             if not self._engine.died.is_set():
-                await self._abort(decoding)
+                # An engine that hangs answers nothing; its process is about to end.
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._abort(decoding), ABORT_S)
 
     def hand_over(self) -> None:
         """Tell the buffer that other engines are to continue all rollouts, from their last token.

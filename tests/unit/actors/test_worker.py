@@ -846,3 +846,16 @@ def test_the_meter_weights_the_batch_by_time() -> None:
     meter.step(0.3, num_tokens=4, num_ended=3)
     meter.step(0.4, num_tokens=1, num_ended=0)
     assert meter.report(1.0).batch == pytest.approx((4 * 0.3 + 1 * 0.1) / 0.4)
+
+
+def test_an_engine_that_answers_nothing_does_not_keep_its_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("actors.worker.ABORT_S", 0.05)
+
+    async def script(scene: Scene) -> None:
+        scene.launch(7)
+        await scene.running(7)
+        scene.engine.abort = lambda _: asyncio.Event().wait()  # type: ignore[method-assign]
+
+    assert play(script, error="it has had no news").engine.aborted == []
