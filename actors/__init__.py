@@ -1,3 +1,1 @@
-"""Actor pools: vLLM engines that generate, stream, handle cancels and swap weights with requests in
-flight.
-"""
+"""Actor pools: vLLM engines that generate, stream, cancel, and swap weights during generation."""

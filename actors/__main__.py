@@ -1,6 +1,4 @@
-"""`python -m actors [key=value ...]`: the engines of this node, for the run whose buffer is at
-`buffer.address`.
-"""
+"""`python -m actors [key=value ...]`: this node's engines for the run at `buffer.address`."""
 
 from __future__ import annotations
 

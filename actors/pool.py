@@ -1,9 +1,9 @@
-"""The engines of one node: starts a process for each, restarts those that die, and ends all with
-it.
+"""The engines of one node: starts a process for each, restarts those that die, and ends them all.
 
-Owns those processes, and how often each is restarted. An engine that fails is its own loss: the
-others go on. Never speaks to the buffer: each engine does, and its hello after a restart, before
-its model is loaded, says that its predecessor's rollouts are lost. Driven by `python -m actors`.
+Owns these processes and their numbers of restarts. An engine that fails does not affect the others.
+Never talks to the buffer, because each engine does. A restarted engine says hello before it loads
+its model, which tells the buffer that its predecessor's rollouts are lost. Driven by
+`python -m actors`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from configs import cli
 from configs.errors import ExitStatus
 from configs.schema import Config
 
-FINAL = (DONE, GAVE_UP, RUN_FAILED, ExitStatus.INTERRUPTED)  # after these, no other attempt is made
+# An engine that ended with one of these statuses is not restarted.
+FINAL = (DONE, GAVE_UP, RUN_FAILED, ExitStatus.INTERRUPTED)
 POLL_S = 0.1
-STOP_S = 10.0  # vLLM's processes usually end within three seconds; then they are killed
+STOP_S = 10.0  # after this, vLLM's processes are killed; they usually end within 3 s
 
 
 class EngineFailed(Exception):
-    """No engine of the pool is left to work. One line that says why."""
+    """The pool has no engine left. The message is one line that says why."""
 
 
 @dataclass
 class EngineProcess:
-    """One engine: its present process, and how often it may still be restarted."""
+    """One engine: its present process, and the restarts that it has left."""
 
     engine_id: str
     index: int
@@ -46,8 +47,8 @@ class EngineProcess:
     def why_it_ended(self) -> str:
         return given_reason(self.process.last_lines) or self.process.how_it_ended()
 
-    def parting(self) -> str:
-        """A sentence on its end for good."""
+    def final_report(self) -> str:
+        """A sentence about an end after which the engine is not restarted."""
         status, why = self.process.status(), self.why_it_ended()
         if status == RUN_FAILED:
             return f"the run failed for engine {self.engine_id}: {why}"
@@ -68,8 +69,10 @@ class Pool:
         self._config_file = ""  # for the engines
 
     def run(self) -> int:
-        """Returns 0 once the run has ended well, 130 if the pool or its last engine was asked to
-        leave. Raises `EngineFailed`, or `ValueError` for `model.path`.
+        """Run the engines until the run ends.
+
+        Returns 0 if it ended well, and 130 if the pool or its last engine was asked to stop. Raises
+        `EngineFailed`, or `ValueError` for `model.path`.
         """
         check_model(self._config.model.path)
         with (
@@ -91,15 +94,16 @@ class Pool:
         return ExitStatus.INTERRUPTED if request.requested else last_status
 
     def _answer(self) -> None:
-        line = f"stopping: the engines leave, up to {STOP_S:g} s; {AGAIN}"
+        line = f"stopping: the engines end, up to {STOP_S:g} s; {AGAIN}"
         print(line, file=sys.stderr, flush=True)
 
     def _look_after_engines(self) -> int:
-        """Restart engines that died, and part with those that have ended for good.
+        """Restart engines that died, and remove those that have ended for good.
 
-        Returns the status of the last one of those. `EngineFailed` if it failed and none is left.
+        Returns the status of the last one removed. Raises `EngineFailed` if it failed and no engine
+        is left.
         """
-        status, partings = DONE, list[str]()
+        status, reports = DONE, list[str]()
         for engine in list(self._engines):
             forward(engine.process)
             if engine.process.status() is None or self._restart(engine):
@@ -107,16 +111,16 @@ class Pool:
             status = engine.process.status() or DONE
             self._engines.remove(engine)
             if status != DONE:
-                partings.append(engine.parting())
-        if partings and not self._engines and status not in (DONE, ExitStatus.INTERRUPTED):
-            raise EngineFailed(partings[-1])
+                reports.append(engine.final_report())
+        if reports and not self._engines and status not in (DONE, ExitStatus.INTERRUPTED):
+            raise EngineFailed(reports[-1])
         left = len(self._engines)
-        for parting in partings:
-            say(f"{parting}; " + (f"the pool goes on with {left}" if left else "none is left"))
+        for report in reports:
+            say(f"{report}; " + (f"the pool continues with {left}" if left else "none is left"))
         return status
 
     def _restart(self, engine: EngineProcess) -> bool:
-        """Start an engine again that has ended, unless it is known to end the same way."""
+        """Restart an engine that has ended, unless it would end in the same way again."""
         if engine.process.status() in FINAL or not (number := engine.restarts.take()):
             return False
         say(
@@ -145,11 +149,11 @@ def say(line: str) -> None:
 
 
 def engine_gpus(config: Config, index: int, visible: str) -> dict[str, str]:
-    """The environment that gives engine `index` its own `tensor_parallel` of the visible GPUs;
-    nothing on a CPU.
+    """The environment that gives engine `index` its own GPUs, or an empty one on a CPU.
 
-    `visible` is CUDA_VISIBLE_DEVICES; empty: all from 0. Raises `ValueError` if it names too few.
-    We have never run this on a GPU.
+    It gets `actors.tensor_parallel` of the visible GPUs. `visible` is the value of
+    CUDA_VISIBLE_DEVICES; if it is empty, GPUs are counted from 0. Raises `ValueError` if it names
+    too few. This has never been run on a GPU.
     """
     if engine_device(config) != "cuda":
         return {}
@@ -158,16 +162,13 @@ def engine_gpus(config: Config, index: int, visible: str) -> dict[str, str]:
     if len(gpus) < engines * size:
         raise ValueError(
             f"actors.num_engines={engines} x actors.tensor_parallel={size} need {engines * size} "
-            f"GPUs, but CUDA_VISIBLE_DEVICES={visible} "
-            f"names {len(gpus)}: start fewer engines here"
+            f"GPUs, but CUDA_VISIBLE_DEVICES={visible} names {len(gpus)}: start fewer engines here"
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index * size : (index + 1) * size])}
 
 
 def check_model(path: str) -> None:
-    """Raise `ValueError` if `model.path` can be neither a model's folder nor the name of one on the
-    hub.
-    """
+    """Raise `ValueError` if `path` is no folder of a model and cannot be a name on the hub."""
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -182,6 +183,5 @@ def check_model(path: str) -> None:
     ):
         raise ValueError(
             f"model.path={path}: no such folder; give the folder of a Hugging Face model, or its "
-            "name on the hub. "
-            "The embedded default is made by `make demo`"
+            "name on the hub. The embedded default is made by `make demo`"
         )

@@ -1,4 +1,4 @@
-"""A prompt's way into tokens: exactly the ones that the engine is given and the learner trains on.
+"""Turns a prompt into tokens, which are exactly those of the engine and the learner.
 
 Owns chat templates, system messages and the special tokens around a prompt. Never scores and never
 generates. Called by `actors.environments`, and by `tools.check` to show prompts.
@@ -11,16 +11,16 @@ from typing import Any
 from buffer.wire.messages import PromptPayload
 from configs.schema import Config, DataConfig
 
-LEAST_ROOM = 16  # tokens for a response, unless sampling.max_tokens is less
+LEAST_ROOM = 16  # least tokens left for a response, unless sampling.max_tokens is smaller
 Message = dict[str, str]
 
 
 def tokenise(messages: list[Message], tokenizer: Any, data: DataConfig) -> list[int]:
     """The token ids of `messages` for a `transformers` tokenizer.
 
-    The prompt begins with at most one begin token and never ends with an end-of-sequence token: the
-    model would take it for the end of the conversation. Raises `ValueError` if no token is left,
-    and any error that a template or tokenizer raises.
+    The prompt begins with at most one begin token, and never ends with an end-of-sequence token,
+    which the model would take for the end of the conversation. Raises `ValueError` if no token is
+    left, and any error of the template or the tokenizer.
     """
     if data.system_prompt:
         messages = [{"role": "system", "content": data.system_prompt}, *messages]
@@ -36,26 +36,26 @@ def tokenise(messages: list[Message], tokenizer: Any, data: DataConfig) -> list[
     while ids and ids[-1] == end and ids != [begin]:  # one token may be both
         del ids[-1]
     if not ids:
-        raise ValueError("it has no tokens, and a response must follow something")
+        raise ValueError("it has no tokens, but a response needs at least one before it")
     return ids
 
 
 class PromptTooLong(ValueError):
-    """A prompt leaves too few tokens of the context for a response. One line that names both."""
+    """A prompt leaves too few tokens of the context for a response. The message is one line."""
 
 
 def response_limit(prompt: PromptPayload, num_tokens: int, config: Config) -> int:
-    """Most tokens that a response to a prompt of `num_tokens` tokens may have.
+    """The largest number of tokens that a response to a prompt of `num_tokens` tokens may have.
 
-    Raises `PromptTooLong`.
+    Raises `PromptTooLong` if that is too small.
     """
     max_context, max_tokens = config.model.max_context, config.sampling.max_tokens
     room, needed = max_context - num_tokens, min(LEAST_ROOM, max_tokens)
     if room < needed:
         raise PromptTooLong(
             f"{prompt.name} has {num_tokens} tokens and leaves {room} for a response in "
-            f"model.max_context={max_context}, {needed} are needed: raise model.max_context, or "
-            "drop the prompt"
+            f"model.max_context={max_context}, but {needed} are needed: raise model.max_context, "
+            "or drop the prompt"
         )
     return min(room, max_tokens)
 
@@ -66,10 +66,10 @@ def uses_template(tokenizer: Any, data: DataConfig) -> bool:
 
 
 def _with_template(messages: list[Message], tokenizer: Any) -> str:
-    """The text of the template, with the system message in the user's turn if it has no place.
+    """The text of the template, which contains the system message in any case.
 
-    Some templates refuse a system message and some drop it silently; either way the model is
-    meant to see it.
+    Some templates refuse a system message, and some drop it silently. It then becomes a part of the
+    user's turn.
     """
     if messages[0]["role"] != "system":
         return _apply(tokenizer, messages)
@@ -78,7 +78,7 @@ def _with_template(messages: list[Message], tokenizer: Any) -> str:
         return _apply(tokenizer, messages)
     try:
         text = _apply(tokenizer, messages)
-    except Exception:  # a template raises as it likes; without the system message it may not
+    except Exception:  # a template may raise anything
         text = ""
     if text and text != _apply(tokenizer, others):
         return text

@@ -1,3 +1,1 @@
-"""The trajectory buffer: runs DARTS between actors that never wait and a learner that must not
-starve.
-"""
+"""The trajectory buffer: runs DARTS between the actors and the learner, so that neither waits."""

@@ -10,7 +10,7 @@ from buffer.wire.transport import TransportError
 from configs.command import run_command
 from configs.schema import Config
 
-CLOSE_S = 5.0  # to tell the peers and close the files, once the learner has had its time
+CLOSE_S = 5.0  # time to tell the peers and close the files, after the learner's time is up
 
 
 def run(config: Config) -> int:
@@ -25,8 +25,8 @@ def run(config: Config) -> int:
 
 if __name__ == "__main__":
     run_command(
-        "The buffer of a run: decides by DARTS what the actors generate and what the learner "
-        "trains on.",
+        "The buffer of a run: it schedules the actors' rollouts by DARTS, and selects the "
+        "trajectories on which the learner trains.",
         run,
         schema=Config,
         errors=(TransportError,),

@@ -1,4 +1,4 @@
-"""Evaluations on held-out prompts: when one is due, which is under way, and its results.
+"""Evaluations on held-out prompts: their schedule, their groups and their results.
 
 Owns the collected groups of the evaluation under way. Driven by `buffer.service`; the core decides
 when its rollouts are launched.
@@ -12,12 +12,14 @@ from darts import events as ev
 
 
 class Evaluation:
-    """At most one evaluation is under way; a second one asked for meanwhile is left out."""
+    """At most one evaluation is under way. Another one requested in that time is skipped."""
 
     def __init__(self, run: RunState) -> None:
         self.run = run
-        self.step: int | None = None  # the steps done when the one under way was asked for
-        self.newest: int | None = None  # the same of the newest one, which may have ended
+        # Number of steps done when the evaluation under way was requested; None without one.
+        self.step: int | None = None
+        # The same for the newest evaluation, which may have ended.
+        self.newest: int | None = None
         self._records: list[ev.GroupRecord] = []
         self._skipped = self._none_skipped()
 
@@ -36,12 +38,12 @@ class Evaluation:
         return [ev.EvaluationRequested(prompts, samples, run.core.policy_version)]
 
     def requested(self, step: int) -> None:
-        """During recovery: the log holds the request."""
+        """Take a request that recovery found in the log."""
         self.step, self.newest = step, step
         self._records, self._skipped = [], self._none_skipped()
 
     def request_again(self) -> list[ev.Event]:
-        """After recovery: the one that is due now, unless the log holds its request."""
+        """After recovery, request the evaluation that is due, unless the log has its request."""
         return self.request() if self.newest != self.run.step else []
 
     def group_ended(self, record: ev.GroupRecord) -> int | None:

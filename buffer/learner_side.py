@@ -1,12 +1,11 @@
-"""The buffer's side of the learner: pulls become shards, trained steps become rows of the run's
-records.
+"""The buffer's side of the learner: pulls become shards, and trained steps become records.
 
     consumes       LearnerHello, Pull, Trained, Published, LearnerFailed
     waits for      a full batch of ready groups, which the core ships
     unblocked by   the core's `Ship`, and `Close` once the learner says that it has trained
 
-Owns the step that is being shipped: since when it was asked for, and its groups and shards. Driven
-by `buffer.service`.
+Owns the step that is being shipped: the time of its request, its groups and its shards. Driven by
+`buffer.service`.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ from buffer.wire import messages as msg
 from darts import events as ev
 
 SAMPLED_GROUPS = 2  # per step, written to samples.jsonl
-MAX_VERSIONS_AHEAD = 1000  # of a publication, if those between were lost with a buffer
-ALIVE_S = 3.0  # a learner heard within this time is alive: it sends a heartbeat each second
+# A publication may skip versions that were lost with an earlier buffer, but not more than this.
+MAX_VERSIONS_AHEAD = 1000
+ALIVE_S = 3.0  # a learner heard within this time is alive; it sends a heartbeat each second
 
 
 class LearnerSide:
@@ -37,28 +37,28 @@ class LearnerSide:
             msg.Published: self._published,
             msg.LearnerFailed: self._failed,
         }
-        self._pulls: dict[int, tuple[int, float]] = {}  # rank -> step asked for, and since when
-        self._shipped: list[ev.GroupRecord] = []  # the groups of the step in the learner's hands
-        self._shards: list[msg.Shard] = []  # of that step by rank, once a rank has asked for it
+        self._pulls: dict[int, tuple[int, float]] = {}  # rank -> requested step, and since when
+        self._shipped: list[ev.GroupRecord] = []  # groups of the step that the learner has
+        self._shards: list[msg.Shard] = []  # of that step by rank, once a rank asked for them
         self._closed: list[ev.GroupRecord] = []  # those of its groups that were trained
-        self._num_trained = 0  # tokens of that step, as the learner reported
+        self._num_trained = 0  # tokens of that step, as reported by the learner
         self._trained_metrics: dict[str, float] = {}
         self._waited_s = 0.0
         self._row_s = time.monotonic()
 
     @property
     def trains(self) -> bool:
-        """Whether a step is in a learner's hands."""
+        """Whether a learner has a step to train."""
         return bool(self._shipped) and bool(self.run.peers.ranks())
 
     # Peers
-    # --------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def hello(self, identity: bytes, hello: msg.LearnerHello) -> list[ev.Event]:
-        """A rank joins, over a first connection or another one.
+        """A rank joins, over its first connection or another one.
 
-        Rank 0 of a new learner says hello last: then the whole learner is there, and an earlier one
-        gone.
+        Rank 0 of a new learner says hello last, so the whole learner is then ready, and replaces an
+        earlier one.
         """
         run = self.run
         known = run.peers.rank(hello.rank)
@@ -82,8 +82,8 @@ class LearnerSide:
         most = run.config.batch.groups * run.config.darts.group_size
         if not 0 <= hello.rank < hello.num_ranks <= most:
             raise ev.ProtocolError(
-                f"a learner's rank {hello.rank} of {hello.num_ranks}: "
-                "each rank trains on at least one trajectory"
+                f"a learner has rank {hello.rank} of {hello.num_ranks}: "
+                "each rank needs at least one trajectory of a step"
             )
         run.require_own(hello.run)
         if is_same:
@@ -95,9 +95,8 @@ class LearnerSide:
             )
         if hello.step > run.step + bool(self._is_shipped):
             raise ev.ProtocolError(
-                f"this learner has trained {hello.step} steps, and {run.folder} records "
-                f"{run.step}: "
-                "its checkpoint is from another folder, or the folder is from an older copy"
+                f"this learner has trained {hello.step} steps, but {run.folder} records "
+                f"{run.step}: its checkpoint is from another folder, or the folder is an older copy"
             )
         if run.core.run_ended and hello.step < run.step:
             raise ev.ProtocolError(
@@ -116,9 +115,7 @@ class LearnerSide:
             )
 
     def _is_replacing(self, hello: msg.LearnerHello) -> bool:
-        """Whether the ranks that are alive are this very learner's, which said hello
-        before rank 0.
-        """
+        """Whether the ranks that are alive are this learner's, which say hello before rank 0."""
         return all(p.rank != 0 for p in self.run.peers.ranks())
 
     def _new_learner(self, hello: msg.LearnerHello) -> list[ev.Event]:
@@ -137,7 +134,7 @@ class LearnerSide:
         return [*events, ev.LearnerJoined()]
 
     def forget_step(self) -> None:
-        """A new learner joins: nothing is in its hands yet."""
+        """Forget the shipped step, because a new learner has none yet."""
         self._closed, self._shipped, self._shards = [], [], []
         self._pulls.clear()
 
@@ -147,22 +144,20 @@ class LearnerSide:
         return []
 
     def restore(self) -> list[ev.Event]:
-        """After a restart of the buffer: the groups in the learner's hands are those that shipped.
+        """After a restart of the buffer, keep the groups that the learner still has.
 
-        If some of them were closed, the learner had reported their step, so the others close too.
+        If some of them were closed, the learner had reported their step, so the others close, too.
         """
         groups = self.run.core.groups
         self._shipped = [record for record in self._shipped if record.group_id in groups]
         return [ev.GroupTrained(r.group_id) for r in self._shipped] if self._closed else []
 
     # Decisions
-    # ----------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def _is_shipped(self) -> bool:
-        """Whether a whole batch is in the learner's hands, or was when some of
-        its groups closed.
-        """
+        """Whether the learner has a whole batch, including groups that closed already."""
         return len(self._shipped) + len(self._closed) == self.run.config.batch.groups
 
     def ship(self, decision: ev.Ship) -> None:
@@ -171,7 +166,7 @@ class LearnerSide:
             self._answer()
 
     def _answer(self) -> None:
-        """Send each rank that has asked for it its shard, as often as it asks."""
+        """Send its shard to each rank that has asked for it, as often as it asks."""
         run = self.run
         if run.learner is None or not self._is_shipped or self._closed:
             return
@@ -185,7 +180,7 @@ class LearnerSide:
                 run.send(peer, self._shards[peer.rank])
 
     def _make_shards(self, num_ranks: int) -> list[msg.Shard]:
-        """The same for the same batch, whenever they are asked for."""
+        """One shard per rank. The same batch always gives the same shards."""
         run = self.run
         run.make_durable()
         selected = [t for record in self._shipped for t in self._trajectories(record)]
@@ -213,11 +208,11 @@ class LearnerSide:
         ]
 
     def note_trained(self, note: Trained) -> None:
-        """The learner reported the step that its groups are about to close."""
+        """Take the learner's report about the step whose groups are about to close."""
         self._num_trained, self._trained_metrics = note.num_tokens, note.metrics
 
     def group_trained(self, record: ev.GroupRecord) -> dict[str, Any] | None:
-        """Record a group that was trained. Returns the row of its step once all of them are in."""
+        """Record a group that was trained. Returns the row of its step after the last group."""
         run = self.run
         if len(self._closed) < SAMPLED_GROUPS and not run.replaying:
             self._write_samples(record)
@@ -238,7 +233,7 @@ class LearnerSide:
             "policy_version": records[0].shipped_version,
         }
         run.metrics.trained(self._num_trained)
-        # The learner's own come first, so that none of them can replace one of the buffer's.
+        # The learner's metrics come first, so that none of them can replace one of the buffer's.
         row = self._trained_metrics | row | run.metrics.row(records) | run.probes.row()
         row["wait/learner_s"] = self._waited_s
         row["wait/learner_frac"] = min(1.0, self._waited_s / max(1e-9, now - self._row_s))
@@ -254,7 +249,7 @@ class LearnerSide:
         payload = self.run.prompts.payload(record.visit)
         prompt = payload.text or "\n".join(f"{m['role']}: {m['content']}" for m in payload.messages)
         for r in record.rollouts:
-            # The text of a response that finished before the buffer was restarted is gone.
+            # A restart of the buffer loses the texts of responses that finished before.
             if r.end.startswith("selected") and r.rollout_id in self.run.texts:
                 self.run.files.sample(
                     {
@@ -269,17 +264,17 @@ class LearnerSide:
                 )
 
     # Messages
-    # -----------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def handle(self, peer: Peer, message: msg.Message) -> list[ev.Event]:
-        """The events that a message means. Raises ProtocolError, with nothing changed."""
+        """The events that follow from a message. Raises `ProtocolError`, with nothing changed."""
         handler = self._handlers.get(type(message))
         if handler is None:
-            raise ev.ProtocolError(f"a {type(message).__name__} is not {peer.name}'s to send")
+            raise ev.ProtocolError(f"{peer.name} may not send a {type(message).__name__}")
         return handler(peer, message)
 
     def _pull(self, peer: Peer, message: msg.Pull) -> list[ev.Event]:
-        """Rank 0 publishes and reports before it pulls; another rank may be early by one step."""
+        """Rank 0 publishes and reports before it pulls. Another rank may be one step early."""
         step = self.run.step
         if not step <= message.step <= step + (peer.rank > 0):
             raise ev.ProtocolError(
@@ -296,8 +291,8 @@ class LearnerSide:
         newest = run.core.policy_version
         if not newest < version <= newest + MAX_VERSIONS_AHEAD:
             raise ev.ProtocolError(
-                f"{peer.name} published version {version} after {newest}: versions grow, "
-                f"by {MAX_VERSIONS_AHEAD} at most"
+                f"{peer.name} published version {version} after {newest}: versions must grow, by "
+                f"at most {MAX_VERSIONS_AHEAD}"
             )
         run.policy = message.policy
         run.log.note(Policy(message.policy), run.now())
@@ -309,13 +304,13 @@ class LearnerSide:
     def _trained(self, peer: Peer, message: msg.Trained) -> list[ev.Event]:
         run = self.run
         if peer.rank != 0:
-            raise ev.ProtocolError(f"{peer.name} reports a step; rank 0 speaks for all")
+            raise ev.ProtocolError(f"{peer.name} reports a step, but only rank 0 may")
         if message.step < run.step:
             self.acknowledge(message.step)
             return []
         if message.step != run.step or not self._is_shipped:
             raise ev.ProtocolError(
-                f"{peer.name} trained step {message.step}, which it was not handed "
+                f"{peer.name} trained step {message.step}, which it was not sent "
                 f"(step {run.step} is next)"
             )
         most = sum(
@@ -327,7 +322,7 @@ class LearnerSide:
         if not 0 <= message.num_tokens <= most:
             raise ev.ProtocolError(
                 f"{peer.name} trained on {message.num_tokens} tokens of step {message.step}, which "
-                f"has {most}"
+                f"has only {most}"
             )
         self._log_trained(Trained(message.step, message.num_tokens, message.metrics))
         records, self._shipped, self._shards = self._shipped, [], []
@@ -338,7 +333,7 @@ class LearnerSide:
         self.run.log.note(note, self.run.now())
 
     def acknowledge(self, step: int) -> None:
-        """Tell the learner that the step is recorded, durably."""
+        """Tell the learner that the step is durably recorded."""
         run = self.run
         rank0 = run.peers.rank(0)
         if rank0 is not None and not run.replaying:

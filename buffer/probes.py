@@ -1,8 +1,8 @@
-"""Whether every engine computes what the learner computes: the probe, compared at each version.
+"""Checks at each version that every engine computes the same numbers as the learner.
 
-Owns the log-probabilities that learner and engines sent, and the verdict on them. The engines' base
-weights are those of version 0, so that a first swap which changes something shows. Driven by
-`buffer.engine_side` and `buffer.learner_side`; never sees a weight.
+Owns the log-probabilities of the probe that learner and engines sent, and the verdict on them. An
+engine's base weights are those of version 0, so it is also compared before its first swap. Driven
+by `buffer.engine_side` and `buffer.learner_side`; never sees a weight.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from buffer.wire.probe import BROKEN_SWAP, OTHER_NUMBERS, allowed_difference, di
 from configs.schema import Config
 from darts.events import ProtocolError
 
-BASE_VERSION = -1  # what an engine starts with: `model.path`, as version 0
-NUM_KEPT = 8  # versions; an engine that is further behind is compared at its next one
+BASE_VERSION = -1  # the weights of an engine at its start: `model.path`, as version 0
+NUM_KEPT = 8  # versions; an engine further behind is compared at its next version
 
 
 class ProbeFailed(Exception):
-    """Engine and learner disagree. One line: model type, check, numbers, and what to do."""
+    """Engine and learner disagree. One line: model type, check, numbers and remedy."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An engine's newest one. `first`: nothing was known of this engine's swaps before."""
+    """An engine's newest comparison. `first`: it is the first one after a swap of this engine."""
 
     nats: float
     first: bool
@@ -36,19 +36,19 @@ class Probes:
     def __init__(self, config: Config) -> None:
         self._allowed, self._dtype = allowed_difference(config), config.model.dtype
         self._of_learner: dict[int, bytes] = {}
-        self._nats: dict[str, float] = {}  # by engine, newest
-        self._loaded: set[str] = set()  # engines whose swaps have been seen to work
+        self._nats: dict[str, float] = {}  # the newest difference of each engine
+        self._loaded: set[str] = set()  # engines of which a swap has worked
 
     def published(self, version: int, logprobs: bytes) -> None:
-        """The learner's own, sent with the version's publication."""
+        """Take the learner's log-probabilities, which it sends with the publication."""
         self._of_learner[version] = logprobs
         for old in sorted(self._of_learner)[1:-NUM_KEPT]:  # version 0 is kept for late engines
             del self._of_learner[old]
 
     def probed(self, engine_id: str, message: Probed) -> Comparison | None:
-        """Compare an engine's. None if the learner's are not known.
+        """Compare an engine's log-probabilities. None if the learner's are unknown.
 
-        Raises `ProbeFailed`, or `ProtocolError` if it is not of the probe's tokens.
+        Raises `ProbeFailed`, or `ProtocolError` if they do not belong to the probe's tokens.
         """
         base = message.version == BASE_VERSION
         expected = self._of_learner.get(0 if base else message.version)
@@ -57,7 +57,7 @@ class Probes:
         if len(message.logprobs) != len(expected):
             raise ProtocolError(
                 f"engine {engine_id} sends {len(message.logprobs)} bytes of log-probabilities of "
-                f"the probe; the learner sent {len(expected)}"
+                f"the probe, but the learner sent {len(expected)}"
             )
         nats = difference(message.logprobs, expected)
         if not nats <= self._allowed:
@@ -69,16 +69,16 @@ class Probes:
         return Comparison(nats, first)
 
     def row(self) -> dict[str, float]:
-        """For `metrics.jsonl`: the largest newest difference of any engine."""
+        """For `metrics.jsonl`: the largest of the engines' newest differences."""
         return {"probe/logprob_diff": max(self._nats.values())} if self._nats else {}
 
     def forget(self, engine_id: str) -> None:
-        """The engine is gone; one of its name starts anew."""
+        """Forget an engine that is gone. A new one of its name has no history."""
         self._nats.pop(engine_id, None)
         self._loaded.discard(engine_id)
 
     def _fail(self, engine_id: str, message: Probed, nats: float) -> None:
-        was_right = engine_id in self._nats  # with other weights: so it was the swap
+        was_right = engine_id in self._nats  # with earlier weights, so the swap is to blame
         check = f"after loading version {message.version}" if was_right else "before any swap"
         raise ProbeFailed(
             f"{message.model_type} models are refused: engine {engine_id} and learner differ by "

@@ -1,10 +1,9 @@
-"""A buffer that was killed is started again: its state comes back from the logs.
+"""Restores the state of a restarted buffer from its logs.
 
-The event log is replayed into the core from its newest checkpoint, and every decision about a
-record is performed again (the ledger was cut back to the checkpoint); nothing is sent. Then the
-tokens of outstanding rollouts are read from their log. Engines and learner stay in the core's
-tables: they have `buffer.peer_timeout_s` to say hello again. Driven once, by `buffer.service`,
-before its loop.
+The event log is replayed into the core from its newest checkpoint, to which the ledger is cut back.
+Every decision about a record is performed again, and nothing is sent. Then the tokens of
+outstanding rollouts are read from their log. Engines and learner stay in the core's tables, and
+have `buffer.peer_timeout_s` to say hello again. Driven once, by `buffer.service`, before its loop.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def replay(
     perform: Callable[[ev.Decision], None],
     trained: Callable[[Trained], None],
 ) -> None:
-    """Bring back the core, the prompts and the records."""
+    """Restore the core, the prompts and the records."""
     run.replaying = True
     announced: msg.SnapshotRef | None = None
     for _, entry in run.recovered.entries:
@@ -56,14 +55,15 @@ def _replay_event(run: RunState, event: ev.Event, perform: Callable[[ev.Decision
     try:
         decisions = run.core.handle(event)
     except ev.ProtocolError:
-        return  # a peer's mistake, which the core refused then as well
+        return  # a peer's mistake, which the core refused the first time, too
     for decision in decisions:
         perform(decision)
 
 
 def restore_tokens(run: RunState) -> list[ev.Event]:
-    """Bring back the tokens of outstanding rollouts. Returns events about those that a power cut
-    took.
+    """Restore the tokens of outstanding rollouts.
+
+    Returns an event for each rollout whose newest tokens were lost in a power cut.
     """
     expected = _expected_tokens(run.core)
     log, held = TokenLog.open(
@@ -81,9 +81,7 @@ def restore_tokens(run: RunState) -> list[ev.Event]:
 
 
 def _expected_tokens(core: Core) -> dict[int, tuple[int, int]]:
-    """Rollouts of which tokens are needed: their group, and how many sampled tokens
-    the core knows.
-    """
+    """Rollouts whose tokens are needed: their group, and their sampled tokens in the core."""
     expected: dict[int, tuple[int, int]] = {}
     for group in core.groups.values():
         for rollout in group.rollouts.values():

@@ -2,8 +2,8 @@
 
 Owns the core and its event log, the records on disk, the trajectories held, the prompts drawn and
 the peers connected; opens and closes all of them. `handle` is the only way to the core, and logs
-each event before the core sees it. After a restart, `buffer.recovery` brings all of it back from
-the logs. Decides nothing. Driven by `buffer.service`.
+each event before the core gets it. After a restart, `buffer.recovery` restores all of it from the
+logs. Decides nothing. Driven by `buffer.service`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ from darts.sizing.lengths import LengthStats, spread
 
 
 class RunFailed(Exception):
-    """The run cannot go on. The message is one line for the user that says why."""
+    """The run cannot continue. The message is one line for the user that says why."""
 
 
 class RunState:
-    """A run, fresh or resumed. Raises ValueError or TransportError, in one line, if
-    it cannot open.
+    """A run, fresh or resumed.
+
+    Raises a `ValueError` or `TransportError` of one line if it cannot be opened.
     """
 
     def __init__(self, config: Config) -> None:
@@ -89,18 +90,19 @@ class RunState:
         self.probes = Probes(config)
         self.phase = "starting"
         self.replaying = False  # during recovery: record, and send nothing
-        self._rows_again: dict[int, dict[str, Any]] = {}  # made during recovery
+        self._rows_again: dict[int, dict[str, Any]] = {}  # rows of metrics made during recovery
         self.last_row: dict[str, Any] = self.rows[-1] if self.rows else {}
         self.texts: dict[int, str] = {}  # responses of finished rollouts
         self.errors: dict[int, str] = {}  # group -> its most recent failure
         self.unusable: set[int] = set()  # groups whose prompt does not fit the context
         self.learned: dict[str, LengthStats] = {}  # not yet in the journal
-        self._released: deque[tuple[int, int]] = deque()  # (record of its end, rollout)
+        # (number of the record of its end, rollout)
+        self._released: deque[tuple[int, int]] = deque()
         last_s = self.recovered.entries[-1][0] if self.recovered.entries else 0.0
         self.started_s = time.monotonic() - max(last_s, self.last_row.get("time_s", 0.0))
 
     def _open_folder(self) -> RunLock:
-        """Start the run's folder, or go on in it; one buffer at a time."""
+        """Create the run's folder, or continue in it. One buffer at a time may use it."""
         exists = (self.folder / "config.yaml").exists()
         if self.config.run.resume and not exists:
             raise ValueError(run_files.no_such_run(self.folder))
@@ -117,8 +119,9 @@ class RunState:
         return lock
 
     def change_settings(self) -> list[ev.Event]:
-        """Record the settings that this resume changes. Returns the event by which the core learns
-        of its own.
+        """Record the settings that this resume changes.
+
+        Returns the event for the core, if its own configuration changes.
         """
         if self._changed:
             for line in settings.record(self.folder, self.config, self._changed, self.step):
@@ -128,19 +131,19 @@ class RunState:
         return [ev.SettingsChanged(config)] if config != self.core.config else []
 
     def set_learner(self, learner: Learner) -> None:
-        """A learner is there; its vocabulary bounds the token ids of every engine."""
+        """Note the learner, whose vocabulary bounds the token ids of every engine."""
         self.learner = learner
         self.store.vocab_size = learner.vocab_size
 
     def _kept_groups_bytes(self) -> int:
-        """The ledger up to here is untouched by all that the newest segment tells."""
+        """Size of the part of the ledger that no record of the newest segment changes."""
         state = self.recovered.checkpoint.buffer
         sizes = [state.groups_bytes if state else 0]
         sizes += [n.groups_bytes for _, n in self.recovered.entries if isinstance(n, Rewound)]
         return min(sizes)
 
     # The core
-    # ---------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def handle(self, event: ev.Event) -> Sequence[ev.Decision]:
         """Log `event` and let the core decide. Raises `ProtocolError`, with the core unchanged."""
@@ -161,15 +164,13 @@ class RunState:
             self.store.log.discard(self._released.popleft()[1])
 
     def make_durable(self) -> None:
-        """Return once everything so far would survive a power cut: before a shard or an
-        acknowledgement.
-        """
+        """Make everything so far durable. Call it before a shard or an acknowledgement is sent."""
         assert self.store.log is not None
         self.store.log.sync()
         self.log.log.sync()
 
     def rotate_log(self) -> None:
-        """At the end of a step: begin a segment of the log once the present one is large."""
+        """Begin a new segment of the log if the present one is large. For the end of a step."""
         if self.log.log.segment_bytes < self.config.buffer.segment_bytes:
             return
         self.save_learned()
@@ -186,9 +187,7 @@ class RunState:
         self.log.rotate(checkpoint, self.now(), self.config.buffer.keep_event_bytes)
 
     def due_events(self) -> list[ev.Event]:
-        """Events that this side owes the core: a window of prompts, a pause while the store is
-        full.
-        """
+        """Events that are due by themselves: windows of prompts, pauses while the store is full."""
         due: list[ev.Event] = []
         num_pending = self.core.num_pending
         while (
@@ -211,10 +210,10 @@ class RunState:
         return due
 
     # Groups that end
-    # ----------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def record(self, record: ev.GroupRecord) -> None:
-        """A training group has ended for good: put it into the ledger and the sums."""
+        """Add a training group that has ended for good to the ledger and the sums."""
         self.files.group(record)
         self.metrics.closed(record)
         known = self.learned.get(record.prompt_id) or self.journal.lengths([record.prompt_id]).get(
@@ -223,7 +222,7 @@ class RunState:
         self.metrics.latest.closed(record, spread(known) if known else 0.0)
 
     def forget(self, record: ev.GroupRecord) -> None:
-        """Free all that is held of a closed group's rollouts."""
+        """Free everything that is held for a closed group's rollouts."""
         for rollout in record.rollouts:
             self.store.discard(rollout.rollout_id)
             self.texts.pop(rollout.rollout_id, None)
@@ -238,14 +237,14 @@ class RunState:
             return
         if reason and not self.replaying:
             self.skip(self.prompts.payload(record.visit), reason)
-        elif reason:  # the run went on, so there were not too many
+        elif reason:  # the run continued, so there were not too many
             self.skipped.num_skipped += 1
         self.prompts.done(record.visit)
 
     def failure(self, record: ev.GroupRecord) -> str:
-        """Why a rollout of this group failed for good, "" if none did: it is never scored 0.
+        """Why a rollout of this group failed for good, "" if none did. It is never scored 0.
 
-        Raises RunFailed if the run may not go on without its prompt.
+        Raises `RunFailed` if the run may not continue without its prompt.
         """
         error = self.errors.pop(record.group_id, "")
         unusable = record.group_id in self.unusable
@@ -256,12 +255,12 @@ class RunState:
         if error and not unusable and self.config.data.on_error == "stop" and not self.replaying:
             raise RunFailed(
                 f"{error} (prompt {record.prompt_id} failed {self.config.darts.max_attempts} "
-                "times in a row; data.on_error=skip goes on without it)"
+                "times in a row; data.on_error=skip continues without it)"
             )
         return error or "a rollout was lost with every engine that had it"
 
     def skip(self, prompt: msg.PromptPayload, reason: str) -> None:
-        """Go on without this prompt of the training stream, if the skipped ones are few."""
+        """Skip this prompt of the training stream. Raises `RunFailed` if too many are skipped."""
         self.skipped.add(prompt, reason)
         if self.skipped.too_many(self.prompts.num_drawn):
             raise RunFailed(self.skipped.refusal(self.prompts.num_drawn))
@@ -291,7 +290,7 @@ class RunState:
             num_skipped=int(row.get("data/skipped_prompts", 0)),
         )
         self.log.note(note, self.now())
-        self.make_durable()  # what is cut off below is told by the note alone
+        self.make_durable()  # only the note records the cuts below
         self.say(
             f"the learner resumes at step {step}; records of steps {step}..{self.step - 1} are "
             f"withdrawn, and {len(visits)} prompts return to the stream"
@@ -300,7 +299,7 @@ class RunState:
         self.cut_rows()
 
     def withdraw(self, note: Rewound) -> None:
-        """Bring the ledger, the sums and the prompts back to the step of `note`."""
+        """Take the ledger, the sums and the prompts back to the step of `note`."""
         self.files.close()
         run_files.cut_groups(self.folder, note.groups_bytes)
         self.files = run_files.RunFiles(self.folder, self._trackers)
@@ -318,7 +317,7 @@ class RunState:
         self.last_row = self.rows[-1] if self.rows else {}
 
     def write_row(self, row: dict[str, Any]) -> None:
-        """A step is done. During recovery its row may be in the file already, or be withdrawn yet."""
+        """Write a row, or keep it during recovery, as the file may have it or lose it again."""
         if self.replaying:
             self._rows_again[row["step"]] = row
         else:
@@ -326,7 +325,7 @@ class RunState:
             self.last_row = row
 
     def end_replay(self) -> None:
-        """Write the rows that a kill took."""
+        """Write the rows that were lost in a kill."""
         self.replaying = False
         self.cut_rows()
         for step in range(len(self.rows), self.step):
@@ -335,19 +334,17 @@ class RunState:
         self._rows_again.clear()
 
     # Peers and the terminal
-    # ---------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def require_own(self, run_id: str) -> None:
-        """Refuse a peer left over from another run, which may have another model
-        and other steps.
-        """
+        """Refuse a peer of another run, which may have another model and other steps."""
         if run_id not in ("", self.run_id):
             raise ev.ProtocolError(
                 f"it belongs to another run than {self.folder}: it outlived the buffer of that run"
             )
 
     def send(self, peer: Peer, message: msg.Message) -> bool:
-        """False if the peer is gone; its silence will end it."""
+        """Send a message. False if the peer is gone, in which case its silence will end it."""
         return self.router.send(peer.identity, message)
 
     def now(self) -> float:

@@ -8,7 +8,7 @@
 
     consumes       messages of all peers; garbage is counted and refused
     waits for      the next message, at most `POLL_S`
-    unblocked by   the clock: heartbeats, the live state, peers that fell silent
+    unblocked by   the clock: heartbeats, the live state, silent peers
 
 Decides nothing: `darts.core.Core` does. One thread handles one event at a time, and nothing
 re-enters: a side turns a message into events, each event is applied, and only then are its
@@ -59,7 +59,7 @@ class Service:
         self._final_row: dict[str, Any] | None = None
 
     # The loop
-    # -----------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def serve(self) -> int:
         """Run until the end. Returns 0 if the run ended well, 1 if not, 130 if `stop` ended it."""
@@ -87,30 +87,29 @@ class Service:
         return 130 if self._stopping and run.phase != "done" else int(bool(self.error))
 
     def stop(self) -> str:
-        """Have `serve` end the run, from any thread. Returns a text that names what it waits for,
-        and how long.
+        """Make `serve` end the run. May be called from any thread.
+
+        Returns a text for the user about the wait that remains.
         """
         limit_s = self.config.run.stop_s
         self._stop_by_s = time.monotonic() + limit_s
         self._stopping = True
         if not self.learner.trains:
-            return "no step is in the learner's hands"
-        return f"the learner ends step {self.run.step + 1}, up to {limit_s:g} s"
+            return "the learner has no step to finish"
+        return f"the learner finishes step {self.run.step + 1}, up to {limit_s:g} s"
 
     def _stopped(self) -> bool:
         return self._stopping and (not self.learner.trains or time.monotonic() >= self._stop_by_s)
 
     def _apply(self, events: Iterable[ev.Event]) -> None:
-        """Apply events one at a time, and the events that follow from their
-        decisions after them.
-        """
+        """Apply events one at a time, and then those that follow from their decisions."""
         queue = deque(events)
         while queue:
             for decision in self.run.handle(queue.popleft()):
                 queue.extend(self._perform(decision))
 
     def _begin_training(self) -> list[ev.Event]:
-        """Once the first policy is published: a fresh run is evaluated before it trains."""
+        """Start once the first policy is published. A fresh run is evaluated before it trains."""
         if self.run.phase != "starting" or self.run.core.policy_version < 0:
             return []
         self.run.phase = "training"
@@ -126,12 +125,10 @@ class Service:
             self.run.publisher.publish(b"state", live_state(self.run))
 
     # Recovery
-    # -----------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _recover(self) -> None:
-        """Continue where an earlier life of this buffer stopped; a fresh run has nothing to
-        continue.
-        """
+        """Continue from the state that an earlier process left. A fresh run has none."""
         run = self.run
         replay(run, self._replayed, self._record_again, self.learner.note_trained)
         lost = restore_tokens(run)
@@ -160,7 +157,7 @@ class Service:
             self.learner.forget_step()
 
     def _record_again(self, decision: ev.Decision) -> None:
-        """A decision of an earlier life: only its records are made again."""
+        """Make the records of an earlier process's decision again, and do nothing else."""
         if isinstance(
             decision, (ev.Ship, ev.Close, ev.Drop, ev.CountOvershoot, ev.RememberLengths)
         ):
@@ -182,7 +179,7 @@ class Service:
         return events
 
     # Messages
-    # -----------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _receive(self, identity: bytes, message: msg.Message | Violation) -> None:
         """Handle one message. A message that breaks the protocol ends its peer, not the run."""
@@ -192,7 +189,7 @@ class Service:
             return self._greet(identity, message)
         peer = self.run.peers.heard(identity, time.monotonic())
         if isinstance(message, msg.Heartbeat):
-            if peer is None:  # it was lost; a heartbeat comes once a second, so answers are few
+            if peer is None:  # it was lost; there is one heartbeat, and so one answer, a second
                 self.run.router.send(identity, msg.HelloAgain())
             return
         if peer is None:
@@ -210,7 +207,7 @@ class Service:
         self._apply(side.lose(peer, "protocol error", keep_tokens=False))
 
     def _violated(self, identity: bytes, violation: Violation) -> None:
-        """A stranger is told too: it may be of another version, or configured wrongly."""
+        """Unknown peers get an answer, too: they may be of another version, or misconfigured."""
         peer = self.run.peers.by_identity.get(identity)
         if peer is not None:
             self._dismiss(peer, violation.error)
@@ -229,7 +226,7 @@ class Service:
             self.run.router.send(identity, msg.Shutdown(error=f"refused: {error}"))
 
     def _check_identity(self, identity: bytes, hello: msg.EngineHello | msg.LearnerHello) -> None:
-        """A connection has one identity: a hello in another name ends the peer that it was."""
+        """A connection has one identity. A hello under another name ends the first peer."""
         known = self.run.peers.by_identity.get(identity)
         if known is None:
             return
@@ -238,12 +235,13 @@ class Service:
             not is_engine and known.rank != hello.rank
         ):
             side = self.engines if known.engine_id else self.learner
-            self._apply(side.lose(known, "it gave itself a second name", keep_tokens=False))
+            self._apply(side.lose(known, "it said hello under a second name", keep_tokens=False))
             raise ev.ProtocolError(f"this connection is {known.name} already")
 
     def _watch_peers(self, now_s: float) -> None:
-        """Send heartbeats, lose silent peers, and fail a run that has long had no engine or
-        learner.
+        """Send heartbeats and drop silent peers.
+
+        Raises `RunFailed` if the run has had no engine or no learner for too long.
         """
         run, limits = self.run, self.config.buffer
         for peer in run.peers.by_identity.values():
@@ -261,7 +259,7 @@ class Service:
             )
 
     def _watch_progress(self, now_s: float) -> None:
-        """Have an engine that stands still started again; fail the run if the learner does."""
+        """Restart an engine that makes no progress, and fail the run if the learner makes none."""
         run = self.run
         for overdue in self.deadlines.look(run.core, now_s, bool(run.peers.ranks())):
             if not overdue.engine_id:
@@ -272,7 +270,7 @@ class Service:
                 self._apply(self.engines.lose(peer, f"it {overdue.problem}"))
 
     # Decisions
-    # ----------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _perform(self, decision: ev.Decision) -> list[ev.Event]:
         """Act on one decision. Returns the events that follow from it."""

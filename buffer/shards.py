@@ -9,18 +9,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-# (total cost, number of items, items): the count makes empty parts come last among zeros.
+# (total cost, number of items, items). The count puts empty parts last among zeros.
 Part = tuple[int, int, list[int]]
 
 
 def balance(costs: Sequence[int], num_shards: int) -> list[list[int]]:
-    """Split the indices of `costs` into `num_shards` lists, ascending, with the largest total as
-    small as can be.
+    """Split the indices of `costs` into `num_shards` ascending lists of nearly equal total cost.
 
     Deterministic. No shard is empty if there are at least as many items as shards. Returns the
-    better of largest differencing and greedy (longest first), so the result is never worse than
-    greedy's (4 - 1/k)/3 of the optimum. Source: Karmarkar & Karp, The differencing method of set
-    partitioning (1982), in its k-way form.
+    better of largest differencing and greedy (longest first), so the largest total is never worse
+    than greedy's (4 - 1/k)/3 of the optimum. Source: Karmarkar & Karp, The differencing method of
+    set partitioning (1982), in its k-way form.
     """
     if num_shards < 1:
         raise ValueError(
@@ -39,7 +38,7 @@ def _largest(parts: list[Part]) -> int:
 
 
 def _greedy(costs: Sequence[int], num_shards: int) -> list[Part]:
-    """Each item, the costliest first, to the part with the least so far."""
+    """Give each item, the costliest first, to the part with the smallest total so far."""
     heap: list[Part] = [(0, 0, []) for _ in range(num_shards)]
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
         total, count, items = heap[0]
@@ -48,14 +47,15 @@ def _greedy(costs: Sequence[int], num_shards: int) -> list[Part]:
 
 
 def _largest_differencing(costs: Sequence[int], num_shards: int) -> list[Part]:
-    """Merge the two splits with the widest spread, one's largest part with the other's smallest,
-    until one split is left.
+    """Merge the two splits with the widest spread until one split is left.
+
+    The largest part of one is joined with the smallest part of the other.
     """
     empty: list[Part] = [(0, 0, [])] * num_shards
     heap: list[tuple[int, int, list[Part]]] = []
     for index, cost in enumerate(costs):
         heapq.heappush(heap, (-cost, index, [(cost, 1, [index]), *empty[1:]]))
-    order = len(heap)  # ties: the earlier split first
+    order = len(heap)  # breaks ties: the earlier split comes first
     while len(heap) > 1:
         _, _, wide = heapq.heappop(heap)
         _, _, other = heapq.heappop(heap)

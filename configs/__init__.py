@@ -1,1 +1,1 @@
-"""Typed configuration: one schema for every process of a run, strict about what it accepts."""
+"""Typed configuration: one strict schema for every process of a run."""

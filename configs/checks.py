@@ -1,7 +1,7 @@
 """Whether the keys of a run fit together.
 
-Each check names the keys, their values, what is allowed and the consequence. The values that one
-key allows by itself stand beside it in `configs.schema`. Driven by `configs.cli.load`.
+Each check names the keys, their values, the allowed values and the consequence. `configs.schema`
+has the values that a single key allows. Driven by `configs.cli.load`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import re
 
 from configs.schema import Config, largest_budget
 
-# A token is an int32, its log-probability a float32; the journal and the ledger keep as much again.
+# A token is an int32 and its log-probability a float32. The other records take 4 bytes.
 BYTES_PER_TOKEN = 12
 
 
 def check(config: Config) -> None:
     """Raise `ValueError` on the first combination of keys that cannot work."""
-    for one in (_group, _upper, _context, _betas, _ranks, _attention, _addresses, _bytes_held):
-        one(config)
+    for rule in (_group, _upper, _context, _betas, _ranks, _attention, _addresses, _bytes_held):
+        rule(config)
 
 
 def _group(config: Config) -> None:
@@ -26,7 +26,7 @@ def _group(config: Config) -> None:
         raise ValueError(
             f"darts.num_long={darts.num_long}: must be < darts.group_size={darts.group_size}; "
             "otherwise no seat is left for the shortest responses (darts.long_end=none trains on "
-            "the shortest alone)"
+            "only the shortest)"
         )
 
 
@@ -102,7 +102,7 @@ def _addresses(config: Config) -> None:
 
 
 def _bytes_held(config: Config) -> None:
-    """One step's groups must fit at their longest, or a full store admits none of them."""
+    """The groups of one step must fit at full length, or a full store admits none of them."""
     plain = config.redundancy.rule == "none" or config.darts.policy == "plain"
     upper = 1.0 if plain else config.redundancy.upper
     rollouts = config.batch.groups * largest_budget(config.darts.group_size, upper)

@@ -1,7 +1,7 @@
 """Configuration: YAML files and `key=value` overrides in, a checked dataclass out.
 
-Owns reading and strictness: an unknown key, a wrong type or a value out of range is one clear line.
-Knows no key by name: it works on any dataclass whose fields carry the metadata of
+Owns reading and strictness: an unknown key, a wrong type or a value out of range raises an error of
+one clear line. Knows no key by name: it works on any dataclass whose fields carry the metadata of
 `configs.schema.key`. Never imports torch, vLLM or another layer. Driven by `configs.command`.
 """
 
@@ -46,7 +46,7 @@ class Key:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that are allowed, () if any value is."""
+        """The allowed words, () if any value is allowed."""
         if typing.get_origin(self.type) is typing.Literal:
             return typing.get_args(self.type)
         return tuple(self.rules.get("choices", ()))
@@ -76,7 +76,7 @@ class Key:
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[Key]:
-    """Every key of a (nested) dataclass, in the order it is written."""
+    """Every key of a (nested) dataclass, in the order of its fields."""
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         kind, path = hints[field.name], prefix + field.name
@@ -98,8 +98,8 @@ def load(argv: Sequence[str], schema: type[C]) -> C: ...
 def load(argv: Sequence[str], schema: type = Config) -> Any:
     """The configuration of a command line: defaults, `--config` files in order, then overrides.
 
-    `schema` is a dataclass; the result is an instance of it. Raises `ValueError`, in one line that
-    names the key, the value, where it was set, and what is allowed.
+    `schema` is a dataclass, and the result is an instance of it. Raises a `ValueError` of one line
+    that names the key, its value, the place where it was set, and the allowed values.
     """
     options = parse(argv)
     known = {key.path: key for key in keys(schema)}
@@ -161,10 +161,10 @@ def presets(schema: type) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaint is a `ValueError` of one line."""
+    """A parser that raises a mistake as a `ValueError` of one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"command line: {message}; --help says what is allowed")
+        raise ValueError(f"command line: {message}; see --help")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -226,7 +226,7 @@ def _from_overrides(
                 f"command line: {override!r} is not of the form key=value; --help lists every key"
             )
         quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
-        # run.name=007 stays as it is typed
+        # A string stays as it is typed, such as run.name=007.
         verbatim = path in known and type_name(known[path].type) == "str" and not quoted
         try:
             value = text if verbatim else _plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
@@ -274,7 +274,7 @@ def _nearest(path: str, known: Mapping[str, Key]) -> str:
 
 
 def _finish(config: DictConfig) -> Any:
-    """Interpolations resolved, dataclasses built."""
+    """Resolve the interpolations and build the dataclasses."""
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -308,7 +308,7 @@ def _shown(path: str, value: Any) -> str:
 
 
 def type_name(kind: Any) -> str:
-    """The type of a key as it is shown to the user; that of a word among several is "str"."""
+    """The type of a key as it is shown to the user, "str" for a choice of words."""
     if typing.get_origin(kind) is typing.Literal:
         return "str"
     if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):

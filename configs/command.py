@@ -1,6 +1,6 @@
-"""How a command starts and how it ends: the one entry point of every `python -m` here.
+"""The entry point of every command: how it starts and how it ends.
 
-Owns the two forms of a command line (configuration keys, or arguments of the command's own), their
+Owns the two forms of a command line (configuration keys, or the command's own arguments), their
 `--help`, and the exit status. An expected error ends a command with one line on stderr; a bug shows
 its traceback. Driven by the `__main__` part of each command.
 """
@@ -61,9 +61,9 @@ def run_command(
 ) -> NoReturn:
     """Run a command from its command line and exit, with a status of `configs.errors.ExitStatus`.
 
-    `schema`: a dataclass of configuration keys; `run` gets an instance. `arguments` instead adds
-    the command's own arguments to a parser; `run` gets the namespace. `errors` are the expected
-    failures besides `OSError`. A `ValueError` of our own code is a user's mistake.
+    `schema` is a dataclass of configuration keys, of which `run` gets an instance. `arguments`
+    instead adds the command's own arguments to a parser, and `run` gets the namespace. `errors` are
+    the expected failures besides `OSError`. A `ValueError` of our own code is a user's mistake.
     """
     argv = sys.argv[1:] if argv is None else argv
     program = program or _program()
@@ -113,10 +113,10 @@ def help_text(description: str, schema: type, program: str) -> str:
     presets = ", ".join(cli.presets(schema))
     files = f"a YAML file, or a preset ({presets})" if presets else "a YAML file"
     options = [
-        ("--config FILE", f"{files}; may be repeated, later files win over earlier ones"),
+        ("--config FILE", f"{files}; may be repeated, and later files override earlier ones"),
         ("--print-config", "print the resolved configuration as YAML and exit"),
         ("-h, --help", "print this and exit"),
-        ("KEY=VALUE", "set a key; wins over files"),
+        ("KEY=VALUE", "set a key; overrides the files"),
     ]
     usage = f"usage: {program} [--config FILE ...] [--print-config] [KEY=VALUE ...]"
     lines = [usage, "", *textwrap.wrap(description, width), "", "options:"]
@@ -179,7 +179,7 @@ def _program() -> str:
 
 
 def _reader_gone() -> bool:
-    """Whether stdout broke, as in `... | head`. If so, nothing more is written to it."""
+    """Whether the reader of stdout is gone, as in `... | head`. If so, stdout is silenced."""
     poll = select.poll()
     poll.register(STDOUT, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
@@ -189,7 +189,7 @@ def _reader_gone() -> bool:
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    """Whether our own code raised it, and so speaks to the user. A library's error is a bug."""
+    """Whether our own code raised it, as a message to the user. A library's error is a bug."""
     frame = error.__traceback__
     while frame and frame.tb_next:
         frame = frame.tb_next

@@ -18,7 +18,7 @@ class ExitStatus(IntEnum):
     FAILED = 1
     REFUSED = 2
     TRY_AGAIN = 75  # EX_TEMPFAIL
-    INTERRUPTED = 130  # 128 + SIGINT, whichever signal asked it to stop
+    INTERRUPTED = 130  # 128 + SIGINT, for any signal that asks it to stop
     READER_GONE = 141  # 128 + SIGPIPE
 
 
@@ -27,12 +27,12 @@ exit status:
   0     it ended well
   1     it failed; a line "error: ..." on stderr says why
   2     the command line, the configuration or an input that they name was refused
-  75    it failed because it was cut off; started again with run.resume=true it may succeed
+  75    it was cut off, and may succeed if it is started again with run.resume=true
   130   it was asked to stop, by Ctrl-C or SIGTERM"""
 
 
 def one_line(error: BaseException, with_type: bool = False) -> str:
-    """The error's message on one line. `with_type`: after its type, which may be all it says."""
+    """The error on one line: its message, after its type if `with_type` or if it has no message."""
     name, message = type(error).__name__, " ".join(str(error).split())[:MAX_CHARS]
     if not message:
         return name
@@ -40,7 +40,7 @@ def one_line(error: BaseException, with_type: bool = False) -> str:
 
 
 def advice(error: BaseException) -> str:
-    """How to get over an error that the system reports, "" if there is nothing to say."""
+    """The remedy for an error that the system reports, "" if none is known."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "; free some space, or write elsewhere with run.dir=FOLDER"
     return ""

@@ -1,4 +1,4 @@
-"""Optional packages: imported if a setting asks for them; errors name the extra that is missing.
+"""Imports optional packages if a setting needs them, and names the extra that is missing.
 
 The extras are listed in `pyproject.toml`. Used for every package that is not a core dependency.
 """
@@ -14,8 +14,8 @@ from configs.errors import one_line
 def import_extra(module: str, needed_by: str, extra: str) -> Any:
     """Import an optional module and return it.
 
-    needed_by: the setting or command that asks for it, as the user wrote it. Raises `ValueError` if
-    the module is missing or broken.
+    `needed_by` is the setting or command that needs it, as the user wrote it. Raises `ValueError`
+    if the module is missing or broken.
     """
     try:
         return importlib.import_module(module)

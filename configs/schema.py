@@ -1,7 +1,7 @@
 """Every key of a run: its type, default, meaning and allowed values. One schema for all processes.
 
-Each process reads its own sections, and all of them are given the same file, so one `config.yaml`
-describes the whole run. `configs.cli.load` turns files and `key=value` overrides into a checked
+All processes get the same file and each reads its own sections, so one `config.yaml` describes the
+whole run. `configs.cli.load` turns files and `key=value` overrides into a checked
 `Config`. The `Shared...` sections hold the keys that a simulation (`darts.simulate`) has too.
 """
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
 LongEnd = Literal["none", "survivor", "longest"]
 
-RENAMED = {  # the old name is refused with the new one in the message
+RENAMED = {  # an old name is refused, with the new one in the message
     "actors.engines": "actors.num_engines",
     "batch.tokens": "batch.max_tokens",
     "darts.long": "darts.num_long",
@@ -35,7 +35,7 @@ WHOLE_DISTRIBUTION = (
     "its own weights, so the ratio of learner to actor would be wrong or undefined; use "
     "sampling.temperature"
 )
-REFUSED = {  # keys that a user of another system looks for, and why there are none
+REFUSED = {  # keys of other systems, and why they do not exist here
     f"sampling.{name}": WHOLE_DISTRIBUTION
     for name in (
         "bad_words",
@@ -65,8 +65,8 @@ def key(
     """A configuration key, with the metadata that `configs.cli` reads.
 
     The bounds hold for every item of a list. `choices` is for a set of words that only the running
-    program knows; a fixed set is a `Literal` type. `fixed`: a run keeps the value that it started
-    with, so that a resume with another one is refused.
+    program knows; a fixed set is a `Literal` type. If `fixed`, a run keeps the value with which it
+    started, and a resume with another one is refused.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata: dict[str, Any] = {"doc": doc, "fixed": fixed}
@@ -108,8 +108,8 @@ class RunConfig(SharedRun):
     )
     stop_s: float = key(
         30.0,
-        "Seconds that Ctrl-C gives the learner to end its step and save it, and the others to "
-        "leave; then all are killed. Raise it if a step takes longer.",
+        "Seconds after Ctrl-C in which the learner finishes and saves its step and the other "
+        "processes end. After that, all are killed. Raise it if a step takes longer.",
         gt=0,
     )
 
@@ -169,7 +169,7 @@ class DataConfig:
     answer_field: str = key(
         "answer",
         "Column of a file or dataset that holds the reference answer. Name a field inside a column "
-        "with dots: reward_model.ground_truth.",
+        "with dots, such as reward_model.ground_truth.",
         fixed=True,
     )
     system_prompt: str = key(
@@ -212,14 +212,14 @@ class DataConfig:
     )
     on_error: Literal["stop", "skip"] = key(
         "stop",
-        "What happens once a rollout has failed darts.max_attempts times, for instance because its "
+        "Reaction to a rollout that has failed darts.max_attempts times, for instance because its "
         "verifier raises: stop the run, or skip the prompt and count it. A prompt that is too long "
         "for model.max_context is always skipped.",
     )
     max_skipped_frac: float = key(
         0.1,
-        "Largest fraction of the prompts that may be skipped before the run ends with their number "
-        "and the reasons. Eight are always allowed. Raise it for data with many bad rows.",
+        "Largest fraction of the prompts that may be skipped. Above it, the run fails with their "
+        "number and the reasons. Eight are always allowed. Raise it for data with many bad rows.",
         ge=0,
         le=1,
     )
@@ -239,7 +239,7 @@ class PipelineConfig:
 class SharedBatch:
     groups: int = key(
         16,
-        "Number of groups (one prompt each) that one learner step trains on.",
+        "Number of groups (one prompt each) in the batch of one learner step.",
         ge=1,
         fixed=True,
     )
@@ -259,14 +259,14 @@ class BatchConfig(SharedBatch):
 class StalenessConfig:
     max_lag: int = key(
         4,
-        "Largest lag of a trajectory, in policy versions: from the version of its oldest token to "
-        "that of the learner which trains on it. Raise it if the learner waits for long responses.",
+        "Largest lag of a trajectory, in policy versions: the version of the learner that trains "
+        "it minus that of its oldest token. Raise it if the learner waits for long responses.",
         ge=0,
     )
     on_deadline: Literal["wait", "drop"] = key(
         "wait",
-        "What happens to a group that is about to exceed staleness.max_lag with too few responses: "
-        "the learner waits for it, or it is dropped and its prompt returns to the queue.",
+        "Treatment of a group that is about to exceed staleness.max_lag with too few responses: "
+        "wait (the learner waits for it) or drop (its prompt returns to the queue).",
     )
 
 
@@ -274,23 +274,23 @@ class StalenessConfig:
 class SharedDarts:
     policy: Literal["darts", "plain", "first_finished", "random"] = key(
         "darts",
-        "Which responses are trained on: darts (by length), plain (no surplus, so all of them), "
-        "first_finished (in order of finishing), or random (a control).",
+        "Rule that selects the responses for training: darts (by length), plain (all of them, "
+        "without a surplus), first_finished (in order of finishing), or random (a control).",
     )
     group_size: int = key(
-        8, "M: number of trajectories per group that are trained on.", ge=2, fixed=True
+        8, "M: number of trajectories per group that are selected for training.", ge=2, fixed=True
     )
     num_long: int = key(
         1,
-        "L: how many of the M trajectories are chosen among the longest; the other M - L are the "
-        "shortest.",
+        "L: number of the M trajectories that are chosen among the longest. The other M - L are "
+        "the shortest.",
         ge=0,
     )
     long_end: LongEnd = key(
         "survivor",
-        "How the L long trajectories are found: none (take the M shortest), survivor (let L of the "
-        "longest running rollouts finish and cancel the rest) or longest (wait for every rollout, "
-        "as published).",
+        "How the L long trajectories are chosen: none (take the M shortest), survivor (let L of "
+        "the longest running rollouts finish and cancel the rest) or longest (wait for every "
+        "rollout, as published).",
     )
     cancel: Literal["exact", "eager"] = key(
         "exact",
@@ -300,7 +300,7 @@ class SharedDarts:
     fill_truncated: bool = key(
         True,
         "Complete a group that has too few valid responses with truncated ones, so that hard "
-        "prompts are trained on too. If false, such a group is dropped.",
+        "prompts are trained, too. If false, such a group is dropped.",
     )
     uniform: Literal["train", "drop"] = key(
         "train",
@@ -365,8 +365,8 @@ class SharedSampling:
 class SamplingConfig(SharedSampling):
     temperature: float = key(
         1.0,
-        "Sampling temperature, in training and in evaluation. vLLM raises anything below 0.01 to "
-        "it, and the learner would train another distribution.",
+        "Sampling temperature, in training and in evaluation. vLLM would raise smaller values to "
+        "0.01, and the learner would train another distribution.",
         ge=0.01,
         fixed=True,
     )
@@ -437,8 +437,9 @@ class BufferConfig:
     )
     fsync_s: float = key(
         0.05,
-        "Records become durable together this often, in seconds; 0: each one at once. A power cut "
-        "loses at most the tokens streamed meanwhile; a killed process loses nothing.",
+        "Time after which new records are made durable together, in seconds; 0: each one at once. "
+        "A power cut loses at most the tokens streamed in that time. A killed process loses "
+        "nothing.",
         ge=0,
     )
     segment_bytes: int = key(
@@ -600,8 +601,8 @@ class LearnerConfig:
 class EvalConfig:
     every: int = key(
         20,
-        "Number of steps between two evaluations; there is one before the first step and one after "
-        "the last, too. 0 disables evaluation.",
+        "Number of steps between two evaluations. There is also one before the first step and one "
+        "after the last. 0 disables evaluation.",
         ge=0,
     )
     num_prompts: int = key(
@@ -648,7 +649,7 @@ class LaunchConfig:
 
 @dataclass
 class Config:
-    """A run. Every process gets the same one."""
+    """The configuration of a run, which all its processes share."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,10 +1,9 @@
-"""A core's whole state as plain data, from which another core goes on exactly as the first would
-have.
+"""A core's whole state as plain data, from which another core continues exactly as it would have.
 
-Owns the translation in both directions, and nothing else: `save` changes nothing, `restore` decides
-nothing. The data holds no reference to the core and needs no pickle; the buffer writes it at the
-head of a segment of its event log. The configuration is not part of it: a run may be resumed with
-other settings.
+Owns the translation in both directions and nothing else: `save` changes nothing, and `restore`
+decides nothing. The data holds no reference to the core and needs no pickle. The buffer writes it
+at the head of a segment of its event log. The configuration is not part of it, since a run may be
+resumed with other settings.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from darts.state.groups import Group, GroupState, Planned, Rollout, RolloutState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedRollout:
-    """A `darts.state.groups.Rollout`; its group is the one that holds it."""
+    """A `darts.state.groups.Rollout`. Its group is the `SavedGroup` that holds it."""
 
     rollout_id: int
     index: int
@@ -41,7 +40,10 @@ class SavedRollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedGroup:
-    """A `darts.state.groups.Group`. `planned`: index, attempt, and the rollout to continue, if any."""
+    """A `darts.state.groups.Group`.
+
+    `planned` holds (index, attempt, rollout to continue, if any).
+    """
 
     group_id: int
     prompt: Prompt
@@ -67,7 +69,10 @@ class SavedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedEngine:
-    """A `darts.state.engines.Engine`: rollouts in flight and groups in its backlog by id, in order."""
+    """A `darts.state.engines.Engine`.
+
+    `in_flight` and `backlog` hold the ids of its rollouts and groups, in order.
+    """
 
     engine_id: str
     engine_type: str
@@ -79,8 +84,9 @@ class SavedEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreState:
-    """Everything that a `Core` knows. `groups` includes closed ones of which a rollout holds a
-    slot.
+    """Everything that a `Core` knows.
+
+    `groups` includes closed groups of which a rollout still holds a slot.
     """
 
     groups: tuple[SavedGroup, ...]
@@ -106,7 +112,7 @@ class CoreState:
 
 
 def save(core: Core) -> CoreState:
-    """The present state. The core must be between two events."""
+    """The present state of `core`, which must be between two events."""
     held = {r.group.group_id: r.group for r in core.rollouts.values()}
     return CoreState(
         groups=tuple(_save_group(g) for g in (held | core.groups).values()),

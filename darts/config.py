@@ -1,4 +1,4 @@
-"""The part of a configuration that the core decides by, and how a run or a simulation gives it.
+"""The core's configuration, and how it follows from that of a run or a simulation.
 
 Owns the translation from configuration keys to `CoreConfig`. Never reads files or command lines.
 """
@@ -13,7 +13,10 @@ from configs import schema
 
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
-    """Everything the core's decisions depend on besides its events. Fields: `configs/schema.py`."""
+    """Everything that the core's decisions depend on besides its events.
+
+    `configs/schema.py` documents the fields.
+    """
 
     groups_per_step: int
     steps_per_version: int = 1
@@ -46,7 +49,7 @@ class CoreConfig:
 
 
 class CoreKeys(Protocol):
-    """The sections that the core decides by. A run's configuration and a simulation's have them."""
+    """The sections that configure the core, which runs and simulations share."""
 
     @property
     def run(self) -> schema.SharedRun: ...
@@ -69,7 +72,7 @@ class CoreKeys(Protocol):
 def core_config(config: CoreKeys) -> CoreConfig:
     """The core's configuration, for a run or a simulation (in which rollouts never fail).
 
-    `pipeline.mode=sync` is lag 0 with a learner that waits for its whole window: nothing is
+    `pipeline.mode=sync` means lag 0 and a learner that waits for its whole window, so nothing is
     released early or dropped.
     """
     sync = config.pipeline.mode == "sync"

@@ -15,7 +15,7 @@ log). It keeps these rules, each of them a property in `tests/properties`:
 6. An illegal event raises `ProtocolError` and changes nothing.
 7. Memory is bounded: closed groups are forgotten.
 
-`darts.invariants.validate_state` checks what must hold of the state between two events.
+`darts.invariants.validate_state` checks the invariants of the state between two events.
 """
 
 from __future__ import annotations
@@ -41,23 +41,26 @@ from darts.state.staleness import OutstandingGroups
 
 NOTHING: list[ev.Decision] = []
 FIXED = ("groups_per_step", "steps_per_version", "group_size", "max_tokens", "seed")
-SKIPPED_IDS = 1_000_000  # after a restart: more than could have been launched and not recorded
+# Ids skipped after a restart: more than could have been launched without being recorded.
+SKIPPED_IDS = 1_000_000
 
 
 class Core:
-    """`handle(event) -> decisions`. `darts.checkpoint` saves and restores all that it knows."""
+    """The state machine: `handle(event)` returns decisions.
+
+    `darts.checkpoint` saves its whole state and restores it.
+    """
 
     def __init__(self, config: CoreConfig) -> None:
         self.engines = Engines()
         self.groups: dict[int, Group] = {}
-        self.rollouts: dict[int, Rollout] = {}  # all that hold a slot
+        self.rollouts: dict[int, Rollout] = {}  # those that hold a slot
         self.outstanding = OutstandingGroups(config.groups_per_step, config.steps_per_version)
-        self.orphaned: deque[Group] = (
-            deque()
-        )  # their engine is gone, and no other can continue them
+        # Groups whose engine is gone and that no other engine can continue.
+        self.orphaned: deque[Group] = deque()
         self.pool = lengths.POOL_PRIOR
         self.requested_step: int | None = None
-        self.num_refilled = 0  # groups without signal that were replaced since the last batch
+        self.num_refilled = 0  # uniform groups that were replaced since the last batch
         self.admission_paused = False
         self.run_ended = False
         self.num_ignored_reports = 0
@@ -85,8 +88,9 @@ class Core:
         )
 
     def handle(self, event: ev.Event) -> Sequence[ev.Decision]:
-        """Apply `event`. Raises `ProtocolError`, with nothing changed, if it is
-        illegal at present.
+        """Apply `event` and return the decisions that follow from it.
+
+        Raises `ProtocolError`, with nothing changed, if the event is illegal in the present state.
         """
         self._handlers[type(event)](self, event)
         if not self._decisions:
@@ -95,7 +99,7 @@ class Core:
         return decisions
 
     # For drivers to read
-    # ----------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def policy_version(self) -> int:
@@ -104,9 +108,7 @@ class Core:
 
     @property
     def num_pending(self) -> int:
-        """Training prompts drawn and not yet opened. Drivers keep `groups_per_step`
-        of them here.
-        """
+        """Training prompts drawn and not yet opened. Drivers keep `groups_per_step` here."""
         return len(self.prompts.training)
 
     @property
@@ -120,7 +122,7 @@ class Core:
         return self.outstanding.num_ready
 
     # Events: prompts and the run
-    # --------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _prompts_drawn(self, event: ev.PromptsDrawn) -> None:
         curve = next(iter(self.engines.curves.values()), None)
@@ -162,7 +164,7 @@ class Core:
         if rollout.runs:
             rollout.tokens = event.num_tokens
         elif rollout.state is RolloutState.LOST:
-            rollout.tokens = event.num_tokens  # another continues from there
+            rollout.tokens = event.num_tokens  # its replacement continues from there
         elif rollout.group.purpose == "train" and rollout.group.state is not GroupState.SHIPPED:
             self._drop(rollout.group, "tokens_lost", requeue=True)
             self._admit()
@@ -181,7 +183,7 @@ class Core:
         self._admit()
 
     # Events: engines
-    # --------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _engine_joined(self, event: ev.EngineJoined) -> None:
         if event.engine_id in self.engines.by_id:
@@ -192,8 +194,8 @@ class Core:
         if event.slots < 1 or event.policy_version > self.policy_version:
             raise ev.ProtocolError(
                 f"engine {event.engine_id} joins with {event.slots} slots and policy version "
-                f"{event.policy_version}: at least 1 slot, and no version above "
-                f"{self.policy_version}"
+                f"{event.policy_version}: it needs at least 1 slot, and its version must not be "
+                f"above {self.policy_version}"
             )
         self.engines.join(
             Engine(event.engine_id, event.engine_type, event.slots, event.policy_version)
@@ -235,7 +237,7 @@ class Core:
             self.num_ignored_reports += 1
 
     # Events: rollouts
-    # -------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _rollout_progressed(self, event: ev.RolloutProgressed) -> None:
         rollout = self._holding_slot(event.rollout_id)
@@ -289,11 +291,12 @@ class Core:
         self._admit()
 
     # Events: learner
-    # --------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _learner_joined(self, event: ev.LearnerJoined) -> None:
-        """Offer again all groups that shipped and were never trained; the next publication drops
-        stale ones.
+        """Offer again every group that shipped and was never trained.
+
+        The next publication drops those that are stale by then.
         """
         self.requested_step = None
         for group in self.groups.values():
@@ -305,7 +308,7 @@ class Core:
         if event.version <= self.policy_version:
             raise ev.ProtocolError(
                 f"policy version {event.version} published after {self.policy_version}: "
-                "versions grow"
+                "versions must grow"
             )
         self.outstanding.published(event.version)
         for group in self.outstanding.stale():
@@ -320,8 +323,8 @@ class Core:
             )
         if self.outstanding.steps_left < 1:
             raise ev.ProtocolError(
-                f"shards of step {event.step} requested, but version {self.policy_version} was "
-                f"given its {self.config.steps_per_version} step(s): publish first"
+                f"shards of step {event.step} requested, but version {self.policy_version} has "
+                f"had its {self.config.steps_per_version} step(s): publish the next version first"
             )
         self.requested_step = event.step
         for group in self.outstanding.due():
@@ -339,13 +342,13 @@ class Core:
         group = self.groups.get(event.group_id)
         if group is None or group.state is not GroupState.SHIPPED:
             raise ev.ProtocolError(
-                f"group {event.group_id} reported as trained, but it is not in the learner's hands"
+                f"group {event.group_id} reported as trained, but the learner does not hold it"
             )
         self._close(group)
         self._decisions.append(ev.Close(group.record("shipped")))
 
     # Legality
-    # ---------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _engine(self, engine_id: str) -> Engine:
         engine = self.engines.by_id.get(engine_id)
@@ -355,7 +358,7 @@ class Core:
         return engine
 
     def _holding_slot(self, rollout_id: int) -> Rollout | None:
-        """None if the rollout is over, since late news of it is a legal race."""
+        """The rollout, or None if it is over, since late news of it is a legal race."""
         if not 0 <= rollout_id < self.next_rollout:
             raise ev.ProtocolError(
                 f"rollout {rollout_id} was never launched (the last was {self.next_rollout - 1})"
@@ -382,11 +385,12 @@ class Core:
             )
 
     # Rollouts
-    # ---------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _lose(self, rollout: Rollout, keep_tokens: bool, handed_over: bool = False) -> None:
-        """A rollout in flight ended without a result. Plan another attempt while any are left; one
-        that was handed over goes on in the same attempt.
+        """A rollout in flight ended without a result: plan another attempt if any is left.
+
+        A rollout that was handed over continues in the same attempt.
         """
         group = rollout.group
         group.end(rollout, RolloutState.LOST)
@@ -399,8 +403,9 @@ class Core:
             self.engines.enqueue(group, first=True)
 
     def _count_overshoot(self, rollout: Rollout, num_tokens: int) -> None:
-        """An engine decoded on until a cancel reached it. A group's record counts it, if not yet
-        made.
+        """Count the tokens that the engine decoded after the decision to cancel.
+
+        They go into the group's record or, if that was made already, into a decision of their own.
         """
         rollout.overshoot = num_tokens - rollout.tokens
         if rollout.overshoot and rollout.group.state is GroupState.CLOSED:
@@ -433,7 +438,8 @@ class Core:
             engine.in_flight[rollout.rollout_id] = rollout
             self.rollouts[rollout.rollout_id] = rollout
             if before is not None:
-                before.tokens = 0  # they are the beginning of the new one, so not lost after all
+                # They are the beginning of the new rollout, so they are not lost.
+                before.tokens = 0
             self._decisions.append(
                 ev.Launch(
                     rollout_id=rollout.rollout_id,
@@ -461,7 +467,7 @@ class Core:
             self._launch(engine)
 
     # Groups
-    # -----------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         """Open groups while engines have room, evaluation first.
@@ -546,9 +552,7 @@ class Core:
         self._launch(engine)
 
     def _review(self, group: Group) -> None:
-        """Look at a group again after news of it: cancel rollouts, and settle it once it is
-        decided.
-        """
+        """React to news of an open group: cancel rollouts, and settle it once it is decided."""
         if group.state is not GroupState.OPEN:
             return
         if len(group.finished) >= group.group_size:
@@ -585,7 +589,7 @@ class Core:
 
     @property
     def _may_refill(self) -> bool:
-        """Bounded per step, so that a batch fills even if no prompt has signal.
+        """Whether a uniform group may be replaced. A bound per step lets every batch fill.
 
         Source: DAPO (arXiv 2503.14476), dynamic sampling. Differs: beyond the bound such groups are
         trained, since a batch of fixed size keeps the lag bound feasible.
@@ -604,10 +608,9 @@ class Core:
             group.selection = select_dual_end(group.finished, group.truncated, *seats)
 
     def _rng(self, group: Group) -> Random:
-        """Breaks the ties of one group and draws its random control.
+        """The generator that breaks the group's ties and draws its random control.
 
-        It depends on the prompt's visit alone, so no generator has a state that would have to be
-        saved.
+        It depends on the prompt's visit alone, so no generator has a state that must be saved.
         """
         return Random(f"{self.config.seed} {group.prompt.prompt_id} {group.prompt.visit}")
 
@@ -651,7 +654,7 @@ class Core:
     def _drop(self, group: Group, end: ev.GroupEnd, requeue: bool) -> None:
         self._stop(group, "dropped")
         if group.state is GroupState.OPEN:
-            # Dropped groups are the long ones: without them the statistics would lean short.
+            # Dropped groups are the long ones. Without them the statistics would be too short.
             self._learn_lengths(group)
         if group.state is not GroupState.SHIPPED:
             self.outstanding.remove(group)

@@ -33,8 +33,7 @@ CancelReason = Literal["past_selection", "group_full", "deadline", "dropped"]
 
 
 class ProtocolError(Exception):
-    """A peer's mistake: an event that is impossible in the present state, which it leaves
-    unchanged.
+    """A peer's mistake: an event that is illegal in the present state, which stays unchanged.
 
     The message names the ids and the state.
     """
@@ -42,9 +41,9 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One task to answer. `lengths`: the journal's statistics of its response lengths, if any.
+    """A task to answer. `lengths` are the journal's statistics of its response lengths, if any.
 
-    `visit` tells the draws of one prompt apart: it is the position in the prompt stream.
+    `visit` is the position in the prompt stream, which tells the draws of one prompt apart.
     """
 
     prompt_id: str
@@ -53,7 +52,7 @@ class Prompt:
 
 
 # Events
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,9 @@ class PromptsDrawn:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRequested:
-    """Answer held-out prompts `samples` times each, on engines whose policy is at least
-    `min_version`.
+    """Answer held-out prompts `samples` times each.
+
+    Only engines whose policy is at least `min_version` answer them.
     """
 
     prompts: tuple[Prompt, ...]
@@ -76,14 +76,14 @@ class EvaluationRequested:
 
 @dataclass(frozen=True, slots=True)
 class SettingsChanged:
-    """A run was resumed with other settings, which hold from here on."""
+    """A run was resumed with other settings, which apply from here on."""
 
     config: CoreConfig
 
 
 @dataclass(frozen=True, slots=True)
 class EngineJoined:
-    """An engine announced itself with `slots` credits and the policy version that it has loaded."""
+    """An engine joined with `slots` slots and the policy version that it has loaded."""
 
     engine_id: str
     engine_type: str
@@ -95,9 +95,9 @@ class EngineJoined:
 class EngineLost:
     """An engine is gone, together with everything that it had in flight.
 
-    `keep_tokens`: other engines continue its rollouts from the tokens received so far. False for an
-    engine that broke the protocol, since its tokens cannot be trusted. `left`: it was told to leave
-    and handed its rollouts over, which is no failed attempt.
+    If `keep_tokens`, other engines continue its rollouts from the tokens received so far. It is
+    False for an engine that broke the protocol, whose tokens cannot be trusted. If `left`, the
+    engine was asked to leave and handed its rollouts over, which is no failed attempt.
     """
 
     engine_id: str
@@ -137,8 +137,7 @@ class RolloutProgressed:
 class RolloutFinished:
     """A rollout ended by itself and was scored, which frees its slot.
 
-    `truncated`: it reached its length limit, either `sampling.max_tokens` or the end of the
-    context.
+    If `truncated`, it reached its length limit: `sampling.max_tokens` or the end of the context.
     """
 
     rollout_id: int
@@ -150,8 +149,9 @@ class RolloutFinished:
 
 @dataclass(frozen=True, slots=True)
 class RolloutFailed:
-    """The engine or the environment failed on a rollout, which frees its slot. It
-    is never scored.
+    """The engine or the environment failed on a rollout, which frees its slot.
+
+    The rollout is never scored.
     """
 
     rollout_id: int
@@ -159,8 +159,9 @@ class RolloutFailed:
 
 @dataclass(frozen=True, slots=True)
 class RolloutStopped:
-    """The engine confirms a cancel, so the slot is free. `num_tokens`: tokens sampled until it
-    stopped.
+    """The engine confirmed a cancel, which frees the slot.
+
+    `num_tokens` counts all tokens sampled until the rollout stopped.
     """
 
     rollout_id: int
@@ -186,7 +187,7 @@ class PolicyPublished:
 class ShardsRequested:
     """The learner asks for the groups of its next step.
 
-    The answer is `groups_per_step` `Ship`s, at once or later.
+    The answer is `groups_per_step` `Ship` decisions, at once or later.
     """
 
     step: int
@@ -201,7 +202,7 @@ class GroupTrained:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionPaused:
-    """Stop opening training groups because the trajectory store is full, or start again."""
+    """Stop opening training groups because the trajectory store is full, or resume."""
 
     paused: bool
 
@@ -210,8 +211,7 @@ class AdmissionPaused:
 class BufferRestarted:
     """The buffer was started again and its state restored from the log.
 
-    Launches that were sent but whose records are lost may have used the next ids, so they are
-    skipped.
+    Launches whose records are lost may have used the next ids, so these ids are skipped.
     """
 
 
@@ -237,16 +237,17 @@ Event = Union[
 
 
 # Decisions
-# ------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutRecord:
     """How one rollout ended. Only a rollout that ended by itself has a reward.
 
-    tokens: sampled until its end was decided; for a cancelled or lost rollout, as far as reported.
-    truncated: its length limit ended it, whether or not it was then selected.
-    overshoot: further tokens, sampled between the decision to cancel it and its engine's stop.
+    tokens: number of tokens sampled until its end was decided. For a cancelled or lost rollout, the
+        number last reported.
+    truncated: whether its length limit ended it. It may have been selected all the same.
+    overshoot: number of tokens sampled between the decision to cancel it and its engine's stop.
     """
 
     rollout_id: int
@@ -261,11 +262,11 @@ class RolloutRecord:
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """The story of one group: a row of the selection ledger. `shipped_version` is -1 unless
-    shipped.
+    """The story of one group: a row of the selection ledger.
 
-    Example: M = 3 with one long seat. Four rollouts started at version 4; one was past the
-    selection.
+    `shipped_version` is -1 if the group never shipped.
+
+    Example: M = 3 with one long seat. Four rollouts started at version 4, and one was cancelled.
 
         GroupRecord(
             group_id=17, prompt_id="train/42", opened_version=4, shipped_version=5, budget=4,
@@ -292,8 +293,9 @@ class GroupRecord:
 
 @dataclass(frozen=True, slots=True)
 class OpenGroup:
-    """A group begins: at most `budget` rollouts of `prompt_id`, all on `engine_id`
-    while it lives.
+    """A group begins, with at most `budget` rollouts of `prompt_id`.
+
+    All of them run on `engine_id`, unless that engine is lost.
     """
 
     group_id: int
@@ -308,8 +310,8 @@ class OpenGroup:
 class Launch:
     """Start a rollout. `continues` names a lost rollout whose tokens so far are its beginning.
 
-    `visit`, `index` (of the response in its group) and `attempt` seed its sampling: a run that is
-    resumed draws the same again.
+    `visit`, `index` (of the response in its group) and `attempt` seed its sampling, so that a
+    resumed run draws the same response again.
     """
 
     rollout_id: int
@@ -325,8 +327,9 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Abort a rollout while it decodes. Its end is decided now; its slot is free once the engine
-    confirms.
+    """Abort a rollout while it decodes.
+
+    Its end is decided now, and its slot is free once the engine confirms.
     """
 
     rollout_id: int
@@ -353,7 +356,7 @@ class Close:
 class Drop:
     """This group will not be trained: record it and forget its rollouts.
 
-    `requeued`: its prompt returned to the head of the queue.
+    `requeued` says whether its prompt returned to the head of the queue.
     """
 
     record: GroupRecord
@@ -378,8 +381,9 @@ class CountOvershoot:
 
 @dataclass(frozen=True, slots=True)
 class RememberLengths:
-    """Keep these length statistics for the next draw of the prompt; "" is the pool
-    of all prompts.
+    """Keep these length statistics for the next draw of the prompt.
+
+    The prompt id "" stands for the pool of all prompts.
     """
 
     prompt_id: str

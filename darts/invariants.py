@@ -14,9 +14,7 @@ from darts.state.groups import Group, GroupState, Rollout, RolloutState
 
 
 def validate_state(core: Core) -> None:
-    """Raises `AssertionError` with the id of the first engine, rollout or group that is
-    inconsistent.
-    """
+    """Raise `AssertionError` with the id of the first inconsistent engine, rollout or group."""
     for engine in core.engines.by_id.values():
         _validate_engine(core, engine)
     for rollout in core.rollouts.values():
@@ -41,7 +39,7 @@ def _validate_engine(core: Core, engine: Engine) -> None:
 
 
 def _validate_rollout(core: Core, rollout: Rollout) -> None:
-    """It holds a slot, so it runs, or it was cancelled and its engine has not confirmed."""
+    """A rollout with a slot runs, or was cancelled and waits for its engine's confirmation."""
     where = rollout.rollout_id
     assert rollout.state in (RolloutState.RUNNING, RolloutState.CANCELLED), where
     assert rollout.rollout_id in core.engines.by_id[rollout.engine_id].in_flight, where
@@ -72,7 +70,7 @@ def _validate_group(core: Core, group: Group) -> None:
     if group.planned:
         engine = core.engines.by_id.get(group.engine_id)
         queued = engine is not None and group in engine.backlog
-        assert queued != (group in core.orphaned), (where, "planned rollouts wait nowhere")
+        assert queued != (group in core.orphaned), (where, "planned rollouts are in no queue")
 
 
 def _validate_outstanding(core: Core) -> None:

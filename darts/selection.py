@@ -1,10 +1,9 @@
-"""Which finished rollouts of a group are trained on: pure functions of lengths, truncation flags, M
-and L.
+"""Selection of a group's training trajectories among its finished rollouts.
 
-Source: DARTS (arXiv 2605.30859), distribution-aware trajectory sampling: the K = M - L shortest
-plus the L longest, responses that hit the length limit left out. Differs: ties go to the earlier
-rollout id, and a group with too few valid responses may be filled with truncated ones, so that no
-hard prompt starves.
+Pure functions of lengths, truncation flags, M and L. Source: DARTS (arXiv 2605.30859),
+distribution-aware trajectory sampling: the K = M - L shortest plus the L longest, without responses
+that hit the length limit. Differs: ties go to the earlier rollout id, and a group with too few
+valid responses may be filled with truncated ones, so that no hard prompt starves.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from typing import NamedTuple
 
 
 class Candidate(NamedTuple):
-    """A rollout that ended by itself. Sorts by length, ties by id."""
+    """A rollout that ended by itself. Candidates sort by length, then by id."""
 
     tokens: int
     rollout_id: int
 
 
 class Selection(NamedTuple):
-    """Rollout ids by seat. `filled`: truncated ones that took a seat for lack of a valid one."""
+    """Rollout ids by seat. `filled` are truncated rollouts that make up for missing valid ones."""
 
     short: tuple[int, ...]
     long: tuple[int, ...]
@@ -36,8 +35,9 @@ def select_dual_end(
     num_long: int,
     fill_truncated: bool,
 ) -> Selection | None:
-    """The K shortest and the L longest of `finished`, or None when there are too few and they may
-    not be filled.
+    """The K shortest and the L longest of `finished`.
+
+    None if there are too few and `truncated` cannot fill the group, or may not.
     """
     valid = sorted(finished)
     missing = group_size - len(valid)
@@ -57,8 +57,9 @@ def select_random(
     fill_truncated: bool,
     rng: random.Random,
 ) -> Selection | None:
-    """A control: any M of `finished`, regardless of length. Shows what selecting by length adds to
-    sampling more.
+    """A control: any M of `finished`, regardless of length.
+
+    It separates the effect of selection by length from that of sampling more responses.
     """
     valid = sorted(finished, key=lambda c: c.rollout_id)
     if len(valid) > group_size:

@@ -12,7 +12,7 @@ from darts.events import GroupRecord
 def step_row(records: Sequence[GroupRecord], num_replaced: int) -> dict[str, float]:
     """Rewards, lengths in sampled tokens, budgets and lags of the groups that a step trained.
 
-    num_replaced: groups dropped as uniform since the last row.
+    `num_replaced` is the number of groups dropped as uniform since the last row.
     """
     rollouts = [r for record in records for r in record.rollouts]
     selected = [r for r in rollouts if r.end.startswith("selected")]

@@ -1,4 +1,7 @@
-"""Which side of a run waits for the other, in words. Reads the core, and never changes it."""
+"""Which side of a run waits for the other, in words.
+
+Reads the core and never changes it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The FSDP learner: pulls shards of bounded staleness, trains, publishes versioned weights.
 
-Its exceptions are here, so that catching them needs no torch.
+Its exceptions are defined here, so that catching them needs no torch.
 """
 
 from buffer.wire.transport import TransportError
@@ -11,5 +11,7 @@ class RunStopped(Exception):
 
 
 class BufferLost(TransportError):
-    """The buffer did not come back within `buffer.rejoin_timeout_s`; a resume goes on from a
-    checkpoint."""
+    """The buffer did not come back within `buffer.rejoin_timeout_s`.
+
+    A resumed run continues from a checkpoint.
+    """

@@ -1,7 +1,8 @@
 """`python -m learner key=value ...`: the learner of one node.
 
-Owns the rank processes: a single rank runs in this process. Several are started as torchrun would
-start them (and torchrun may, over several nodes), watched, and ended together. Never trains.
+Owns the rank processes. A single rank runs in this process. Several are started as torchrun would
+start them, watched, and ended together. On several nodes, torchrun itself starts them. Never
+trains.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ from darts.events import ProtocolError
 from learner import BufferLost, RunStopped
 
 WATCH_S = 0.1
-LEAVE_S = 10.0  # for the other ranks, once one has failed
+LEAVE_S = 10.0  # time for the other ranks to end once one has failed
 
 
 class RankFailed(Exception):
-    """A rank process ended for a reason that it would find again."""
+    """A rank failed for a reason that a restart would not remove."""
 
 
 def run(config: Config) -> int:
-    """One rank, or all of this node's."""
+    """Run one rank, or all ranks of this node."""
     variables = os.environ
     if "RANK" in variables:
         rank, num_ranks = int(variables["RANK"]), int(variables["WORLD_SIZE"])
@@ -56,11 +57,11 @@ def _train(config: Config, rank: int, num_ranks: int, local_rank: int) -> int:
     limit_s = config.run.stop_s
 
     def answer() -> None:
-        if num_ranks == 1:  # otherwise the supervisor does
+        if num_ranks == 1:  # otherwise the supervisor says it
             _say_stopping(limit_s)
 
     with StopRequest(answer, limit_s) as request:
-        from learner.train import run_rank  # here: it takes seconds to import
+        from learner.train import run_rank  # imported here, since it takes seconds
 
         try:
             return run_rank(config, rank, num_ranks, local_rank, lambda: request.requested)
@@ -76,7 +77,8 @@ def _train(config: Config, rank: int, num_ranks: int, local_rank: int) -> int:
 def supervise(config: Config) -> int:
     """Start `learner.num_ranks` processes and wait for all. The first one to fail ends the others.
 
-    Returns `TRY_AGAIN`, having named it, if it was killed. Raises `RankFailed` otherwise.
+    Returns an `ExitStatus`. If that rank was killed, it is named on stderr and the status is
+    `TRY_AGAIN`. Raises `RankFailed` if it failed by itself.
     """
     limit_s = config.run.stop_s
     with (
@@ -102,8 +104,9 @@ def supervise(config: Config) -> int:
 
 
 def _rank_environment(rank: int, num_ranks: int, folder: str) -> dict[str, str]:
-    """torchrun's variables, but for the rendezvous: a file, because torch's own store listens on
-    every interface.
+    """torchrun's variables, with a file as the rendezvous.
+
+    torch's own store would listen on every interface.
     """
     return {
         "RANK": str(rank),
@@ -117,7 +120,7 @@ def _rank_environment(rank: int, num_ranks: int, folder: str) -> dict[str, str]:
 
 
 def _watch(ranks: list[Child], request: StopRequest) -> Child | None:
-    """The first rank to fail; None once all have ended well, or a signal came."""
+    """The first rank that fails, or None once all have ended well or a signal has come."""
     while not request.requested:
         for rank in ranks:
             forward(rank)
@@ -132,8 +135,10 @@ def _watch(ranks: list[Child], request: StopRequest) -> Child | None:
 
 
 def _wait_for_the_others(ranks: list[Child], culprit: Child) -> None:
-    """A run that was stopped ends all ranks, one after the other. A kill leaves the others hanging,
-    or lets them fail as if the fault were theirs.
+    """Give the other ranks time to end by themselves, unless the culprit was killed.
+
+    When a run is stopped, all ranks end, one after the other. After a kill, the others hang or fail
+    as if the fault were theirs.
     """
     deadline = time.monotonic() + (0.0 if may_succeed_again(culprit.status()) else LEAVE_S)
     while time.monotonic() < deadline and any(rank.status() is None for rank in ranks):
@@ -153,7 +158,7 @@ def _report(culprit: Child) -> int:
 
 
 def _say_stopping(limit_s: float) -> None:
-    line = f"stopping: the learner ends its step and saves it, up to {limit_s:g} s; {AGAIN}"
+    line = f"stopping: the learner finishes and saves its step, up to {limit_s:g} s; {AGAIN}"
     print(line, file=sys.stderr, flush=True)
 
 

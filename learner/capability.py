@@ -1,11 +1,10 @@
-"""Whether a model's packed sequences equal the same sequences alone, measured, and the layout of
-packs that follows.
+"""Finds the layout of packs under which a model computes each sequence as if it were alone.
 
-Owns the probe: three short sequences of drawn tokens through the model that is about to be trained,
-on its device and in its type. It compares log-probabilities and gradients. It decides by what it
-measured, never by a list of models. The model is left without gradients, and as it was but for its
-attention and for the layers that `Boundaries` splits. Driven by `learner.train` before the first
-step and by a check before a run. With several ranks it is a collective.
+Owns the probe: three short sequences of random tokens, run through the model that is about to be
+trained, on its device and in its type. It compares log-probabilities and gradients, and decides by
+these measurements, never by a list of models. It leaves the model without gradients and unchanged,
+except for its attention and the layers that `Boundaries` splits. Driven by `learner.train` before
+the first step, and by a check before a run. A collective if there are several ranks.
 """
 
 from __future__ import annotations
@@ -28,26 +27,26 @@ from learner.packs.boundaries import Boundaries
 from learner.packs.loss import token_logprobs
 
 LENGTHS = (23, 17, 29)  # unequal, odd, and longer than any convolution's kernel
-# A right layout was at most 1e-6 off in float32 and, with experts, 0.07 in bfloat16; a wrong one at
-# least 0.05 nats and 2 %.
+# Correct layouts were off by at most 1e-6 in float32 and, with experts, 0.07 in bfloat16. Wrong
+# ones were off by at least 0.05 nats and 2 %.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.2}
-# The tokens of other sequences change nothing at all if sequences are kept apart, since the same
+# If sequences are kept apart, the tokens of the others change nothing at all, since the same
 # kernels run on the same shapes.
 LEAK_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
-SMALL_FRAC = 1e-3  # of the whole gradient; a smaller one is measured against this much
+# Share of the whole gradient's norm. A parameter's difference is relative to at least this much.
+SMALL_FRAC = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far one layout is from each sequence alone."""
+    """How far the results of one layout are from those of each sequence alone."""
 
-    logprob: float = float("inf")  # nats, the largest of any token
-    gradient: float = float(
-        "inf"
-    )  # of a parameter's gradient, relative to its norm, the largest of any
-    leak: float = float(
-        "inf"
-    )  # nats by which a sequence's log-probabilities follow its neighbours' tokens
+    # The largest of any token, in nats.
+    logprob: float = float("inf")
+    # The largest of any parameter's gradient, relative to its norm.
+    gradient: float = float("inf")
+    # The change of a sequence's log-probabilities with its neighbours' tokens, in nats.
+    leak: float = float("inf")
     error: str = ""  # why this layout cannot be run at all
 
     def within_bounds(self, dtype: torch.dtype) -> bool:
@@ -62,22 +61,22 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How the packs of a run are laid out, and the measurements that say so."""
+    """The layout of a run's packs, and the measurements that led to it."""
 
     model_type: str
-    unaided: Difference  # packed, with positions alone to keep sequences apart
+    unaided: Difference  # packed, with sequences kept apart by positions alone
     difference: Difference  # of the layout that is used
     split_kinds: tuple[str, ...] = ()  # classes of layers that take one sequence at a time
     one_per_pack: bool = False
 
     def capacity(self, max_tokens: int) -> int:
-        """Tokens in one pack: a longer sequence always has one to itself."""
+        """Largest pack, in tokens. A longer sequence always has a pack to itself."""
         return 1 if self.one_per_pack else max_tokens
 
     def __str__(self) -> str:
-        """One line: the verdict and its cost."""
+        """The verdict and its cost, on one line."""
         if not (self.split_kinds or self.one_per_pack):
-            return f"{self.model_type}: packed sequences equal the same alone ({self.difference})"
+            return f"{self.model_type}: packed sequences equal single ones ({self.difference})"
         remedy = (
             f"{', '.join(self.split_kinds)} layers take one sequence at a time, which costs a call "
             "per response in each of them"
@@ -86,18 +85,18 @@ class Packing:
             "pass per response"
         )
         return (
-            f"{self.model_type}: packed sequences do not equal the same alone ({self.unaided}), so "
+            f"{self.model_type}: packed sequences differ from single ones ({self.unaided}), so "
             f"{remedy} (then: {self.difference})"
         )
 
 
 def probe_packing(boundaries: Boundaries, dtype: torch.dtype = torch.float32) -> Packing:
-    """The cheapest layout of packs under which every sequence is computed as if it were alone;
-    `dtype` is the type of computation.
+    """The cheapest layout of packs under which every sequence is computed as if it were alone.
 
-    Tried in this order: packed; packed, with the layers through which sequences leak split; one
-    sequence per pack; each with our attention before transformers' own. Raises `ValueError` if none
-    is right, with the model's type and the difference.
+    It tries packed sequences first, then packed ones except in the layers through which they leak,
+    and at last one sequence per pack. Each layout is tried with our attention before transformers'
+    own. `dtype` is the type of computation. Raises `ValueError`, with the model's type and the
+    difference, if no layout is correct.
     """
     model, probe = boundaries.model, _Probe(boundaries)
     given = str(model.config._attn_implementation)
@@ -122,8 +121,8 @@ def probe_packing(boundaries: Boundaries, dtype: torch.dtype = torch.float32) ->
             return _packing(boundaries, tried, one_per_pack=True)
     raise ValueError(
         f"{model.config.model_type} models cannot be trained: even one sequence per pack differs "
-        f"from the model by itself, {tried[-1]} (allowed: {BOUNDS[dtype]:g}), so the policy "
-        "gradient would be wrong"
+        f"from a plain call, {tried[-1]} (allowed: {BOUNDS[dtype]:g}), so the policy gradient "
+        "would be wrong"
     )
 
 
@@ -141,8 +140,7 @@ def _packing(
 
 
 class _Probe:
-    """The sequences, and what the model makes of each of them alone when it is called as plainly as
-    it can be."""
+    """The sequences, and the model's plain results for each of them alone."""
 
     def __init__(self, boundaries: Boundaries) -> None:
         self._boundaries = boundaries
@@ -158,7 +156,7 @@ class _Probe:
         with _reference_attention(model):
             try:
                 self._logprobs, self._gradients = self._run(self._sequences, plainly=True)
-            except Exception as error:  # whatever a model's own code raises: it is its refusal
+            except Exception as error:  # a model's own code may raise anything
                 raise ValueError(
                     f"{model.config.model_type} models cannot be trained: a plain forward and "
                     f"backward pass fails: {one_line(error, with_type=True)}"
@@ -174,7 +172,7 @@ class _Probe:
         try:
             logprobs, gradients = self._run(packs)
             leak = self._leak(logprobs) if len(packs) == 1 else 0.0
-        except Exception as error:  # this layout is not one for this model: the next is tried
+        except Exception as error:  # the next layout is tried
             return Difference(error=one_line(error, with_type=True))
         finally:
             _settle(self._boundaries.model)
@@ -186,8 +184,10 @@ class _Probe:
     def _run(
         self, packs: list[Pack], plainly: bool = False
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Log-probabilities of all targets, and this rank's part of the gradients of a drawn
-        weighting of them."""
+        """Log-probabilities of all targets, and this rank's part of the gradients.
+
+        The gradients are those of a randomly weighted sum of the log-probabilities.
+        """
         logprobs = []
         for pack in packs:
             logprobs_S = self._pack_logprobs(pack, plainly)
@@ -213,10 +213,10 @@ class _Probe:
 
     @torch.no_grad()
     def leaking_kinds(self) -> list[str]:
-        """Classes of the innermost layers that gave the middle sequence other values though they
-        were given the same, in their order.
+        """Classes of the innermost layers through which sequences leak, in their order.
 
-        Layers that are split already are left out.
+        Such a layer's output for the middle sequence changes although its input does not. Layers
+        that are split already are left out.
         """
         before, now = _Watch(self._boundaries.model), _Watch(self._boundaries.model)
         for watch, pack in ((before, self._pack), (now, self._neighbours_changed)):
@@ -237,8 +237,7 @@ class _Probe:
 
 
 class _Watch:
-    """What the middle sequence's rows were before and after each layer that maps tokens [1, T, ...]
-    to tokens [1, T, ...]."""
+    """The middle sequence's rows before and after each layer from [1, T, ...] to [1, T, ...]."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -271,8 +270,10 @@ class _Watch:
 
 
 def _middle_rows(values: tuple[Any, ...]) -> torch.Tensor | None:
-    """A copy of the middle sequence's rows in the first floating-point tensor [1, T, ...] of
-    `values`, if there is one."""
+    """A copy of the middle sequence's rows in the first floating-point tensor of `values`.
+
+    None if there is none, or if it is not [1, T, ...].
+    """
     lengths = [n - 1 for n in LENGTHS]
     for value in values:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -282,8 +283,10 @@ def _middle_rows(values: tuple[Any, ...]) -> torch.Tensor | None:
 
 
 def _ordinary_ids(model: PreTrainedModel) -> torch.Tensor:
-    """Tokens to draw from: all but the ones that the configuration names, which may stand for an
-    image or for padding."""
+    """Tokens to draw from: all but those that the configuration names.
+
+    These may stand for an image or for padding.
+    """
     config = model.config.get_text_config()
     named = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
     named |= {value for name, value in model.config.to_dict().items() if name.endswith("token_id")}
@@ -292,8 +295,10 @@ def _ordinary_ids(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _sequence(ids: torch.Tensor, num_tokens: int, generator: torch.Generator) -> Pack:
-    """A drawn sequence, every token of which is predicted; the advantages weigh its
-    log-probabilities."""
+    """A random sequence in which every token but the first is predicted.
+
+    Its advantages are random weights of the log-probabilities.
+    """
     tokens = ids[torch.randint(len(ids), (num_tokens,), generator=generator)]
     return Pack(
         input_ids_T=tokens[:-1],
@@ -310,7 +315,7 @@ def _sequence(ids: torch.Tensor, num_tokens: int, generator: torch.Generator) ->
 
 @contextmanager
 def _reference_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model's own attention, masks included, while ours is on trial."""
+    """Use transformers' own attention, masks included, in place of ours."""
     ours = model.config._attn_implementation == PACKED_SDPA
     if ours:
         model.set_attn_implementation("sdpa")
@@ -322,8 +327,10 @@ def _reference_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _settle(model: PreTrainedModel) -> None:
-    """As before a first step: without gradients, and sharded, which a forward pass without a
-    backward pass leaves undone."""
+    """Clear the gradients and reshard the model, as before a first step.
+
+    A forward pass without a backward pass leaves parameters gathered.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -337,7 +344,7 @@ def _local(gradient: torch.Tensor) -> torch.Tensor:
 def _gradient_difference(
     gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> float:
-    """The largest norm of a parameter's difference, relative to the norm that is expected of it."""
+    """The largest norm of a parameter's difference, relative to its expected norm."""
     if gradients.keys() != expected.keys():
         return float("inf")
     squares = []
@@ -355,7 +362,7 @@ def _gradient_difference(
 
 
 def _largest_of_ranks(values: list[float]) -> list[float]:
-    """So that every rank comes to the same verdict."""
+    """The largest values of any rank, so that all ranks reach the same verdict."""
     tensor = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
         tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,12 +1,13 @@
-"""Checkpoints a learner can resume from, on any number of ranks: never half-written, never
-unpickled.
+"""Checkpoints from which a learner can resume, on any number of ranks.
+
+They are never half-written and contain no pickle.
 
 Owns <run>/checkpoints: `step_000040/` (model and optimizer as sharded safetensors, `meta.json`) and
 `latest`, which names the newest complete one. A checkpoint of step 40 holds the state after 40
 steps. Never decides when to save. Driven by `learner.train`.
 
-Left out: the random state (training draws nothing) and the learning rate's schedule (a function of
-the step).
+Left out: the random state (training draws no random numbers) and the learning rate's schedule (a
+function of the step).
 """
 
 from __future__ import annotations
@@ -35,11 +36,10 @@ def save(
     meta: dict[str, int],
     keep: int,
 ) -> None:
-    """Write the checkpoint of `meta["step"]`, point `latest` at it, and remove all but the newest
-    `keep`. A collective.
+    """Write the checkpoint of `meta["step"]` and point `latest` at it. A collective.
 
-    It is written under another name and gets its own once it is complete and durable, so a rank
-    killed or a power cut at any moment leaves the previous checkpoint intact.
+    All but the newest `keep` are removed. The checkpoint gets its name once it is complete and
+    durable, so a kill or a power cut at any moment leaves the previous one intact.
     """
     name = f"step_{meta['step']:06d}"
     partial = folder / f".{name}{UNFINISHED}"
@@ -70,10 +70,9 @@ def save(
 def load_latest(
     folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, int] | None:
-    """Load the newest complete checkpoint in place and return its `meta.json`; None where there is
-    none. A collective.
+    """Load the newest complete checkpoint in place and return its `meta.json`. A collective.
 
-    Raises `ValueError` if it does not fit the model or is damaged.
+    None if there is no checkpoint. Raises `ValueError` if it does not fit the model or is damaged.
     """
     latest = folder / "latest"
     if not latest.is_file():
@@ -91,18 +90,16 @@ def load_latest(
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Load the weights alone of the checkpoint `folder` into an unsharded model; no process group
-    is needed.
+    """Load only the weights of the checkpoint `folder` into an unsharded model.
 
-    Raises `ValueError` if they do not fit.
+    No process group is needed. Raises `ValueError` if they do not fit.
     """
     try:
         wanted = {
             f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()
         }
-        with warnings.catch_warnings(
-            action="ignore", category=UserWarning
-        ):  # that there is no process group, which is what we ask for
+        # torch warns that there is no process group, which is intended.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException) as error:
         raise ValueError(
@@ -111,7 +108,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Everything that must survive, as sharded tensors by name. Tied weights appear once."""
+    """The content of a checkpoint, as sharded tensors by name. Tied weights appear once."""
     tensors: dict[str, Any] = {}
     _create_state(optimizer)
     for name, parameter in model.named_parameters():
@@ -122,8 +119,10 @@ def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    """AdamW's state as it is before its first step, for parameters that have none: not stepped yet,
-    or never given a gradient."""
+    """Give parameters without a state the one that AdamW has before its first step.
+
+    A parameter has none if it was never stepped or never had a gradient.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if optimizer.state[parameter]:

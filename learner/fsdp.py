@@ -1,9 +1,8 @@
-"""Process group, model and sharding of one learner rank: everything that differs between devices
-and numbers of ranks.
+"""Process group, model and sharding of one learner rank.
 
-Owns: where a rank runs, how many threads it takes, FSDP2, mixed precision, activation
-checkpointing, and the few collectives that training needs besides FSDP's own. Never trains. Driven
-by `learner.train`. One rank takes the very same path as many.
+Owns everything that differs between devices and numbers of ranks: device and threads of a rank,
+FSDP2, mixed precision, activation checkpointing, and the few collectives that training needs
+besides FSDP's own. One rank takes the same path as many. Never trains. Driven by `learner.train`.
 """
 
 from __future__ import annotations
@@ -33,26 +32,25 @@ from learner.packs.attention import PACKED_SDPA
 COMPUTE_DTYPE = {"float32": torch.float32, "float16": torch.float32, "bfloat16": torch.bfloat16}
 
 CPUINFO = Path("/proc/cpuinfo")
-NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, and of Arm
+NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # CPU flags of x86 and Arm
 
 
 def pick_device(config: Config, local_rank: int) -> torch.device:
-    """This rank's device. Raises `ValueError` if CUDA is asked for, or short of one GPU per
-    rank."""
+    """This rank's device. Raises `ValueError` if CUDA is asked for and this rank has no GPU."""
     wanted = config.learner.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if torch.cuda.device_count() <= local_rank:
         raise ValueError(
-            f"learner.device={wanted}: rank {local_rank} of this node needs a GPU of its own, and "
-            f"{torch.cuda.device_count()} are visible; lower learner.num_ranks, or take "
+            f"learner.device={wanted}: rank {local_rank} of this node needs a GPU of its own, but "
+            f"{torch.cuda.device_count()} are visible; lower learner.num_ranks, or use "
             "learner.device=cpu"
         )
     return torch.device("cuda", local_rank)
 
 
 def slow_dtype(config: Config, device: torch.device, cpuinfo: Path = CPUINFO) -> str:
-    """One line if this CPU computes `model.dtype` in software, "" otherwise."""
+    """A warning if this CPU computes `model.dtype` in software, "" otherwise."""
     if device.type != "cpu" or config.model.dtype != "bfloat16":
         return ""
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
@@ -60,7 +58,7 @@ def slow_dtype(config: Config, device: torch.device, cpuinfo: Path = CPUINFO) ->
         return ""
     return (
         "model.dtype=bfloat16: this CPU has no bfloat16 arithmetic, so a step takes 15 to 30 times "
-        "as long as in float32; take model.dtype=float32"
+        "as long as in float32; use model.dtype=float32"
     )
 
 
@@ -68,17 +66,16 @@ def slow_dtype(config: Config, device: torch.device, cpuinfo: Path = CPUINFO) ->
 def process_group(
     config: Config, rank: int = 0, num_ranks: int = 1, local_rank: int = 0
 ) -> Iterator[torch.device]:
-    """Join the learner's process group, yielding this rank's device.
+    """Join the learner's process group and yield this rank's device.
 
-    A single rank needs no rendezvous. Several meet where `learner.__main__` says
-    (`LEARNER_RENDEZVOUS`), or where torchrun does.
+    A single rank needs no rendezvous. Several ranks meet at the rendezvous that `learner.__main__`
+    (`LEARNER_RENDEZVOUS`) or torchrun sets.
     """
     device = pick_device(config, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        # One core stays with whatever feeds us: engine and buffer share this machine in a small
-        # run.
+        # Leave one core to the engine and the buffer, which share this machine in a small run.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
         torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // ranks_here))
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -95,8 +92,10 @@ def process_group(
 
 
 def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
-    """The model of `model.path`, float32 master weights, sharded over all ranks. Raises
-    `ValueError` if it cannot be loaded."""
+    """The model of `model.path`, sharded over all ranks, with float32 master weights.
+
+    Raises `ValueError` if it cannot be loaded.
+    """
     model = load_model(config.model)
     # Evaluation mode: dropout would make the learner's log-probabilities differ from the actors'.
     model.eval()
@@ -119,16 +118,18 @@ def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
             # The loss is already divided by the token count of the whole step, so gradients are
             # summed; FSDP would average them.
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    return model.to(device)  # pyright: ignore[reportArgumentType] -- buffers outside the blocks
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    return model.to(device)  # pyright: ignore[reportArgumentType] -- moves the other buffers
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The model of `model.path` on the CPU, in float32, not sharded. Raises `ValueError` if it
-    cannot be loaded."""
+    """The model of `model.path` on the CPU, in float32, not sharded.
+
+    Raises `ValueError` if it cannot be loaded.
+    """
     if config.attention == "flash_attention_2" and config.dtype == "float16":
         raise ValueError(
-            "model.attention=flash_attention_2: the learner needs model.dtype=bfloat16 with it; it "
+            "model.attention=flash_attention_2: needs model.dtype=bfloat16, because the learner "
             "never trains in float16"
         )
     if config.attention == "flash_attention_2":
@@ -151,7 +152,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         and model.config._attn_implementation == "sdpa"
         and model._can_set_attn_implementation()
     ):
-        model.set_attn_implementation(PACKED_SDPA)  # on trial: see `learner.capability`
+        model.set_attn_implementation(PACKED_SDPA)  # `learner.capability` tests it
     return model
 
 
@@ -161,24 +162,24 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Free parameters that a forward pass left whole, so that a rank holds its shards again."""
+    """Free parameters that a forward pass gathered, so that a rank holds only its shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def barrier() -> None:
-    """Return once every rank is here."""
+    """Wait until every rank has called this."""
     dist.barrier()
 
 
 def all_sum(values: list[float], device: torch.device) -> list[float]:
-    """Sums over ranks, in float64."""
+    """The sums over all ranks, in float64."""
     return _reduce(values, device, dist.ReduceOp.SUM)
 
 
 def all_max(value: float, device: torch.device) -> float:
-    """The largest over ranks."""
+    """The largest value of any rank."""
     return _reduce([value], device, dist.ReduceOp.MAX)[0]
 
 

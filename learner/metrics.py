@@ -1,5 +1,7 @@
-"""What a training step measured: sums over tokens, and their names in `metrics.jsonl`. Never
-touches a model. Driven by `learner.train`."""
+"""The measurements of a training step: sums over tokens, and their names in `metrics.jsonl`.
+
+Never touches a model. Driven by `learner.train`.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ from learner.packs.loss import Surrogate
 
 @dataclass
 class TokenSums:
-    """Sums over the tokens of a rank, or of all ranks. All but `inputs` are over the tokens that
-    are trained on."""
+    """Sums over the tokens of a rank, or of all ranks.
+
+    All but `inputs` are over the trained tokens only.
+    """
 
     inputs: float = 0.0  # tokens that went through the model, prompts included
     trained: float = 0.0
@@ -25,9 +29,9 @@ class TokenSums:
     capped: float = 0.0
     ratio: float = 0.0
     logprob_diff: float = 0.0
-    current: float = 0.0  # sampled by the very weights that are trained
+    current: float = 0.0  # tokens sampled by the weights that are trained
     current_logprob_diff: float = 0.0
-    fresh: float = 0.0  # of those, in responses that were sampled by them from first to last
+    fresh: float = 0.0  # those in responses that only these weights sampled
     fresh_logprob_diff: float = 0.0
 
     def as_list(self) -> list[float]:
@@ -52,27 +56,25 @@ class TokenSums:
             pack.fresh_S,
             diff_S * pack.fresh_S,
         ]
-        sums = (
-            torch.stack(per_token).sum(1, dtype=torch.float64).tolist()
-        )  # one transfer from the device
+        # A single transfer from the device.
+        sums = torch.stack(per_token).sum(1, dtype=torch.float64).tolist()
         for name, value in zip(
             vars(self), [len(pack.input_ids_T), len(pack.targets_S), *sums], strict=True
         ):
             setattr(self, name, getattr(self, name) + value)
 
     def current_difference(self) -> tuple[float | None, bool]:
-        """Mean |learner - actor| at equal weights, and whether it is of responses that were in
-        flight across a swap.
+        """Mean |learner - actor| at equal weights, and whether a swap interrupted responses.
 
-        Those keep a key-value cache of older weights, and count only if there are no others. None
-        without tokens of the current weights.
+        Interrupted responses keep a key-value cache of older weights, and count only if there are
+        no others. The mean is None if no token was sampled by the current weights.
         """
         if self.fresh:
             return self.fresh_logprob_diff / self.fresh, False
         return (self.current_logprob_diff / self.current if self.current else None), True
 
     def metrics(self, num_in_loss: int, seconds: float) -> dict[str, float]:
-        """`num_in_loss`: the loss's denominator. What nothing was measured of is missing."""
+        """Metrics by name, given the denominator of the loss. Those not measured are missing."""
         metrics = {
             "train/loss": self.loss / num_in_loss,
             "train/tokens": self.trained,
@@ -95,7 +97,7 @@ class TokenSums:
 
 
 def peak_bytes(device: torch.device) -> float:
-    """Most memory this rank ever held: on its GPU, or resident on the CPU."""
+    """Peak memory of this rank, in bytes: on its GPU, or resident on the CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,8 +1,7 @@
-"""Immutable, versioned weight snapshots: gathered from all ranks, serialised by rank 0, offered to
-the actors.
+"""Immutable, versioned weight snapshots, gathered from all ranks and offered to the actors.
 
-Owns what a snapshot contains. How it travels is `buffer.wire.snapshots`' business. Never changes a
-weight. Driven by `learner.train`.
+Owns the content of a snapshot; `buffer.wire.snapshots` owns its transport. Never changes a weight.
+Driven by `learner.train`.
 """
 
 from __future__ import annotations
@@ -24,12 +23,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def gather(model: PreTrainedModel, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
-    """The whole model on the CPU in `dtype`, as a checkpoint of it would be. A collective: ranks
-    without `keep` get {}.
+    """The whole model on the CPU in `dtype`, with a checkpoint's names. A collective.
 
-    One tensor at a time is whole on the device. Tied weights appear once, under the name that a
-    checkpoint gives them: an engine knows by itself whether it has a head of its own to fill from
-    the embeddings.
+    Ranks without `keep` get {}. One tensor at a time is whole on the device. Tied weights appear
+    once, under the name that a checkpoint gives them: an engine knows by itself whether its head
+    has to be filled from the embeddings.
     """
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in _untied(model).items():
@@ -41,8 +39,10 @@ def gather(model: PreTrainedModel, dtype: torch.dtype, keep: bool) -> dict[str, 
 
 
 def published_names(model: PreTrainedModel) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors in each snapshot of `model`: those of the checkpoint that it
-    was loaded from."""
+    """Names and shapes of the tensors in each snapshot of `model`.
+
+    They are those of the checkpoint from which it was loaded.
+    """
     shapes = {
         name: torch.empty(tensor.shape, device="meta") for name, tensor in _untied(model).items()
     }
@@ -60,15 +60,16 @@ def _untied(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def _as_in_checkpoint(
     model: PreTrainedModel, weights: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Undo what transformers renamed and fused while it loaded the checkpoint, experts above
-    all."""
+    """Undo the renaming and fusing of transformers' loader, which concerns above all experts."""
     reverted = revert_weight_conversion(model, weights)
     return {name: tensor.contiguous() for name, tensor in reverted.items()}
 
 
 class WeightPublisher:
-    """Rank 0's outlet for snapshots; on other ranks it only takes part in the gathering. A context
-    manager."""
+    """Publishes snapshots on rank 0, while other ranks only take part in the gathering.
+
+    A context manager.
+    """
 
     def __init__(self, config: Config, rank: int) -> None:
         self._dtype = DTYPES[config.model.dtype]
@@ -82,7 +83,7 @@ class WeightPublisher:
         )
 
     def publish(self, model: PreTrainedModel, version: int) -> SnapshotRef | None:
-        """Make `version` available; where it is on rank 0, None elsewhere. A collective."""
+        """Make `version` available. Returns its reference on rank 0, else None. A collective."""
         weights = gather(model, self._dtype, self._keep)
         if not self._keep:
             return None

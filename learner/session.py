@@ -1,13 +1,12 @@
-"""One rank's conversation with the buffer: join, pull, publish, acknowledge, over any number of
-connections.
+"""One rank's conversation with the buffer, over any number of connections.
 
-Owns the link and what must be said again when it breaks: a step is pulled, and reported as trained,
-until the buffer has answered, and the newest publication is repeated if the buffer missed it. The
-learner's incarnation tells the buffer that it is the same process as before. Never trains. Driven
-by `learner.train`.
+Owns the link and the messages that are repeated after it broke. A step is requested, and reported
+as trained, until the buffer has answered. The newest publication is repeated if the buffer missed
+it. The learner's incarnation tells the buffer that it is the same process as before. Never trains.
+Driven by `learner.train`.
 
     consumes       Shard, Acknowledged, Shutdown
-    waits for      the buffer; its heartbeat is the deadline, and `buffer.rejoin_timeout_s` if it is lost
+    waits for      the buffer, as long as its heartbeat lasts; then `buffer.rejoin_timeout_s`
     unblocked by   enough finished groups, or a `Shutdown`
 """
 
@@ -46,10 +45,11 @@ class RunEnded(Exception):
 
 
 class BufferSession:
-    """A context manager. `incarnation` is shared by the ranks of one learner, and no other has it.
+    """A rank's session with the buffer, as a context manager.
 
-    A wait of a single rank ends with `RunStopped` once `stop_requested`; several ranks are stopped
-    by the process that started them.
+    `incarnation` is shared by the ranks of one learner and unique to it. A single rank that waits
+    raises `RunStopped` once `stop_requested()` is true. Several ranks are stopped by the process
+    that started them.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class BufferSession:
         return self._connect(self._config.buffer.connect_timeout_s)
 
     def pull(self, step: int) -> tuple[Shard, float]:
-        """This rank's shard of `step`, and the seconds it took to come."""
+        """This rank's shard of `step`, and the seconds until it came."""
         started = time.monotonic()
         self._step = step
         shard = self._ask(Pull(rank=self._rank, step=step), Shard, step)
         return shard, time.monotonic() - started
 
     def announce(self, policy: SnapshotRef, seconds: float, probe: bytes) -> None:
-        """Tell the buffer of a publication, and of what its weights make of the probe."""
+        """Tell the buffer of a publication, with the probe's log-probabilities under it."""
         self._published = Published(policy=policy, seconds=seconds, probe=probe)
         try:
             self.link.send(self._published)
@@ -94,7 +94,7 @@ class BufferSession:
             self._reconnect(error)
 
     def trained(self, step: int, num_tokens: int, metrics: dict[str, float]) -> None:
-        """Report a step trained on `num_tokens`. Returns once the buffer has recorded it.
+        """Report a step trained on `num_tokens` tokens. Returns once the buffer has recorded it.
 
         A metric that is not finite, such as a ratio that overflowed, is left out of the records.
         """
@@ -103,8 +103,10 @@ class BufferSession:
         self._ask(report, Acknowledged, step)
 
     def wait_for_the_end(self) -> None:
-        """Serve the last snapshot until the buffer ends the run, which raises `RunEnded` or
-        `RunStopped`."""
+        """Serve the last snapshot until the buffer ends the run.
+
+        Raises `RunEnded` or `RunStopped`.
+        """
         while True:
             try:
                 self._receive(Shard, -1)
@@ -112,7 +114,7 @@ class BufferSession:
                 self._reconnect(error)
 
     def _ask(self, request: LearnerMessage, answer: type[AnswerT], step: int) -> AnswerT:
-        """Send `request` until it is answered, however often the connection breaks meanwhile."""
+        """Send `request` until it is answered, however often the connection breaks."""
         while True:
             try:
                 self.link.send(request)
@@ -121,7 +123,7 @@ class BufferSession:
                 self._reconnect(error)
 
     def _receive(self, answer: type[AnswerT], step: int) -> AnswerT:
-        """The answer about `step`; repeated answers about earlier steps are passed over."""
+        """The answer about `step`. Repeated answers about earlier steps are skipped."""
         while True:
             if self._num_ranks == 1 and self._stop_requested():
                 raise RunStopped("the learner was asked to stop")
@@ -134,13 +136,12 @@ class BufferSession:
                 return message
 
     def _reconnect(self, lost: TransportError) -> None:
-        """The trained weights are worth more than a clean start, so wait for the buffer to come
-        back."""
+        """Wait for the buffer to come back, because the trained weights would be lost otherwise."""
         if isinstance(lost, Refused):
             raise lost
         limit_s = self._config.buffer.rejoin_timeout_s
         print(
-            f"learner: {lost}; rank {self._rank} joins again (for up to {limit_s:g} s)",
+            f"learner: {lost}; rank {self._rank} tries to join again for up to {limit_s:g} s",
             file=sys.stderr,
             flush=True,
         )

@@ -9,10 +9,10 @@
     unblocked by    enough finished groups; a `Shutdown` ends every wait on the buffer, and a silent
                     buffer raises `TransportError`
 
-Owns: the order of things in a step, the learning rate, the metrics. Never decides what is trained
-on, nor when a trajectory is too stale. Rank 0 alone speaks for all: it publishes and acknowledges.
-Every collective is called by every rank in the same order: token sums and micro-batch count,
-forward and backward, gradient norm, publication, checkpoint.
+Owns the order of a step, the learning rate and the metrics. Never chooses trajectories, and never
+decides when one is too stale. Rank 0 speaks for all: it publishes and acknowledges. Every rank
+calls every collective in the same order: micro-batch count, forward and backward, token sums,
+gradient norm, publication, checkpoint.
 
 Left out: several updates per shard, a KL penalty and its reference model, a critic, pulling the
 next shard while this one trains.
@@ -49,14 +49,14 @@ from learner.session import BufferSession, RunEnded
 SURVIVOR_GRACE_S = 5.0
 UNPUBLISHED = -1  # no actor ever samples with this version
 NOTHING_TO_TRAIN_ON = (
-    "nothing to train on, the weights stay as they are: every response is truncated, or has the "
-    "reward of all others in its group"
+    "nothing to train on, so the weights stay as they are: every response is truncated, or has the "
+    "same reward as all others in its group"
 )
 
 
 @dataclass
 class LearnerState:
-    """What a rank carries from step to step."""
+    """The state of a rank from one step to the next."""
 
     config: Config
     device: torch.device
@@ -66,9 +66,9 @@ class LearnerState:
     packing: Packing
     optimizer: torch.optim.AdamW
     agreement: Agreement
-    step: int = 0  # next to train
-    policy_version: int = -1  # newest published
-    saved_step: int = 0  # of the newest checkpoint; there is nothing to save before the first step
+    step: int = 0  # the next one to train
+    policy_version: int = -1  # the newest published one
+    saved_step: int = 0  # the step of the newest checkpoint; 0 needs none
     published: bool = False  # whether the weights are exactly those of `policy_version`
 
     @property
@@ -85,8 +85,8 @@ def run_rank(
 ) -> int:
     """Train until the buffer says that the run is over; 0 if it ended well.
 
-    Raises `RunStopped` (the buffer's error, or `stop_requested`), `TransportError` (no buffer),
-    `ValueError` (configuration), or whatever broke.
+    Raises `RunStopped` (the buffer's error, or `stop_requested`), `TransportError` (no buffer) or
+    `ValueError` (configuration). Any other exception is a failure of the training itself.
     """
     with fsdp.process_group(config, rank, num_ranks, local_rank) as device:
         state = build_state(config, device, rank, num_ranks)
@@ -107,7 +107,7 @@ def run_rank(
 
 
 def _train(state: LearnerState, session: BufferSession, publisher: WeightPublisher) -> None:
-    """Take every step that is left. Ends with an exception only, which says how the run ended."""
+    """Take every remaining step. Only an exception ends it, which says how the run ended."""
     config = state.config
     _publish(state, publisher, session)
     while state.step < config.run.steps:
@@ -131,7 +131,7 @@ def build_state(
     """Model, sharding, layout of packs and optimizer, fresh from `model.path`. Needs
     `fsdp.process_group`.
 
-    Raises `ValueError` for a model that cannot be loaded or is not computed right in any layout.
+    Raises `ValueError` for a model that cannot be loaded or that no layout computes correctly.
     """
     if rank == 0 and (slow := fsdp.slow_dtype(config, device)):
         print(f"learner: {slow}", file=sys.stderr, flush=True)
@@ -157,22 +157,21 @@ def build_state(
 
 
 def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
-    """One update on this rank's shard; afterwards `state.step` is one higher. Returns the step's
-    metrics, equal on every rank.
+    """Make one update with this rank's shard. Returns the step's metrics, equal on every rank.
 
-    The loss is the sum of the surrogate over tokens, divided by the number of tokens in the loss on
-    all ranks: neither the packing nor the number of ranks changes the gradient. A step in which no
-    trajectory has an advantage leaves weights and optimizer as they are: AdamW would otherwise move
-    on by momentum and decay. Raises `FloatingPointError` if the gradient is not finite and
-    `Disagreement` if engines and learner are not the same policy, both before the weights are
-    touched.
+    `state.step` is one higher afterwards. The loss is the sum of the surrogate over tokens, divided
+    by the number of tokens in the loss on all ranks: neither the packing nor the number of ranks
+    changes the gradient. A step in which no trajectory has an advantage leaves weights and
+    optimizer as they are, since AdamW would otherwise move on by momentum and decay. Raises
+    `FloatingPointError` if the gradient is not finite, and `Disagreement` if engines and learner do
+    not have the same policy, both before the weights change.
     """
     started = time.monotonic()
     config = state.config
     current = state.policy_version if state.published else UNPUBLISHED
     capacity = state.packing.capacity(config.batch.max_tokens)
     packs = make_packs(shard, capacity, current, config.loss.kind)
-    # Ranks short of a micro-batch take part in the collectives of the others with an empty one.
+    # Ranks with fewer micro-batches take part in the others' collectives with empty ones.
     num_packs = int(fsdp.all_max(len(packs), state.device))
     packs += [empty_pack()] * (num_packs - len(packs))
     num_in_loss = max(1, shard.step_loss_tokens)
@@ -199,8 +198,10 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
 def micro_batch_loss(
     state: LearnerState, pack: Pack, num_in_loss: int, totals: TokenSums
 ) -> torch.Tensor:
-    """This pack's part of the step's loss, a scalar to call `backward` on; what it measured is
-    added to `totals`."""
+    """This pack's part of the step's loss, as a scalar with a gradient.
+
+    Its measurements are added to `totals`.
+    """
     logprobs_S, entropy_S = token_logprobs(
         state.boundaries.logits(pack), pack.targets_S, state.config.sampling.temperature
     )
@@ -212,16 +213,19 @@ def micro_batch_loss(
 
 
 def update(state: LearnerState) -> float:
-    """Clip the accumulated gradient, step the optimizer, clear the gradient. Returns its norm
-    before clipping, over all ranks."""
+    """Clip the accumulated gradient, step the optimizer and clear the gradient.
+
+    Returns the norm before clipping, over all ranks. Raises `FloatingPointError`, with the weights
+    unchanged, if it is not finite.
+    """
     norm = torch.nn.utils.clip_grad_norm_(
         state.model.parameters(), state.config.optimizer.max_grad_norm
     )
     grad_norm = fsdp.whole(norm).item()
     if not grad_norm < float("inf"):
         raise FloatingPointError(
-            f"step {state.step}: the gradient's norm is {grad_norm}; lower optimizer.lr, or look "
-            "at the rewards"
+            f"step {state.step}: the gradient's norm is {grad_norm}; lower optimizer.lr, or check "
+            "the rewards"
         )
     state.optimizer.step()
     state.optimizer.zero_grad()
@@ -246,7 +250,7 @@ def _join(state: LearnerState, session: BufferSession) -> None:
 
 
 def draw_incarnation(device: torch.device, rank: int) -> str:
-    """A name that all ranks of this learner share, and no other learner has. A collective."""
+    """A name that all ranks of this learner share and no other learner has. A collective."""
     drawn = secrets.randbits(48) if rank == 0 else -1
     return f"{int(fsdp.all_max(drawn, device)):012x}"
 
@@ -268,21 +272,20 @@ def _publish(
 
 @contextmanager
 def _until_told_to_stop(state: LearnerState, session: BufferSession) -> Iterator[None]:
-    """Leave quietly when the run ended well; tell the buffer of any exception of ours before it
-    ends this process."""
+    """Return quietly if the run ended well, and report an exception of ours to the buffer."""
     try:
         yield
     except RunEnded:
         return
     except RunStopped:
-        save(state)  # every rank stands at the same step, waiting for its shard
+        save(state)  # every rank is at the same step and waits for its shard
         raise
     except TransportError:
-        raise  # the buffer cannot be told
+        raise  # the buffer cannot be reached
     except Exception as error:
         if state.num_ranks > 1 and isinstance(error, RuntimeError):
-            # A dead rank breaks the collectives of all others: let whoever watches us find it,
-            # before we are taken for the cause.
+            # A dead rank breaks the collectives of all others. Wait, so that the supervisor reports
+            # the rank that died first.
             time.sleep(SURVIVOR_GRACE_S)
         session.link.send(LearnerFailed(rank=state.rank, error=one_line(error, with_type=True)))
         raise

@@ -1,6 +1,4 @@
-"""Which device the engines of this installation run on, found without importing vLLM (which takes
-seconds).
-"""
+"""The device of this installation's engines, found without importing vLLM, which takes seconds."""
 
 from __future__ import annotations
 
@@ -17,5 +15,5 @@ def engine_device(config: Config) -> str:
 
 
 def engine_type(config: Config) -> str:
-    """Engines of one type share a latency curve."""
+    """The type of the engines. Engines of one type share a latency curve."""
     return f"{engine_device(config)}/{config.model.dtype}/tp{config.actors.tensor_parallel}"

@@ -1,17 +1,16 @@
-"""One vLLM engine behind seven verbs: launch, abort, swap, score, measure, watch, close.
-
-The same code on CPU and CUDA.
+"""One vLLM engine behind a few verbs: launch, abort, swap, score, measure and close.
 
 Owns the `AsyncLLM` and, through it, vLLM's processes. Knows no rollout, prompt text, reward or
-socket. Driven by `actors.worker`, or bare by a benchmark. The CUDA branch differs in the options of
-`engine_args` alone, and has not been run by our tests.
+socket. Driven by `actors.worker`, or directly by a benchmark. The code for CPU and CUDA differs
+only in the options of `engine_args`; our tests do not run the CUDA branch.
 
-Every token carries the policy version that sampled it, exactly, even when a swap falls between two
-tokens of one request: EngineCore labels each step with the version it ran under, and `_Router`
-reads the label. vLLM's own output processor would hold tokens back for `stream_interval` steps and
-merge them across a swap, and costs several times the Python per token; `_Router` takes its place
-inside `AsyncLLM`. That, `actors.inference.logprob_packing`, and pausing without vLLM's courtesy sleep of 20
-ms are all we use of its internals: check all three when vLLM is upgraded.
+Every token carries the exact policy version that sampled it, even if a swap falls between two
+tokens of one request: EngineCore labels each step with its version, and `_Router` reads the label.
+`_Router` replaces vLLM's own output processor inside `AsyncLLM`. That one would hold tokens back
+for `stream_interval` steps, merge them across a swap, and take several times as long per token.
+
+We depend on three internals of vLLM, to be checked at each upgrade: the place of `_Router`,
+`actors.inference.logprob_packing`, and a pause without vLLM's own sleep of 20 ms.
 """
 
 from __future__ import annotations
@@ -32,15 +31,14 @@ from actors.inference.weights import SwapFailed
 from configs.errors import one_line
 from configs.schema import Config
 
-# Read as vLLM is imported, here and in its processes. A user sees its errors, not its progress.
+# vLLM reads these on import, here and in its processes. A user sees its errors, not its progress.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-os.environ.setdefault(
-    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1"
-)  # it has nothing to save, and takes 5 s to leave by itself
+# A worker has nothing to save, and would take 5 s to end by itself.
+os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -54,7 +52,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from actors.inference.extension import FRONTEND_PID
 
-CLOSE_S = 7.0  # then vLLM's processes are killed, and leave shared memory behind
+CLOSE_S = 7.0  # after this, vLLM's processes are killed and leave shared memory behind
 
 
 def engine_args(config: Config) -> AsyncEngineArgs:
@@ -71,22 +69,22 @@ def engine_args(config: Config) -> AsyncEngineArgs:
             f"actors.device={current_platform.device_type}"
         )
     if device == "cpu":
-        # Compiling takes longer than a tiny model's whole run; the default block of 128 tokens
-        # would share hardly any prompt.
+        # Compiling takes longer than a tiny model's whole run. With the default block of 128
+        # tokens, hardly any prompt would be shared.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         special: dict[str, Any] = {
             "enforce_eager": True,
             "kv_cache_memory_bytes": int(config.actors.kv_cache_gib * 2**30),
             "block_size": 32,
-            # A prompt prefilled in parts has its premature draws taken back, which torch's CPU
-            # generator of a seeded request cannot do: vLLM would die of it.
+            # After a prefill in parts, vLLM rewinds the generator of a seeded request. torch's CPU
+            # generator cannot do that, so vLLM would crash.
             "enable_chunked_prefill": False,
             "scheduler_cls": "actors.inference.logprob_packing.CompactScheduler",
         }  # fmt: skip
         if config.actors.tensor_parallel == 1:
-            # By itself vLLM puts a CPU model into a process of its own, and both then spin while
-            # they wait for one another: on two cores that takes the learner's. It does so for the
-            # threads' sake, which we set here instead.
+            # By default, vLLM runs a CPU model in a process of its own, and both processes spin
+            # while they wait for each other, which takes the learner's core on a machine with two.
+            # vLLM does this to set the number of threads, which we set here instead.
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
             special["distributed_executor_backend"] = UniProcExecutor
     else:
@@ -95,8 +93,8 @@ def engine_args(config: Config) -> AsyncEngineArgs:
         model=config.model.path,
         dtype=config.model.dtype,  # type: ignore[arg-type]
         max_model_len=config.model.max_context,
-        max_num_seqs=config.actors.slots
-        + 1,  # the last is `Engine.score`'s, which never waits for a rollout
+        # One more for `Engine.score`, which never waits for a rollout.
+        max_num_seqs=config.actors.slots + 1,
         tensor_parallel_size=config.actors.tensor_parallel,
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
@@ -111,23 +109,20 @@ def engine_args(config: Config) -> AsyncEngineArgs:
 class Engine:
     """One vLLM instance.
 
-    Blocks while it loads; everything after that is for one asyncio event loop.
-
-    `version` is the policy that new requests are sampled from, `BASE_VERSION` before the first
-    swap.
+    The constructor blocks while the model loads. All methods are for one asyncio event loop.
+    `version` is the policy that samples new requests, `BASE_VERSION` before the first swap.
     """
 
     def __init__(self, config: Config) -> None:
         """Load `model.path`.
 
-        Raises `ValueError` for options that cannot work, or a model that vLLM cannot run.
+        Raises `ValueError` for options that cannot work, or for a model that vLLM cannot run.
         """
         if os.path.isdir(config.model.path):
             os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ[FRONTEND_PID] = str(os.getpid())
-        logging.getLogger("vllm.v1.engine.async_llm").setLevel(
-            logging.CRITICAL
-        )  # of its death we speak ourselves, in one line
+        # We report the end of vLLM's processes ourselves, in one line.
+        logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)
         self.version = BASE_VERSION
         self._sampling = config.sampling
         self._meter = Meter(config.actors.slots, time.monotonic())
@@ -142,9 +137,8 @@ class Engine:
             raise ValueError(
                 f"model.path={config.model.path}: vLLM cannot run it: {cause}"
             ) from error
-        if (
-            self._llm.output_handler is not None
-        ):  # made inside a running loop: it has not taken its first step yet
+        # Inside a running loop, vLLM has made a handler, which has not taken its first step yet.
+        if self._llm.output_handler is not None:
             self._llm.output_handler.cancel()
             self._llm.output_handler = None
         self._llm.output_processor = self._router  # type: ignore[assignment]
@@ -158,35 +152,35 @@ class Engine:
         ]
         self.eos_ids = frozenset(token for token in ids if token is not None)
         self._score_ids = count()
-        self._gate = asyncio.Lock()  # held while a swap is under way: no request starts
+        self._gate = asyncio.Lock()  # held during a swap, so that no request starts
         self._submissions: set[asyncio.Task[None]] = set()
 
     @property
     def died(self) -> asyncio.Event:
-        """Set when vLLM's processes are gone or broken: nothing will be sampled any more."""
+        """Set when vLLM's processes are gone or broken, so that nothing more is sampled."""
         return self._router.died
 
     @property
     def cause(self) -> str:
-        """Why vLLM failed, in one line; "" if it has not, or has not said."""
+        """Why vLLM failed, in one line. "" if it has not failed, or gave no reason."""
         return self._causes.first()
 
     @property
     def model_type(self) -> str:
-        """The family's name, as the model's configuration has it."""
+        """The name of the model's family, from its configuration."""
         return self._llm.model_config.hf_text_config.model_type
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens that the model knows."""
+        """Number of tokens in the model's vocabulary."""
         return self._llm.model_config.get_vocab_size()
 
     def launch(
         self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
     ) -> Generation:
-        """Sample at most `max_tokens` tokens after `prompt_ids`, as the run's `sampling` says.
+        """Sample at most `max_tokens` tokens after `prompt_ids`, by the keys of `sampling`.
 
-        Returns at once; never raises.
+        Returns at once, and never raises.
         """
         params = SamplingParams(
             temperature=self._sampling.temperature,
@@ -199,15 +193,14 @@ class Engine:
         return self._launch(request_id, prompt_ids, params)
 
     async def score(self, token_ids: list[int]) -> array[float]:
-        """The log-probability of each token after the first, at temperature 1, under the newest
-        weights.
+        """Log-probabilities of all tokens but the first, at temperature 1, by the newest weights.
 
-        One prefill, alongside the requests being decoded. Raises `EngineDied`, and any error of
-        vLLM's.
+        This takes one prefill, alongside the requests that decode. Raises `EngineDied`, and any
+        error of vLLM.
         """
         params = SamplingParams(
             max_tokens=1,
-            logprobs=0,  # as all others have, because a step's log-probabilities come in one array
+            logprobs=0,  # like all others, since a step's log-probabilities come in one array
             prompt_logprobs=0,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
@@ -233,25 +226,21 @@ class Engine:
         async with self._gate:
             if generation.request_id not in self._router:
                 return  # aborted while it waited for a swap
-            # The salt keeps a request from reusing a prompt that another policy version has
-            # prefilled.
+            # The salt keeps a request from reusing a prompt that another policy version prefilled.
             prompt = tokens_input(prompt_ids, cache_salt=f"policy {self.version}")
             try:
                 added = await self._llm.add_request(generation.request_id, prompt, params)
-                if (
-                    generation.request_id not in self._router
-                ):  # aborted, or ended, before vLLM had told us its own id
+                # It may have been aborted, or have ended, before vLLM told us its own id.
+                if generation.request_id not in self._router:
                     await self._llm.abort(added.request_id, internal=True)
             except Exception as error:
                 # The error belongs to this request, whose worker reports it.
                 self._router.fail(generation.request_id, error)
 
     async def abort(self, request_ids: list[str]) -> None:
-        """Stop these requests; those that already ended are left alone.
+        """Stop these requests. Those that have ended already are ignored.
 
-        Returns once EngineCore has freed their slots.
-
-        Raises `EngineDied`.
+        Returns once EngineCore has freed their slots. Raises `EngineDied`.
         """
         aborted = self._router.forget(request_ids)
         try:
@@ -259,21 +248,19 @@ class Engine:
                 [request_id for _, internal_ids in aborted for request_id in internal_ids],
                 internal=True,
             )
-            await self._llm.is_paused()  # answered after the abort, in order: only now is it done
+            await self._llm.is_paused()  # answered in order, so the abort is done after this
         except EngineDeadError as error:
-            raise EngineDied("vLLM died while it was told to abort") from error
+            raise EngineDied("vLLM died while it aborted requests") from error
         finally:
             for generation, _ in aborted:
                 generation.end("abort")
 
     async def swap(self, path: str, version: int) -> float:
-        """Load the safetensors file `path` as policy `version`, every request kept.
+        """Load the safetensors file `path` as policy `version`, while all requests stay.
 
-        Returns the seconds that decoding paused.
-
-        Earlier tokens keep their version and their key-value cache; every later token carries the
-        new one. Raises `EngineDied`, or `SwapFailed`, after which the engine must not be used
-        again.
+        Returns the length of the pause in decoding, in seconds. Earlier tokens keep their version
+        and their key-value cache, and every later token carries the new version. Raises
+        `EngineDied`, or `SwapFailed`, after which the engine must not be used again.
         """
         async with self._gate:
             started = time.monotonic()
@@ -299,15 +286,16 @@ class Engine:
         return self._meter.report(time.monotonic())
 
     def close(self) -> None:
-        """Stop vLLM's processes; takes seconds. Requests in flight never end."""
+        """Stop vLLM's processes, which takes seconds. Requests in flight never end."""
         self._llm.shutdown(timeout=CLOSE_S)
         self._causes.close()
-        del self._llm  # now, not while the interpreter ends, which its destructor does not survive
+        del self._llm  # now, since its destructor fails while the interpreter ends
 
 
 class _Router:
-    """Takes EngineCore's outputs to their `Generation`s, in the place of
-    `vllm.v1.engine.output_processor.OutputProcessor`.
+    """Passes EngineCore's outputs to their `Generation`s.
+
+    It replaces `vllm.v1.engine.output_processor.OutputProcessor`.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -361,9 +349,8 @@ class _Router:
         request_index: int = 0,
         queue: Any = None,
     ) -> None:
-        if generation := self._expected.get(
-            request.external_req_id
-        ):  # gone if it was aborted meanwhile: see _submit
+        # It is gone if it was aborted in the meantime: see `_submit`.
+        if generation := self._expected.get(request.external_req_id):
             self._running[request.request_id] = generation
             self._internal[generation.request_id] = request.request_id
 
@@ -381,14 +368,13 @@ class _Router:
         num_tokens = num_ended = 0
         logprobs: Iterator[float] = iter(())
         for output in outputs:
-            if (
-                output.new_logprobs is not None
-            ):  # its own, or, from `actors.inference.logprob_packing`, those of the outputs after it as well
+            # Its own and, with `logprob_packing`, those of the outputs after it as well.
+            if output.new_logprobs is not None:
                 logprobs = iter(output.new_logprobs.logprobs[:, 0].tolist())
             of_output = list(islice(logprobs, len(output.new_token_ids)))
             generation = self._running.get(output.request_id)
             if generation is None:
-                continue  # aborted; EngineCore had not heard of it yet
+                continue  # it was aborted, which EngineCore did not know yet
             if output.new_token_ids:
                 num_tokens += 1
                 generation.extend(version, output.new_token_ids, of_output)

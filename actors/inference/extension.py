@@ -1,9 +1,8 @@
-"""Our code inside vLLM's own processes: loads a snapshot into the running model, and dies with the
-frontend.
+"""Our code inside vLLM's own processes: loads snapshots, and ends with the frontend.
 
 vLLM imports this module, by name, in every process that holds a part of the model. Owns nothing
-there but one watching thread. Driven by `actors.inference.engine`, from the frontend, through
-`AsyncLLM.collective_rpc`.
+there but one thread, which watches the frontend. Driven by `actors.inference.engine`, from the
+frontend, through `AsyncLLM.collective_rpc`.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ class SnapshotLoader:
     model_runner: Any
 
     def load_snapshot(self, path: str) -> str:
-        """Replace the model's weights by those of the safetensors file `path`, under checkpoint
-        names.
+        """Replace the model's weights by those of the safetensors file `path`.
 
-        Returns "" or, in one line, why the weights are now a mixture of two policies. (vLLM would
-        print an exception's traceback before handing it on.) Reloads layer by layer, because
-        engines keep weights in a layout of their own (pre-packed on a CPU).
+        The file has a checkpoint's names. Returns "" or, in one line, why the weights are now a
+        mixture of two policies. (vLLM would print the traceback of an exception before passing it
+        on.) Reloads layer by layer, because engines keep weights in a layout of their own, which is
+        pre-packed on a CPU.
         """
         model, model_config = self.model_runner.model, self.model_runner.model_config
         tied = bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
@@ -56,7 +55,7 @@ class SnapshotLoader:
                 initialize_layerwise_reload(model)
                 loaded = model.load_weights(_tensors(snapshot, model, tied))
                 finalize_layerwise_reload(model, model_config)
-        except Exception as error:  # each model's own loader raises as it likes
+        except Exception as error:  # a model's own loader may raise anything
             return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         missing = sorted(expected - loaded) if loaded is not None else []
         lacks = f"the snapshot lacks {len(missing)} of the model's parameters, such as "
@@ -67,7 +66,7 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
     """Make the next reload pack the experts of a CPU engine as the first load did.
 
     vLLM packs them only when it builds the kernel, and later loads would copy unpacked experts into
-    packed memory. On a GPU there is nothing to pack, and CUDA graphs hold on to the kernel.
+    packed memory. On a GPU nothing is packed, and CUDA graphs refer to the kernel.
     """
     if not current_platform.is_cpu():
         return
@@ -80,12 +79,13 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
 def _tensors(
     snapshot: Any, model: torch.nn.Module, tied: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor; if embeddings are tied, with the head exactly if this engine keeps one.
+    """Every tensor. If embeddings are tied, the head is included only if this engine has one.
 
-    Without it such an engine would silently keep its old head; an engine that keeps none refuses
-    it.
+    An engine with a head would otherwise silently keep the old one, and an engine without a head
+    refuses it.
     """
-    modules = model.named_modules(remove_duplicate=False)  # it may be the embeddings themselves
+    # Duplicates stay, since the head may be the embeddings themselves.
+    modules = model.named_modules(remove_duplicate=False)
     has_head = any(name.rpartition(".")[2] == "lm_head" for name, _ in modules)
     names = list(snapshot.keys())
     for name in names:
@@ -96,7 +96,7 @@ def _tensors(
 
 
 def _embeddings(model: torch.nn.Module, names: list[str]) -> str:
-    """The snapshot's name of the input embeddings, which ends as this engine's own does."""
+    """The snapshot's name of the input embeddings, which ends like this engine's own."""
     for own, module in model.named_modules():
         if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
             ending = f"{own.rpartition('.')[2]}.weight"
@@ -106,12 +106,12 @@ def _embeddings(model: torch.nn.Module, names: list[str]) -> str:
 
 
 def _die_with(frontend_pid: int) -> None:
-    """Kill this process, and vLLM's EngineCore above it, as soon as the frontend is gone: it may
-    have been SIGKILLed.
+    """Kill this process, and vLLM's EngineCore above it, as soon as the frontend is gone.
 
-    EngineCore itself never notices, and would keep its cores and memory for ever.
+    EngineCore itself does not notice when the frontend is SIGKILLed, and would keep its cores and
+    memory forever.
     """
-    victims = [os.getpid()] if os.getppid() == frontend_pid else [os.getppid(), os.getpid()]
+    pids = [os.getpid()] if os.getppid() == frontend_pid else [os.getppid(), os.getpid()]
     try:
         frontend = os.pidfd_open(frontend_pid)
     except ProcessLookupError:
@@ -120,8 +120,8 @@ def _die_with(frontend_pid: int) -> None:
         poll = select.poll()
         poll.register(frontend, select.POLLIN)
         poll.poll()
-    for victim in victims:
-        os.kill(victim, signal.SIGKILL)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
 
 
 if FRONTEND_PID in os.environ and int(os.environ[FRONTEND_PID]) != os.getpid():

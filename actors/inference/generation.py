@@ -1,9 +1,9 @@
-"""What an engine has sampled: one request's tokens as they come, and what decoding them cost.
+"""The output of an engine: the tokens of each request as they come, and their latency.
 
-Owns two ledgers without I/O: `Generation` (tokens, logprobs, and which policy version sampled each)
-and `Meter` (batch, time per token, occupied slots). Never talks to an engine or a socket, and
-imports no vLLM, so that a worker is tested without one. Filled by `actors.inference.engine`, emptied by
-`actors.worker`.
+Owns two records without I/O: `Generation` (tokens, logprobs, and the policy version that sampled
+each) and `Meter` (batch, time per token, occupied slots). Never talks to an engine or a socket, and
+does not import vLLM, so that a worker can be tested without it. Filled by
+`actors.inference.engine`, emptied by `actors.worker`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-BASE_VERSION = -1  # the weights an engine starts with, before any published policy
+BASE_VERSION = -1  # the weights of an engine at its start, before any published policy
 
 
 class EngineDied(Exception):
-    """vLLM's processes ended by themselves: nothing will be sampled any more."""
+    """vLLM's processes ended by themselves, so nothing more will be sampled."""
 
 
 @dataclass(slots=True)
 class TokenRun:
-    """Consecutive sampled tokens of one policy version: int32 ids beside float32 logprobs."""
+    """Consecutive sampled tokens of one policy version: int32 ids and float32 logprobs."""
 
     version: int
     tokens: array[int]
@@ -30,11 +30,11 @@ class TokenRun:
 
 
 class Generation:
-    """One request in an engine. Made inside a running event loop.
+    """One request in an engine. Create it inside a running event loop.
 
-    `tokens` holds everything sampled so far; `finished` ends with "stop", "length" or "abort", or
-    with the exception that ended it. `prompt_logprobs`: of each token of the prompt after the
-    first, if they were asked for.
+    `tokens` holds everything sampled so far. `finished` resolves to "stop", "length" or "abort", or
+    to the exception that ended the request. `prompt_logprobs` holds those of each prompt token
+    after the first, if they were requested.
     """
 
     __slots__ = ("request_id", "tokens", "prompt_logprobs", "finished", "num_taken", "_runs")
@@ -49,13 +49,11 @@ class Generation:
 
     @property
     def num_pending(self) -> int:
-        """Tokens that `take` would return."""
+        """Number of tokens that `take` would return."""
         return len(self.tokens) - self.num_taken
 
     def extend(self, version: int, token_ids: Iterable[int], logprobs: Iterable[float]) -> None:
-        """Tokens sampled by policy `version`, each with its log-probability under the distribution
-        that was sampled.
-        """
+        """Add tokens sampled by policy `version`, each with its log-probability when sampled."""
         if not self._runs or self._runs[-1].version != version:
             self._runs.append(TokenRun(version, array("i"), array("f")))
         run, before = self._runs[-1], len(self._runs[-1].tokens)
@@ -75,11 +73,11 @@ class Generation:
         return taken
 
     def rewind(self, num_taken: int) -> None:
-        """Have `take` return all tokens after the first `num_taken` again."""
+        """Make `take` return all tokens after the first `num_taken` again."""
         self.num_taken = min(num_taken, len(self.tokens))
 
     def end(self, outcome: str | Exception) -> None:
-        """Settle `finished`, once; later outcomes are ignored."""
+        """Resolve `finished`. Only the first outcome counts."""
         if self.finished.done():
             return
         if isinstance(outcome, str):
@@ -90,11 +88,10 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """An engine between two reports.
+    """The activity of an engine between two reports.
 
-    `batch` and `ms_per_token` belong together: the same intervals, weighted by time.
-
-    Both are 0 if no request decoded two tokens in a row.
+    `batch` and `ms_per_token` are averages over the same intervals, weighted by time. Both are 0 if
+    no request decoded two tokens in a row.
     """
 
     batch: float
@@ -106,7 +103,7 @@ class Measurement:
 class Meter:
     """Latency and occupancy of one engine, from its steps.
 
-    Every `time_s` is of one monotonic clock.
+    All times are from one monotonic clock, in seconds.
     """
 
     def __init__(self, slots: int, time_s: float) -> None:
@@ -128,11 +125,10 @@ class Meter:
         self._occupied, self._occupied_since_s = num_requests, time_s
 
     def step(self, time_s: float, num_tokens: int, num_ended: int) -> None:
-        """The engine reported one step: a token each of `num_tokens` requests, of which `num_ended`
-        ended with it.
+        """Count one step: one token for each of `num_tokens` requests, of which `num_ended` ended.
 
-        The time since the last step is what the requests that decoded in both waited for a token.
-        Where none went on from the last step, it was idle time and measures nothing.
+        The time since the last step is the latency of the requests that decoded in both steps. If
+        there are none, the engine was idle, and the time is not counted.
         """
         if self._last_step_s is not None and self._decoding:
             interval_s = max(time_s - self._last_step_s, 0.0)
@@ -143,13 +139,11 @@ class Meter:
         self._last_step_s, self._decoding = time_s, num_tokens - num_ended
 
     def interrupt(self) -> None:
-        """Decoding pauses for something else (a swap): the interval up to the next step measures
-        nothing.
-        """
+        """Do not count the interval up to the next step, because a swap interrupts decoding."""
         self._last_step_s = None
 
     def report(self, time_s: float) -> Measurement:
-        """Return the measurements since the last report, and start the next one."""
+        """Return the measurement since the last report, and start the next one."""
         self.occupy(self._occupied, time_s)
         elapsed_s = max(time_s - self._since_s, 1e-9)
         measured = self._decode_s > 0

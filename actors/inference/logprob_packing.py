@@ -1,9 +1,9 @@
-"""vLLM's scheduler, with the log-probabilities of a step in one array instead of three small ones
-for every request.
+"""vLLM's scheduler, with the log-probabilities of a step in one array.
 
-Runs in EngineCore's process. Encoding, sending and decoding those arrays costs more than the tokens
-that they belong to; the sampled tokens' own log-probabilities are all that is read here.
-`actors.inference.engine._Router` unpacks them. Changes nothing that is scheduled.
+vLLM sends three small arrays per request instead. Encoding, sending and decoding those takes longer
+than the tokens themselves, and we read only the sampled tokens' own log-probabilities.
+`actors.inference.engine._Router` unpacks the array. Runs in EngineCore's process, and does not
+change the schedule.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NO_IDS, NO_RANKS = np.empty((0, 0), dtype=np.int32), np.empty(0, dtype=np.int32)
 
 
 class CompactScheduler(Scheduler):
-    """Given to vLLM as `scheduler_cls`."""
+    """The scheduler that vLLM gets as `scheduler_cls`."""
 
     def update_from_output(self, *args: Any, **options: Any) -> dict[int, Any]:
         by_client = super().update_from_output(*args, **options)
@@ -29,8 +29,9 @@ class CompactScheduler(Scheduler):
 
 
 def pack_logprobs(outputs: Sequence[Any]) -> None:
-    """Moves all sampled tokens' log-probabilities to the first output that has any, in the order of
-    the outputs: float32 [tokens, 1].
+    """Move all sampled tokens' log-probabilities to the first output that has any.
+
+    They become one array, float32 [tokens, 1], in the order of the outputs.
     """
     sampled = [output for output in outputs if output.new_logprobs is not None]
     if not sampled:

@@ -1,6 +1,7 @@
-"""The engine's half of the probe: its present weights' log-probabilities of the fixed sequences.
+"""The engine's half of the probe: log-probabilities of the fixed sequences.
 
-Driven by `actors.worker` whenever weights have been loaded, and by `tools.check`.
+They are those of its present weights. Driven by `actors.worker` after each load of weights, and by
+`tools.check`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from buffer.wire.probe import probe_sequences
 
 
 class Scorer(Protocol):
-    """The part of an engine that a probe uses: `actors.inference.engine.Engine`, or a fake in its place."""
+    """The part of `actors.inference.engine.Engine` that a probe uses."""
 
     @property
     def vocab_size(self) -> int: ...

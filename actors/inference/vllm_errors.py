@@ -1,9 +1,10 @@
 """Why vLLM failed, in one line instead of several tracebacks from several processes.
 
-vLLM logs the cause of a failure where it happens, and raises "see root cause above" elsewhere. A
-`CauseKeeper` on its loggers notes the cause in a file that lives as long as the frontend.
-Tracebacks of a failed start are shown only if VLLM_LOGGING_LEVEL asks for progress. Installed by
-`actors.inference.engine` in the frontend and by `actors.inference.extension` in vLLM's own processes.
+vLLM logs the cause of a failure in the process in which it happens, and raises "see root cause
+above" in others. A `CauseKeeper` on its loggers writes the cause to a file that lives as long as
+the frontend. Tracebacks of a failed start are shown only if VLLM_LOGGING_LEVEL asks for progress.
+Installed by `actors.inference.engine` in the frontend, and by `actors.inference.extension` in
+vLLM's own processes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FAILED_START = "EngineCore failed to start."
 
 
 class CauseKeeper(logging.Filter):
-    """Notes the exception of every record that carries one, in the file named by `CAUSE_FILE`."""
+    """Writes the exceptions that are logged to the file named by `CAUSE_FILE`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error, path = record.exc_info[1] if record.exc_info else None, os.environ.get(CAUSE_FILE)
@@ -34,12 +35,13 @@ class CauseKeeper(logging.Filter):
         if os.environ.get("VLLM_LOGGING_LEVEL") in VERBOSE:
             return True
         if record.getMessage() == FAILED_START:
-            os._exit(1)  # now, or Python prints the traceback as well; there is nothing to clean up
+            # Python would print the traceback as well, and nothing has to be cleaned up.
+            os._exit(1)
         return record.name not in AT_START
 
 
 def install(loggers: Sequence[str]) -> None:
-    """Keep the causes that these loggers are told of, in this process."""
+    """Keep the causes that these loggers get in this process."""
     for name in loggers:
         logger = logging.getLogger(name)
         if not any(isinstance(present, CauseKeeper) for present in logger.filters):
@@ -47,7 +49,7 @@ def install(loggers: Sequence[str]) -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """An exception in one line; of a quoted traceback, its last line."""
+    """An exception in one line. If it quotes a traceback, that is its last line."""
     text = str(error).strip()
     if "Traceback (most recent call last)" in text:
         return text.splitlines()[-1][:500]
@@ -64,7 +66,7 @@ class Causes:
         install(AT_START)
 
     def first(self) -> str:
-        """The first cause noted so far, or "" if there is none; later errors follow from it."""
+        """The first cause so far, from which later errors follow. "" if there is none."""
         return next(iter(Path(self._path).read_text().splitlines()), "")
 
     def close(self) -> None:

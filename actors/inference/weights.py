@@ -1,6 +1,6 @@
-"""A snapshot's way into an engine: fetched while it decodes, verified, then swapped in.
+"""Loads a snapshot into an engine: fetched while it decodes, verified, then swapped in.
 
-Owns the snapshot's bytes between the network and the engine, in memory that vanishes with this
+Owns the snapshot's bytes between the network and the engine, in memory that is freed with this
 process. Never decides which policy is due. Driven by `actors.worker`.
 """
 
@@ -20,12 +20,13 @@ T = TypeVar("T")
 
 
 class SwapFailed(Exception):
-    """An engine could not load a policy's weights; it may now hold a mixture."""
+    """An engine could not load a policy's weights, and may now hold a mixture of two."""
 
 
 class Swappable(Protocol):
-    """The interface that an engine must offer: load the safetensors file `path` as policy
-    `version`, and say how long decoding paused.
+    """An engine that can load the safetensors file `path` as policy `version`.
+
+    `swap` returns the length of the pause in decoding, in seconds.
     """
 
     async def swap(self, path: str, version: int) -> float: ...
@@ -34,9 +35,8 @@ class Swappable(Protocol):
 async def load(policy: SnapshotRef, fetch: Fetch, engine: Swappable) -> PolicyLoaded:
     """Fetch `policy` and swap it into `engine`.
 
-    Raises the errors of `fetch`, with the engine untouched, and `SwapFailed`.
-
-    Once the swap has begun it is carried through, even if the caller is cancelled.
+    A swap that has begun is completed, even if the caller is cancelled. Raises the errors of
+    `fetch`, with the engine unchanged, and `SwapFailed`.
     """
     started = time.monotonic()
     data = await in_thread(lambda: fetch(policy))
@@ -46,12 +46,12 @@ async def load(policy: SnapshotRef, fetch: Fetch, engine: Swappable) -> PolicyLo
 
 
 async def swap(version: int, data: bytes, engine: Swappable) -> float:
-    """Have `engine` load `data`, a snapshot's bytes, as policy `version`.
+    """Make `engine` load `data`, a snapshot's bytes, as policy `version`.
 
-    Returns the seconds that decoding paused.
+    Returns the length of the pause in decoding, in seconds.
     """
-    # An anonymous file, which vLLM's processes map: through their message queue the bytes would be
-    # pickled and copied several times, and a real file could be left behind.
+    # vLLM's processes map an anonymous file. Their message queue would pickle and copy the bytes
+    # several times, and a real file could be left behind.
     handle = os.memfd_create(f"policy-{version}")
     try:
         await in_thread(lambda: _write(handle, data))
@@ -67,14 +67,15 @@ def _write(handle: int, data: bytes) -> None:
 
 
 async def in_thread(function: Callable[[], T]) -> T:
-    """Like `asyncio.to_thread`, but on a daemon thread: a fetch that hangs must not hold up the end
-    of the process.
+    """Like `asyncio.to_thread`, but on a daemon thread.
+
+    A fetch that hangs must not delay the end of the process.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
     def settle(result: T | None, error: BaseException | None) -> None:
-        if not future.done():  # cancelled meanwhile
+        if not future.done():  # it may have been cancelled
             future.set_result(result) if error is None else future.set_exception(error)  # type: ignore[arg-type]
 
     def run() -> None:

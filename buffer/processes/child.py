@@ -1,11 +1,11 @@
-"""One child process, from its start to its end, with everything that it starts in turn.
+"""One child process from its start to its end, with everything that it starts in turn.
 
-Owns its output, its exit status, its temporary folder, and the certainty that nothing of it is
-left. Never decides when it ends. Driven by `tools.launch`, by actor pools and by the learner's
-supervisor, from the thread that started it.
+Owns its output, its exit status and its temporary folder, and leaves nothing of it behind. Never
+decides when it ends. Driven by `tools.launch`, by actor pools and by the learner's supervisor, from
+the thread that started it.
 
-The child leads a session of its own, so that a Ctrl-C of the terminal reaches its supervisor alone.
-The kernel signals it when its supervisor dies.
+The child leads a session of its own, so that Ctrl-C in the terminal reaches only its supervisor.
+The kernel signals the child when its supervisor dies.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ PR_SET_PDEATHSIG = 1
 POLL_S = 0.05
 NUM_LAST_LINES = 20
 MAX_LINE_CHARS = 2000
-REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # to stop in good order
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # for an orderly stop
 ERROR = "error: "  # starts the line in which a process of ours says why it failed
 
 
 class Child:
-    """A running command, and later its end. Every method returns at once."""
+    """A command that runs or has ended. Every method returns at once."""
 
     def __init__(
         self,
@@ -46,8 +46,9 @@ class Child:
         environment: Mapping[str, str] | None = None,
         death_signal: int = signal.SIGTERM,
     ) -> None:
-        """`death_signal` reaches it when the calling thread ends, so call from one that lives as
-        long as the supervisor.
+        """Start the command. The kernel sends it `death_signal` when the calling thread ends.
+
+        Call this from a thread that lives as long as the supervisor.
         """
         self.name = name
         self.last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
@@ -70,32 +71,31 @@ class Child:
         os.set_blocking(self._process.stdout.fileno(), False)
 
     def status(self) -> int | None:
-        """None while it runs, then its exit status, negative for a signal. By then nothing that it
-        started is left.
+        """None while it runs, then its exit status, which is negative for a signal.
+
+        By then, nothing that it started is left.
         """
         if self._status is None and self._has_ended():
             self._clear()
         return self._status
 
     def lines(self) -> list[str]:
-        """Its output since the last call. A child that prints waits for this call once the pipe is
-        full.
-        """
+        """Its output since the last call. Once the pipe is full, the child waits for this call."""
         closed = self.status() is not None
         *complete, self._incomplete = (self._incomplete + self._read()).split(b"\n")
         if closed:
             complete, self._incomplete = [*complete, self._incomplete], b""
-        # A progress bar redraws itself with carriage returns: its last state counts.
+        # A progress bar redraws itself with carriage returns, so only its last state counts.
         texts = (line.decode(errors="replace").rstrip().rpartition("\r")[2] for line in complete)
         lines = [text[:MAX_LINE_CHARS] for text in texts if text]
         self.last_lines += lines
         return lines
 
     def how_it_ended(self) -> str:
-        """Such as "was killed by SIGKILL". Only after its end."""
+        """A phrase such as "was killed by SIGKILL". Call it only after the end."""
         assert self._status is not None
         short_of_memory = self._status == -signal.SIGKILL and _oom_kills() > self._oom_kills
-        hint = ", and the kernel killed for lack of memory meanwhile (see `dmesg`)"
+        hint = ", after the kernel killed a process for lack of memory (see `dmesg`)"
         return in_words(self._status) + (hint if short_of_memory else "")
 
     def terminate(self) -> None:
@@ -110,7 +110,7 @@ class Child:
             self._clear()
 
     def _has_ended(self) -> bool:
-        """Leaves it a zombie, so that its process group can still be killed by its id."""
+        """Whether it ended. It stays a zombie, so that its process group can still be killed."""
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self.pid, options) is not None
 
@@ -130,15 +130,16 @@ class Child:
             while chunk := os.read(self._process.stdout.fileno(), 1 << 16):
                 chunks.append(chunk)
         except BlockingIOError:
-            pass  # it is still open, and has nothing more for now
+            pass  # it is still open, but empty for now
         return b"".join(chunks)
 
 
 def stop(
     children: Sequence[Child], limit_s: float, hurry: Callable[[], bool] = lambda: False
 ) -> list[Child]:
-    """End all that still run: ask, wait up to `limit_s` or until `hurry`, then kill. Returns those
-    that had to be killed.
+    """End all children that still run: ask, wait up to `limit_s` or until `hurry()`, then kill.
+
+    Returns those that had to be killed.
     """
     for child in children:
         child.terminate()
@@ -160,8 +161,9 @@ def stop(
 
 
 def forward(child: Child) -> None:
-    """Print its new output as ours, but for the line that says why it failed, which is its
-    supervisor's to use.
+    """Print its new output as ours, except for the line that says why it failed.
+
+    Its supervisor reports that line.
     """
     for line in child.lines():
         if not line.startswith(ERROR):
@@ -169,7 +171,7 @@ def forward(child: Child) -> None:
 
 
 def given_reason(last_lines: Iterable[str]) -> str:
-    """The reason a process of ours gave in its last output for its failure, or ""."""
+    """The reason for its failure that a process of ours gave in its last output, or ""."""
     reasons = [line.removeprefix(ERROR) for line in last_lines if line.startswith(ERROR)]
     return reasons[-1] if reasons else ""
 
@@ -180,7 +182,7 @@ def was_killed(status: int | None) -> bool:
 
 
 def may_succeed_again(status: int | None) -> bool:
-    """Whether it did not end for a reason that it would find again."""
+    """Whether a restart may help: it was killed, or it asks to be started again."""
     return status == ExitStatus.TRY_AGAIN or was_killed(status)
 
 
@@ -194,29 +196,28 @@ def in_words(status: int) -> str:
 
 
 def python_path() -> dict[str, str]:
-    """The environment of a Python process of this repository, wherever it is started from."""
+    """The environment of a Python process of this repository, started in any folder."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def _signalled_with_parent(parent: int, number: int) -> Callable[[], None]:
-    """To be called in a new child: the kernel sends it signal `number` when the thread that started
-    it ends.
+    """A function to call in a new child, which asks the kernel for signal `number`.
+
+    The kernel sends it when the thread that started the child ends.
     """
 
     def arm() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         LIBC.prctl(PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent:  # it ended before we could ask
+        if os.getppid() != parent:  # the parent ended before we could ask
             os._exit(1)
 
     return arm
 
 
 def _oom_kills() -> int:
-    """How many processes the kernel has killed for lack of memory since it started; 0 if it does
-    not say.
-    """
+    """Number of processes that the kernel has killed for lack of memory; 0 if unknown."""
     try:
         found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
     except OSError:

@@ -1,9 +1,8 @@
-"""Which living processes belong to a supervisor, however deep they are and whichever session they
-moved to.
+"""Finds the living processes that belong to a supervisor, at any depth and in any session.
 
-Each child is started with a folder of its own in its environment, and all of its descendants
-inherit that; the children of a descendant that supervises others get folders below it. Uses nothing
-but `/proc`.
+Each child is started with a folder of its own in its environment, which all of its descendants
+inherit. The children of a descendant that supervises others get folders below it. Uses nothing but
+`/proc`.
 """
 
 from __future__ import annotations
@@ -14,20 +13,19 @@ import time
 from pathlib import Path
 
 OWNER = "DARTS_PROCESS_FOLDER"
-KILL_S = 5.0  # a process inside the kernel, writing to a dead disk say, is not waited for longer
+# Limit for a process that is stuck in the kernel, for instance because it writes to a dead disk.
+KILL_S = 5.0
 
 
 def marks(folder: Path) -> dict[str, str]:
-    """The environment that makes a process and its descendants those of `folder`."""
+    """The environment by which a process and its descendants belong to `folder`."""
     # setproctitle, which vLLM and Ray use, would otherwise overwrite the environment that /proc
     # shows.
     return {OWNER: str(folder), "TMPDIR": str(folder), "SPT_NOENV": "1"}
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Pids of the living processes whose folder is `folder` or one below it, the
-    caller's left out.
-    """
+    """Pids of the living processes of `folder` or of one below it, without the caller."""
     own = f"{OWNER}={folder}".encode()
     found: list[int] = []
     for pid in all_pids():
@@ -41,7 +39,7 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def kill_processes_of(folder: Path) -> None:
-    """Kill them all, those that they start meanwhile included."""
+    """Kill them all, including those that they start in the meantime."""
     deadline = time.monotonic() + KILL_S
     while (left := processes_of(folder)) and time.monotonic() < deadline:
         for pid in left:

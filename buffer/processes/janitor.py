@@ -1,9 +1,8 @@
-"""`python -m buffer.processes.janitor FOLDER GRACE_S`: cleans up after a supervisor, however that
-one ends.
+"""`python -m buffer.processes.janitor FOLDER GRACE_S`: cleans up after a supervisor.
 
-Owns no process. Waits until its standard input closes, which the kernel does for a supervisor that
-is killed; then ends the processes of the folder, and removes the folder and the shared memory of
-those processes. Started by `buffer.processes.private_folder`.
+Waits until its standard input closes, which happens however the supervisor ends. Then it ends the
+processes of the folder, and removes the folder and the shared memory of those processes. Owns no
+process. Started by `buffer.processes.private_folder`.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from buffer.processes.descendants import kill_processes_of, processes_of
 from buffer.processes.shared_memory import SharedMemory
 
 LOOK_S = 0.25
-AT_ONCE = b"!"  # from a supervisor that has ended its children
+AT_ONCE = b"!"  # sent by a supervisor that has ended its children
 
 
 def main(folder: Path, grace_s: float) -> None:
-    """`grace_s`: for processes whose supervisor was killed, which the kernel has told to end."""
+    """Processes whose supervisor was killed have `grace_s` to end, as the kernel told them to."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     shared_memory = SharedMemory(folder)

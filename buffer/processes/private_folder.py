@@ -1,5 +1,6 @@
-"""The temporary folder of a supervisor and of everything that it starts, which goes
-when they do.
+"""The temporary folder of a supervisor and of everything that it starts.
+
+It is removed when they end.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from buffer.processes.descendants import OWNER, kill_processes_of, marks
 from buffer.processes.janitor import AT_ONCE
 
 PR_SET_CHILD_SUBREAPER = 36
-# A Unix socket's path has at most 107 bytes; the names that vLLM and our own folders add leave this
-# much.
+# A Unix socket's path has at most 107 bytes. The names that vLLM and our own folders add leave this
+# many.
 LONGEST_PARENT = 20
-LEAVE_S = 10.0  # for the janitor
+LEAVE_S = 10.0  # time for the janitor to end
 
 
 @contextmanager
 def private_folder(grace_s: float = 30.0) -> Generator[Path]:
-    """Have `tempfile`, here and in all children, use a new folder. Afterwards, or once this process
-    was killed, nothing is left of it: no file, no shared memory, and no process that was started
-    meanwhile. If this process was killed, the others, which the kernel tells to end, have
-    `grace_s`. A process that was started by a supervisor has such a folder already, and goes on to
-    use that.
+    """Make `tempfile` use a new folder, here and in all children.
+
+    Afterwards, or after this process was killed, nothing is left of it: no file, no shared memory,
+    and no process that was started in the meantime. If this process was killed, the kernel tells
+    the others to end, and they have `grace_s` to do so. A process that was started by a supervisor
+    has such a folder already and keeps using it.
     """
     if OWNER in os.environ:
         yield Path(os.environ[OWNER])
@@ -47,10 +49,10 @@ def private_folder(grace_s: float = 30.0) -> Generator[Path]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans that die are reaped here
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans are adopted and reaped here
     os.environ.update(marks(folder))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiled())
-    tempfile.tempdir = None  # chosen again when it is next needed
+    tempfile.tempdir = None  # `tempfile` chooses again when it needs one
     try:
         yield folder
     finally:
@@ -66,7 +68,7 @@ def _dismiss(janitor: subprocess.Popen[bytes], folder: Path) -> None:
     except subprocess.TimeoutExpired:
         janitor.kill()
         janitor.wait()
-    kill_processes_of(folder)  # nothing is left of either, unless the janitor was killed
+    kill_processes_of(folder)  # in case the janitor was killed
     shutil.rmtree(folder, ignore_errors=True)
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
@@ -76,6 +78,6 @@ def _dismiss(janitor: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def _compiled() -> str:
-    """Where torch keeps kernels that it has compiled, which must outlive the folder."""
+    """The folder of torch's compiled kernels, which must outlive the private one."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(cache, "torchinductor")

@@ -1,6 +1,4 @@
-"""How often something may be started again: a number of times within a window, so that a long run
-is not worn out by rare deaths.
-"""
+"""A limit on restarts within a time window, so that a long run survives rare deaths."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Shared memory that killed processes leave in `/dev/shm`: vLLM's message queues, multiprocessing's
-semaphores.
+"""Removes the shared memory that killed processes leave in `/dev/shm`.
 
-A name there does not identify its owner, so the owner of each new file is looked up while it lives.
-Never touches a name that no process of this run was seen with, or that any process still holds.
-Driven by the janitor.
+Examples are vLLM's message queues and the semaphores of multiprocessing. A name there does not
+identify its owner, so the owner of each new file is looked up while it lives. Never touches a name
+that no process of this run was seen with, or that any process still holds. Driven by the janitor.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from buffer.processes.descendants import all_pids, processes_of
 
 FOLDER = Path("/dev/shm")
-LOOKS = 8  # at a new name before it counts as that of another program
+LOOKS = 8  # looks at a new name before it counts as another program's
 
 
 class SharedMemory:
@@ -28,8 +27,9 @@ class SharedMemory:
         self._holders: dict[str, set[int]] = {}  # name of this run -> processes seen with it
 
     def look(self) -> None:
-        """Find the holders of new names, and remove the names of which every holder has died. Call
-        it often.
+        """Find the holders of new names, and remove the names whose holders have all died.
+
+        Call it often.
         """
         names = _names()
         self._foreign &= names
@@ -65,7 +65,7 @@ def _names() -> set[str]:
             if (FOLDER / name).lstat().st_uid == os.getuid():
                 found.add(name)
         except FileNotFoundError:
-            continue  # it went just now
+            continue  # it was removed just now
     return found
 
 

@@ -1,8 +1,8 @@
-"""Requests to stop: the first Ctrl-C is answered at once, the second one kills. SIGTERM and SIGHUP
-count as Ctrl-C.
+"""Requests to stop: the first Ctrl-C is answered at once, and the second one kills.
 
-A thread answers, because the main thread may be in a call that takes seconds, a backward pass say.
-Never ends anything but its own process; a supervisor looks at `repeated` and kills its children.
+SIGTERM and SIGHUP count as Ctrl-C. A thread answers, because the main thread may be in a call that
+takes seconds, such as a backward pass. Never ends anything but its own process: a supervisor checks
+`repeated` and kills its children.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ AGAIN = "Ctrl-C again to kill"
 
 
 class StopRequest:
-    """Entered in the main thread, around everything that a signal may interrupt."""
+    """A context for the main thread, around everything that a signal may interrupt."""
 
     def __init__(self, answer: Callable[[], None], limit_s: float | None = None) -> None:
-        """`answer` tells the user in another thread what happens now and how long it may take.
+        """`answer` runs in another thread, and tells the user how long the stop may take.
 
-        With `limit_s`, this process ends with status 130 so long after the first signal, or at the
-        second one. Without, its main thread sees to that, and only a third signal ends it here.
+        With `limit_s`, this process ends with status 130 that long after the first signal, or at
+        the second one. Without it, the main thread has to end the process, and only a third signal
+        ends it here.
         """
         self.num_signals = 0
         self._answer, self._limit_s = answer, limit_s
@@ -54,7 +55,7 @@ class StopRequest:
         return self
 
     def take_signals(self) -> None:
-        """Once more, when a library may have taken them for itself."""
+        """Install our handlers. Call it again after a library may have replaced them."""
         for number in REQUESTS:
             signal.signal(number, _ignore)  # the interpreter writes them to the socket
 
@@ -62,7 +63,7 @@ class StopRequest:
         signal.set_wakeup_fd(self._wakeup_fd)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._writer.close()  # which ends the thread
+        self._writer.close()  # this ends the thread
 
     def _listen(self) -> None:
         try:

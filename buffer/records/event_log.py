@@ -1,9 +1,9 @@
-"""The buffer's event log, `events/`: every event before it is handled, its decisions after it, and
-notes.
+"""The buffer's event log, `events/`: each event before it is handled, and its decisions after it.
 
 A segmented log (`segments`). A segment starts with a `Checkpoint` and continues with records: an
 event of the core, the decisions that followed it, or a note about a fact outside the core that a
-restarted buffer needs. A restart reads the newest segment; `tools.replay` reads all that are kept.
+restarted buffer needs. A restart reads the newest segment, and `tools.replay` reads all segments
+that are kept.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class BufferState(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     cursor: Cursor
     tokens: dict[str, int]  # the cumulative sums of `metrics.jsonl`
-    num_skipped: int  # prompts that the run went on without
+    num_skipped: int  # prompts without which the run continued
     groups_bytes: int  # of groups.jsonl
     policy: SnapshotRef | None
     learner: Learner | None
@@ -62,7 +62,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Trained(msgspec.Struct, frozen=True, tag=True):
-    """A note: the learner trained `step`, on so many tokens, and reported these metrics."""
+    """A note: the learner trained `step` on `num_tokens` tokens and reported `metrics`."""
 
     step: int
     num_tokens: int
@@ -70,7 +70,7 @@ class Trained(msgspec.Struct, frozen=True, tag=True):
 
 
 class Policy(msgspec.Struct, frozen=True, tag=True):
-    """A note: the policy that engines are to load."""
+    """A note: the policy that engines should load."""
 
     policy: SnapshotRef
 
@@ -78,8 +78,9 @@ class Policy(msgspec.Struct, frozen=True, tag=True):
 class Rewound(msgspec.Struct, frozen=True, tag=True):
     """A note: a learner resumed at `step`, so later steps are withdrawn.
 
-    groups_bytes: of groups.jsonl without them. tokens: the cumulative sums without them.
-    visits: of the prompts that return to the stream. num_skipped: prompts skipped by then.
+    `groups_bytes` is the size of groups.jsonl without them, and `tokens` are the cumulative sums
+    without them. `visits` are those of the prompts that return to the stream, and `num_skipped` is
+    the number of prompts skipped by then.
     """
 
     step: int
@@ -114,7 +115,7 @@ class Session(NamedTuple):
 
 
 class Recovered(NamedTuple):
-    """Read for a restarted buffer: the newest checkpoint, and (time, event or note) after it."""
+    """For a restarted buffer: the newest checkpoint, and each (time, event or note) after it."""
 
     checkpoint: Checkpoint
     entries: list[tuple[float, ev.Event | Note]]
@@ -132,8 +133,9 @@ class EventLog:
     def open(
         cls, folder: Path, config: CoreConfig, fsync_s: float, executor: Executor | None = None
     ) -> tuple[EventLog, Recovered]:
-        """Open or start the log in `folder`. Raises ValueError if it is damaged or of another
-        version.
+        """Open or start the log in `folder`.
+
+        Raises `ValueError` if it is damaged or of another version.
         """
         is_new = not folder.is_dir() or not any(folder.glob("*.log"))
         first = msgspec.msgpack.encode(Checkpoint(config=config))
@@ -159,9 +161,7 @@ class EventLog:
         self.log.append(self._encode(("note", note)), time_s)
 
     def rotate(self, checkpoint: Checkpoint, time_s: float, keep_bytes: int) -> None:
-        """Start a segment from which a restart begins, and drop the oldest
-        ones above `keep_bytes`.
-        """
+        """Start a segment from which a restart begins, and drop old ones above `keep_bytes`."""
         self.log.rotate(self._encode(checkpoint), time_s)
         self.log.retain(keep_bytes)
 
@@ -170,8 +170,9 @@ class EventLog:
 
 
 def read_sessions(folder: Path) -> Iterator[Session]:
-    """Every segment that is kept, oldest first. Raises ValueError if the folder holds
-    no event log.
+    """Every segment that is kept, oldest first.
+
+    Raises `ValueError` if a segment is damaged or not part of an event log.
     """
     if not folder.is_dir():
         return

@@ -1,9 +1,8 @@
-"""Files that are whole or absent, however the process dies: atomic writes, torn last lines, the
-lock on a run's folder.
+"""Files that are whole or absent, however the process dies.
 
-Owns the few operations on a disk that durability rests on (`Disk`), so that a test can stop between
-any two of them. Never decides what is written. Used by every process of a run, so it imports
-nothing heavy.
+Owns atomic writes, the repair of torn last lines, the lock on a run's folder, and the few disk
+operations on which durability depends (`Disk`), so that a test can stop between any two of them.
+Never decides the content of a file. Used by every process of a run, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ _BLOCK = 65_536
 
 
 class Disk:
-    """The disk of this machine. Each method is one system call or a read, and raises `OSError` as
-    that does.
-    """
+    """The disk of this machine. Each method is a system call or a read, and may raise `OSError`."""
 
     def names(self, folder: Path) -> list[str]:
         return os.listdir(folder)
@@ -42,22 +39,22 @@ class Disk:
         self.sync_folder(folder.parent)
 
     def create(self, path: Path, mode: int) -> int:
-        """A new file, opened to be appended to."""
+        """Create a file and open it for appending."""
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, mode)
 
     def open(self, path: Path) -> int:
-        """An existing file, opened to be appended to."""
+        """Open an existing file for appending."""
         return os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, handle: int, data: bytes | memoryview) -> int:
-        """Append as much of `data` as fits, and return how much that was."""
+        """Append as much of `data` as fits, and return its number of bytes."""
         return os.write(handle, data)
 
     def truncate(self, handle: int, size: int) -> None:
         os.ftruncate(handle, size)
 
     def sync(self, handle: int) -> None:
-        """Return once the file's content and size would survive a power cut."""
+        """Make the file's content and size durable, so that they survive a power cut."""
         os.fdatasync(handle)
 
     def close(self, handle: int) -> None:
@@ -82,7 +79,7 @@ DISK = Disk()
 
 
 def write_all(disk: Disk, handle: int, data: bytes) -> None:
-    """Append all of `data`. If that fails (a full disk), a part of it may have been written."""
+    """Append all of `data`. If that fails (full disk), a part of it may have been written."""
     rest = memoryview(data)
     while rest:
         rest = rest[disk.write(handle, rest) :]
@@ -99,7 +96,7 @@ def atomic_write(
     """Write the file `path` so that a reader sees the old content or the new one, never a part.
 
     With `durable`, the new content also survives a power cut once this returns. `mode` is that of a
-    new file before the umask; 0o600 keeps a secret. If it fails, the old content is still there.
+    new file before the umask, such as 0o600 for a secret. If it fails, the old content stays.
     """
     data = data.encode() if isinstance(data, str) else data
     unfinished = _unfinished(path)
@@ -121,9 +118,7 @@ def atomic_write(
 
 @contextmanager
 def atomic_folder(path: Path) -> Generator[Path]:
-    """A folder to fill, which gets the name `path` when the block ends well, and is removed when it
-    does not.
-    """
+    """A folder to fill, which gets the name `path` if the block succeeds, and is removed if not."""
     unfinished = _unfinished(path)
     unfinished.mkdir(parents=True)
     try:
@@ -134,8 +129,9 @@ def atomic_folder(path: Path) -> Generator[Path]:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename `source` to `target`, durably and with all that it holds; a folder that was there
-    before is removed.
+    """Rename `source` to `target`, durably and with its whole content.
+
+    A folder that was there before is removed.
     """
     sync_tree(source)
     replaced = _unfinished(target)
@@ -160,7 +156,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def cut_torn_line(path: Path) -> int:
-    """Remove a last line that a kill left without its end, and return its length in bytes.
+    """Remove a last line without an end, which a kill may leave, and return its bytes.
 
     Call it before appending to a file of lines: a record added to half a line would lose both. A
     file that does not exist has no torn line.
@@ -182,11 +178,11 @@ def cut_torn_line(path: Path) -> int:
 
 
 class RunLock:
-    """One process at a time writes a run's folder. Held until `release`, or until the process ends,
-    however it ends.
+    """A lock that lets only one process at a time write a run's folder.
 
-    Raises `ValueError` if another process holds it, with that process in words. The file stays,
-    since removing it would let two processes lock two files of one name.
+    It is held until `release`, or until the process ends in any way. Raises `ValueError`, which
+    names the holder, if another process holds it. The file stays, since removing it would let two
+    processes lock two files of one name.
     """
 
     def __init__(self, folder: Path, role: str = "buffer") -> None:
@@ -213,7 +209,7 @@ class RunLock:
         )
 
     def release(self) -> None:
-        """May be called twice."""
+        """Release the lock. May be called twice."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1

@@ -1,6 +1,6 @@
 """Length statistics per prompt, which outlive the buffer, and the run's own id.
 
-One SQLite file in WAL mode, nothing cached. Driven by `buffer.run_state`.
+One SQLite file in WAL mode, without a cache. Driven by `buffer.run_state`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from darts.sizing.lengths import LengthStats
 
 
 class Journal:
-    """Length statistics per prompt, which outlive the buffer; "" is the pool of all prompts. SQLite
-    in WAL mode, nothing cached.
+    """Length statistics per prompt id, where "" stands for the pool of all prompts.
 
     Each call commits once, so a kill loses at most the call under way and never damages the file.
-    (A power cut may lose the last commits: they are statistics, not worth an fsync each.)
+    (A power cut may lose the last commits, since statistics are not worth an fsync each.)
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Several threads may use it, one at a time.
         self._db = sqlite3.connect(
             self.path, isolation_level=None, timeout=10, check_same_thread=False
-        )  # used by one thread at a time
+        )
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
@@ -46,9 +46,7 @@ class Journal:
             ) from error
 
     def run_id(self) -> str:
-        """A name drawn when this journal was made: the same across resumes, another for every other
-        run.
-        """
+        """A random name from the creation of this journal, which stays the same across resumes."""
         if self._db.execute("SELECT id FROM run").fetchone() is None:
             self._db.execute("INSERT INTO run VALUES (?)", (secrets.token_hex(8),))
         return self._db.execute("SELECT id FROM run").fetchone()[0]
@@ -70,7 +68,7 @@ class Journal:
         """The statistics of these prompts. Prompts never seen are left out."""
         found: dict[str, LengthStats] = {}
         asked = list(prompt_ids)
-        for start in range(0, len(asked), 500):  # SQLite bounds the number of parameters
+        for start in range(0, len(asked), 500):  # SQLite limits the number of parameters
             some = asked[start : start + 500]
             marks = ",".join("?" * len(some))
             for prompt_id, stats in self._db.execute(
@@ -89,7 +87,7 @@ class Journal:
             ) from error
 
     def close(self) -> None:
-        """May be called twice."""
+        """Close the file. May be called twice."""
         self._db.close()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""The live picture that monitors draw: a `LiveState` of a running run. Reads, never changes."""
+"""The `LiveState` of a running run, which monitors draw. Reads the run, never changes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from buffer.run_state import RunState
 
 SHOWN_GROUPS = 32
-HELD_UP_FRAC = 0.5  # of the rollouts in flight, from which on a verifier counts as slow
+HELD_UP_FRAC = 0.5  # a verifier that holds up this share of the rollouts in flight is slow
 
 
 def live_state(run: RunState) -> msg.LiveState:
@@ -47,8 +47,10 @@ def live_state(run: RunState) -> msg.LiveState:
 
 
 def _waiting(run: RunState) -> str:
-    """Who waits for whom. If the learner waits and most of the rollouts in flight are with a
-    verifier, that is named instead of the engines, which can do nothing about it.
+    """Which side waits for the other, in words.
+
+    If the learner waits and most of the rollouts in flight are with a verifier, the text names the
+    verifier instead of the engines.
     """
     described = waiting.describe(run.core)
     if run.core.requested_step is None:
@@ -69,9 +71,8 @@ def _waiting(run: RunState) -> str:
     num_workers = sum(v.num_workers for v in reports)
     workers = f"{num_workers} worker" + ("s" if num_workers > 1 else "")
     return (
-        f"learner waits for the verifier: {num_unscored} of {in_flight} rollouts in flight have "
-        f"only their reward to come ({workers}{each}); make it "
-        "faster, or raise data.verifier_workers"
+        f"learner waits for the verifier: {num_unscored} of {in_flight} rollouts in flight wait "
+        f"only for their reward ({workers}{each}); make it faster, or raise data.verifier_workers"
     )
 
 

@@ -1,10 +1,9 @@
 """From closed groups and peers' reports to one row of `metrics.jsonl` per learner step.
 
-Owns the sums; never decides anything. Driven by the service: `shipped`, `dropped`, `evaluated` and
-the `note_*` methods as things happen, `row` once per step. Lengths and tokens count sampled tokens.
-*Generated* is every rollout of a step's groups, a cancelled one at the length where it was cut;
-*selected* tokens were shipped to the learner, which trains on most of them. `tokens/*` are
-cumulative over the run.
+Owns the sums, and never decides anything. The service calls `row` once per step, and the other
+methods during the step. Lengths and tokens count sampled tokens. *Generated* covers every rollout
+of a step's groups, with a cancelled one as long as it was then. *Selected* tokens were shipped to
+the learner, which trains most of them. `tokens/*` are cumulative over the run.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ HISTOGRAM_EDGES = [
     0, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384, 32768
 ]  # fmt: skip
 ENDS = ("selected_short", "selected_long", "discarded", "truncated", "cancelled")
-SHOWN_PROMPTS = 256  # closed last, of which monitors draw the lengths
-WINDOW = 2048  # rollouts and lags that the live histograms look back on
+SHOWN_PROMPTS = 256  # the last ones that closed, whose lengths monitors draw
+WINDOW = 2048  # number of rollouts and of lags in the live histograms
 
 
 class Latest:
-    """The peers' last reports, and the prompts that closed last."""
+    """The newest reports of the engines, and the prompts that closed last."""
 
     def __init__(self) -> None:
         self.reports: dict[str, EngineReport] = {}
@@ -50,9 +49,7 @@ class Latest:
 
 
 class Metrics:
-    """Running sums of one run. `restore` continues the cumulative ones from the last row of an
-    earlier life.
-    """
+    """Running sums of one run. `restore` continues the cumulative ones from an earlier row."""
 
     def __init__(self) -> None:
         self.tokens: Counter[str] = Counter()
@@ -70,11 +67,11 @@ class Metrics:
             {k.removeprefix("tokens/"): int(v) for k, v in row.items() if k.startswith("tokens/")}
         )
 
-    # As things happen
-    # ---------------------------------------------------------------------------------------------
+    # During a step
+    # ----------------------------------------------------------------------------------------------
 
     def closed(self, record: GroupRecord) -> None:
-        """A training group reached its end, trained or dropped."""
+        """Count the tokens of a training group that has ended, trained or dropped."""
         for rollout in record.rollouts:
             self.tokens["generated"] += rollout.tokens + rollout.overshoot
             self.tokens[_use_of_tokens(rollout)] += rollout.tokens
@@ -85,18 +82,19 @@ class Metrics:
             self._dropped[record.end] += 1
 
     def trained(self, num_tokens: int) -> None:
-        """So many tokens of the groups that were just closed contributed to the gradient."""
+        """Count the tokens of the groups just closed that contributed to the gradient."""
         self.tokens["trained"] += num_tokens
         self.tokens["without_signal"] -= num_tokens
 
     def count_overshoot(self, late: CountOvershoot) -> None:
-        """A rollout of a group that was recorded already decoded on until its cancel arrived."""
+        """Count the tokens that a recorded group's rollout decoded before its cancel arrived."""
         self.tokens["generated"] += late.num_tokens
         self.tokens["cancelled"] += late.num_tokens
 
     def evaluated(self, records: Sequence[GroupRecord], step: int) -> dict[str, float]:
-        """Held-out groups of one evaluation, all of them: every rollout counts, at temperature and
-        length limit of training.
+        """The results of one evaluation, from all of its held-out groups.
+
+        Every rollout counts. Temperature and length limit are those of training.
         """
         ended = [r for record in records for r in record.rollouts if r.reward is not None]
         rewards = [r.reward for r in ended if r.reward is not None]
@@ -109,7 +107,7 @@ class Metrics:
         return self._evaluation
 
     def note_freed(self, seconds: float) -> None:
-        """From a cancel's decision to the confirmation that its slot is free."""
+        """Note the time from the decision to cancel to the confirmation that the slot is free."""
         self._freed_s.append(seconds)
 
     def note_swap(self, message: PolicyLoaded) -> None:
@@ -122,9 +120,7 @@ class Metrics:
     # ----------------------------------------------------------------------------------------------
 
     def row(self, records: Sequence[GroupRecord]) -> dict[str, float]:
-        """The row of the step that trained `records`, and of the time since the last row; starts
-        the next.
-        """
+        """The row of the step that trained `records`, for the time since the last row."""
         self.recent_lags.extend(step_lags(records))
         row = {
             **step_row(records, num_replaced=self._dropped.pop("uniform", 0)),
@@ -147,7 +143,7 @@ class Metrics:
         return taken
 
     def _verifiers(self) -> dict[str, float]:
-        """Over all engines, evaluations included; zeros if none has reported."""
+        """Values over all engines, including evaluations. Zeros if none has reported."""
         by_engine = [[report.verifier for report in of] for of in self._reports.values()]
         reports = [report for of_engine in by_engine for report in of_engine]
         num_verified = max(1, sum(v.num_verified for v in reports))
@@ -203,7 +199,7 @@ def judged(rewards: Sequence[float]) -> dict[str, float]:
 
 def _use_of_tokens(rollout: RolloutRecord) -> str:
     if rollout.end.startswith("selected"):
-        return "without_signal"  # until the learner has said how many of a step's it trained on
+        return "without_signal"  # until the learner reports the number of trained tokens
     return "cancelled" if rollout.end == "cancelled" else "discarded"
 
 

@@ -1,7 +1,7 @@
-"""A run's directory as the buffer writes it: metrics, ledger, samples, TensorBoard.
+"""The buffer's files in a run's directory: metrics, ledger, samples, TensorBoard.
 
 One writer appends whole lines and flushes them at each step. After a kill, `repair` makes the files
-whole again. The checkpoints beside them belong to the learner, `report.html` to `tools.report`.
+whole again. The checkpoints beside them belong to the learner, and `report.html` to `tools.report`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ Tracker = Callable[[str], Any]  # opens a writer in a folder
 
 
 class RunFiles:
-    """Appends to the files of one run. `folder` must exist; `trackers`
-    come from `load_trackers`.
-    """
+    """Appends to the files of one run. `folder` must exist; `load_trackers` makes `trackers`."""
 
     def __init__(self, folder: Path, trackers: Sequence[Tracker] = ()) -> None:
         self.folder = folder
@@ -52,7 +50,7 @@ class RunFiles:
         self.flush()
 
     def groups_bytes(self) -> int:
-        """Size of groups.jsonl."""
+        """Size of groups.jsonl, in bytes."""
         self.flush()
         return self._groups.tell()
 
@@ -68,18 +66,19 @@ class RunFiles:
 
 
 def load_trackers(names: Sequence[str]) -> list[Tracker]:
-    """The constructors of the trackers in `run.trackers`. Raises ValueError if a package is
-    missing.
+    """The constructors of the trackers in `run.trackers`.
+
+    Raises `ValueError` if a package is missing.
     """
-    needed_by = "run.trackers=[tensorboard] ([] does without it)"
+    needed_by = "run.trackers=[tensorboard] ([] turns it off)"
     return [import_extra("tensorboard.summary", needed_by, "trackers").Writer for _ in names]
 
 
 def repair(folder: Path, groups_bytes: int) -> list[Row]:
     """Make a killed run's files whole. Returns the rows of metrics.jsonl.
 
-    groups.jsonl is cut back to `groups_bytes`, since the event log tells all that follows. A row of
-    metrics or a sample is kept if its line is whole.
+    groups.jsonl is cut back to `groups_bytes`, since a replay of the event log writes the rest. A
+    row of metrics or a sample is kept if its line is whole.
     """
     cut_groups(folder, groups_bytes)
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -111,7 +110,7 @@ def withdraw_rows(folder: Path, num_steps: int) -> list[Row]:
 
 
 def groups_after(folder: Path, num_steps: int, groups_per_step: int) -> tuple[int, list[int]]:
-    """Where groups.jsonl goes beyond the first `num_steps` steps, in bytes, and the visits there."""
+    """The size of the first `num_steps` steps in groups.jsonl, and the visits after them."""
     num_bytes = num_shipped = 0
     visits: set[int] = set()
     for line in _whole_lines(folder / "groups.jsonl"):
@@ -125,7 +124,7 @@ def groups_after(folder: Path, num_steps: int, groups_per_step: int) -> tuple[in
 
 
 def no_such_run(folder: Path) -> str:
-    """Why a run cannot be resumed, naming those that can be."""
+    """An error text about a run that cannot be resumed, with the names of those that can."""
     runs = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
     known = ", ".join(runs) if runs else "none"
     return f"run.resume=true: there is no run {folder} (runs in {folder.parent}: {known})"

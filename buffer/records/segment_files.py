@@ -1,18 +1,17 @@
-"""The format of a log's segments: how records are framed, found again, and told from damage. Reads;
-`segments` writes.
+"""The format of a log's segments: the framing of records, their reading, and damage to them.
 
     segment   preamble, checkpoint frame, frames
     preamble  magic, segment number, random salt, CRC32
     frame     magic, kind, payload length, CRC32 of the rest, unsynced, sequence number, time_s,
               payload
 
-Frames count from the salt, so that a payload cannot pass for one. A checkpoint's number is that of
-the first record after it.
+The CRCs of frames start from the salt, so that no payload can look like a frame. A checkpoint's
+sequence number is that of the first record after it. This module reads; `segments` writes.
 
-A bad frame in the newest segment is either the torn end of a crash, to be cut off, or damage, to be
-refused. A power cut may persist unsynced pages in any order, so whole records after a bad one do
-not tell. Each frame says how many records before it were not durable when it was written; if one
-after the bad frame proves that this was durable, it is damage.
+A bad frame in the newest segment is either the torn end of a crash, which is cut off, or damage,
+which is refused. A power cut may persist unsynced pages in any order, so whole records after a bad
+one prove nothing. However, each frame says how many records before it were not durable when it was
+written. If a later frame thus proves that the bad one was durable, it is damage.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _HEAD = struct.Struct("<2sBxI")  # magic, kind, payload length; then the CRC
 _BODY = struct.Struct("<IQd")  # unsynced, sequence number, time_s
 _MAGIC, _FRAME_MAGIC = b"DARTSLOG", b"\xd4\xa7"
 _START = _PREAMBLE.size + _CRC.size
-FRAME_BYTES = _HEAD.size + _CRC.size + _BODY.size  # of each record, beside its payload
+FRAME_BYTES = _HEAD.size + _CRC.size + _BODY.size  # per record, without its payload
 
 
 class Record(NamedTuple):
@@ -76,7 +75,7 @@ def preamble(number: int) -> bytes:
 
 
 def frame_key(start: bytes) -> int:
-    """The value that the CRCs of a segment's frames start from; it differs between segments."""
+    """The start value of the CRCs of a segment's frames. It differs between segments."""
     return zlib.crc32(start[: _PREAMBLE.size])
 
 
@@ -91,7 +90,7 @@ def segment_path(folder: Path, number: int) -> Path:
 
 
 def segment_sizes(folder: Path, disk: Disk = DISK) -> dict[int, int]:
-    """Bytes by number, ascending. ValueError if one between others is missing."""
+    """Bytes by segment number, ascending. Raises `ValueError` if one between is missing."""
     numbers = sorted(
         int(match[1])
         for name in disk.names(folder)
@@ -100,7 +99,7 @@ def segment_sizes(folder: Path, disk: Disk = DISK) -> dict[int, int]:
     for before, number in zip(numbers, numbers[1:], strict=False):
         if number != before + 1:
             raise ValueError(
-                f"log {folder} lacks {segment_path(folder, before + 1).name}, which stood between "
+                f"log {folder} lacks {segment_path(folder, before + 1).name} between "
                 f"{before:06d}.log and {number:06d}.log: restore it from a copy, or start another "
                 "run"
             )
@@ -108,29 +107,31 @@ def segment_sizes(folder: Path, disk: Disk = DISK) -> dict[int, int]:
 
 
 def remove_unfinished(folder: Path, disk: Disk) -> None:
-    """Remove segments that a crash left before they got their name."""
+    """Remove segments that a crash left unfinished."""
     for name in disk.names(folder):
         if re.fullmatch(r"\.\d{6,}\.log\.[0-9a-f]+" + re.escape(UNFINISHED), name):
             disk.remove(folder / name)
 
 
 def newest_segment(folder: Path, disk: Disk = DISK) -> Segment | None:
-    """The newest segment that has its checkpoint; None in an empty folder. ValueError if it is
-    damaged.
+    """The newest segment that has its checkpoint, or None in an empty folder.
+
+    Raises `ValueError` if it is damaged.
     """
     numbers, last = _whole_segments(folder, disk)
     return _read(folder, numbers[-1], last, disk) if numbers else None
 
 
 def read_segment(folder: Path, number: int, disk: Disk = DISK) -> Segment:
-    """A segment that others follow. ValueError if it is damaged."""
+    """A segment that is not the newest. Raises `ValueError` if it is damaged."""
     return _read(folder, number, number + 1, disk)
 
 
 def read_segments(folder: Path, disk: Disk = DISK) -> Iterator[Segment]:
-    """All segments from the oldest kept, one in memory at a time. ValueError if one is damaged.
+    """All segments that are kept, oldest first, with one in memory at a time.
 
-    Changes nothing, so it can also follow a log that is being written; a torn end is left out.
+    Raises `ValueError` if one is damaged. Changes nothing, so it may also read a log that is being
+    written. A torn end is left out.
     """
     next_seq: int | None = None
     numbers, last = _whole_segments(folder, disk)
@@ -139,16 +140,17 @@ def read_segments(folder: Path, disk: Disk = DISK) -> Iterator[Segment]:
         if next_seq is not None and segment.checkpoint.seq != next_seq:
             raise ValueError(
                 f"{segment_path(folder, number)} begins at record {segment.checkpoint.seq}, but "
-                "the "
-                f"segment before it ends before record {next_seq}: one of them is not of this log"
+                f"the segment before it ends before record {next_seq}: one of them belongs to "
+                "another log"
             )
         next_seq = segment.next_seq
         yield segment
 
 
 def _whole_segments(folder: Path, disk: Disk) -> tuple[list[int], int]:
-    """The segments that have their checkpoint, and the last number in the folder: the newest may
-    lack its.
+    """The segments that have their checkpoint, and the last number in the folder.
+
+    The newest segment may lack its checkpoint.
     """
     numbers = list(segment_sizes(folder, disk))
     last = numbers[-1] if numbers else 0
@@ -166,7 +168,7 @@ def _parse(path: Path, number: int, data: bytes, *, newest: bool) -> Segment:
     if len(data) < _START or _CRC.unpack_from(data, _PREAMBLE.size)[0] != zlib.crc32(
         data[: _PREAMBLE.size]
     ):
-        raise _damage(path, 0, "its preamble is not one of this version")
+        raise _damage(path, 0, "its preamble is not of this version")
     if data[:8] != _MAGIC or _PREAMBLE.unpack_from(data)[1] != number:
         raise _damage(path, 0, f"it was not written as segment {number}")
     key = frame_key(data[:_START])
@@ -179,9 +181,11 @@ def _parse(path: Path, number: int, data: bytes, *, newest: bool) -> Segment:
     _parse_records(path, data, segment)
     if segment.end < len(data):
         if not newest:
-            raise _damage(path, segment.end, "record is not whole, though a segment follows")
+            raise _damage(path, segment.end, "a record is not whole, although a segment follows")
         if _was_durable(data, segment.end, key, segment.next_seq):
-            raise _damage(path, segment.end, "record is not whole, though durable records follow")
+            raise _damage(
+                path, segment.end, "a record is not whole, although durable records follow"
+            )
     return segment
 
 
@@ -191,7 +195,7 @@ def _parse_records(path: Path, data: bytes, segment: Segment) -> None:
             raise _damage(
                 path,
                 segment.end,
-                f"it holds record {found.seq} where {segment.next_seq} is due",
+                f"it holds record {found.seq} instead of {segment.next_seq}",
             )
         segment.closed = found.kind == CLOSED
         if found.kind == RECORD:
@@ -220,7 +224,7 @@ def _frame_at(data: bytes, offset: int, key: int) -> _Frame | None:
 
 
 def _frames_after(data: bytes, offset: int, key: int) -> Iterator[_Frame]:
-    """Every whole frame that begins after `offset`, wherever it begins."""
+    """Every whole frame that begins at any byte after `offset`."""
     position = data.find(_FRAME_MAGIC, offset + 1)
     while position >= 0:
         found = _frame_at(data, position, key)
@@ -230,14 +234,12 @@ def _frames_after(data: bytes, offset: int, key: int) -> Iterator[_Frame]:
 
 
 def _was_durable(data: bytes, offset: int, key: int, seq: int) -> bool:
-    """Whether a frame after `offset` proves that record `seq`, which is not whole there, was
-    durable.
-    """
+    """Whether a frame after `offset` proves that the bad record `seq` there was durable."""
     return any(seq < found.seq - found.unsynced for found in _frames_after(data, offset, key))
 
 
 def _is_incomplete(data: bytes) -> bool:
-    """Whether the file ends within its checkpoint, so that no record can have been lost with it."""
+    """Whether the file ends within its checkpoint, so that no record can be lost with it."""
     if len(data) < _START + FRAME_BYTES:
         return True
     magic, _, length = _HEAD.unpack_from(data, _START)
@@ -248,6 +250,6 @@ def _is_incomplete(data: bytes) -> bool:
 
 def _damage(path: Path, offset: int, reason: str) -> ValueError:
     return ValueError(
-        f"{path} is damaged at byte {offset}: {reason}. What followed cannot be trusted; "
+        f"{path} is damaged at byte {offset}: {reason}. Later records cannot be trusted; "
         f"restore the file from a copy, or start another run"
     )

@@ -1,14 +1,14 @@
 """An append-only log of records in numbered files, which a crash at any moment leaves readable.
 
 A segment, `000001.log`, is a preamble, a checkpoint record that its owner supplies, and the records
-after it. A restart needs only the newest segment: its checkpoint and the records after it. Older
-ones are history, dropped when the owner says so. Formats and the reading of them are in
-`segment_files`. Never looks into a payload. One process appends; it holds the `RunLock`.
+after it. A restart needs only the newest segment. Older ones are history, which the owner may drop.
+`segment_files` defines the format and reads it. Never looks into a payload. One process appends,
+which holds the `RunLock`.
 
-Guarantees. A record is durable once `synced_seq` reaches its number, and is then found by every
-later `open`. Records that were not durable yet may be lost, the newest first and never one from
-between others. Numbers ascend by one and no surviving number is given out twice. If a write fails,
-the log is as it was before.
+Guarantees: a record is durable once `synced_seq` reaches its number, and every later `open` then
+finds it. Records that were not durable may be lost, the newest first and never one between others.
+Numbers ascend by one, and no surviving number is given out twice. If a write fails, the log is as
+it was before.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Recovered:
 
     checkpoint: bytes
     records: list[Record]
-    cut_bytes: int  # of a torn end, which was cut off
+    cut_bytes: int  # size of a torn end, which was cut off
 
 
 class SegmentLog:
-    """A log that is open for appending. Not for use by several threads."""
+    """A log that is open for appending. It must be used by one thread only."""
 
     def __init__(
         self,
@@ -62,16 +62,15 @@ class SegmentLog:
         self.folder = folder
         self.fsync_s = fsync_s
         self.sizes: dict[int, int] = {}  # bytes by segment number, ascending
-        self.number = 0  # of the newest segment, which is appended to
+        self.number = 0  # number of the newest segment, to which records are appended
         self.next_seq = 0
         self.synced_seq = -1  # all records up to this one are durable
         self._clock, self._executor, self._disk = clock, executor, disk
         self._handle = -1
         self._key = 0
         self._sync_at: float | None = None  # when the window of the oldest unsynced record ends
-        self._syncing: tuple[Future[None], int] | None = (
-            None  # the last record that it makes durable
-        )
+        # The sync under way, and the last record that it makes durable.
+        self._syncing: tuple[Future[None], int] | None = None
         self._closed_at = -1  # `next_seq` when it was last closed
         self._broken: OSError | None = None
 
@@ -89,7 +88,7 @@ class SegmentLog:
         """Open the log in `folder`, or start one there with `first_checkpoint`.
 
         `fsync_s` is the window of group commit: `poll` syncs once the oldest record that is not
-        durable has waited so long; 0 syncs in each `append`. With `executor` (one thread is
+        durable has waited that long, and 0 syncs in each `append`. With `executor` (one thread is
         enough), `poll` syncs there and does not block. Raises `ValueError`, which names the file
         and the offset, if the log is damaged.
         """
@@ -117,10 +116,10 @@ class SegmentLog:
         return self.sizes[self.number]
 
     def append(self, payload: bytes, time_s: float) -> int:
-        """Write a record and return its number. It outlives this process at once, and a power cut
-        once it is synced.
+        """Write a record and return its number.
 
-        Raises `OSError` if it could not be written; the log is then as it was before.
+        The record survives a kill at once, and a power cut once it is synced. Raises `OSError` if
+        it could not be written; the log is then as it was before.
         """
         seq = self.next_seq
         self._write(RECORD, seq, time_s, payload)
@@ -132,8 +131,9 @@ class SegmentLog:
         return seq
 
     def poll(self) -> int:
-        """Sync if the window has passed. Returns `synced_seq`: messages that waited for records up
-        to it may be done now.
+        """Sync if the window has passed. Returns `synced_seq`.
+
+        Messages that wait for records up to that number may now be sent.
         """
         if self._syncing is not None and self._syncing[0].done():
             self._end_sync()
@@ -158,7 +158,7 @@ class SegmentLog:
         """Start the next segment, from which a restart will begin, and return its number.
 
         `checkpoint` must hold the owner's state after the last record. If it cannot be written, the
-        log goes on in the present segment.
+        log continues in the present segment.
         """
         self.sync()
         self._start_segment(self.number + 1, checkpoint, time_s)
@@ -168,13 +168,11 @@ class SegmentLog:
         """Remove the segments below `number`. The newest always stays."""
         for old in [old for old in self.sizes if old < min(number, self.number)]:
             self._disk.remove(segment_path(self.folder, old))
-            self._disk.sync_folder(self.folder)  # each by itself: a power cut must leave no gap
+            self._disk.sync_folder(self.folder)  # one at a time, so that a power cut leaves no gap
             del self.sizes[old]
 
     def retain(self, max_bytes: int) -> None:
-        """Remove the oldest segments until the log has at most `max_bytes`. The newest always
-        stays.
-        """
+        """Remove the oldest segments until the log has at most `max_bytes`. The newest stays."""
         excess, number = self.num_bytes - max_bytes, min(self.sizes)
         while excess > 0 and number < self.number:
             excess -= self.sizes[number]
@@ -182,8 +180,9 @@ class SegmentLog:
         self.drop_before(number)
 
     def close(self) -> None:
-        """Make everything durable, and mark the end, so that damage to the last records will be
-        noticed. May be called twice.
+        """Make everything durable, and mark the end, so that later damage is noticed.
+
+        May be called twice.
         """
         if self._handle < 0:
             return
@@ -274,7 +273,7 @@ class SegmentLog:
         if self._broken is not None:
             raise OSError(
                 self._broken.errno,
-                f"log {self.folder} takes no more records since a write failed "
+                f"log {self.folder} accepts no more records since a write failed "
                 f"({self._broken.strerror}); "
                 f"a restart continues from the last whole record",
             )

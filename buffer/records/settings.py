@@ -1,7 +1,7 @@
-"""The settings of a run, `config.yaml` in its folder. A resume may change some of them, and says so.
+"""The settings of a run, `config.yaml` in its folder, of which a resume may change some.
 
-The keys that may not change are marked in `configs.schema`: by another model, other data or another
-group size, the groups in flight and the records so far would belong to a different run.
+The keys that may not change are marked in `configs.schema`. With another model, other data or
+another group size, the groups in flight and the records so far would belong to a different run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from configs import cli
 from configs.schema import Config
 
 NAME = "config.yaml"
-# Where the run is, and how this command was meant: no settings of the run.
+# Keys that locate the run or belong to one command, and are no settings of the run.
 OF_THE_COMMAND = {"run.dir", "run.name", "run.resume", "learner.take_over"}
 
 
@@ -25,23 +25,23 @@ def write(folder: Path, config: Config) -> None:
 def changes(folder: Path, config: Config) -> list[cli.Change]:
     """The settings that a resume with `config` changes.
 
-    Raises `ValueError`, naming each of them, if any is fixed for a run.
+    Raises a `ValueError` that names the fixed ones among them, if there are any.
     """
     before = cli.load(["--config", str(folder / NAME)])
     found = [c for c in cli.changes(before, config) if c.path not in OF_THE_COMMAND]
     fixed = [f"{c.path}={c.after} (it has {c.before})" for c in found if c.fixed]
     if fixed:
         raise ValueError(
-            f"run.resume=true: {folder} cannot go on with {', '.join(fixed)}; these settings belong "
-            "to a run from its start, so resume without them, or start a run under another run.name"
+            f"run.resume=true: {folder} cannot continue with {', '.join(fixed)}; these settings "
+            "are fixed for a run, so resume without them, or start a run under another run.name"
         )
     return found
 
 
 def record(folder: Path, config: Config, changed: list[cli.Change], step: int) -> list[str]:
-    """Write the changed settings to `config.yaml`, above them a line per change. Returns the lines.
+    """Write the changed settings to `config.yaml`, after one comment per change.
 
-    step: the number of steps that were trained before.
+    `step` is the number of steps trained before. Returns the lines of the comments.
     """
     lines = [f"from step {step}: {c.path}={c.after} (before: {c.before})" for c in changed]
     path = folder / NAME

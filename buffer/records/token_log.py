@@ -1,10 +1,10 @@
-"""The tokens of outstanding rollouts on disk: a restarted buffer fills its store from them.
+"""The tokens of outstanding rollouts on disk, from which a restarted buffer fills its store.
 
-Owns `tokens/`, a segmented log with one record per stored chunk. A record is about one rollout and
-tells its own place in it, so records may stand in any order: compaction moves those of outstanding
-rollouts from the oldest segments to the newest, and drops the rest. Disk use therefore follows what
-is outstanding. Decides nothing: its owner says which rollouts are wanted at a restart, and when one
-is discarded. Rollout ids are never used twice.
+Owns `tokens/`, a segmented log with one record per stored chunk. A record belongs to one rollout
+and contains its place in it, so records may be in any order. Compaction moves those of outstanding
+rollouts from the oldest segments to the newest, and drops the rest. Disk use is therefore
+proportional to the outstanding tokens. Decides nothing: its owner says which rollouts are wanted at
+a restart, and when one is discarded. Rollout ids are never used twice.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from buffer.wire.messages import Chunk
 
 _BEGIN, _CHUNK = range(2)
 _HEAD = struct.Struct("<B?qQQ")  # kind, sampled, version, rollout, offset or group
-_SLACK_SEGMENTS = 4  # of garbage that is not worth moving live records for
-_MOVED_SEGMENTS = 2  # per rotation, so that moving outruns writing and no rotation takes long
+_SLACK_SEGMENTS = 4  # amount of garbage below which no live record is moved
+_MOVED_SEGMENTS = 2  # per rotation: moving is faster than writing, and no rotation takes long
 
 
 @dataclass
@@ -34,12 +34,12 @@ class StoredRollout:
 
     group_id: int
     tokens: bytearray = field(default_factory=bytearray)  # int32
-    logprobs: bytearray = field(default_factory=bytearray)  # float32, 0 where given
+    logprobs: bytearray = field(default_factory=bytearray)  # float32, 0 for given tokens
     runs: list[tuple[bool, int, int]] = field(default_factory=list[tuple[bool, int, int]])
 
     @property
     def num_tokens(self) -> int:
-        """All of them, those of the prompt included."""
+        """Number of tokens, including those of the prompt."""
         return len(self.tokens) // 4
 
     @property
@@ -78,13 +78,14 @@ class Piece(NamedTuple):
 class Pieces:
     """The records of one rollout, in any order."""
 
-    group_id: int | None = None  # None until its first record was seen
+    group_id: int | None = None  # None before its first record
     by_offset: dict[int, Piece] = field(default_factory=dict[int, Piece])
 
 
 class TokenLog:
-    """Appends the tokens that the store takes. Open it with `TokenLog.open`. Each method takes
-    `time_s`, kept with its record.
+    """Appends the tokens that the store takes. Open it with `TokenLog.open`.
+
+    Each record is stored with its `time_s`.
     """
 
     def __init__(self, log: SegmentLog, segment_bytes: int, disk: Disk) -> None:
@@ -93,7 +94,7 @@ class TokenLog:
         self._disk = disk
         self._sizes: dict[int, dict[int, int]] = {}  # rollout -> segment -> bytes there
         self._live: dict[int, set[int]] = {}  # segment -> outstanding rollouts with records there
-        self.live_bytes = 0  # on disk, of outstanding rollouts
+        self.live_bytes = 0  # bytes on disk of outstanding rollouts
 
     @classmethod
     def open(
@@ -107,11 +108,11 @@ class TokenLog:
         executor: Executor | None = None,
         disk: Disk = DISK,
     ) -> tuple[TokenLog, dict[int, StoredRollout]]:
-        """Open or start the log in `folder`, and return the `wanted` rollouts that it holds, bit
-        for bit.
+        """Open or start the log in `folder`, and return the `wanted` rollouts that it holds.
 
-        After a power cut a rollout may lack its newest tokens, and one begun within the last
-        `fsync_s` may be missing. Raises `ValueError` if the log is damaged.
+        They are the same bit for bit, but after a power cut a rollout may lack its newest tokens,
+        and one begun within the last `fsync_s` may be missing. Raises `ValueError` if the log is
+        damaged.
         """
         inner, _ = SegmentLog.open(
             folder, fsync_s=fsync_s, clock=clock, executor=executor, disk=disk
@@ -129,7 +130,7 @@ class TokenLog:
     def begin(
         self, rollout_id: int, group_id: int, time_s: float, copied: StoredRollout | None = None
     ) -> None:
-        """A rollout begins; with the tokens of `copied`, if it continues a lost one."""
+        """Begin a rollout, with the tokens of `copied` if it continues a lost one."""
         assert rollout_id not in self._sizes, f"rollout {rollout_id} was begun already"
         self._sizes[rollout_id] = {}
         first = _HEAD.pack(_BEGIN, False, -1, rollout_id, group_id)
@@ -142,16 +143,16 @@ class TokenLog:
             raise
 
     def append(self, chunk: Chunk, time_s: float) -> int:
-        """The chunk was stored. Returns its record's number."""
+        """Append a stored chunk. Returns its record's number."""
         version = chunk.version if chunk.sampled else -1
         head = _HEAD.pack(_CHUNK, chunk.sampled, version, chunk.rollout_id, chunk.offset)
         return self._append(head + chunk.tokens + chunk.logprobs, chunk.rollout_id, time_s)
 
     def discard(self, rollout_id: int) -> None:
-        """Its records may go. No-op if the rollout is not outstanding.
+        """Allow the removal of a rollout's records. No-op if the rollout is not outstanding.
 
-        Call it once the event that ended the rollout is durable: a restart that has lost the event
-        wants the tokens.
+        Call it once the event that ended the rollout is durable, since a restart that has lost the
+        event needs the tokens.
         """
         for segment, num_bytes in self._sizes.pop(rollout_id, {}).items():
             self.live_bytes -= num_bytes
@@ -182,8 +183,9 @@ class TokenLog:
         self.live_bytes += num_bytes
 
     def _compact(self) -> None:
-        """Drop old segments without outstanding rollouts; move live records if more than half of
-        the log is garbage.
+        """Drop old segments without outstanding rollouts.
+
+        Live records are moved if more than half of the log is garbage.
         """
         self._drop_dead()
         for _ in range(_MOVED_SEGMENTS):
@@ -225,7 +227,7 @@ class TokenLog:
                 self._count(rollout_id, segment.number, len(record.payload) + FRAME_BYTES)
                 pieces = found.setdefault(rollout_id, Pieces())
                 if not _add(record.payload, pieces):
-                    raise self._damage(rollout_id, "has two records of one place that differ")
+                    raise self._damage(rollout_id, "has two different records of one place")
         return {rollout_id: self._join(rollout_id, pieces) for rollout_id, pieces in found.items()}
 
     def _join(self, rollout_id: int, pieces: Pieces) -> StoredRollout:
@@ -247,8 +249,9 @@ class TokenLog:
 
 
 def _add(payload: bytes, pieces: Pieces) -> bool:
-    """Take a record; whether it agrees with those before it. A crash in mid-move leaves some of
-    them twice.
+    """Take a record. False if it contradicts an earlier one of the same place.
+
+    A crash during a move leaves some records twice.
     """
     kind, flag, version, _, number = _HEAD.unpack_from(payload)
     if kind == _BEGIN:

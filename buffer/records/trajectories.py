@@ -1,7 +1,7 @@
 """The tokens of every outstanding rollout, in memory and in a log on disk.
 
-Owns the validation of chunks and an exact account of the bytes held. Decides nothing: the core says
-which rollouts are kept. Driven by the buffer's loop, on one thread.
+Owns the validation of chunks and an exact account of the bytes held. Decides nothing: the core
+chooses the rollouts that are kept. Driven by the buffer's loop, on one thread.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from buffer.records.token_log import Piece, StoredRollout, TokenLog
 from buffer.wire.messages import Chunk, Trajectory
 from darts.events import ProtocolError
 
-MAX_VOCAB_SIZE = 2**31  # of int32
+MAX_VOCAB_SIZE = 2**31  # the number of ids that an int32 can hold
 
 
 class TrajectoryStore:
-    """The tokens, log-probabilities and versions of rollouts in flight, or finished and not yet
-    handed over.
+    """The tokens, log-probabilities and versions of rollouts that are outstanding.
 
-    `max_bytes` bounds it through `full`, at which admission pauses. Tokens in flight by then are
-    still taken, since dropping them would waste decoding already done.
+    They are in flight, or finished and not yet trained. `max_bytes` bounds the store through
+    `full`, at which admission pauses. Tokens in flight by then are still taken, since dropping them
+    would waste decoding already done.
     """
 
     def __init__(self, max_bytes: int, max_context: int, log: TokenLog | None = None) -> None:
         self.max_bytes = max_bytes
-        self.max_context = max_context  # tokens of one rollout, prompt included
-        self.vocab_size = MAX_VOCAB_SIZE  # until a learner has said what it is
+        self.max_context = max_context  # most tokens of one rollout, including its prompt
+        self.vocab_size = MAX_VOCAB_SIZE  # until a learner reports its own
         self.log = log
-        self.ended: list[int] = []  # discarded here, and to be discarded in the log
+        self.ended: list[int] = []  # discarded here, but not yet in the log
         self.bytes_held = 0  # payload bytes of tokens and log-probabilities, exactly
         self._rollouts: dict[int, StoredRollout] = {}
 
@@ -46,8 +46,9 @@ class TrajectoryStore:
         return len(self._rollouts)
 
     def open(self, rollout_id: int, group_id: int, continues: int | None) -> None:
-        """Begin a rollout, with the tokens of `continues` if that rollout is still held. That one
-        must be discarded by the caller.
+        """Begin a rollout, with the tokens of `continues` if that rollout is still held.
+
+        The caller must discard that one.
         """
         assert rollout_id not in self._rollouts, f"rollout {rollout_id} is open already"
         lost = None if continues is None else self._rollouts.get(continues)
@@ -58,11 +59,10 @@ class TrajectoryStore:
         self.bytes_held += rollout.num_bytes
 
     def new_part(self, chunk: Chunk, end: int | None = None) -> Chunk:
-        """The tokens of a chunk that follow those held, or the first `end` tokens if others of its
-        message come before it.
+        """The part of a chunk that is new, since an engine that joins again repeats tokens.
 
-        An engine that has joined again repeats tokens. Raises ProtocolError for a chunk that no
-        correct engine sends.
+        It follows the tokens held, or the first `end` tokens if others of its message come before
+        it. Raises `ProtocolError` for a chunk that no correct engine sends.
         """
         rollout = self._rollout(chunk.rollout_id)
         _check(chunk, self.vocab_size)
@@ -75,7 +75,7 @@ class TrajectoryStore:
         if chunk.offset + len(chunk.tokens) // 4 > self.max_context:
             raise ProtocolError(
                 f"rollout {chunk.rollout_id} has {chunk.offset + len(chunk.tokens) // 4} tokens, "
-                f"prompt included; model.max_context={self.max_context} is the limit"
+                f"including its prompt; model.max_context={self.max_context} is the limit"
             )
         num_repeated = min(end - chunk.offset, len(chunk.tokens) // 4)
         if num_repeated:
@@ -88,7 +88,7 @@ class TrajectoryStore:
         )
 
     def append(self, chunk: Chunk) -> None:
-        """Take the new part of a chunk as it decodes."""
+        """Store the new part of a chunk of a rollout that decodes."""
         if not chunk.tokens:
             return
         rollout = self._rollout(chunk.rollout_id)
@@ -104,17 +104,17 @@ class TrajectoryStore:
         self.bytes_held += sum(rollout.num_bytes for rollout in rollouts.values())
 
     def num_tokens(self, rollout_id: int) -> int:
-        """Tokens so far, those of the prompt included: where the next chunk begins."""
+        """Number of tokens so far, with those of the prompt. The next chunk begins there."""
         return self._rollout(rollout_id).num_tokens
 
     def num_sampled(self, rollout_id: int) -> int:
-        """Sampled tokens so far: the rollout's length, as the core counts it."""
+        """Number of sampled tokens so far, which is the rollout's length in the core."""
         return sum(
             num_tokens for sampled, _, num_tokens in self._rollout(rollout_id).runs if sampled
         )
 
     def oldest_version(self, rollout_id: int) -> int:
-        """The policy version that sampled the oldest token. ProtocolError if none was sampled."""
+        """The version of the oldest sampled token. Raises `ProtocolError` if there is none."""
         versions = [version for sampled, version, _ in self._rollout(rollout_id).runs if sampled]
         if not versions:
             raise ProtocolError(
@@ -138,7 +138,7 @@ class TrajectoryStore:
     def trajectory(
         self, rollout_id: int, reward: float, truncated: bool, group_rewards: list[float]
     ) -> Trajectory:
-        """The whole rollout as the learner takes it. It stays held until discarded."""
+        """The whole rollout, in the learner's format. It stays held until it is discarded."""
         rollout = self._rollout(rollout_id)
         versions: list[tuple[int, int]] = []
         for sampled, version, num_tokens in rollout.runs:
@@ -165,7 +165,7 @@ class TrajectoryStore:
         rollout = self._rollouts.get(rollout_id)
         if rollout is None:
             raise ProtocolError(
-                f"rollout {rollout_id} is not held: never opened here, or discarded"
+                f"rollout {rollout_id} is not held: it was never opened here, or was discarded"
             )
         return rollout
 
@@ -178,7 +178,7 @@ def _spans(rollout: StoredRollout) -> Iterable[tuple[bytearray, bool]]:
 
 
 def _check_repeated(rollout: StoredRollout, chunk: Chunk, num_tokens: int) -> None:
-    """The first `num_tokens` of a chunk must be held already, bit for bit."""
+    """Raise `ProtocolError` unless the first `num_tokens` of a chunk equal those held."""
     start, end = chunk.offset, chunk.offset + num_tokens
     sampled, version, tokens, logprobs = Piece.of(chunk)
     if (
@@ -187,14 +187,14 @@ def _check_repeated(rollout: StoredRollout, chunk: Chunk, num_tokens: int) -> No
         or any(run != (sampled, version) for run in _runs_within(rollout, start, end))
     ):
         raise ProtocolError(
-            f"rollout {chunk.rollout_id}: tokens {start}..{end - 1} were sent before, and are now "
-            "others. If another engine began the rollout: the engines of a run must have the same "
-            "tokenizer and chat template"
+            f"rollout {chunk.rollout_id}: tokens {start}..{end - 1} differ from those sent before. "
+            "If another engine began the rollout, both engines must have the same tokenizer and "
+            "chat template"
         )
 
 
 def _runs_within(rollout: StoredRollout, start: int, end: int) -> Iterable[tuple[bool, int]]:
-    """Whether sampled, and by which version, of the runs that tokens `start`..`end` touch."""
+    """(sampled, version) of each run that overlaps tokens `start`..`end`."""
     position = 0
     for sampled, version, num_tokens in rollout.runs:
         if position < end and start < position + num_tokens:

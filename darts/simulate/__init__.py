@@ -1,3 +1,1 @@
-"""A simulated world around the core: virtual clock, engines with drawn
-lengths, learner, prompts.
-"""
+"""A simulated world around the core: a virtual clock, engines, a learner and prompts."""

@@ -1,9 +1,8 @@
-"""Two published synchronous schedulers that the core does not express, for comparison in the
-simulator only.
+"""Two published synchronous schedulers, for comparison in the simulator only.
 
-Both speak the core's events and decisions, so the same world drives them. Neither knows budgets,
-length statistics or cancels by proof. A step is a round: it starts when the learner asks and every
-engine has the newest policy.
+The core cannot express them. Both use its events and decisions, so the same world drives them.
+Neither uses budgets, length statistics or exact cancels. A step is a round, which starts when the
+learner asks for shards and every engine has the newest policy.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from darts.simulate.schema import SimulateConfig
 
 @dataclass(slots=True, eq=False)
 class RoundGroup:
-    """A prompt's responses in one round. `waiting` holds rollout ids to continue, or None for fresh
-    ones.
+    """A prompt's responses in one round.
+
+    `waiting` holds the ids of rollouts to continue, and None for each new one.
     """
 
     group_id: int
@@ -29,13 +29,12 @@ class RoundGroup:
     budget: int
     waiting: deque[int | None]
     closed: bool = False  # trained or dropped, so its record is made
-    running: dict[int, tuple[str, int]] = field(
-        default_factory=dict
-    )  # rollout -> engine, oldest version
+    # rollout -> engine, oldest version
+    running: dict[int, tuple[str, int]] = field(default_factory=dict)
     ended: list[ev.RolloutRecord] = field(default_factory=list)
 
     def record(self, end: ev.GroupEnd, version: int, group_size: int) -> ev.GroupRecord:
-        """The first `group_size` that finished are selected."""
+        """How the group ended. The first `group_size` rollouts that finished are selected."""
         rows: list[ev.RolloutRecord] = []
         for row in self.ended:
             seat = (
@@ -56,7 +55,7 @@ class RoundGroup:
         )
 
     def overshot(self, rollout_id: int, num_tokens: int) -> int:
-        """A cancelled rollout sampled `num_tokens` in total. Returns the tokens after its cancel."""
+        """A cancelled rollout stopped at `num_tokens`. Returns the tokens after its cancel."""
         for index, row in enumerate(self.ended):
             if row.rollout_id == rollout_id:
                 self.ended[index] = replace(row, overshoot=num_tokens - row.tokens)
@@ -65,7 +64,7 @@ class RoundGroup:
 
 
 class Rounds:
-    """Shared by both: engines with free slots, launches in order, a round's ready groups."""
+    """The part that both share: free slots, launches in order, and a round's ready groups."""
 
     def __init__(self, config: SimulateConfig) -> None:
         self.groups_per_step = config.batch.groups
@@ -81,9 +80,9 @@ class Rounds:
         self._holders: dict[int, RoundGroup] = {}  # rollouts that hold a slot
         self._engine_of: dict[int, str] = {}
         self._tokens: dict[int, int] = {}
-        self._paused: dict[int, int] = {}  # interrupted: its oldest version
+        self._paused: dict[int, int] = {}  # interrupted rollout -> its oldest version
         self._ready: deque[RoundGroup] = deque()
-        self._shipped: dict[int, tuple[RoundGroup, int]] = {}  # with the version they shipped at
+        self._shipped: dict[int, tuple[RoundGroup, int]] = {}  # with the learner's version then
         self._step: int | None = None
         self._round_open = False
         self._next_group = self._next_rollout = 0
@@ -143,7 +142,7 @@ class Rounds:
         raise NotImplementedError
 
     def end(self) -> None:
-        """A full batch is ready: decide about the groups still open."""
+        """A full batch has shipped: decide about the groups that are still open."""
         raise NotImplementedError
 
     def open(self, prompt: ev.Prompt, budget: int) -> None:
@@ -210,7 +209,7 @@ class Rounds:
 
     def _stopped(self, event: ev.RolloutStopped) -> None:
         group = self._release(event.rollout_id)
-        if event.rollout_id in group.running:  # interrupted, to go on later
+        if event.rollout_id in group.running:  # interrupted; it continues later
             _, self._paused[event.rollout_id] = group.running.pop(event.rollout_id)
             group.waiting.append(event.rollout_id)
             if self._round_open and group not in self._launching:
@@ -229,7 +228,7 @@ class Rounds:
         return self._holders.pop(rollout_id)
 
     def cancel(self, group: RoundGroup) -> None:
-        """For good."""
+        """Cancel all rollouts of the group. None of them continues later."""
         for rollout_id, (engine_id, oldest) in group.running.items():
             tokens = self._tokens.get(rollout_id, 0)
             group.ended.append(
@@ -253,9 +252,11 @@ class Rounds:
 
 
 class TailBatching(Rounds):
-    """Short rounds start more prompts, and more responses each, than they need, and keep those that
-    complete first; the remaining prompts are answered again together in a long round, which waits
-    for every response. Source: RollPacker (arXiv 2509.21009).
+    """Short rounds keep the prompts that complete first; long rounds answer the others.
+
+    A short round starts more prompts, and more responses per prompt, than it needs. Prompts that do
+    not complete are answered again together in a long round, which waits for every response.
+    Source: RollPacker (arXiv 2509.21009).
     """
 
     def __init__(self, config: SimulateConfig) -> None:
@@ -286,9 +287,10 @@ class TailBatching(Rounds):
 
 
 class PartialRollout(Rounds):
-    """A round starts more prompts than it needs; once enough are complete the others are
-    interrupted, and continue from where they stood, under the next policy, in the next round.
-    Source: partial rollouts as in Kimi k1.5 (arXiv 2501.12599) and APRIL.
+    """A round starts more prompts than it needs, and interrupts the rest once enough are complete.
+
+    Interrupted rollouts continue under the next policy in the next round. Source: partial rollouts
+    as in Kimi k1.5 (arXiv 2501.12599) and APRIL.
     """
 
     def begin(self) -> None:

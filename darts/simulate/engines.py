@@ -1,10 +1,9 @@
-"""A simulated engine: continuous batching at the latency that its curve gives, a key-value cache,
-preemption and pauses.
+"""A simulated engine: continuous batching, a latency curve, a key-value cache, and preemption.
 
-All rollouts in flight advance together, one token per PTL(batch), so an engine is one number,
-`position` (tokens decoded since it started), and the next thing to happen is a position too: the
-next finish, the next report, the cache running full. An engine thus costs one heap entry however
-many rollouts it holds. Never decides; `darts.simulate` drives it.
+All rollouts in flight advance together, one token per PTL(batch). The state of an engine is thus
+one number, `position` (tokens decoded since it started), and its next event is a position too: the
+next finish, the next report, or a full cache. An engine costs one heap entry, however many rollouts
+it holds. Never decides anything. Driven by `darts.simulate`.
 """
 
 from __future__ import annotations
@@ -17,14 +16,15 @@ from dataclasses import dataclass
 
 from darts.sizing.latency import LatencyCurve
 
-SLACK = 1e-6  # tokens: positions are floats, tokens are not
-RESUME_FRAC = 0.95  # a preempted rollout returns when the cache is at most this full with it
+SLACK = 1e-6  # in tokens, since positions are floats
+RESUME_FRAC = 0.95  # a preempted rollout resumes if the cache is then at most this full
 
 
 @dataclass(slots=True, eq=False)
 class SimRollout:
-    """A rollout as the world knows it. `length` is its full length; `origin` the engine's position
-    at its token 0.
+    """A rollout as the world knows it.
+
+    `length` is its full length, and `origin` the engine's position at its token 0.
     """
 
     rollout_id: int
@@ -35,19 +35,19 @@ class SimRollout:
     reward: float
     oldest_version: int
     prompt_tokens: int
-    tokens: int = 0  # where it stands while it is not decoding
+    tokens: int = 0  # sampled so far, while it is not decoding
     origin: float = 0.0
     decoding: bool = False
 
     def sampled(self) -> int:
-        """Tokens so far."""
+        """Number of tokens sampled so far."""
         if not self.decoding:
             return self.tokens
         return min(self.length, int(self.engine.position - self.origin + SLACK))
 
 
 class SimEngine:
-    """Times in seconds. `ptl_s[b]`: seconds per token at batch b."""
+    """One engine. Times are in seconds; `ptl_s[b]` is the time per token at batch b."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class SimEngine:
         self.chunk_tokens = chunk_tokens
         self.version = 0
         self.position = 0.0
-        self.serial = 0  # of the newest plan; older ones in the simulator's heap are void
+        self.serial = 0  # number of the newest plan; older ones in the simulator's heap are void
         self.decoding: dict[int, SimRollout] = {}
         self.preempted: deque[SimRollout] = deque()
         self.occupied_slot_s = 0.0
@@ -82,7 +82,7 @@ class SimEngine:
     # ----------------------------------------------------------------------------------------------
 
     def advance(self, time_s: float) -> None:
-        """Decodes up to `time_s`."""
+        """Decode until `time_s`."""
         batch = len(self.decoding)
         if batch:
             start = max(self._time_s, self._paused_until_s)
@@ -97,7 +97,8 @@ class SimEngine:
         self._paused_until_s = max(self._paused_until_s, self._time_s) + seconds
 
     def plan(self) -> float:
-        """When something will happen next, unless the batch changes before; inf for an idle engine.
+        """The time of the next event, provided that the batch stays the same; inf if idle.
+
         Voids earlier plans.
         """
         self.serial += 1
@@ -115,7 +116,7 @@ class SimEngine:
         )
 
     def arrive(self, time_s: float) -> None:
-        """The planned moment is here."""
+        """Decode until `time_s`, the planned time of the next event."""
         target = self._target
         self.advance(time_s)
         self.position = target
@@ -124,7 +125,7 @@ class SimEngine:
     # ----------------------------------------------------------------------------------------------
 
     def finished(self) -> Iterator[SimRollout]:
-        """Takes out the rollouts that have reached their length."""
+        """Remove and yield the rollouts that have reached their length."""
         while self._finishes and self._finishes[0][0] <= self.position + SLACK:
             entry = heapq.heappop(self._finishes)
             if self._is_current(entry):
@@ -143,9 +144,7 @@ class SimEngine:
     # ----------------------------------------------------------------------------------------------
 
     def admit(self, rollout: SimRollout) -> bool:
-        """Takes a new rollout. False: the cache has no room yet, it waits
-        behind those preempted.
-        """
+        """Take a new rollout. False if it has to queue, since the cache has no room for it."""
         rollout.engine = self
         needed = rollout.prompt_tokens + rollout.tokens
         if self.preempted or (
@@ -157,7 +156,7 @@ class SimEngine:
         return True
 
     def _add(self, rollout: SimRollout) -> None:
-        """Starts or resumes decoding where `rollout.tokens` stands."""
+        """Start decoding, or resume it after `rollout.tokens` tokens."""
         if not self.decoding:
             self._next_report = self.position + self.chunk_tokens
         rollout.decoding, rollout.origin = True, self.position - rollout.tokens
@@ -166,7 +165,7 @@ class SimEngine:
         heapq.heappush(self._finishes, (rollout.origin + rollout.length, rollout.rollout_id))
 
     def remove(self, rollout: SimRollout) -> None:
-        """Stops decoding; `rollout.tokens` keeps its value."""
+        """Stop decoding. `rollout.tokens` is then the number of tokens sampled."""
         if not rollout.decoding:
             self.preempted.remove(rollout)
             return
@@ -178,8 +177,9 @@ class SimEngine:
         )
 
     def relieve_cache(self) -> float:
-        """Preempts the youngest while the cache is full, resumes the oldest while it is not.
-        Returns tokens to recompute.
+        """Preempt the youngest while the cache is full; resume the oldest while it has room.
+
+        Returns the number of tokens to recompute.
         """
         while len(self.decoding) > 1 and self._cache_use() >= self.kv_tokens - SLACK:
             youngest = next(reversed(self.decoding.values()))
@@ -196,7 +196,7 @@ class SimEngine:
         return recomputed
 
     def _is_current(self, finish: tuple[float, int]) -> bool:
-        """Not of a rollout that has left, or been preempted and resumed, since."""
+        """False if the rollout has left, or was preempted and resumed, in the meantime."""
         position, rollout_id = finish
         rollout = self.decoding.get(rollout_id)
         return rollout is not None and rollout.origin + rollout.length == position
@@ -208,6 +208,6 @@ class SimEngine:
 def ptl_table(
     batches: list[float], ms_per_token: list[float], speed: float, slots: int
 ) -> list[float]:
-    """Seconds per token at batch 0 .. slots: joined and extended as `LatencyCurve` does."""
+    """Seconds per token at batch 0 .. slots, interpolated and extended by `LatencyCurve`."""
     curve = LatencyCurve.from_points(zip(batches, ms_per_token, strict=True))
     return [curve.ptl(batch) / (1e3 * speed) for batch in range(slots + 1)]

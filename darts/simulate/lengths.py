@@ -1,11 +1,10 @@
-"""Answers of simulated policies: how long a prompt's responses are, and which are right. Draws
-only, decides nothing.
+"""Responses of simulated policies: their lengths, and which of them are right.
 
-A prompt's lengths are lognormal; whether a response is right depends on its length, one way or the
-other: pattern I (ineffective verbosity), right ones are shorter; pattern II (necessary depth),
-right ones are longer. The j-th response of a prompt's n-th visit is drawn from (seed, prompt, n, j)
-alone: every policy is given the same work. `Shaping` is an assumption about learning, off unless
-asked for.
+A prompt's lengths are lognormal, and the length of a response predicts whether it is right. Under
+pattern I (ineffective verbosity) right responses are shorter, and under pattern II (necessary
+depth) they are longer. The j-th response of a prompt's n-th visit is drawn from (seed, prompt, n,
+j) alone, so every policy gets the same work. `Shaping` is an assumption about learning, which is
+off by default. Draws only, and decides nothing.
 """
 
 from __future__ import annotations
@@ -28,8 +27,10 @@ MAX_DRAWS = 8192
 
 @dataclass(frozen=True, slots=True)
 class SimPrompt:
-    """Moments of log length, log-odds of a right response of median length, and how those change
-    per deviation of length.
+    """A prompt, with the distribution of its responses.
+
+    `mean_log` and `spread` are moments of log length. `log_odds` are those of a right response of
+    median length, and `slope` is their change per standard deviation of log length.
     """
 
     prompt_id: str
@@ -70,8 +71,10 @@ def make_prompts(keys: LengthKeys, pattern: PatternKeys, seed: int) -> list[SimP
 
 
 def recorded_prompts(path: Path, pattern: PatternKeys) -> list[SimPrompt]:
-    """Prompts of a run's ledger: lognormals fitted to all its groups, cancelled rollouts as lower
-    bounds; pass rates and patterns as seen. Raises ValueError if it cannot be read.
+    """The prompts of a run's ledger, with the pass rates and patterns seen in it.
+
+    Lognormals are fitted to all its groups, with cancelled rollouts as lower bounds. Raises
+    `ValueError` if the ledger cannot be read.
     """
     seen: dict[str, list[dict[str, Any]]] = {}
     try:
@@ -81,14 +84,14 @@ def recorded_prompts(path: Path, pattern: PatternKeys) -> list[SimPrompt]:
         fits = {prompt_id: _fit(rollouts) for prompt_id, rollouts in seen.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"lengths.recorded={path}: not a readable groups.jsonl ({error}); give the ledger of "
-            "a run"
+            f"lengths.recorded={path}: not a readable groups.jsonl ({error}); give the path of a "
+            "run's ledger"
         ) from None
     known = [stats for stats in fits.values() if stats is not None]
     if not known:
         raise ValueError(
-            f"lengths.recorded={path}: no response finished in it, so there is nothing to draw "
-            "lengths from"
+            f"lengths.recorded={path}: no response finished in it, so no lengths can be fitted to "
+            "it"
         )
     pool = lengths.POOL_PRIOR
     for stats in known:
@@ -130,16 +133,17 @@ def _recorded_prompt(
 
 
 class Shaping:
-    """ASSUMPTION: the policy moves toward the responses that it trains on. Per step, on prompts of
-    pattern I only,
+    """ASSUMPTION: the policy moves toward the responses on which it trains.
+
+    In each step, and on prompts of pattern I only,
 
         shift  += rate * mean(log trained - log drawn)
         factor *= 1 - rate * (1 - spread trained / spread drawn)
 
     with logs in units of each prompt's spread, and spreads as roots of mean variances over the
-    step; both held within `floor` and 1/floor of their initial values. On pattern II the short
-    responses are wrong, so nothing pulls toward them. With selection at random, or with none, both
-    stay as they are except for noise.
+    step. Both stay within `floor` and 1/floor of their initial values. On pattern II the short
+    responses are wrong, so nothing pulls toward them. If selection is random or absent, both stay
+    as they are except for noise.
     """
 
     def __init__(self, keys: ShapingKeys) -> None:
@@ -147,9 +151,7 @@ class Shaping:
         self.shift, self.factor = 0.0, 1.0
 
     def learn(self, steps: Sequence[tuple[SimPrompt, Sequence[int], Sequence[int]]]) -> None:
-        """One learner step: for each of its groups the prompt, every length drawn for it, and the
-        lengths trained on.
-        """
+        """One learner step. Per group: the prompt, all lengths drawn for it, the trained ones."""
         if not self._rate:
             return
         gaps: list[float] = []
@@ -192,7 +194,7 @@ class Responses:
         self._rng = random.Random(f"{seed} {prompt.prompt_id} {visit}")
 
     def next(self) -> Draw:
-        """The next response. One truncated at the limit is wrong."""
+        """The next response. It is wrong if it is truncated at the limit."""
         assert len(self.draws) < MAX_DRAWS, (self.prompt.prompt_id, len(self.draws))
         z, luck = self._rng.gauss(0, 1), self._rng.random()
         mean_log, spread = self._moments
@@ -205,9 +207,7 @@ class Responses:
 
 
 class SimPromptStream:
-    """Prompts in shuffled passes, each with the statistics of its lengths, and the responses of
-    each of its visits.
-    """
+    """Prompts in shuffled passes, with their length statistics and their responses."""
 
     def __init__(self, prompts: Sequence[SimPrompt], max_tokens: int, seed: int) -> None:
         self._by_id = {prompt.prompt_id: prompt for prompt in prompts}
@@ -234,7 +234,7 @@ class SimPromptStream:
         self._remembered[prompt_id] = stats
 
     def visit(self, prompt_id: str, shaping: Shaping) -> Responses:
-        """The responses of a group about to open."""
+        """The responses of a group that is about to open."""
         prompt, visit = self._by_id[prompt_id], self._visits[prompt_id]
         self._visits[prompt_id] += 1
         return Responses(prompt, shaping.moments(prompt), self._max_tokens, self._seed, visit)

@@ -1,7 +1,7 @@
-"""The keys of a simulation: those of a run that the core decides by, and the world around it.
+"""The keys of a simulation: those of a run that configure the core, and those of its world.
 
 Owns the keys of that world. The shared sections are those of `configs.schema`, so an override means
-the same here and in a run. `configs.cli` reads it, by the metadata of its fields.
+the same here and in a run. `configs.cli` reads the metadata of the fields.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class SimulatedLearner:
     )
     streaming: bool = key(
         True,
-        "Tokens leave engines in chunks: preparation overlaps with generation, and a rollout can "
-        "be cancelled while it is in flight.",
+        "Whether tokens leave engines in chunks, so that preparation overlaps with generation and "
+        "a rollout can be cancelled while it is in flight.",
     )
 
 
@@ -155,16 +155,16 @@ class LengthKeys:
 class PatternKeys:
     verbosity: float = key(
         0.7,
-        "Share of prompts (pattern I) whose right responses are the shorter ones. On the others "
-        "(pattern II) they are the longer ones.",
+        "Share of prompts whose right responses are the shorter ones (pattern I). On the other "
+        "prompts they are the longer ones (pattern II).",
         ge=0,
         le=1,
     )
-    pass_rate: float = key(0.5, "Mean share of right responses.", gt=0, lt=1)
+    pass_rate: float = key(0.5, "Mean share of responses that are right.", gt=0, lt=1)
     strength: float = key(
         1.0,
-        "How strongly the length of a response predicts that it is right, in log-odds per standard "
-        "deviation of log length. 0: not at all.",
+        "How strongly the length of a response predicts whether it is right, in log-odds per "
+        "standard deviation of log length. 0: not at all.",
         ge=0,
     )
 
@@ -191,19 +191,21 @@ class ShapingKeys:
 class BaselineKeys:
     scheduler: Literal["core", "tail_batching", "partial_rollout"] = key(
         "core",
-        "What schedules the rollouts: core (the keys of darts and redundancy), or one of two "
-        "published synchronous schedulers, tail_batching and partial_rollout, which only the "
-        "simulator has.",
+        "Scheduler of the rollouts: core (by the keys of darts and redundancy), or one of two "
+        "published synchronous schedulers that only the simulator has, tail_batching and "
+        "partial_rollout.",
     )
     oversample: float = key(
         1.5,
-        "tail_batching and partial_rollout: prompts started, as a multiple of batch.groups.",
+        "Prompts that tail_batching and partial_rollout start per round, as a multiple of "
+        "batch.groups.",
         ge=1,
         le=4,
     )
     extra: float = key(
         1.25,
-        "tail_batching: responses started in a short round, as a multiple of darts.group_size.",
+        "Responses per prompt that tail_batching starts in a short round, as a multiple of "
+        "darts.group_size.",
         ge=1,
         le=4,
     )
@@ -230,7 +232,7 @@ class SimulateConfig:
 
 
 def check(config: SimulateConfig) -> None:
-    """Raises `ValueError` on keys that contradict each other."""
+    """Raise `ValueError` if keys contradict each other."""
     core_config(config)  # refuses num_long >= group_size
     _check_engines(config)
     _check_scheduling(config)
@@ -274,8 +276,8 @@ def _check_scheduling(config: SimulateConfig) -> None:
     if config.baseline.scheduler != "core":
         if config.pipeline.mode != "sync":
             raise ValueError(
-                f"baseline.scheduler={config.baseline.scheduler}: needs pipeline.mode=sync; it "
-                "schedules whole steps"
+                f"baseline.scheduler={config.baseline.scheduler}: needs pipeline.mode=sync, "
+                "because it schedules whole steps"
             )
         return
     if darts.policy == "random" and redundancy.rule == "none":

@@ -1,9 +1,8 @@
-"""The results of a simulated run: rows of metrics, the selection ledger, and how selections compare
-with the offline rule.
+"""The results of a simulated run: metrics, the selection ledger, and the offline comparison.
 
-Writes the files of a real run's directory with the same keys, so that reports, monitors and
-comparisons read both. Pure sums but for `Files`. Driven by `darts.simulate`. Lengths and tokens
-count sampled tokens.
+The files have the names and keys of a real run's, so that reports, monitors and comparisons read
+both. Everything but `Files` is pure. Driven by `darts.simulate`. Lengths and tokens count sampled
+tokens.
 """
 
 from __future__ import annotations
@@ -60,13 +59,14 @@ class Tally:
         )
 
     def count_overshoot(self, num_tokens: int) -> None:
-        """A rollout of a closed group decoded on until its cancel arrived."""
+        """Count tokens that a rollout of a closed group decoded before its cancel arrived."""
         self.tokens["generated"] += num_tokens
         self.tokens["cancelled"] += num_tokens
 
     def compare_offline(self, record: GroupRecord, draws: Sequence[Draw]) -> None:
-        """Against the rule that would have seen every response to its end: seats as lengths, so
-        that ties are no difference.
+        """Compare with the selection that would follow if every response had run to its end.
+
+        Seats are compared as lengths, so that ties make no difference.
         """
         ids = [Candidate(draw.length, index) for index, draw in enumerate(draws)]
         finished = [c for c in ids if not draws[c.rollout_id].truncated]
@@ -86,9 +86,10 @@ class Tally:
         )
 
     def summary(self, rows: Sequence[Row]) -> Row:
-        """The comparison table's row, given the run's metrics. `step_s` leaves out the first step,
-        which starts from empty engines; all else is of the whole run: lengths and lags of every
-        trajectory trained on.
+        """The comparison table's row, given the run's metrics.
+
+        `step_s` leaves out the first step, which starts from empty engines. All other values are of
+        the whole run. Lengths and lags are those of every trained trajectory.
         """
         selected, compared = np.array(self.selected_lengths), max(1, self.num_compared)
         total_s = rows[-1]["time_s"]
@@ -113,19 +114,19 @@ class Tally:
         }
 
     def row(self, records: Sequence[GroupRecord]) -> Row:
-        """The step that trained `records`, in the words of `metrics.jsonl`."""
+        """The row of `metrics.jsonl` for the step that trained `records`."""
         num_replaced, self._num_replaced = self._num_replaced, 0
         tokens = {f"tokens/{name}": count for name, count in self.tokens.items()}
         return step_row(records, num_replaced) | tokens
 
 
 class Files:
-    """A run's directory, written as the simulation goes. Refuses one that holds a run already."""
+    """A run's folder, written during the simulation. A folder that holds a run is refused."""
 
     def __init__(self, folder: Path, config_yaml: str) -> None:
         if (folder / "config.yaml").exists():
             raise ValueError(
-                f"run.out={folder}: holds a run already; choose another folder, or remove it"
+                f"run.out={folder}: this folder holds a run already; choose another, or remove it"
             )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(config_yaml)

@@ -1,11 +1,9 @@
-"""`python -m darts.simulate [key=value ...]`: the core's own decisions in a simulated world, hours
-of it in minutes, without a GPU.
+"""The simulated world: it drives the core with the events that a real service would send.
 
 Owns the virtual clock, the engines, the learner and the prompt stream around one `Core` (or one of
-`darts.simulate.baselines`), and tells it the same events as a real service would. The loop below is
-the only driver; nothing in it decides. Deterministic by `run.seed`. Everything modelled and not
-measured, latency curves, length distributions, learning, is a configuration key
-(`darts.simulate.schema`).
+`darts.simulate.baselines`). The loop below is the only driver, and decides nothing. Deterministic
+by `run.seed`. Everything that is modelled rather than measured (latency curves, length
+distributions, learning) is a configuration key in `darts.simulate.schema`.
 """
 
 from __future__ import annotations
@@ -31,9 +29,7 @@ Observer = Callable[[ev.Event, list[ev.Decision]], None]
 
 @dataclass(slots=True)
 class OpenedGroup:
-    """A group as the world knows it: the answer of each of its rollouts, and those that it
-    launched.
-    """
+    """A group as the world knows it: its responses, and the rollouts that it launched."""
 
     responses: Responses
     rollouts: dict[int, SimRollout] = field(default_factory=dict)
@@ -51,7 +47,7 @@ def make_scheduler(config: SimulateConfig) -> Core | Rounds:
 
 
 class Simulation:
-    """One run. `observer` sees every event with its decisions (golden tests, event logs)."""
+    """One run. `observer` gets every event with its decisions (golden tests, event logs)."""
 
     def __init__(
         self, config: SimulateConfig, files: Files | None = None, observer: Observer | None = None
@@ -100,15 +96,15 @@ class Simulation:
     # ----------------------------------------------------------------------------------------------
 
     def run(self) -> Row:
-        """Simulates `run.steps` learner steps; returns the comparison table's row. RuntimeError if
-        the world comes to a halt before.
+        """Simulate `run.steps` learner steps and return the comparison table's row.
+
+        Raises `RuntimeError` if the world comes to a halt before that.
         """
         self._send(ev.PolicyPublished(0))
         for engine in self._engines.values():
             self._send(ev.EngineJoined(engine.engine_id, engine.engine_type, engine.slots, 0))
-        for index, engine in enumerate(
-            self._engines.values()
-        ):  # spread over the interval, as unsynchronised engines are
+        # The reports are spread over the interval, as engines are not synchronised.
+        for index, engine in enumerate(self._engines.values()):
             self._at(
                 self.config.engines.latency_every_s * (index + 1) / len(self._engines),
                 self._report_latency,
@@ -120,11 +116,10 @@ class Simulation:
             self.now, _, action, arguments = heapq.heappop(self._agenda)
             action(*arguments)
             self._settle()
-            if len(self._agenda) <= len(
-                self._engines
-            ):  # nothing is due any more but engines' latency reports
+            # Only the engines' latency reports are due.
+            if len(self._agenda) <= len(self._engines):
                 raise RuntimeError(
-                    f"simulation stands still at {self.now:.1f} s in step {self._step}: "
+                    f"the simulation stands still at {self.now:.1f} s in step {self._step}: "
                     f"{self.scheduler.num_pending} prompts wait"
                 )
         if self._files is not None:
@@ -136,9 +131,7 @@ class Simulation:
         heapq.heappush(self._agenda, (time_s, self._serial, action, arguments))
 
     def _settle(self) -> None:
-        """After each event: draw enough prompts, and have engines whose batch
-        changed plan again.
-        """
+        """Draw enough prompts, and let engines whose batch changed plan again."""
         while self.scheduler.num_pending < self._keep_pending:
             self._send(ev.PromptsDrawn(self._stream.draw(self.config.batch.groups)))
         for engine in self._dirty.values():
@@ -312,7 +305,7 @@ class Simulation:
         )
 
     def _offline_draws(self, record: ev.GroupRecord, group: OpenedGroup) -> list[Any]:
-        """The answers of the group's whole budget, launched or not."""
+        """The responses of the group's whole budget, launched or not."""
         while len(group.responses.draws) < record.budget:
             group.responses.next()
         return group.responses.draws
@@ -377,8 +370,9 @@ class Simulation:
 
 
 def simulate(config: SimulateConfig, files: Files | None = None) -> Row:
-    """Runs one simulation and returns the comparison table's row. Raises ValueError if the
-    configuration cannot be simulated.
+    """Run one simulation and return the comparison table's row.
+
+    Raises `ValueError` if the configuration cannot be simulated.
     """
     return Simulation(config, files).run()
 

@@ -1,7 +1,6 @@
-"""Applies the configured redundancy rule to prompts as they come: one by one, or a window at a
-time.
+"""Applies the configured redundancy rule to prompts, one at a time or a window at a time.
 
-Owns no state; `darts.core.Core` asks it. The rules themselves are pure functions in
+Owns no state. Driven by `darts.core.Core`. The rules themselves are pure functions in
 `darts.sizing.redundancy`.
 """
 
@@ -16,15 +15,16 @@ from darts.sizing import redundancy
 from darts.sizing.latency import LatencyCurve
 from darts.sizing.lengths import LengthStats, length_std
 
-# Times the pool's spread: about one prompt in twenty, as published, if spreads are lognormal.
+# As a multiple of the pool's spread. If spreads are lognormal, about one prompt in twenty exceeds
+# it, as published.
 SATURATING_SPREAD = 1.5
 
 
 class Budget(NamedTuple):
-    """A prompt's M', and whether it is saturated: such a prompt keeps its M shortest, and its tail
-    is cut.
+    """A prompt's M', and whether the prompt is saturated.
 
-    Source: DARTS, variance-guided tail pruning.
+    A saturated prompt keeps its M shortest responses, and its tail is cut. Source: DARTS,
+    variance-guided tail pruning.
     """
 
     rollouts: int
@@ -33,8 +33,9 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Budgeter:
-    """How many rollouts M' a prompt gets, between `group_size` and `upper` times that. Lengths are
-    cut at `max_tokens`.
+    """The number of rollouts M' of a prompt, between `group_size` and `upper` times that.
+
+    Lengths, in tokens, are cut at `max_tokens`.
     """
 
     rule: str  # none | fixed | paper | marginal
@@ -60,8 +61,9 @@ class Budgeter:
         curve: LatencyCurve | None,
         num_engines: int,
     ) -> list[Budget]:
-        """Budgets of a window of prompts under the published rule: a total by utility, split by
-        spread in tokens.
+        """Budgets of a window of prompts under the published rule.
+
+        A total is chosen by utility, and split among the prompts by their spread in tokens.
         """
         if not stats:
             return []
@@ -70,9 +72,8 @@ class Budgeter:
             stats, curve or LatencyCurve(), self.group_size, self.upper, self.price, num_engines
         )
         split = redundancy.paper_split(norms, total, self.group_size, self.most)
-        full = (
-            total == len(stats) * self.most
-        )  # every prompt has the largest budget, so it distinguishes none
+        # If every prompt has the largest budget, the budget distinguishes none of them.
+        full = total == len(stats) * self.most
         return [
             Budget(m, self._has_all(m) and (not full or self._is_wide(s, pool)))
             for m, s in zip(split, stats, strict=True)
@@ -81,12 +82,12 @@ class Budgeter:
     def one(
         self, stats: LengthStats, pool: LengthStats, curve: LatencyCurve, batch: float
     ) -> Budget:
-        """Budget of one prompt about to open on an engine whose batch is `batch`. A prompt of a
-        window that is opened again gets `fixed`.
+        """Budget of one prompt that is about to open on an engine whose batch will be `batch`.
 
-        Differs from the published saturation: when spare slots give every prompt the whole budget,
-        only prompts far wider than the pool count as saturated. Otherwise no group would keep its
-        seat for long responses.
+        Under the published rule, a prompt that is opened again gets the largest budget. Differs
+        from the published saturation: when spare slots give every prompt the largest budget, only
+        prompts far wider than the pool are saturated. Otherwise no group would keep its seat for
+        long responses.
         """
         match self.rule:
             case "none":

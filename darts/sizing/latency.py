@@ -1,9 +1,8 @@
-"""PTL(b): milliseconds per decoded token of one request while b requests decode together, for one
-engine type.
+"""PTL(b): milliseconds per decoded token of one request while b requests decode together.
 
-Owns the fit of the engines' reports to a curve that never falls; `darts.core` feeds it and
-`darts.sizing.redundancy` prices extra rollouts with its slope. Never judges an engine, never keeps more
-than a few numbers per bin of batch size.
+Owns one curve per engine type, which is fitted to the engines' reports and never falls.
+`darts.core` feeds it, and `darts.sizing.redundancy` prices extra rollouts by its slope. Never
+judges an engine, and keeps only a few numbers per bin of batch size.
 """
 
 from __future__ import annotations
@@ -15,21 +14,20 @@ from collections.abc import Iterable
 
 DEFAULT_MS, DEFAULT_KNEE = 10.0, 64.0
 BINS_PER_OCTAVE = 4
-SAMPLES_PER_BIN = 15  # the newest: their median withstands seven outliers and forgets old ones
-MIN_SAMPLES = 3  # a bin with fewer waits, as soon as another has as many
+SAMPLES_PER_BIN = 15  # the newest ones; their median withstands seven outliers
+MIN_SAMPLES = 3  # a bin with fewer is ignored once another bin has this many
 MIN_BATCH, MAX_BATCH, MAX_MS = 0.5, 1e6, 60_000.0
-
 
 SavedCurve = dict[int, list[tuple[float, float]]]
 
 
 class LatencyCurve:
-    """Medians per quarter octave of batch size, made monotone by isotonic regression, joined by
-    power laws.
+    """Medians per quarter octave of batch size, joined by power laws.
 
-    Before any report it is `DEFAULT_MS * (1 + b / DEFAULT_KNEE)`: flat while decoding is bound by
-    memory, then linear. Outside the measured range, that shape continues from the outermost knot.
-    Above it, the last measured slope is used if it is steeper.
+    Isotonic regression makes the medians monotone. Before any report, the curve is
+    `DEFAULT_MS * (1 + b / DEFAULT_KNEE)`: flat while decoding is bound by memory, then linear.
+    Outside the measured range, that shape continues from the outermost knot. Above it, the last
+    measured slope is used if it is steeper.
     """
 
     def __init__(self) -> None:
@@ -42,8 +40,9 @@ class LatencyCurve:
 
     @classmethod
     def from_points(cls, points: Iterable[tuple[float, float]]) -> LatencyCurve:
-        """A measured curve of (batch, ms per token); points within a quarter octave merge. Later
-        reports refine it.
+        """A measured curve of (batch, ms per token), which later reports refine.
+
+        Points within a quarter octave merge. Raises `ValueError` for an impossible point.
         """
         curve = cls()
         for batch, ms in points:
@@ -69,8 +68,9 @@ class LatencyCurve:
         return curve
 
     def observe(self, batch: float, ms_per_token: float) -> bool:
-        """One report. Returns False and changes nothing if the value is impossible (not finite, not
-        positive, or beyond any engine).
+        """Add one report. Returns False, with nothing changed, if the value is impossible.
+
+        An impossible value is not finite, not positive, or beyond any engine.
         """
         # NaN fails every comparison.
         if not (MIN_BATCH <= batch <= MAX_BATCH and 0.0 < ms_per_token <= MAX_MS):
@@ -82,21 +82,23 @@ class LatencyCurve:
         return True
 
     def ptl(self, batch: float) -> float:
-        """Milliseconds per decoded token per request; never falls with the batch. Batches below one
-        count as one.
+        """Milliseconds per decoded token of one request. It never falls as the batch grows.
+
+        Batches below one count as one.
         """
         return math.exp(self._log_ptl(math.log(max(1.0, batch))))
 
     def elasticity(self, batch: float) -> float:
-        """d ln PTL / d ln batch >= 0, over the octave around `batch`: 0 if slots are free, 1 if
-        requests only share the engine's time.
+        """d ln PTL / d ln batch >= 0, over the octave around `batch`.
+
+        It is 0 if slots are free, and 1 if requests only share the engine's time.
         """
         middle, half = math.log(max(1.0, batch)), 0.5 * math.log(2.0)
         low, high = max(0.0, middle - half), middle + half
         return max(0.0, (self._log_ptl(high) - self._log_ptl(low)) / (high - low))
 
     def points(self) -> list[tuple[float, float]]:
-        """The fitted knots (batch, ms per token), for monitors; empty before any report."""
+        """The fitted knots (batch, ms per token), for monitors. Empty before any report."""
         self._refit()
         return [
             (math.exp(x), math.exp(y)) for x, y in zip(self._log_batch, self._log_ms, strict=True)
@@ -127,9 +129,7 @@ class LatencyCurve:
         self._last_slope = self._slope_of_last_octave()
 
     def _slope_of_last_octave(self) -> float:
-        """At most 1: past saturation requests share the engine's time, and more can
-        only share it.
-        """
+        """At most 1, because further requests of a saturated engine only share its time."""
         x = self._log_batch
         first = next(i for i, value in enumerate(x) if value >= x[-1] - math.log(2.0) - 1e-9)
         if first == len(x) - 1 and first > 0:
@@ -146,8 +146,9 @@ def _log_default(x: float) -> float:
 
 
 def _isotonic(values: list[float], weights: list[float]) -> list[float]:
-    """Nearest non-decreasing sequence in weighted absolute error, by pooling adjacent violators; a
-    single outlier moves nothing.
+    """The nearest non-decreasing sequence in weighted absolute error.
+
+    Adjacent violators are pooled. A single outlier moves nothing.
     """
     blocks: list[tuple[float, list[tuple[float, float]]]] = []
     for value, weight in zip(values, weights, strict=True):
@@ -167,4 +168,4 @@ def _weighted_median(members: list[tuple[float, float]]) -> float:
         seen += weight
         if seen >= half - 1e-12:
             return value
-    raise AssertionError("a median of nothing")
+    raise AssertionError("the median of no values")

@@ -1,12 +1,11 @@
-"""How long a prompt's responses are: a lognormal per prompt, fitted to lengths some of which are
-only lower bounds.
+"""The lengths of a prompt's responses: a lognormal, fitted to exact lengths and lower bounds.
 
 Owns the whole memory of a prompt (three numbers) and of the pool of all prompts. A cancelled or
 truncated rollout shows only that its length exceeds c. Ignoring it, or using c as its length, loses
-half of the spread for the prompts whose budgets depend on it most, so each group is fitted by
-expectation-maximisation on right-censored data. Never decides anything; `darts.core` calls it once
-per closed group, and `darts.sizing.redundancy` reads the result. Lengths are in sampled tokens, logs are
-natural.
+half of the spread for the prompts whose budgets depend on it most. Each group is therefore fitted
+by expectation-maximisation on right-censored data. Never decides anything: `darts.core` calls it
+once per closed group, and `darts.sizing.redundancy` reads the result. Lengths are in sampled
+tokens, and logs are natural.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from dataclasses import dataclass
 
 # A spread outside 0.01 .. 3 is noise of tiny samples, not a length distribution.
 MIN_VAR_LOG, MAX_VAR_LOG = 1e-4, 9.0
-MAX_MEAN_LOG = 16.0  # nine million tokens; only prompts whose rollouts never finish come near
-# Pseudo-observations of the pool: prompts differ more in mean length than in spread.
+MAX_MEAN_LOG = 16.0  # nine million tokens; only prompts whose rollouts never finish come near it
+# Weight of the pool, in observations. Prompts differ more in mean length than in spread.
 MEAN_STRENGTH, VAR_STRENGTH = 1.0, 4.0
 EM_STEPS, EM_TOLERANCE = 8, 1e-3
 POOL_MEMORY = 256.0  # prompts that the pool averages over
@@ -34,8 +33,9 @@ class LengthStats:
 
 
 POOL_PRIOR = LengthStats(weight=2.0, mean_log=math.log(256.0), var_log=0.64)
-"""Before any group has closed: a median of 256 tokens, two thirds of responses within 115 .. 570.
-Worth two prompts.
+"""The pool before any group has closed. It counts as two prompts.
+
+Its median is 256 tokens, and two thirds of its responses lie within 115 .. 570.
 """
 
 
@@ -46,13 +46,13 @@ def update(
     pool: LengthStats,
     forgetting: float = 0.8,
 ) -> LengthStats:
-    """A prompt's statistics after one more group. `finished` lengths are exact, `censored` ones are
-    lower bounds.
+    """A prompt's statistics after one more group.
 
-    The old statistics count as `forgetting * weight` observations. Spread is measured about each
-    group's own mean, so that a drifting mean is not counted as spread. Iterating the E-step from
-    group to group (online EM) leaves the maximum-likelihood solution as the only fixed point; the
-    pool steadies the E-step and is not stored in the result.
+    `finished` lengths are exact, and `censored` ones are lower bounds. The old statistics count as
+    `forgetting * weight` observations. Spread is measured about each group's own mean, so that a
+    drifting mean is not counted as spread. Iterating the E-step from group to group (online EM)
+    leaves the maximum-likelihood solution as the only fixed point. The pool stabilises the E-step
+    and is not stored in the result.
     """
     if not finished and not censored:
         return LengthStats(0.0, pool.mean_log, pool.var_log) if stats is None else stats
@@ -83,15 +83,16 @@ def update(
 
 
 def estimate(stats: LengthStats | None, pool: LengthStats) -> LengthStats:
-    """The prompt's statistics shrunk toward the pool: the pool's before its first group, almost
-    entirely its own after many groups.
+    """The prompt's statistics, shrunk toward the pool's.
+
+    They equal the pool's before its first group, and are almost entirely its own after many groups.
     """
     if stats is None:
         return LengthStats(0.0, pool.mean_log, pool.var_log)
     mean_log = (stats.weight * stats.mean_log + MEAN_STRENGTH * pool.mean_log) / (
         stats.weight + MEAN_STRENGTH
     )
-    # Variances average as logs: they are scales, and one group's may be off by a factor.
+    # Variances are averaged as logs: they are scales, and one group's may be off by a factor.
     log_var = (stats.weight * math.log(stats.var_log) + VAR_STRENGTH * math.log(pool.var_log)) / (
         stats.weight + VAR_STRENGTH
     )
@@ -99,12 +100,11 @@ def estimate(stats: LengthStats | None, pool: LengthStats) -> LengthStats:
 
 
 def update_pool(pool: LengthStats, stats: LengthStats) -> LengthStats:
-    """The pool after one more closed group, whose prompt now has `stats` (as `update` returned
-    them, not shrunk).
+    """The pool after one more closed group, whose prompt now has `stats`.
 
-    Every prompt has the same weight. The average is exponential over the last `POOL_MEMORY` of
-    them. `var_log` is thus the mean spread *within* a prompt, which determines budgets, not the far
-    wider spread between prompts.
+    These are as `update` returned them, not shrunk. Every prompt has the same weight. The average
+    is exponential over the last `POOL_MEMORY` of them. `var_log` is thus the mean spread *within* a
+    prompt, which determines budgets, not the far wider spread between prompts.
     """
     step = 1.0 / (pool.weight + 1.0)
     return LengthStats(
@@ -140,9 +140,7 @@ def length_std(stats: LengthStats, limit: int) -> float:
 def _expected_moments(
     exact: list[float], bounds: list[float], guess: LengthStats
 ) -> tuple[float, float]:
-    """E-step: expected sum of the logs, and expected sum of their squared deviations from the
-    group's mean.
-    """
+    """E-step: the expected sums of the logs, and of their squared deviations from their mean."""
     sigma = math.sqrt(guess.var_log)
     values, doubt = list(exact), 0.0
     for bound in bounds:
@@ -157,7 +155,7 @@ def _expected_moments(
 
 
 def _hazard(z: float) -> float:
-    """Standard normal density over upper tail: the mean of a normal known to exceed z."""
+    """Standard normal density over upper tail: the mean of a normal that is known to exceed z."""
     if z > 25.0:  # both underflow further out
         return z + 1.0 / z - 2.0 / z**3
     return math.exp(-0.5 * z * z) / (math.sqrt(2.0 * math.pi) * _upper_tail(z))

@@ -1,11 +1,12 @@
 """How many rollouts each prompt gets: M' between M and upper * M.
 
-Owns the arithmetic of the budget rules, as pure functions: the published one (a total for a window
-of prompts by utility, split among them by spread) and the marginal one for engines that never wait.
-Never knows groups or engines; `darts.core` calls it when it opens groups. Units: lengths in tokens,
-latencies in milliseconds, budgets in rollouts; a prompt's `v` is its spread over the pool's
-(`normalised_spread`), and gains and costs are fractions of the plain group's. Source: DARTS (arXiv
-2605.30859), adaptive redundancy allocation.
+Owns the arithmetic of the budget rules, as pure functions. The published rule chooses a total for a
+window of prompts by utility, and splits it among them by spread. The marginal rule is for engines
+that never wait. Knows neither groups nor engines. `darts.core` calls it when it opens groups.
+
+Lengths are in tokens, latencies in milliseconds, and budgets in rollouts. A prompt's `v` is its
+spread over the pool's (`normalised_spread`). Gains and costs are fractions of the plain group's.
+Source: DARTS (arXiv 2605.30859), adaptive redundancy allocation.
 """
 
 from __future__ import annotations
@@ -27,20 +28,19 @@ MAX_TABLE_SPREAD, TABLE_STEPS = 2.0, 40
 
 
 def normalised_spread(stats: LengthStats, pool: LengthStats) -> float:
-    """v: a prompt's spread of log length over the pool's; 1 is an average prompt.
+    """v: a prompt's spread of log length over the pool's. An average prompt has 1.
 
-    Differs from the published norm because the published one depends on the unit of length and on
-    the other prompts in the window.
+    Differs from the published norm, which depends on the unit of length and on the other prompts in
+    the window.
     """
     return spread(stats) / spread(pool)
 
 
 def published_norm(sigmas: Sequence[float]) -> list[float]:
-    """(sigma - min + 1) / (max - min) over a window, as published; all 1 if every sigma is the
-    same.
+    """(sigma - min + 1) / (max - min) over a window, as published.
 
-    The added 1 has the unit of sigma. It vanishes if lengths are measured in tokens, and dominates
-    if they are measured in thousands of tokens.
+    All values are 1 if every sigma is the same. The added 1 has the unit of sigma: it vanishes if
+    lengths are measured in tokens, and dominates if they are measured in thousands of tokens.
     """
     low, high = min(sigmas), max(sigmas)
     return (
@@ -51,15 +51,14 @@ def published_norm(sigmas: Sequence[float]) -> list[float]:
 
 
 # The published rule
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def rollout_time(sorted_lengths: Sequence[float], curve: LatencyCurve) -> float:
-    """Milliseconds until responses of these lengths, started together on one engine, have all
-    ended.
+    """Milliseconds until all responses of these lengths have ended.
 
-    T_rollout = sum_k (l_(k) - l_(k-1)) * PTL(M' - k + 1): between two ends, the batch is the set of
-    rollouts still decoding.
+    They start together on one engine. T_rollout = sum_k (l_(k) - l_(k-1)) * PTL(M' - k + 1), as the
+    batch between two ends is the set of rollouts that still decode.
     """
     num, time_ms, previous = len(sorted_lengths), 0.0, 0.0
     for ended, length in enumerate(sorted_lengths):
@@ -82,14 +81,15 @@ def paper_total(
     price: float,
     num_engines: int = 1,
 ) -> int:
-    """M_total = N * m for the mean budget m in M .. upper * M that maximises U(m) = E(m) - price *
-    T(m); ties to the smaller.
+    """M_total = N * m for the best mean budget m in M .. upper * M.
 
-    E(m) = 1 - M/m: the share of the plain sum(norm/M) that a mean budget of m takes off the split's
-    objective. T(m) = R(m)/R(M) - 1, R being `rollout_time` of the window's expected order
-    statistics (each prompt's fitted lognormal at Blom's plotting positions) on one of `num_engines`
-    engines that share the window evenly. Both are fractions, so `price` has no unit. Differs: the
-    paper leaves E, T and lambda without units.
+    The best m maximises U(m) = E(m) - price * T(m), and the smaller one wins a tie.
+
+    E(m) = 1 - M/m is the share of the plain sum(norm/M) that a mean budget of m takes off the
+    split's objective. T(m) = R(m)/R(M) - 1, where R is the `rollout_time` of the window's expected
+    order statistics (each prompt's fitted lognormal at Blom's plotting positions) on one of
+    `num_engines` engines that share the window evenly. Both are fractions, so `price` has no unit.
+    Differs: the paper leaves E, T and lambda without units.
     """
     if not window or num_engines < 1:
         raise ValueError(
@@ -124,11 +124,10 @@ def _normal_scores(m: int) -> tuple[float, ...]:
 
 
 def paper_split(norms: Sequence[float], total: int, lower: int, upper: int) -> list[int]:
-    """Budgets that minimise sum norms[i] / M'_i with sum M'_i = total and lower <= M'_i <= upper;
-    ties to the earlier prompt.
+    """Budgets that minimise sum norms[i] / M'_i with sum M'_i = total and lower <= M'_i <= upper.
 
-    Convex and separable, so it is optimal to give rollouts one by one to the prompt that gains
-    most, v/m - v/(m+1).
+    The problem is convex and separable, so it is optimal to give rollouts one by one to the prompt
+    that gains most, v/m - v/(m+1). The earlier prompt wins a tie.
     """
     num = len(norms)
     if not num * lower <= total <= num * upper:
@@ -150,7 +149,7 @@ def paper_split(norms: Sequence[float], total: int, lower: int, upper: int) -> l
 
 
 # The marginal rule
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def marginal_budget(
@@ -163,15 +162,16 @@ def marginal_budget(
     long_end: LongEnd,
     max_budget: int,
 ) -> int:
-    """The m in M .. max_budget with the greatest v * (1/M - 1/m) - price * elasticity *
-    net_tokens(m); ties to the larger.
+    """The m in M .. max_budget with the greatest worth. The larger one wins a tie.
 
-    `stats` is the prompt's shrunk estimate, `elasticity` its engine's at the batch it would have.
-    When each further rollout costs at least as much as the one before, this is the rule "from m to
-    m+1 while v/(m(m+1)) >= price * eps * dtok(m)", dtok(m) being net_tokens(m+1) - net_tokens(m).
-    Differs from it because under `survivor` the first extra rollout costs most, as there is nothing
-    to cancel yet. A step-by-step search would stop there, although for wide spreads a larger budget
-    saves tokens.
+    The worth of m is v * (1/M - 1/m) - price * elasticity * net_tokens(m). `stats` is the prompt's
+    shrunk estimate, and `elasticity` its engine's at the batch that it would have.
+
+    If each further rollout costs at least as much as the one before, this is the rule "from m to
+    m+1 while v/(m(m+1)) >= price * eps * dtok(m)", with dtok(m) = net_tokens(m+1) - net_tokens(m).
+    Differs from it because under `survivor` the first extra rollout costs most: nothing can be
+    cancelled yet. A step-by-step search would stop there, although a larger budget saves tokens if
+    the spread is wide.
     """
     if max_budget <= M:
         return M
@@ -186,13 +186,15 @@ def marginal_budget(
 
 
 def net_tokens(spread_log: float, M: int, num_long: int, long_end: LongEnd, m: int) -> float:
-    """Expected tokens decoded for a group of m, over those of the plain group of M (all of which
-    finish), minus 1.
+    """Expected tokens of a group of m over those of the plain group of M, minus 1.
 
-    The m rollouts start together on one engine, their lengths lognormal; which are cancelled
-    follows `darts.long_end`: none: all others when M have finished; so too for
-    `darts.cancel=eager`, and for survivor without a long seat; survivor: all others but one, any of
-    them alike, when M have finished; longest: nothing is ever cancelled.
+    In the plain group, all M finish. The m rollouts have lognormal lengths and start together on
+    one engine. `darts.long_end` decides which of them are cancelled when M have finished:
+
+    - none: all others. The same holds for `darts.cancel=eager`, and for survivor without a long
+      seat.
+    - survivor: all others but one, and each is equally likely to be that one.
+    - longest: no rollout.
     """
     return _net_tokens_row(spread_log, M, num_long, long_end, m)[m - M]
 
@@ -214,11 +216,11 @@ def _net_tokens_row(
 
 @lru_cache(maxsize=32)
 def _net_tokens_table(M: int, max_budget: int, survivor: bool) -> list[list[float]]:
-    """Rows: spread 0 .. MAX_TABLE_SPREAD; columns: budget M .. max_budget. From expected order
-    statistics, by quadrature.
+    """`net_tokens` with one row per spread 0 .. MAX_TABLE_SPREAD and one column per budget.
 
-    The j-th smallest of m standard normals has density m!/((j-1)!(m-j)!) P^(j-1) Q^(m-j) phi, and a
-    length is exp(spread * z); the median cancels. A few milliseconds, once per configuration.
+    Computed from expected order statistics by quadrature, once per configuration, in a few
+    milliseconds. The j-th smallest of m standard normals has density
+    m!/((j-1)!(m-j)!) P^(j-1) Q^(m-j) phi. A length is exp(spread * z), and the median cancels.
     """
     z = np.linspace(-9.0, 13.0, 1101)
     below = np.array([0.5 * math.erfc(-x / math.sqrt(2.0)) for x in z])

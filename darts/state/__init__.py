@@ -1,3 +1,5 @@
-"""The core's tables and the rules for changing each of them: groups and rollouts, engines, prompts
-that wait, lag. Driven by `darts.core.Core`; no table knows the core.
+"""The core's tables, and the rules for changing each of them.
+
+They hold groups and rollouts, engines, waiting prompts, and lag. `darts.core.Core` drives them; no
+table knows the core.
 """

@@ -1,8 +1,7 @@
-"""Prompts that wait to be opened, with the budgets that a window gave them. Driven by
-`darts.core.Core`.
+"""Prompts that wait to be opened, with the budgets that a window gave them.
 
-Held-out prompts go first and are bound to a policy version; a dropped group's prompt returns to the
-head, a bounded number of times.
+Held-out prompts go first and are bound to a policy version. A dropped group's prompt returns to the
+head of the queue, a bounded number of times. Driven by `darts.core.Core`.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ class Waiting(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """A prompt of an evaluation: answered `samples` times by a policy no
-    older than `min_version`.
-    """
+    """An evaluation's prompt, answered `samples` times by a policy no older than `min_version`."""
 
     prompt: Prompt
     samples: int
@@ -41,7 +38,8 @@ class PromptQueue:
     def __init__(self) -> None:
         self.training: deque[Waiting] = deque()
         self.held_out: deque[HeldOut] = deque()
-        self.reopens: dict[str, int] = {}  # prompts dropped and put back, until they ship
+        # How often each prompt was dropped and put back, until it ships.
+        self.reopens: dict[str, int] = {}
 
     def add_window(
         self,
@@ -51,8 +49,10 @@ class PromptQueue:
         curve: LatencyCurve | None,
         num_engines: int,
     ) -> None:
-        """Queue the prompts by expected length, longest first, so that the longest start before
-        slots run out. Only prompts of one window are reordered, so none starves.
+        """Queue the prompts by expected length, longest first.
+
+        The longest ones thus start before slots run out. Only prompts of one window are reordered,
+        so none starves.
         """
         stats = [lengths.estimate(prompt.lengths, pool) for prompt in prompts]
         budgets: Sequence[Budget | None] = [None] * len(prompts)
@@ -67,7 +67,7 @@ class PromptQueue:
         )
 
     def put_back(self, prompt: Prompt, max_reopens: int) -> bool:
-        """Returns a dropped group's prompt to the head; False once it has had its last chance."""
+        """Return a dropped group's prompt to the head. False if it has no reopening left."""
         reopens = self.reopens.pop(prompt.prompt_id, 0)
         if reopens >= max_reopens:
             return False
@@ -76,5 +76,5 @@ class PromptQueue:
         return True
 
     def forget(self, prompt: Prompt) -> None:
-        """Call this when the prompt's group has ended for good."""
+        """Forget the reopenings of a prompt whose group has ended for good."""
         self.reopens.pop(prompt.prompt_id, None)

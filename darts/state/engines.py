@@ -1,9 +1,10 @@
 """Engines, their slots and backlogs, and the choice of the engine that takes the next group.
 
-A whole group goes to one engine: its prompt is prefilled once and its lengths grow at one pace. The
-engine is the one whose predicted latency per token, at the batch it would then have, is lowest.
-Among engines of one type, which share a latency curve, that is the least loaded one, kept in a heap
-so that a thousand engines cost no more than ten. Driven by `darts.core.Core`; does no I/O.
+A whole group goes to one engine, so its prompt is prefilled once and its responses grow at one
+pace. The engine is the one whose predicted latency per token, at the batch it would then have, is
+lowest. Among engines of one type, which share a latency curve, that is the least loaded one. A heap
+finds it, so that a thousand engines cost no more than ten. Driven by `darts.core.Core`; does no
+I/O.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from darts.state.groups import Group, Planned, Rollout
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """One engine. `backlog`: groups placed here that have rollouts to launch, in that order."""
+    """One engine. `backlog` holds its groups that have rollouts to launch, in launch order."""
 
     engine_id: str
     engine_type: str
@@ -29,7 +30,7 @@ class Engine:
 
     @property
     def num_queued(self) -> int:
-        """Rollouts that wait here for a slot. Few groups wait at a time."""
+        """Rollouts that wait here for a slot. The sum is cheap, since few groups wait at a time."""
         return sum(len(group.planned) for group in self.backlog)
 
     @property
@@ -42,8 +43,9 @@ class Engine:
 
 
 class Engines:
-    """All engines by id. Every change of an engine's load or version goes through a method of this
-    table.
+    """All engines by id.
+
+    Every change of an engine's load or version goes through a method of this table.
     """
 
     def __init__(self) -> None:
@@ -66,12 +68,12 @@ class Engines:
         self._offer(engine)
 
     # Launching
-    # --------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def enqueue(self, group: Group, first: bool = False) -> None:
-        """Queue the group's planned rollouts on its engine; `first`: before those of other groups.
+        """Queue the group's planned rollouts on its engine, ahead of other groups if `first`.
 
-        No-op if its engine is gone. The caller then takes launches until there is none left.
+        No-op if its engine is gone. The caller then takes launches until none is left.
         """
         engine = self.by_id.get(group.engine_id)
         if engine is None or group in engine.backlog:
@@ -102,8 +104,9 @@ class Engines:
             self._offer(engine)
 
     def free(self, rollout: Rollout) -> Engine | None:
-        """Free the rollout's slot and return its engine, which may launch another; None if it held
-        none.
+        """Free the rollout's slot and return its engine, which may launch another rollout.
+
+        None if the rollout held no slot.
         """
         engine = self.by_id.get(rollout.engine_id)
         if engine is None or engine.in_flight.pop(rollout.rollout_id, None) is None:
@@ -111,12 +114,10 @@ class Engines:
         return engine
 
     # Placement
-    # --------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def best_with_room(self, batch_of_group: int) -> Engine | None:
-        """The engine with a free slot on which a group of `batch_of_group` rollouts decodes
-        fastest.
-        """
+        """The engine with a free slot on which `batch_of_group` more rollouts decode fastest."""
         best, best_ms = None, float("inf")
         for engine_type, heap in self._heaps.items():
             while heap and not self._is_current(heap[0]):
@@ -130,7 +131,7 @@ class Engines:
         return best
 
     def least_loaded(self, min_version: int) -> Engine | None:
-        """The engine to continue a group on: any whose policy is at least `min_version`."""
+        """The least loaded engine whose policy is at least `min_version`, or None."""
         able = (e for e in self.by_id.values() if e.version >= max(min_version, 0))
         return min(able, key=lambda e: (e.load / e.slots, e.engine_id), default=None)
 
@@ -142,7 +143,7 @@ class Engines:
         )
 
     def save_offers(self) -> dict[str, tuple[tuple[int, int, str], ...]]:
-        """The entries by which engines of equal load take turns: load, serial, engine."""
+        """The entries by which engines of equal load take turns: (load, serial, engine id)."""
         return {
             engine_type: tuple(
                 (load, serial, engine.engine_id)
@@ -156,7 +157,7 @@ class Engines:
         """Take over saved entries. Every engine that they name is in the table already."""
         for engine_type, entries in offers.items():
             heap = [(load, serial, self.by_id[name]) for load, serial, name in entries]
-            self._heaps[engine_type] = heap  # sorted, so a heap
+            self._heaps[engine_type] = heap  # a sorted list is a heap
             self._serial = max([self._serial, *(serial for _, serial, _ in heap)])
 
     def _offer(self, engine: Engine) -> None:

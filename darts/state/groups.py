@@ -1,7 +1,7 @@
 """The tables of groups and rollouts, and the legal moves between their states.
 
-Owns the present truth about a group: its rollouts, which of them have finished and which are in
-flight. Decides nothing by itself and does no I/O; driven by `darts.core.Core`.
+Owns the present state of a group: its rollouts, those that have finished and those in flight.
+Decides nothing by itself and does no I/O. Driven by `darts.core.Core`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class GroupState(Enum):
     CLOSED = "closed"  # trained, dropped or evaluated
 
 
-# READY -> SHIPPED -> READY: the learner died before it had trained on the group.
+# A shipped group is ready again if the learner dies before it has trained on the group.
 GROUP_MOVES: dict[GroupState, frozenset[GroupState]] = {
     GroupState.OPEN: frozenset({GroupState.READY, GroupState.CLOSED}),
     GroupState.READY: frozenset({GroupState.SHIPPED, GroupState.CLOSED}),
@@ -51,8 +51,9 @@ GROUP_MOVES: dict[GroupState, frozenset[GroupState]] = {
 
 @dataclass(slots=True, eq=False)
 class Rollout:
-    """One response, in flight or ended. It keeps its slot until its engine frees it, cancelled or
-    not.
+    """One response, in flight or ended.
+
+    It keeps its slot until its engine frees it, even after it was cancelled.
     """
 
     rollout_id: int
@@ -82,9 +83,7 @@ class Planned:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """The responses to one prompt. No token of the group is older than policy version
-    `min_version`.
-    """
+    """The responses to one prompt. None of their tokens is older than version `min_version`."""
 
     group_id: int
     prompt: Prompt
@@ -98,9 +97,8 @@ class Group:
     long_end: LongEnd
     planned: deque[Planned]
     state: GroupState = GroupState.OPEN
-    review_above: float = (
-        inf  # a rollout in flight that is longer than this may have to be cancelled
-    )
+    # A rollout in flight that is longer than this may have to be cancelled.
+    review_above: float = inf
     at_deadline: bool = False  # the group ships as soon as `group_size` rollouts have finished
     shipped_version: int = -1
     rollouts: dict[int, Rollout] = field(default_factory=dict[int, Rollout])

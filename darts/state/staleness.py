@@ -1,16 +1,15 @@
-"""How stale a trajectory may get: the pacing of admission, and the hard bound that pacing makes
-feasible.
+"""The hard bound on the staleness of trajectories, and the pacing of admission that allows it.
 
 A group's `min_version` is the policy version of its engine when it opened. Each of its rollouts is
 sampled by that version or a newer one, so a group that ships at learner version v has a lag of at
 most v - min_version. It must ship by version min_version + max_lag, its deadline.
 
 The bound can always be kept. A group opens only if all outstanding groups, itself included, fit
-into the ships that remain up to its deadline. Taking the earliest deadline first, the batch of each
-step then has room for every group that is due, and a batch whose due groups are not ready waits for
-them (or drops them): see `Core`. Differs from counting admissions against the learner's version, as
-published elsewhere: an engine that has not yet swapped opens groups that are stale from the start,
-so its own version counts.
+into the batches that remain up to its deadline. Batches take the earliest deadlines first, so each
+has room for every group that is due. A batch whose due groups are not ready waits for them, or
+drops them (see `Core`). Differs: published methods count admissions against the learner's version.
+Here the engine's own version counts, because an engine that has not yet swapped opens groups that
+are stale from the start.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def ships_left(
 ) -> int:
     """Groups that can still ship while a group of `min_version` is within `max_lag`.
 
-    steps_left: batches that the learner will still take before it publishes its next version.
+    `steps_left` is the number of batches that the learner takes before it publishes again.
     """
     later_versions = min_version + max_lag - learner_version
     if later_versions < 0:
@@ -50,11 +49,10 @@ def is_stale(min_version: int, learner_version: int, max_lag: int) -> bool:
 
 
 class OutstandingGroups:
-    """Training groups that have opened and not yet shipped, by `min_version`, earliest deadline
-    first.
+    """Training groups that have opened and not yet shipped, in order of their deadlines.
 
-    Owns the learner's clock as well: `learner_version`, its newest published version (-1 before the
-    first), and `steps_left`, the batches that it still takes before it publishes the next.
+    Owns the learner's clock as well: `learner_version` is its newest published version (-1 before
+    the first), and `steps_left` the number of batches that it takes before it publishes again.
     """
 
     def __init__(self, groups_per_step: int, steps_per_version: int, max_lag: int = 0) -> None:
@@ -64,9 +62,9 @@ class OutstandingGroups:
         self.learner_version = -1
         self.steps_left = 0
         self.num_outstanding = 0
-        self.num_ready = 0  # of those outstanding: their selection is decided
+        self.num_ready = 0  # outstanding groups whose selection is decided
         self._by_min_version: dict[int, dict[int, Group]] = {}
-        # A heap of (min_version, id, group). Groups that were dropped since are skipped.
+        # A heap of (min_version, id, group). Groups dropped in the meantime are skipped.
         self._ready: list[tuple[int, int, Group]] = []
 
     def __iter__(self) -> Iterator[Group]:
@@ -102,7 +100,7 @@ class OutstandingGroups:
         heapq.heappush(self._ready, (group.min_version, group.group_id, group))
 
     def remove(self, group: Group) -> None:
-        """Call this when the group ships or is dropped, while it is still in its old state."""
+        """Call this when the group ships or is dropped, before its state changes."""
         self.num_outstanding -= 1
         self.num_ready -= int(group.state is GroupState.READY)
         same_version = self._by_min_version[group.min_version]
@@ -118,14 +116,15 @@ class OutstandingGroups:
         )
 
     def stale(self) -> list[Group]:
-        """Groups that are too old already, which happens only after a learner died."""
+        """Groups that are too old already, which exist only after a learner died."""
         return self._of_versions(
             is_stale(version, self.learner_version, self.max_lag) for version in self._versions()
         )
 
     def take_batch(self) -> list[Group]:
-        """The learner's next batch, oldest first. Empty until it is full and no due group is
-        missing.
+        """The learner's next batch, oldest first.
+
+        Empty unless the batch is full and every due group is ready.
         """
         if self.num_ready < self.groups_per_step or any(
             group.state is GroupState.OPEN for group in self.due()

@@ -1,10 +1,9 @@
-"""Which rollouts in flight can no longer be selected, and which long ones are kept running.
+"""Rollouts in flight that can no longer be selected, and the long ones among them that survive.
 
-Pure but for the generator that breaks ties and for the group's own list of survivors. Driven by
-`darts.core.Core`. Source: our online form of DARTS (arXiv 2605.30859): with s_j the length of the
-j-th shortest finished rollout, a rollout in flight that is longer than s_j cannot take one of the j
-short seats. Under `long_end=survivor` the longest such rollouts keep running and take the long
-seats.
+Pure, except for the generator that breaks ties and the group's own list of survivors. Driven by
+`darts.core.Core`. Source: our online form of DARTS (arXiv 2605.30859). Let s_j be the length of the
+j-th shortest finished rollout. A rollout in flight that is longer than s_j cannot take one of the j
+short seats. If `long_end=survivor`, the longest such rollouts keep running and take the long seats.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ from darts.state.groups import Group, Rollout
 
 
 def short_cutoff(group: Group) -> float:
-    """Length above which a rollout in flight provably misses every short seat;
-    inf while unknown.
-    """
+    """The length above which a rollout in flight cannot take a short seat; inf while unknown."""
     num_short = group.group_size
     if group.long_end != "none":
         num_short -= group.num_long
@@ -28,7 +25,7 @@ def short_cutoff(group: Group) -> float:
 
 
 def take_past_selection(group: Group, rng: Random) -> list[Rollout]:
-    """Rollouts above `group.review_above` to cancel, after the longest were made survivors."""
+    """Make the longest rollouts above `group.review_above` survivors; return the others."""
     past = [
         rollout
         for rollout in group.running.values()
@@ -45,7 +42,7 @@ def take_past_selection(group: Group, rng: Random) -> list[Rollout]:
 
 
 def lose_survivor(group: Group, rollout: Rollout, replaced: bool) -> None:
-    """A survivor is lost. If another attempt replaces it, its seat is free to be chosen again."""
+    """Strike a lost rollout off the survivors. If it is replaced, its seat is free again."""
     if rollout.rollout_id in group.survivors:
         group.survivors.discard(rollout.rollout_id)
         group.num_survivors_chosen -= int(replaced)

@@ -1,3 +1,4 @@
-"""From trajectories to a loss: advantages, packed tensors, the forward pass over a pack, and the
-objective. Pure functions of tensors; the loop, the ranks and the buffer are one folder up.
+"""From trajectories to a loss: advantages, packed tensors, the forward pass, and the objective.
+
+The training loop, the ranks and the connection to the buffer are one folder up.
 """

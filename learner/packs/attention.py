@@ -1,12 +1,11 @@
-"""Causal attention over packed sequences, one sequence at a time: the cost grows with each
-sequence's length, not with the pack's.
+"""Causal attention over packed sequences, one sequence at a time.
 
-Owns one attention function, registered with transformers as `PACKED_SDPA`, which
-`model.attention=sdpa` tries first. It attends to all that came before and to nothing else: a layer
-that asks for a window, a bias or sinks is refused, and `learner.capability` then takes
-transformers' own. Given a pack, transformers' own sdpa builds a mask of pack x pack: measured on
-one core with the embedded default, 1.4 times the time of a whole step at 512 tokens in a pack, and
-several times at 4,096. Driven by the model's layers.
+The cost grows with each sequence's length, not with the pack's. Owns one attention function,
+registered with transformers as `PACKED_SDPA`, which `model.attention=sdpa` tries first. It computes
+plain causal attention only. A layer that asks for a window, a bias or sinks is refused, and
+`learner.capability` then falls back to transformers' own sdpa. That one builds a mask of pack x
+pack: on one core with the embedded default model, a whole step takes 1.4 times as long at 512
+tokens per pack, and several times as long at 4,096. Driven by the model's layers.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 PACKED_SDPA = "packed_sdpa"
-# What transformers' models hand to their attention, and would silently lose here.
+# Options that transformers' models pass to their attention, and that would be ignored here.
 REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias", "indices")
 
 
@@ -32,11 +31,11 @@ def packed_sdpa(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`query` [1, heads, T, dim], `key` and `value` [1, kv heads, T, dim], `lengths` summing to T;
-    returns [1, T, heads, dim].
+    """Plain causal attention within each sequence.
 
-    Without `lengths` all is one sequence. Raises `NotImplementedError` for any other attention than
-    plain causal attention.
+    `query` is [1, heads, T, dim], `key` and `value` are [1, kv heads, T, dim], and `lengths` sum to
+    T. Without `lengths`, all tokens are one sequence. Returns [1, T, heads, dim]. Raises
+    `NotImplementedError` if the layer asks for any other attention.
     """
     asked = [name for name in REFUSED if options.get(name) is not None]
     if asked or attention_mask is not None or options.get("is_causal") is False:

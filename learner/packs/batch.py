@@ -1,9 +1,9 @@
-"""Trajectories to packed tensors: several sequences in one row, no padding, nothing that sees
-across a boundary.
+"""Trajectories as packed tensors: several sequences in one row, without padding.
 
-Owns the layout of a micro-batch. Never touches the model, and never decides what is trained on: the
-shard came balanced from the buffer. Driven by `learner.train`. Shapes: T tokens in a pack, S of its
-positions that predict a token to train on.
+Owns the layout of a micro-batch. Never touches the model, and never chooses trajectories: the shard
+comes balanced from the buffer. Driven by `learner.train`.
+
+Shapes: T tokens in a pack, S of its positions that predict a trained token.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from learner.packs.advantage import group_advantage
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One micro-batch. Position p of a sequence predicts its token p + 1, so a sequence's last
-    token is only ever a target."""
+    """One micro-batch.
+
+    Position p of a sequence predicts its token p + 1, so a sequence's last token is only a target.
+    """
 
     input_ids_T: torch.Tensor  # int64
-    position_ids_T: (
-        torch.Tensor
-    )  # int64, from 0 in each sequence: by these a model keeps sequences apart
+    position_ids_T: torch.Tensor  # int64, from 0 in each sequence, which keeps them apart
     predicts_S: torch.Tensor  # int64, indices into T
     targets_S: torch.Tensor  # int64
     actor_logprobs_S: torch.Tensor  # float32
     advantages_S: torch.Tensor  # float32
-    current_S: torch.Tensor  # bool: sampled by the very weights that are about to be trained
-    fresh_S: torch.Tensor  # bool: current, in a response that is so from first to last
-    lengths: tuple[int, ...]  # of the sequences, summing to T
+    current_S: torch.Tensor  # bool: sampled by the weights that are about to be trained
+    fresh_S: torch.Tensor  # bool: all tokens of its response are current
+    lengths: tuple[int, ...]  # of the sequences; they sum to T
 
     def to(self, device: torch.device) -> Pack:
         return Pack(
@@ -49,14 +49,14 @@ TENSORS = tuple(column.name for column in fields(Pack) if column.name != "length
 def make_packs(
     shard: Shard, max_tokens: int, current_version: int, kind: str = "grpo"
 ) -> list[Pack]:
-    """Micro-batches of at most `max_tokens` input tokens, in which every trajectory of `shard` that
-    moves the weights appears once.
+    """Micro-batches of at most `max_tokens` input tokens.
 
-    A trajectory longer than `max_tokens` has a pack to itself. `current_version` is the policy
-    version whose weights the learner holds now (one that no actor can have, such as -1, if it holds
-    unpublished ones). Trajectories without an advantage (`kind`: see `group_advantage`), as those
-    of groups whose rewards are all equal, are left out: they have no gradient, and their tokens
-    stay in the loss's denominator. Raises `ProtocolError` for a malformed trajectory.
+    Every trajectory of `shard` that has an advantage appears once; one longer than `max_tokens` has
+    a pack to itself. The others, such as those of groups whose rewards are all equal, are left out:
+    they have no gradient, and their tokens stay in the loss's denominator. For `kind`, see
+    `group_advantage`. `current_version` is the policy version whose weights the learner holds, or
+    one that no actor can have, such as -1, if it holds unpublished weights. Raises `ProtocolError`
+    for a malformed trajectory.
     """
     sequences = [
         _sequence(trajectory, advantage, current_version)
@@ -68,8 +68,10 @@ def make_packs(
 
 
 def empty_pack() -> Pack:
-    """A micro-batch without a loss, for a rank that has fewer than the others: collectives need
-    every rank."""
+    """A micro-batch without a loss, for a rank that has fewer than the others.
+
+    Collectives need every rank.
+    """
     nothing = torch.zeros(0)
     start = torch.zeros(2, dtype=torch.int64)
     return Pack(
@@ -86,8 +88,10 @@ def empty_pack() -> Pack:
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `capacity`, longest first; what exceeds it lies
-    alone."""
+    """Indices of `lengths` in bins of at most `capacity`, longest first.
+
+    A length above `capacity` has a bin to itself.
+    """
     bins: list[list[int]] = []
     free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -139,13 +143,11 @@ def _check(
         )
     elif len(tokens_T) < 2 or sampled_T[0]:
         wrong = (
-            "begins with a sampled token, or has no second one: nothing precedes the first token "
-            "to be predicted"
+            "begins with a sampled token, or has fewer than two tokens: no token precedes the "
+            "first one to be predicted"
         )
     elif len(versions_S) != sampled_T.sum():
-        wrong = (
-            f"has {sampled_T.sum()} sampled tokens, of which versions account for {len(versions_S)}"
-        )
+        wrong = f"has {sampled_T.sum()} sampled tokens, but policy versions for {len(versions_S)}"
     elif not np.isfinite(logprobs_T).all():
         wrong = "has log-probabilities that are not finite"
     if wrong:
@@ -155,7 +157,7 @@ def _check(
 
 
 def concatenate(sequences: Iterable[Pack]) -> Pack:
-    """One pack of several, in their order."""
+    """Join packs into one, in the given order."""
     members = list(sequences)
     lengths = tuple(length for member in members for length in member.lengths)
     starts = np.cumsum([0, *lengths[:-1]])

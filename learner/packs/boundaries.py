@@ -1,12 +1,12 @@
-"""One forward pass over a pack, and the layers in it that cannot tell where a sequence ends.
+"""One forward pass over a pack, and the layers in it that do not know where a sequence ends.
 
-Owns the call of the model: training and the probe in `learner.capability` both go through
-`Boundaries.logits`. Positions that start at 0 again keep attention apart. A layer with state (a
-convolution, a recurrence, a scan) is told by `seq_idx` and `cu_seq_lens_q`, which only some kernels
-obey. `split` hands such a layer one sequence at a time, so that everything around it stays packed.
+Owns the call of the model: training and the probe in `learner.capability` both use
+`Boundaries.logits`. Position ids that start again at 0 keep sequences apart in attention. A layer
+with state (a convolution, a recurrence, a scan) gets `seq_idx` and `cu_seq_lens_q`, which only some
+kernels use. `split` passes such a layer one sequence at a time, while all other layers stay packed.
 Never decides which layers need that.
 
-Shapes: T tokens in a pack, S of its positions that predict a token to train on, V vocabulary.
+Shapes: T tokens in a pack, S of its positions that predict a trained token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,23 +21,20 @@ from transformers import PreTrainedModel
 from learner.packs.attention import PACKED_SDPA
 from learner.packs.batch import Pack
 
-TOLD = (
-    "seq_idx",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-)  # by transformers' names
+# Arguments that tell a layer where sequences begin, by transformers' names.
+TOLD = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class Boundaries:
-    """The model of one rank as a function of packs. `kinds` names the classes of layers that take
-    one sequence at a time."""
+    """The model of one rank, as a function of packs.
+
+    `kinds` names the classes of layers that take one sequence at a time.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.kinds: tuple[str, ...] = ()
-        self._lengths: tuple[int, ...] = ()  # of the newest pack; a backward pass may recompute it
+        self._lengths: tuple[int, ...] = ()  # of the newest pack, which backward may recompute
         self._whole: dict[torch.nn.Module, Callable[..., Any]] = {}
         parameters = inspect.signature(model.forward).parameters
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -53,21 +50,20 @@ class Boundaries:
             **self._told(pack),
         )
         kept = len(logits) == len(pack.predicts_S)
-        return logits if kept else logits[pack.predicts_S]  # a model may not know `logits_to_keep`
+        return logits if kept else logits[pack.predicts_S]  # some models ignore `logits_to_keep`
 
     def plain_logits(self, pack: Pack) -> torch.Tensor:
-        """Logits [T, V] of the one sequence in `pack`, the model being told nothing but its
-        tokens."""
+        """Logits [T, V] of the one sequence in `pack`, from nothing but its tokens."""
         return self._call(pack)
 
     def _call(self, pack: Pack, **arguments: Any) -> torch.Tensor:
-        arguments["use_cache"] = False  # with a cache, packed sequences see one another
+        arguments["use_cache"] = False  # with a cache, packed sequences see each other
         if not self._takes_all:
             arguments = {name: value for name, value in arguments.items() if name in self._takes}
         return self.model(input_ids=pack.input_ids_T[None], **arguments).logits[0]
 
     def split(self, kind: str) -> None:
-        """From now on every layer of the class `kind` is handed one sequence at a time."""
+        """From now on, pass one sequence at a time to every layer of the class `kind`."""
         for module in self.model.modules():
             if type(module).__name__ == kind:
                 self._whole[module] = module.forward
@@ -75,14 +71,16 @@ class Boundaries:
         self.kinds += (kind,)
 
     def undo(self) -> None:
-        """Hand every layer whole packs again."""
+        """Pass whole packs to every layer again."""
         for module, forward in self._whole.items():
             module.forward = forward
         self._whole, self.kinds = {}, ()
 
     def _told(self, pack: Pack) -> dict[str, Any]:
-        """Where sequences begin: our attention asks for `lengths`, kernels for what transformers'
-        flattening collator gives."""
+        """Arguments that say where sequences begin.
+
+        Our attention takes `lengths`; kernels take those of transformers' flattening collator.
+        """
         if self.model.config._attn_implementation == PACKED_SDPA:
             return {"lengths": pack.lengths}
         lengths = torch.tensor(pack.lengths, device=pack.input_ids_T.device)
@@ -106,8 +104,10 @@ class Boundaries:
 
 
 def _parts(value: Any, lengths: tuple[int, ...]) -> list[Any]:
-    """`value` once per sequence: tensors [1, T, ...] cut along T, also inside tuples and dicts; all
-    else as it is."""
+    """`value` once per sequence.
+
+    Tensors [1, T, ...] are cut along T, also inside tuples and dicts. Other values stay the same.
+    """
     if isinstance(value, torch.Tensor) and value.shape[:2] == (1, sum(lengths)):
         return list(value.split(lengths, 1))
     if isinstance(value, tuple):
@@ -120,8 +120,7 @@ def _parts(value: Any, lengths: tuple[int, ...]) -> list[Any]:
 
 
 def _join(outputs: list[Any]) -> Any:
-    """The inverse for what a layer returned: a tensor [1, T, ...], or a tuple of such and of
-    None."""
+    """The inverse, for the output of a layer: a tensor [1, T, ...], None, or a tuple of these."""
     first = outputs[0]
     if first is None:
         return None

@@ -2,7 +2,8 @@
 
 Never reads a message, owns no parameter and reduces nothing: sums and denominators belong to
 `learner.train`, its only driver.
-Shapes: S positions of a pack that predict a token to train on, V vocabulary.
+
+Shapes: S positions of a pack that predict a trained token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import torch
 from configs.schema import LossConfig
 
 CHUNK_ELEMENTS = 2**24  # float32 elements of logits held at once: 64 MiB
-MAX_LOG_RATIO = 20.0  # keeps the ratio finite for its mean; every rule below acts far earlier
+MAX_LOG_RATIO = 20.0  # keeps the mean ratio finite; every rule below acts far earlier
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Rows are converted to float32 a chunk at a time, forward and backward, so that logits never
-    exist twice in full."""
+    """Log-probabilities and entropies, computed a chunk of rows at a time.
+
+    Forward and backward convert only one chunk to float32, so that logits never exist twice.
+    """
 
     @staticmethod
     def forward(
@@ -60,20 +63,20 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target [S] and entropy of its distribution [S], both float32 in nats.
 
-    `temperature` divides the logits, as the engine does before it samples, so these compare with
-    `actor_logprobs`. Gradients flow through the log-probabilities only. `chunk_rows`: rows taken at
-    once; 0 fits them into `CHUNK_ELEMENTS`.
+    `temperature` divides the logits, as in the engine, so the results are comparable with
+    `actor_logprobs`. Gradients flow through the log-probabilities only. `chunk_rows` is the number
+    of rows per chunk; 0 derives it from `CHUNK_ELEMENTS`.
     """
     rows = chunk_rows or max(1, CHUNK_ELEMENTS // logits_SV.shape[1])
     return _ChunkedLogprobs.apply(logits_SV, targets_S, temperature, rows)  # type: ignore[no-any-return]
 
 
 class Surrogate(NamedTuple):
-    """Per token [S]: the loss, the ratio learner/actor, and which rule acted on it."""
+    """Per token [S]: the loss, the ratio learner/actor, and the rule that acted on it."""
 
     loss_S: torch.Tensor
     ratio_S: torch.Tensor
-    clipped_S: torch.Tensor  # bool: no gradient, the policy has moved far enough
+    clipped_S: torch.Tensor  # bool: no gradient, since the policy has moved far enough
     capped_S: torch.Tensor  # bool: weight cut at tis_cap
 
 
@@ -90,19 +93,19 @@ def clipped_surrogate(
     ==========  ====================  ==============  ===========================
     positive    above 1 + clip_high   -(1+clip_high)A  none
     negative    below 1 - clip_low    -(1-clip_low)A   none
-    either      else                  -min(r, cap)A    -min(r, cap) A grad(logprob)
+    any         otherwise             -min(r, cap)A    -min(r, cap) A grad(logprob)
     ==========  ====================  ==============  ===========================
 
     The clip is PPO's min(rA, clip(r)A), with `clip_high` above `clip_low` (clip-higher). That min
-    leaves r unbounded where A is negative: a token that a stale or mismatched actor found
-    improbable would outweigh the whole batch. There the importance weight is truncated at `tis_cap`
-    and taken as a constant, so such a token still learns, with a bounded weight. (Where A is
-    positive the cap acts only if it is below 1 + clip_high.) The actor's own distribution is the
-    old policy: with one update per shard, the learner's at the start of the step equals the current
-    one, and its ratio would always be 1.
+    leaves r unbounded if A is negative, so a token that a stale or mismatched actor found
+    improbable would outweigh the whole batch. The importance weight is therefore truncated at
+    `tis_cap` and taken as a constant: such a token still contributes, with a bounded weight. (If A
+    is positive, the cap acts only if it is below 1 + clip_high.) The old policy is the actor's own
+    distribution. With one update per shard, the learner's policy at the start of the step equals
+    the current one, and a ratio to it would always be 1.
 
-    Source: PPO (arXiv 1707.06347); clip-higher and the token-level mean: DAPO (arXiv 2503.14476);
-    truncated importance sampling: IMPALA (arXiv 1802.01561).
+    Source: PPO (arXiv 1707.06347), DAPO (arXiv 2503.14476) for clip-higher and the token-level
+    mean, and IMPALA (arXiv 1802.01561) for truncated importance sampling.
     """
     log_ratio_S = (learner_logprobs_S.detach() - actor_logprobs_S).clamp(
         -MAX_LOG_RATIO, MAX_LOG_RATIO
@@ -116,7 +119,7 @@ def clipped_surrogate(
         clipped_S, ratio_S.clamp(1 - config.clip_low, 1 + config.clip_high), weight_S
     )
     gradient_weight_S = torch.where(clipped_S, 0.0, weight_S)
-    # The bracket is zero: it adds the gradient, not a value.
+    # The difference of log-probabilities is zero: it adds the gradient, not a value.
     loss_S = -advantages_S * (
         value_S + gradient_weight_S * (learner_logprobs_S - learner_logprobs_S.detach())
     )

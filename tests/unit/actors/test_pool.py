@@ -127,7 +127,7 @@ def test_one_engine_s_failure_is_not_that_of_the_pool(
     scripted = make_pool(script, engines=2, max_restarts=0)
     assert scripted.run() == 0
     assert survivor.exists()
-    assert "pool/0" in (said := capfd.readouterr().err) and "goes on with 1" in said
+    assert "pool/0" in (said := capfd.readouterr().err) and "continues with 1" in said
 
 
 def test_the_last_engine_s_failure_is_that_of_the_pool(

@@ -209,7 +209,7 @@ def test_a_verifier_that_holds_the_rollouts_is_named_instead_of_the_engines(
     assert live_state(run).waiting.startswith("learner waits for actors: ")
     service._receive(b"a", engine_report(num_waiting=0, num_busy=2, num_verified=1, time_s=2.5))
     assert live_state(run).waiting == (
-        "learner waits for the verifier: 2 of 4 rollouts in flight have only their reward to come "
+        "learner waits for the verifier: 2 of 4 rollouts in flight wait only for their reward "
         "(4 workers, 2.5 s each); make it faster, or raise data.verifier_workers"
     )
 

@@ -107,7 +107,7 @@ def test_a_log_whose_disk_failed_takes_no_more_and_can_be_opened(
     with pytest.raises(OSError):
         log.append(b"second", 0.0)
     disk.fails = set()
-    with pytest.raises(OSError, match="takes no more records"):
+    with pytest.raises(OSError, match="accepts no more records"):
         log.append(b"third", 0.0)
     assert log.synced_seq == 0
     log.close()
@@ -123,7 +123,7 @@ def test_nothing_is_written_behind_a_segment_that_a_restart_would_pass_over(tmp_
     with pytest.raises(OSError, match="Input/output error"):
         log.rotate(b"new", 0.0)
     disk.fails = set()
-    with pytest.raises(OSError, match="takes no more records"):
+    with pytest.raises(OSError, match="accepts no more records"):
         log.append(b"lost at a restart", 0.0)
 
 
@@ -200,7 +200,7 @@ def test_a_segment_that_ends_within_its_checkpoint_is_passed_over(tmp_path: Path
 
 def test_a_file_of_another_kind_or_number_is_refused(tmp_path: Path) -> None:
     (tmp_path / "000001.log").write_bytes(b"something else, and long enough to be a segment. " * 3)
-    with pytest.raises(ValueError, match="not one of this version"):
+    with pytest.raises(ValueError, match="not of this version"):
         SegmentLog.open(tmp_path)
     SegmentLog.open(tmp_path / "other")
     (tmp_path / "000001.log").unlink()
