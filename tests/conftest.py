@@ -1,4 +1,4 @@
-"""What all tests share: markers that skip with a reason, and free ports."""
+"""Shared by all tests: markers that skip with a reason, and free ports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _has_gpu() -> bool:
     if shutil.which("nvidia-smi") is None:
-        return False  # torch takes seconds to import: ask it only where there is a driver
+        return False  # torch takes seconds to import, so ask it only if there is a driver
     import torch
 
     return torch.cuda.is_available()
@@ -26,7 +26,9 @@ def _has_gpu() -> bool:
 
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
-    """Two consecutive ports of the loopback interface that nobody uses: the first is returned, as for `buffer.address`."""
+    """A function that returns the first of two consecutive free ports of the loopback interface, as
+    `buffer.address` needs them.
+    """
 
     def find() -> int:
         for _ in range(100):

@@ -1,7 +1,9 @@
-"""A disk in memory that can lose power: after it, everything synced is there, and any part of the rest.
+"""A disk in memory that can lose power. After a power cut it has everything that was synced, and
+any part of the rest.
 
-Names and contents are separate, as on a real disk: a synced file whose name was not synced may be missing, and the bytes
-that were appended to a file since its last sync may be gone, cut anywhere, or zero in any place.
+Names and contents are separate, as on a real disk: a synced file whose name was not synced may be
+missing, and the bytes appended to a file since its last sync may be gone, cut anywhere, or zeroed
+in any place.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class MemoryDisk(Disk):
         return after
 
     def after_kill(self) -> MemoryDisk:
-        """The disk as the next start finds it when only the process died."""
+        """The disk as the next start finds it if only the process died."""
         after = MemoryDisk()
         after.files = {
             path: Inode(inode.data[:], inode.durable) for path, inode in self.files.items()
@@ -139,7 +141,7 @@ class MemoryDisk(Disk):
 
 
 def _surviving(inode: Inode, rng: random.Random) -> bytes:
-    """All that was synced, and of what came after: a part, with holes."""
+    """All synced bytes, followed by a part, with holes, of those written later."""
     durable, data = inode.durable, bytes(inode.data)
     if len(data) <= len(durable):
         return rng.choice([durable, data])

@@ -1,6 +1,6 @@
-"""Stand-ins for engines and learners: a world with drawn lengths that the core can be driven through, step by step.
+"""Stand-ins for engines and learners: a world with drawn lengths that drives the core step by step.
 
-The world knows what the core does not, every rollout's true length, and so can check each decision against the truth.
+Unlike the core, the world knows every rollout's true length, and checks each decision against it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from darts.core import Core
 
 @dataclass
 class TrueRollout:
-    """A rollout as the world knows it: how long it would get, how far it is, how it ended."""
+    """A rollout as the world knows it: its true length, its tokens so far, and its end."""
 
     rollout_id: int
     group_id: int
@@ -40,12 +40,13 @@ class TrueRollout:
 
 @dataclass
 class World:
-    """Engines, a learner and prompts around one core; every decision is checked as it is made."""
+    """Engines, a learner and prompts around one core. Every decision is checked as it is made."""
 
     config: CoreConfig
     rng: random.Random
     core: Core = field(init=False)
-    twin: Core | None = None  # restored from `core`'s state: it must decide alike from then on
+    # Restored from the state of `core`; it must then make the same decisions.
+    twin: Core | None = None
     version: int = -1
     engine_versions: dict[str, int] = field(default_factory=dict)
     engine_slots: dict[str, int] = field(default_factory=dict)
@@ -55,14 +56,14 @@ class World:
     shipped: dict[int, ev.GroupRecord] = field(default_factory=dict)
     drawn: Counter[str] = field(default_factory=Counter)
     settled: Counter[str] = field(default_factory=Counter)
-    counted: Counter[int] = field(default_factory=Counter)  # tokens by rollout, as recorded
+    counted: Counter[int] = field(default_factory=Counter)  # recorded tokens by rollout
     ships: list[ev.Ship] = field(default_factory=list)
     drops: list[ev.Drop] = field(default_factory=list)
     evaluated: list[ev.GroupRecord] = field(default_factory=list)
     events: list[ev.Event] = field(default_factory=list)
     decisions: list[ev.Decision] = field(default_factory=list)
     next_step: int = 0
-    answered: int = 0  # ships that belong to steps fully answered
+    answered: int = 0  # shipped groups of steps that are completely answered
     steps_left: int = 0
     step_pending: bool = False
     num_replaced: int = 0  # groups dropped as uniform since the last batch
@@ -73,7 +74,7 @@ class World:
     def draw_length(self) -> int:
         return min(self.config.max_tokens, max(1, round(self.rng.lognormvariate(2.5, 0.9))))
 
-    # What the world does --------------------------------------------------------------------------------------
+    # Actions of the world ------------------------------------------------------------------------
 
     def send(self, event: ev.Event) -> list[ev.Decision]:
         self.events.append(event)
@@ -104,7 +105,7 @@ class World:
         self.send(ev.PromptsDrawn(tuple(ev.Prompt(p) for p in prompt_ids)))
 
     def on_engine(self, engine_id: str) -> list[TrueRollout]:
-        """Rollouts that hold a slot there: running, or cancelled and not yet confirmed."""
+        """Rollouts that hold a slot of the engine: running, or cancelled and not yet confirmed."""
         return [
             r
             for r in self.rollouts.values()
@@ -118,7 +119,7 @@ class World:
         return [r for r in self.rollouts.values() if r.end == "cancelling"]
 
     def advance(self, rollout: TrueRollout, num_tokens: int) -> None:
-        """Decodes; at its true length the rollout finishes, cancelled meanwhile or not."""
+        """Decode tokens. A rollout finishes at its true length, even if cancelled meanwhile."""
         rollout.tokens = min(rollout.length, rollout.tokens + num_tokens)
         if rollout.tokens < rollout.length:
             self.send(ev.RolloutProgressed(rollout.rollout_id, rollout.tokens))
@@ -140,7 +141,7 @@ class World:
         self.send(ev.RolloutFailed(rollout.rollout_id))
 
     def confirm(self, rollout: TrueRollout, num_tokens: int = 0) -> None:
-        """The engine stops a cancelled rollout, after `num_tokens` more."""
+        """The engine stops a cancelled rollout after `num_tokens` more tokens."""
         rollout.end = "cancelled"
         rollout.tokens = min(rollout.length, rollout.tokens + num_tokens)
         self.send(ev.RolloutStopped(rollout.rollout_id, rollout.tokens))
@@ -168,7 +169,7 @@ class World:
         self.publish()
 
     def finish_everything(self) -> None:
-        """Runs to the end: nothing fails any more, the learner keeps training while there is anything to train on."""
+        """Run to the end. Nothing fails any more, and the learner trains while it gets groups."""
         if not self.engine_versions:
             self.join("last", 4, max(self.version, -1))
         if self.version < 0:
@@ -201,7 +202,7 @@ class World:
                 return
         raise AssertionError(f"no end in sight: {waiting.describe(self.core)}")
 
-    # What must hold of each decision --------------------------------------------------------------------------
+    # Invariants of each decision -----------------------------------------------------------------
 
     def check(self, decision: ev.Decision) -> None:
         match decision:
@@ -312,13 +313,15 @@ class World:
             self.counted[row.rollout_id] += row.tokens + row.overshoot
 
     def check_counts(self) -> None:
-        """Once all groups have ended: every token of a rollout whose end is known counts once."""
+        """Once all groups have ended, every token of a rollout whose end is known counts once."""
         for rollout in self.rollouts.values():
             if rollout.end in ("finished", "raced", "cancelled"):
                 assert self.counted[rollout.rollout_id] == rollout.tokens, rollout
 
     def check_short_seats(self, record: ev.GroupRecord) -> None:
-        """An exact cancel is a proof: whoever was cancelled as past the selection is truly longer than every short seat."""
+        """An exact cancel is a proof: a rollout that was cancelled as past the selection is longer
+        than every short seat.
+        """
         short = [r.tokens for r in record.rollouts if r.end == "selected_short"]
         for row in record.rollouts:
             truth = self.rollouts[row.rollout_id]
@@ -327,26 +330,26 @@ class World:
 
 
 def fake_probe(version: int, nats: float = 0.0) -> bytes:
-    """What a learner of fakes sends of `version`, or an engine that is off by `nats`."""
+    """The probe that a fake learner sends for `version`, or a fake engine that is off by `nats`."""
     return (np.linspace(-3.0, -1.0, 8) - version + nats).astype("<f4").tobytes()
 
 
-# Over real sockets ------------------------------------------------------------------------------------------------
+# Over real sockets -------------------------------------------------------------------------------
 
 
 PROMPT = [1, 2, 3]
-FIRST_TOKEN = 10  # sampled token number i is FIRST_TOKEN + i, whichever engine samples it
+FIRST_TOKEN = 10  # sampled token number i is FIRST_TOKEN + i on every engine
 
 
 @dataclass
 class FakeRollout:
-    """One on a fake engine. `start`: tokens that it was given as a prefix."""
+    """A rollout on a fake engine. `start` is the length of its prefix."""
 
     rollout_id: int
     start: int
     length: int
-    versions: list[int] = field(default_factory=list)  # of each token sampled here
-    num_sent: int = 0  # of the whole row, prompt included
+    versions: list[int] = field(default_factory=list)  # version of each token sampled here
+    num_sent: int = 0  # tokens of the whole row, including the prompt
     answer: msg.Finished | msg.Failed | msg.Stopped | None = None
 
     @property
@@ -370,10 +373,10 @@ class FakeRollout:
 
 
 class FakeEngine(threading.Thread):
-    """An engine that speaks the protocol and draws lengths instead of decoding.
+    """An engine that follows the protocol and draws lengths instead of decoding.
 
-    A link that breaks is joined again, with its rollouts and what was decoded meanwhile. `kill` drops
-    it without a word.
+    If its link breaks, it rejoins with its rollouts and the tokens decoded meanwhile. `kill` ends
+    it without a message.
     """
 
     def __init__(
@@ -400,9 +403,9 @@ class FakeEngine(threading.Thread):
         self.launched: list[int] = []
         self.most_in_flight = self.num_rejoined = 0
         self.fail_rollouts = ""
-        self.num_to_fail = 0  # rollouts, before others succeed
+        self.num_to_fail = 0  # rollouts that fail before others succeed
         self.too_long: Callable[[str], bool] = lambda prompt_id: False
-        self.probe_nats = 0.0  # by which it differs from the learner
+        self.probe_nats = 0.0  # its difference from the learner
         self.pause_s = 0.0  # between two rounds of decoding
         self.killed, self.told_to_leave = threading.Event(), threading.Event()
         self.shutdown: msg.Shutdown | None = None
@@ -462,7 +465,7 @@ class FakeEngine(threading.Thread):
         self.join(5)
 
     def leave(self) -> None:
-        """Hand over everything that is in flight."""
+        """Hand over all rollouts in flight."""
         self.told_to_leave.set()
         self.join(5)
 
@@ -517,7 +520,7 @@ class FakeEngine(threading.Thread):
         return rollout
 
     def decode(self) -> list[FakeRollout]:
-        """Some tokens for each rollout. Returns those that decoded; one that ends has its answer."""
+        """Decode some tokens of each rollout without an answer, and return these rollouts."""
         decoding = [r for r in self.held.values() if r.answer is None]
         for rollout in decoding:
             num = min(rollout.length - rollout.num_tokens, self.rng.randint(1, 6))
@@ -538,7 +541,7 @@ class FakeEngine(threading.Thread):
         return decoding
 
     def tell(self, link: EngineLink, rollout: FakeRollout) -> None:
-        """Its unsent tokens, and its answer after them."""
+        """Send its unsent tokens, followed by its answer."""
         if chunks := rollout.take():
             link.send(msg.Progress(chunks=chunks))
         if rollout.answer is not None:
@@ -558,7 +561,7 @@ class FakeEngine(threading.Thread):
 
 
 def chunk(rollout_id: int, offset: int, tokens: list[int], version: int | None) -> msg.Chunk:
-    """Sampled by `version`, or given where that is None."""
+    """A chunk sampled by `version`, or a given one if that is None."""
     data = np.array(tokens, "<i4").tobytes()
     logprobs = b"" if version is None else np.full(len(tokens), -0.5, "<f4").tobytes()
     return msg.Chunk(
@@ -572,7 +575,7 @@ def chunk(rollout_id: int, offset: int, tokens: list[int], version: int | None) 
 
 
 class FakeLearner(threading.Thread):
-    """A learner rank that pulls, keeps what it got, and publishes nothing but version numbers."""
+    """A learner rank that pulls and keeps shards, and publishes only version numbers."""
 
     def __init__(
         self,
@@ -613,11 +616,11 @@ class FakeLearner(threading.Thread):
                     return
                 self.shards.append(shard)
                 if self.stop_after is not None and len(self.shards) == self.stop_after:
-                    return  # dies with a shard in its hands
+                    return  # dies while it holds a shard
                 time.sleep(self.step_s)
                 version += 1
                 self.publish(link, version)
-                num_tokens = max(0, shard.step_loss_tokens - 1)  # one has no signal
+                num_tokens = max(0, shard.step_loss_tokens - 1)  # one token has no signal
                 link.send(
                     msg.Trained(step=self.step, num_tokens=num_tokens, metrics={"train/loss": 0.0})
                 )

@@ -1,9 +1,8 @@
-"""Tiny random models, one per family of architectures: a folder like a downloaded one, made in a
-second.
+"""Tiny random models, one per family of architectures, in folders like downloaded ones.
 
-Owns what a tiny member of each family looks like. `save_family` writes configuration, safetensors
-(under the names that a checkpoint has) and a byte-level tokenizer. The same seed always gives the
-same files. Used by every test that asks whether a family works.
+Owns the configuration of a tiny member of each family. `save_family` writes the configuration,
+safetensors (under the names of a published checkpoint) and a byte-level tokenizer in about a
+second. The same seed always gives the same files. Every test of a whole family uses it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 VOCABULARY = 320
-SPREAD = 0.1  # added to every weight: at first, outputs hardly depend on other tokens
+SPREAD = 0.1  # added to every weight, because initial outputs hardly depend on other tokens
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -27,7 +26,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 32,  # engines on a CPU take multiples of 32
+    "head_dim": 32,  # engines on a CPU require multiples of 32
     "max_position_embeddings": 512,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -45,7 +44,7 @@ MAMBA: dict[str, Any] = {"mamba_d_head": 32, "mamba_d_state": 32, "mamba_n_group
 CONVOLUTION: dict[str, Any] = {
     "layer_types": ["conv", "full_attention"],
     "block_auto_adjust_ff_dim": False,
-    "block_dim": 64,  # engines read the sizes of a published LFM2, the model does not
+    "block_dim": 64,  # engines read the sizes of a published LFM2; the model does not
     "block_ff_dim": 128,
     "conv_dim": 64,
 }
@@ -53,7 +52,7 @@ WINDOW: dict[str, Any] = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention"],
 }
-FAMILIES: dict[str, dict[str, Any]] = {  # by model type, what differs from `SIZES`
+FAMILIES: dict[str, dict[str, Any]] = {  # by model type: the differences from `SIZES`
     "llama": {},
     "qwen2": {},
     "qwen3": {},
@@ -65,7 +64,9 @@ FAMILIES: dict[str, dict[str, Any]] = {  # by model type, what differs from `SIZ
     "mistral": {"sliding_window": 16},
     "olmo2": {},
     "smollm3": {},
-    "gpt_neox": {"num_key_value_heads": 2},  # engines read it, the model has no such thing
+    "gpt_neox": {
+        "num_key_value_heads": 2
+    },  # engines read it, although the model has no such setting
     "lfm2": CONVOLUTION,
     "bamba": MAMBA | {"mamba_n_heads": 4, "attn_layer_indices": [1]},
     "falcon_h1": MAMBA | {"mamba_n_heads": 4, "mamba_d_ssm": 128},

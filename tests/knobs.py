@@ -1,7 +1,7 @@
 """Proof that a key does something: two values of it make a component behave differently.
 
-The files `tests/unit/configs/test_*_knobs.py` hold a table of `Turn`s each, and `test_knobs.py`
-checks that together they hold every key.
+Each file `tests/unit/configs/test_*_knobs.py` holds a table of `Turn`s, and `test_knobs.py` checks
+that together they cover every key.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Observe = Callable[[Config, Path], object]
 
 @dataclass(frozen=True)
 class Turn:
-    """Two values of a key, an observation that tells them apart, and overrides under which it does.
+    """Two values of a key, an observation that tells them apart, and overrides that make it matter.
 
-    In values and overrides `{folder}` stands for a folder that all observations share, `{port}` and
-    `{port2}` for free ports.
+    In values and overrides, `{folder}` stands for a folder that all observations share, and
+    `{port}` and `{port2}` stand for free ports.
     """
 
     first: str
@@ -31,7 +31,7 @@ class Turn:
 
 
 def check_turn(path: str, turn: Turn, folder: Path, ports: tuple[int, int] = (0, 0)) -> None:
-    """The same value gives the same observation twice, and the other value another one."""
+    """Check that the same value gives the same observation twice, and the other value another."""
 
     def observed(value: str, number: int) -> object:
         overrides = [

@@ -1,5 +1,6 @@
-"""What the learner's tests share: a tiny model on disk, drawn trajectories, and a buffer that hands
-out prepared shards."""
+"""Shared by the learner's tests: a tiny model on disk, random trajectories, and a buffer that hands
+out prepared shards.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ VOCABULARY = 48
 
 
 def save_model(folder: Path, family: str = "qwen3", tied: bool = True) -> Path:
-    """A two-layer model with drawn weights, the same each time."""
+    """Save a two-layer model with random weights, the same each time."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -55,9 +56,8 @@ def save_model(folder: Path, family: str = "qwen3", tied: bool = True) -> Path:
     config: PreTrainedConfig = Qwen3Config(**sizes) if family == "qwen3" else LlamaConfig(**sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    with (
-        torch.no_grad()
-    ):  # away from the initial uniform distribution, so that positions and neighbours matter
+    # Moves it away from the uniform distribution, so that positions and neighbours matter.
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
@@ -69,7 +69,7 @@ def make_config(model: Path, run: Path, **changes: Any) -> Config:
     config = Config()
     config.model.path, config.run.dir, config.run.name = str(model), str(run.parent), run.name
     config.batch.max_tokens, config.optimizer.lr, config.learner.device = 64, 1e-3, "cpu"
-    config.learner.max_logprob_diff = 9.0  # the actors' log-probabilities are drawn
+    config.learner.max_logprob_diff = 9.0  # the actors' log-probabilities are random
     for name, value in changes.items():
         section, key = name.split("__")
         assert hasattr(getattr(config, section), key), name
@@ -130,8 +130,9 @@ def num_sampled(trajectories: list[Trajectory]) -> int:
 def make_shards(
     trajectories: list[Trajectory], step: int = 0, parts: list[int] | None = None, version: int = 0
 ) -> list[Shard]:
-    """A step's shards, one per rank: `parts` says how many trajectories each takes, in order; all
-    to one rank if None."""
+    """A step's shards, one per rank. `parts` has the number of trajectories of each, in order; if
+    None, one rank takes all.
+    """
     shards, start = [], 0
     for part in parts or [len(trajectories)]:
         shards.append(
@@ -154,7 +155,7 @@ def single_rank(config: Config) -> Iterator[LearnerState]:
 
 
 def pack_gradients(state: LearnerState, max_tokens: int) -> dict[str, torch.Tensor]:
-    """The gradient of a step's loss, with packs of `max_tokens`."""
+    """The gradient of a step's loss with packs of `max_tokens`."""
     shard = make_shards(make_trajectories(seed=0))[0]
     for pack in make_packs(shard, max_tokens, 0):
         micro_batch_loss(state, pack, shard.step_loss_tokens, TokenSums()).backward()
@@ -170,8 +171,7 @@ def pack_gradients(state: LearnerState, max_tokens: int) -> dict[str, torch.Tens
 def step_gradients(
     state: LearnerState, shard: Shard
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Takes a training step. Returns its metrics, and the gradient as the optimizer was given
-    it."""
+    """Take a training step. Returns its metrics and the gradient that the optimizer received."""
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(*_: Any) -> None:
@@ -187,8 +187,9 @@ def step_gradients(
 
 @dataclass
 class FakeBuffer:
-    """Answers hellos and pulls from prepared shards, `steps[step][rank]`, then says `Shutdown`.
-    Records all it hears."""
+    """Answers hellos, and pulls with prepared shards, `steps[step][rank]`, then sends `Shutdown`.
+    Records all messages.
+    """
 
     address: str
     steps: dict[int, list[Shard]]

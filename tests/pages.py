@@ -1,4 +1,4 @@
-"""The documentation's pages, as the tests read them: fenced blocks, inline code and named metrics."""
+"""The documentation's pages as the tests read them: fenced blocks, inline code and metrics."""
 
 from __future__ import annotations
 

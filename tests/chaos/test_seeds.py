@@ -1,4 +1,4 @@
-"""Runs of real processes under seeded faults hold, and the recount would tell if one did not."""
+"""Runs of real processes under seeded faults keep every promise; the recount detects breaches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of three seeds that held, each run by a command of its own, at the same time."""
+    """The folder of three seeds that held, run by separate commands at the same time."""
     out = tmp_path_factory.mktemp("chaos") / "runs"
     keys = ["steps=6", "faults=4", "deadline_s=100", f"out={out}"]
     commands = [
@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(runs: Path, tmp_path: Path) -> Path:
-    """The folder of one of them, to be falsified."""
+    """A copy of one seed's folder, in which a test may falsify records."""
     return shutil.copytree(runs / "seed-0", tmp_path / "seed")
 
 
@@ -57,11 +57,11 @@ def rewrite(path: Path, change: Callable[[list[Row]], list[Row]]) -> None:
 
 
 def first_trajectory(rows: list[Row]) -> Row:
-    """Of the last step, which no restart has repeated."""
+    """The first trajectory of the last step, which no restart has repeated."""
     return rows[-1]["trajectories"][0]
 
 
-def test_seeds_hold_and_are_counted_again_alike(runs: Path) -> None:
+def test_seeds_hold_and_a_second_count_agrees(runs: Path) -> None:
     for seed in SEEDS:
         assert count_again(runs / f"seed-{seed}") == []
 
@@ -81,7 +81,7 @@ def test_seeds_hold_and_are_counted_again_alike(runs: Path) -> None:
         ("run/groups.jsonl", lambda rows: without_shipped(rows), "neither trained, dropped"),
     ],
 )
-def test_a_falsified_record_is_found(
+def test_a_falsified_record_is_detected(
     copy: Path, file: str, falsify: Callable[[list[Row]], list[Row]], expected: str
 ) -> None:
     rewrite(copy / file, falsify)
@@ -89,7 +89,7 @@ def test_a_falsified_record_is_found(
 
 
 def swap(rows: list[Row], name: str, value: float) -> list[Row]:
-    """One sampled token, or its log-probability, is another's."""
+    """Replaces one sampled token, or its log-probability."""
     trajectory = first_trajectory(rows)
     place = trajectory["sampled"].index(1)
     trajectory[name][place] = value
@@ -116,14 +116,14 @@ def without_shipped(rows: list[Row]) -> list[Row]:
     return rows[:last] + rows[last + 1 :]
 
 
-def test_an_event_log_whose_decisions_differ_is_found(
+def test_an_event_log_with_different_decisions_is_detected(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Core, "_learn_lengths", lambda self, group: None)
     assert any("replays differently" in fault for fault in count_again(copy))
 
 
-def test_a_schedule_depends_on_its_seed_alone() -> None:
+def test_a_schedule_depends_only_on_its_seed() -> None:
     targets = {"buffer": "buffer", "learner": "learner", "e/0": "actors", "e/1": "actors"}
     first = schedule.draw(5, 50, schedule.KINDS, targets)
     assert first == schedule.draw(5, 50, schedule.KINDS, targets)
@@ -132,7 +132,7 @@ def test_a_schedule_depends_on_its_seed_alone() -> None:
     assert {fault.target for fault in first} == set(targets)
 
 
-def test_a_row_may_go_through_the_lives_of_its_rollout_in_order_only() -> None:
+def test_a_row_must_follow_the_order_of_the_lives_of_its_rollout() -> None:
     lives = [Life(1, "a"), Life(9, "b")]
     tokens = [token(lives[0], 0, 3), token(lives[1], 1, 4)]
     trajectory = {

@@ -1,9 +1,10 @@
-"""`python -m tests.e2e.family_engines FOLDER FAMILY ...`: the gate on tiny models, engine after engine in one process.
+"""`python -m tests.e2e.family_engines FOLDER FAMILY ...`: `tools.check` on tiny models, one engine
+after another in one process.
 
-The engine starts from an export of the model that the learner loads, so that both must be equal.
-Prints one JSON object per family. vLLM's process is forked instead of spawned: it then needs not
-import torch and vLLM again, a third of the time. That is safe where no thread has computed yet, so this
-is a process of its own, with one thread.
+The engine starts from an export of the model that the learner loads, so both must be equal. Prints
+one JSON object per family. vLLM's process is forked instead of spawned, so that it need not import
+torch and vLLM again, which takes a third of the time. Forking is safe as long as no thread has
+computed anything, so this is a separate process with one thread.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ UNWRITABLE = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_i
 
 @dataclass
 class Outcome:
-    """What the gate said of one family. `differences`: by check, in nats, the largest of any token."""
+    """The result for one family. `differences`: by check, the largest of any token, in nats."""
 
     family: str
     differences: dict[str, float] = field(default_factory=dict)
@@ -72,7 +73,9 @@ def judge(family: str, folder: Path) -> Outcome:
 
 
 def plain_difference(folder: Path, learner: LearnerSide) -> float:
-    """Of the learner's probe of version 1 from that of transformers, given nothing but the published file."""
+    """The largest difference between the learner's probe of version 1 and a probe that transformers
+    computes from nothing but the published file.
+    """
     (folder / "model.safetensors").rename(folder / "version 0")
     try:
         (folder / "model.safetensors").write_bytes(fetch(learner.snapshots[1]))
@@ -90,7 +93,7 @@ def plain_difference(folder: Path, learner: LearnerSide) -> float:
 
 def main(folder: str, *families: str) -> None:
     torch.set_num_threads(1)
-    # A forked engine does not import `actors.inference.extension` again, which would watch over it.
+    # A forked engine does not import `actors.inference.extension`, which would end it with us.
     os.register_at_fork(
         after_in_child=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     )

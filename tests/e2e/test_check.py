@@ -1,4 +1,4 @@
-"""`python -m tools.check`: a dense model passes, and a model without an engine is refused in one line."""
+"""`python -m tools.check` passes a dense model, and refuses one without an engine in one line."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""`actors.inference.engine.Engine` on real vLLM: aborts, weight swaps with requests in flight, and the death of vLLM's own process.
+"""`actors.inference.engine.Engine` with real vLLM: aborts, weight swaps with requests in flight,
+and the death of vLLM's own process.
 
-The model is tiny, random and made here, so that it never says <eos> unless its weights are made to (`eos_logit`).
+The model is tiny, random and made here, so that it never samples <eos> unless its weights make it
+likely (`eos_logit`).
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 
 EOS, VOCABULARY, SLOTS = 2, 64, 4
 PROMPT = [5 + i % 50 for i in range(100)]  # three full blocks of the key-value cache
-BOUND = 1e-4  # of a log-probability in float32, between vLLM and transformers; 5e-6 is what is seen
+BOUND = 1e-4  # nats between vLLM and transformers in float32; 5e-6 is typical
 
 
-# What a model's folder may suggest. Applied, each would change the distribution or the probabilities.
+# Settings that a model's folder may suggest. Each would change the distribution or the
+# log-probabilities if it were applied.
 UNWANTED_DEFAULTS = {
     "do_sample": True,
     "temperature": 0.3,
@@ -48,9 +51,9 @@ def make_model(tied: bool, seed: int, eos_logit: float = -60) -> Qwen3ForCausalL
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=2, intermediate_size=256, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=32, tie_word_embeddings=tied, max_position_embeddings=1024,
-            eos_token_id=EOS, bos_token_id=1, pad_token_id=0,
+            vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=2, intermediate_size=256,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=tied,
+            max_position_embeddings=1024, eos_token_id=EOS, bos_token_id=1, pad_token_id=0,
         )
     )  # fmt: skip
     with torch.no_grad():
@@ -63,9 +66,8 @@ def make_model(tied: bool, seed: int, eos_logit: float = -60) -> Qwen3ForCausalL
                     else 0.8 / parameter.shape[1] ** 0.5,
                 )
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter[0] = (
-                    0  # so that feature 0 stays what the embedding says, 1, and <eos> can be given a logit of its own
-                )
+                # So that feature 0 stays 1, as in the embedding, and sets the logit of <eos>.
+                parameter[0] = 0
         model.model.embed_tokens.weight[:, 0] = 1
         model.lm_head.weight[EOS] = 0
         model.lm_head.weight[EOS, 0] = eos_logit
@@ -99,7 +101,9 @@ def logprobs_of(
 
 
 def error(model: Qwen3ForCausalLM, run: TokenRun, before: list[int] | None = None) -> float:
-    """The largest difference of a run's log-probabilities from those of `model`; `before`: the response's earlier tokens."""
+    """The largest difference between a run's log-probabilities and those of `model`. `before` has
+    the earlier tokens of the response.
+    """
     before = before or []
     return float(
         (
@@ -113,7 +117,7 @@ def error(model: Qwen3ForCausalLM, run: TokenRun, before: list[int] | None = Non
 
 @dataclass
 class Served:
-    """An engine, the model it started with, and the loop that both live in."""
+    """An engine, the model that it started with, and its event loop."""
 
     engine: Engine
     folder: Path
@@ -125,7 +129,7 @@ class Served:
         return self.engine.launch(str(next(self.request_ids)), PROMPT, max_tokens, seed)
 
     def write(self, model: Qwen3ForCausalLM) -> str:
-        """A snapshot's path. As a checkpoint holds the weights: a tied head is not among them."""
+        """Writes a snapshot and returns its path. As in a checkpoint, a tied head is omitted."""
         path = str(self.folder / f"snapshot {next(self.request_ids)}")
         save_file(
             {
@@ -188,10 +192,10 @@ def test_the_base_weights_sample_under_version_minus_one(served: Served) -> None
 
 @untied_only
 @pytest.mark.parametrize("temperature", [0.01, 0.7, 2.0])
-def test_a_model_s_own_sampling_defaults_are_not_applied(
+def test_the_sampling_defaults_of_a_model_are_not_applied(
     served: Served, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    """Neither its `UNWANTED_DEFAULTS` nor a clamp of the lowest temperature that `sampling` allows."""
+    """Neither `UNWANTED_DEFAULTS` nor a clamp of the lowest allowed temperature is applied."""
     monkeypatch.setattr(served.engine._sampling, "temperature", temperature)
 
     async def generate() -> TokenRun:
@@ -208,10 +212,10 @@ def test_a_model_s_own_sampling_defaults_are_not_applied(
 
 
 @tied_only
-def test_prompts_of_more_tokens_than_one_step_takes_are_sampled_with_their_seeds(
+def test_prompts_longer_than_a_step_are_sampled_with_their_seeds(
     served: Served,
 ) -> None:
-    """vLLM on a CPU cannot take back a seeded draw, as it must for a prompt prefilled in parts."""
+    """vLLM on a CPU cannot undo a seeded draw, as it must for a prompt prefilled in parts."""
 
     async def generate() -> list[list[int]]:
         prompts = [[5 + (7 * i + j) % 50 for j in range(900)] for i in range(SLOTS + 1)]
@@ -230,7 +234,7 @@ def test_an_abort_frees_the_slot(
     served: Served, record_property: Callable[[str, object], None]
 ) -> None:
     async def generate() -> float:
-        running = [served.launch(800) for _ in range(SLOTS + 1)]  # one is kept for `score`
+        running = [served.launch(800) for _ in range(SLOTS + 1)]  # one slot is reserved for `score`
         await until(lambda: all(len(generation.tokens) > 5 for generation in running))
         waiting = served.launch(800)
         await asyncio.sleep(0.2)
@@ -242,9 +246,8 @@ def test_an_abort_frees_the_slot(
         await until(lambda: len(waiting.tokens) > 0)
         assert running[0].finished.result() == "abort"
         assert 5 < sampled == len(running[0].tokens) < 800
-        assert not any(
-            generation.finished.done() for generation in [*running[1:], waiting]
-        )  # nobody else's slot was it
+        # It took no slot of another request.
+        assert not any(generation.finished.done() for generation in [*running[1:], waiting])
         await served.engine.abort([generation.request_id for generation in [*running, waiting]])
         return freed_s
 
@@ -261,7 +264,8 @@ def test_a_sequence_is_scored_while_every_slot_decodes(served: Served) -> None:
         await served.engine.abort([generation.request_id for generation in running])
         for generation in running:
             (run,) = generation.take()
-            assert error(make_model(False, seed=0), run) < BOUND  # their own, not the score's
+            # Their own log-probabilities, not those of `score`.
+            assert error(make_model(False, seed=0), run) < BOUND
         return list(scores)
 
     scores = torch.tensor(served.run(generate()))
@@ -273,7 +277,7 @@ def test_a_sequence_is_scored_while_every_slot_decodes(served: Served) -> None:
 
 
 @tied_only
-def test_aborting_what_has_ended_changes_nothing(served: Served) -> None:
+def test_aborting_an_ended_request_changes_nothing(served: Served) -> None:
     async def generate() -> str:
         generation = served.launch(3)
         await generation.finished
@@ -285,7 +289,7 @@ def test_aborting_what_has_ended_changes_nothing(served: Served) -> None:
 
 @tied_only
 @pytest.mark.parametrize("during_a_swap", [False, True])
-def test_an_abort_reaches_a_request_that_was_launched_just_now(
+def test_an_abort_reaches_a_request_that_was_just_launched(
     served: Served, during_a_swap: bool
 ) -> None:
     snapshot = served.write(make_model(True, seed=1))
@@ -300,9 +304,8 @@ def test_an_abort_reaches_a_request_that_was_launched_just_now(
             await swap
         others = [served.launch(400) for _ in range(SLOTS)]
         await until(lambda: any(len(generation.tokens) > 100 for generation in others))
-        assert all(
-            len(generation.tokens) > 20 for generation in others
-        )  # none waits for a slot that the aborted one holds
+        # No request waits for the slot of the aborted one.
+        assert all(len(generation.tokens) > 20 for generation in others)
         await served.engine.abort([generation.request_id for generation in others])
 
     served.run(generate())
@@ -311,7 +314,7 @@ def test_an_abort_reaches_a_request_that_was_launched_just_now(
 def test_after_a_swap_logprobs_are_those_of_the_new_weights(
     served: Served, record_property: Callable[[str, object], None]
 ) -> None:
-    """Of a prompt, too, that the old weights had prefilled and cached."""
+    """This includes a prompt that the old weights had prefilled and cached."""
     new = make_model(served.tied, seed=7)
     snapshot = served.write(new)
 
@@ -327,7 +330,8 @@ def test_after_a_swap_logprobs_are_those_of_the_new_weights(
     assert run.version == version
     record_property("logprob_error", error(new, run))
     assert error(new, run) < BOUND
-    assert error(make_model(served.tied, seed=0), run) > 0.1  # the old weights would have shown
+    # The old weights would differ by this much.
+    assert error(make_model(served.tied, seed=0), run) > 0.1
 
 
 @tied_only
@@ -354,7 +358,7 @@ def test_requests_in_flight_survive_a_swap_and_every_token_knows_its_version(
         assert (
             error(old, TokenRun(version, after.tokens[:1], after.logprobs[:1]), list(before.tokens))
             > 1e-3
-        )  # from the first one after it
+        )  # from the first token after it
 
 
 @tied_only
@@ -383,8 +387,8 @@ def test_eos_ends_a_response_and_is_its_last_token(served: Served) -> None:
 
 
 @untied_only
-def test_the_death_of_vllm_is_noticed(served: Served) -> None:
-    """The last test of this engine."""
+def test_the_death_of_vllm_is_reported(served: Served) -> None:
+    """This is the last test of this engine, because it kills it."""
 
     async def generate() -> Generation:
         await served.swap(served.write(make_model(False, seed=3)))

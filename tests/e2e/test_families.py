@@ -1,7 +1,7 @@
-"""The gate on a tiny random model of each family: right within rounding, or refused in one line.
+"""`tools.check` on a tiny random model of each family: right within rounding, or refused by name.
 
-Right means: packed equals alone, engine equals learner, and after a swap with other weights engine,
-learner and a plain forward pass of transformers agree.
+A family is right if packed equals alone, engine equals learner, and, after a swap to other weights,
+engine, learner and a plain forward pass of transformers agree.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-BOUND = 1e-4  # nats, of any token, in float32
+BOUND = 1e-4  # in nats, for every token, in float32
 NUM_CHECKS = 6
 RIGHT = [
     "llama",
@@ -36,7 +36,7 @@ RIGHT = [
     "gpt_neox:tied",
     "qwen3_moe",
 ]
-# vLLM needs torchvision for the first, and on a CPU it computes the second wrongly.
+# vLLM needs torchvision for the first, and on a CPU it computes wrong results for the second.
 RIGHT_OR_REFUSED = ["qwen3_5_text", "lfm2"]
 
 
@@ -53,7 +53,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     try:
         output, _ = process.communicate()
     finally:
-        with contextlib.suppress(ProcessLookupError):  # engines are in its group, if any are left
+        # Any engines that are left are in its process group.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]

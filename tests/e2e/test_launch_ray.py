@@ -1,4 +1,4 @@
-"""The launcher on a local Ray cluster, with stub commands: the same life cycle, the same blame."""
+"""The launcher on a local Ray cluster with stub commands: the life cycle is that of local runs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ from configs import cli
 from tools import launch
 from tools.launching.processes import Command
 from tools.launching.ray_cluster import RayCluster
-overrides = [f"run.dir={sys.argv[1]}", f"buffer.address=tcp://127.0.0.1:{sys.argv[2]}", "launch.progress=plain"]
+address = f"tcp://127.0.0.1:{sys.argv[2]}"
+overrides = [f"run.dir={sys.argv[1]}", f"buffer.address={address}", "launch.progress=plain"]
 config = cli.load([*overrides, "launch.launcher=ray"])
 note = "import os, sys, time; open(os.path.join(%r, str(os.getpid())), 'w').close(); " % sys.argv[1]
-stubs = {"buffer": "time.sleep(300)", "actors": "time.sleep(300)", "learner": "time.sleep(1); sys.exit('error: broke')"}
+stubs = {
+    "buffer": "time.sleep(300)",
+    "actors": "time.sleep(300)",
+    "learner": "time.sleep(1); sys.exit('error: broke')",
+}
 commands = [Command(name, name, ("-c", note + code)) for name, code in stubs.items()]
 if __name__ == "__main__":
     sys.exit(launch.conduct(config, RayCluster(config, commands), commands))
@@ -42,7 +47,7 @@ def test_a_failed_process_is_named_and_ends_the_others_on_ray(
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "learner (pid" in done.stderr and "exit status 1: broke" in done.stderr
-    assert "killed" not in done.stdout  # the others ended as they were asked to
+    assert "killed" not in done.stdout  # the others ended when they were asked to
     pids = [int(file.name) for file in tmp_path.iterdir() if file.name.isdigit()]
     assert len(pids) == 3
     assert not any(psutil.pid_exists(pid) for pid in pids)

@@ -1,4 +1,6 @@
-"""The whole pipeline on its real parts: vLLM engines, the ZeroMQ buffer, an FSDP learner, as separate processes."""
+"""The whole pipeline with its real parts in separate processes: vLLM engines, the ZeroMQ buffer and
+an FSDP learner.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ MODEL = Path("models/tiny-reasoner")
 
 @pytest.fixture(scope="session", autouse=True)
 def model() -> Path:
-    """The embedded default, made once and kept, as `make demo` does."""
+    """The built-in model, made once and kept, as `make demo` does."""
     warm_start(MODEL)
     return MODEL
 
@@ -130,7 +132,8 @@ def test_actor_and_learner_agree_on_logprobs(trained: tuple[Path, int, str]) -> 
         for row in rows(trained[0], "metrics.jsonl")
         if "train/logprob_diff" in row
     ]
-    # A response in flight keeps the key-value cache of the weights before the swap. Fresh ones agree within 1e-4: test_engine.py.
+    # A response in flight keeps the key-value cache of the weights before the swap. New responses
+    # agree within 1e-4; test_engine.py checks that.
     assert diffs and median(diffs) < 1e-3 and max(diffs) < 5e-3
 
 
@@ -152,7 +155,7 @@ def test_recorded_run_replays_to_identical_decisions(trained: tuple[Path, int, s
     assert "identical" in done.stdout
 
 
-def test_checkpoints_are_judged_after_the_run(trained: tuple[Path, int, str]) -> None:
+def test_checkpoints_are_evaluated_after_the_run(trained: tuple[Path, int, str]) -> None:
     run = trained[0] / "r"
     after = [
         row["eval/accuracy"] for row in rows(trained[0], "metrics.jsonl") if "eval/accuracy" in row
@@ -160,9 +163,8 @@ def test_checkpoints_are_judged_after_the_run(trained: tuple[Path, int, str]) ->
     subprocess.run([sys.executable, "-m", "tools.evaluate", str(run)], check=True)
     (judged,) = rows(trained[0], "evaluations.jsonl")
     assert (judged["step"], judged["responses"]) == (16, 256)
-    assert (
-        abs(judged["accuracy"] - after) < 0.15
-    )  # the same weights and prompts; four standard errors of a difference
+    # With the same weights and prompts, allow four standard errors of a difference.
+    assert abs(judged["accuracy"] - after) < 0.15
 
 
 def test_a_checkpoint_is_exported_as_an_ordinary_model(
@@ -216,7 +218,7 @@ def logged(folder: Path) -> list[ev.Event | ev.Decision]:
 
 
 def test_a_killed_buffer_costs_no_rollout(tmp_path: Path, free_port: Callable[[], int]) -> None:
-    """The launcher starts it again; the engine has decoded on, and sends what was missed."""
+    """The launcher restarts it. The engine has kept decoding, and sends the missing tokens."""
     process = launch(tmp_path, free_port(), "run.steps=8", "eval.every=0")
     wait_for_steps(tmp_path, 3, process)
     (buffer,) = descendants(process, "buffer")
@@ -231,7 +233,7 @@ def test_a_killed_buffer_costs_no_rollout(tmp_path: Path, free_port: Callable[[]
     assert "lost" not in ends
 
 
-def test_an_engine_that_is_told_to_leave_hands_its_rollouts_over(
+def test_an_engine_that_is_told_to_leave_hands_over_its_rollouts(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     overrides = ("run.steps=8", "eval.every=0", "actors.num_engines=2", "darts.max_attempts=1")

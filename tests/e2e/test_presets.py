@@ -1,6 +1,7 @@
-"""Every preset of a run trains: at its own settings but for sizes and machines, two steps on this CPU.
+"""Every preset of a run trains two steps on this CPU with its own settings, except for sizes and
+machines.
 
-`configs/demo.yaml` is the one that tests/e2e/test_pipeline.py runs, at length.
+tests/e2e/test_pipeline.py runs `configs/demo.yaml` to its end.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def smollm2(folder: Path) -> list[str]:
 
 
 def qwen(folder: Path) -> list[str]:
-    """The tiny reasoner in Qwen's place, on problems that math_verify can judge."""
+    """The tiny reasoner in place of Qwen, on problems that math_verify can score."""
     random, data = Random(0), folder / "math_train.jsonl"
     problems = [draw_problem(random) for _ in range(64)]
     rows = [{"prompt": p, "solution": str(sum(map(int, p[1::2][: len(p) // 2])))} for p in problems]
@@ -68,7 +69,7 @@ def test_every_preset_is_run() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
-    shutil.rmtree(tmp_path)  # gigabytes, with SmolLM2's weights and moments
+    shutil.rmtree(tmp_path)  # gigabytes of SmolLM2's weights and optimizer moments
 
 
 @pytest.mark.parametrize("preset", [name for name, reduce in REDUCED.items() if reduce])

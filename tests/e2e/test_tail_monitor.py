@@ -1,4 +1,4 @@
-"""The monitor as a program: a real publisher on one side, a real pseudo-terminal or pipe on the other."""
+"""The monitor as a program between a real publisher and a real pseudo-terminal or pipe."""
 
 from __future__ import annotations
 
@@ -62,10 +62,11 @@ def snapshot(step: int, phase: str = "training") -> LiveState:
         for place in range(20)
     ]
     return LiveState(
-        time_s=time.time(), run_name="little", phase=phase, step=step, steps=60, policy_version=step, max_lag=4,
-        waiting="learner waits for groups", groups_open=9, groups_ready=3, bytes_held=1000, refused_frames=0, histogram_edges=[0, 8, 16, 32, 64],
-        histogram={"selected_short": [1, 5, 9, 2], "cancelled": [0, 0, 3, 4]}, lags=[0, 1, 1, 2], metrics={"reward/mean": 0.625},
-        groups=groups, engines=[], prompts=prompts,
+        time_s=time.time(), run_name="little", phase=phase, step=step, steps=60,
+        policy_version=step, max_lag=4, waiting="learner waits for groups", groups_open=9,
+        groups_ready=3, bytes_held=1000, refused_frames=0, histogram_edges=[0, 8, 16, 32, 64],
+        histogram={"selected_short": [1, 5, 9, 2], "cancelled": [0, 0, 3, 4]}, lags=[0, 1, 1, 2],
+        metrics={"reward/mean": 0.625}, groups=groups, engines=[], prompts=prompts,
     )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def address(free_port: Callable[[], int]) -> str:
 
 @contextmanager
 def publishing(address: str, make: Callable[[], LiveState]) -> Iterator[None]:
-    """A buffer's publisher, ten times a second."""
+    """Publish as a buffer does, ten times per second."""
     stop = threading.Event()
 
     def publish() -> None:
@@ -94,7 +95,7 @@ def publishing(address: str, make: Callable[[], LiveState]) -> Iterator[None]:
 
 
 class Terminal:
-    """A program in a pseudo-terminal, and the frames that it draws there: each as its lines, without colours."""
+    """A program in a pseudo-terminal, and the frames that it draws, as lines without colours."""
 
     def __init__(self, command: list[str], width: int, height: int) -> None:
         self.pid, self.descriptor = pty.fork()
@@ -113,7 +114,7 @@ class Terminal:
         os.write(self.descriptor, keys)
 
     def read(self, timeout_s: float = 0.2) -> bool:
-        """False once the program has closed the terminal."""
+        """Read output. False once the program has closed the terminal."""
         if not select.select([self.descriptor], [], [], timeout_s)[0]:
             return True
         try:
@@ -124,7 +125,7 @@ class Terminal:
         return bool(data)
 
     def frames(self) -> list[list[str]]:
-        """All complete frames: what lies between one return to the top left corner and the next."""
+        """All complete frames: the text between one return to the top left corner and the next."""
         drawn = self.output.decode(errors="replace").split("\x1b[H")[1:-1]
         return [
             re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "").rstrip("\n").split("\n")
@@ -132,7 +133,7 @@ class Terminal:
         ]
 
     def until(self, condition: Callable[[list[str]], bool]) -> list[str]:
-        """The first frame from now on of which `condition` is true."""
+        """The first frame from now on that satisfies `condition`."""
         seen, deadline = len(self.frames()), time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline:
             self.read()
@@ -146,7 +147,7 @@ class Terminal:
         )
 
     def ended(self) -> int:
-        """The exit status, waited for."""
+        """Wait for the end of the program and return its exit status."""
         while self.read():
             pass
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -256,7 +257,7 @@ def test_json_is_one_object_per_snapshot_until_the_run_is_done(address: str) -> 
     assert rows[0]["groups"][0]["short_cutoff"] == 40
 
 
-def test_no_buffer_is_one_clear_line(address: str) -> None:
+def test_a_missing_buffer_is_reported_in_one_clear_line(address: str) -> None:
     done = run([*AS_FILE, "--once", "--address", address])
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
@@ -272,13 +273,13 @@ def test_no_buffer_is_one_clear_line(address: str) -> None:
         (["--once", "--play", "no/such/run"], 2),
     ],
 )
-def test_a_mistake_is_one_line(arguments: list[str], status: int) -> None:
+def test_a_mistake_is_reported_in_one_line(arguments: list[str], status: int) -> None:
     done = run([*AS_FILE, *arguments])
     assert done.returncode == status
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
 
 
-def test_a_replay_plays_to_its_end_and_can_be_held(tmp_path: Path) -> None:
+def test_a_replay_plays_to_its_end_and_can_be_paused(tmp_path: Path) -> None:
     rollout = {"rollout_id": 1, "engine": "e", "tokens": 30, "reward": 1.0, "end": "selected_short"}
     group = {
         "group_id": 1,

@@ -1,4 +1,7 @@
-"""The warm start writes a folder that loads like any other model, once. (A few steps only: that it learns is the demo's affair.)"""
+"""The warm start writes a folder, once, that loads like any other model.
+
+These tests take only a few steps; the demo shows that the model learns.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def test_the_folder_loads_as_a_model_and_its_tokenizer(folder: Path) -> None:
     assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
 
 
-def test_the_same_recipe_finds_its_folder_and_another_seed_makes_it_anew(folder: Path) -> None:
+def test_the_same_recipe_reuses_its_folder_and_another_seed_makes_a_new_model(folder: Path) -> None:
     before = (folder / "model.safetensors").read_bytes()
     assert not warm_start(folder, seed=0, phases=SHORT)
     assert warm_start(folder, seed=1, phases=SHORT)
@@ -63,21 +66,20 @@ def test_the_same_recipe_finds_its_folder_and_another_seed_makes_it_anew(folder:
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_an_interrupted_warm_start_leaves_nothing(
+def test_an_interrupted_warm_start_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        transformers.PreTrainedTokenizerFast, "save_pretrained", interrupted
-    )  # the model is written by then
+    # The model is written by then.
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
         warm_start(tmp_path / "tiny", phases=SHORT[:1])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_the_warm_start_did_not_make_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(ValueError, match="was not made by tools.warm_start"):
         warm_start(tmp_path, phases=SHORT)
@@ -100,7 +102,7 @@ def test_traces_survive_the_tokenizer_one_token_per_word_or_character() -> None:
     )
 
 
-def test_packs_fill_their_tokens_and_learn_only_responses() -> None:
+def test_packs_are_full_and_only_responses_are_trained() -> None:
     tokenizer = build_tokenizer()
     tokens, positions, targets = next(
         draw_packs(Random(0), tokenizer, Phase(SINGLE_PASS, steps=1, tokens=256, lr=1e-3))
@@ -129,7 +131,7 @@ def test_packed_traces_do_not_see_one_another() -> None:
     assert torch.allclose(packed, alone, atol=1e-3)
 
 
-def test_the_recipe_is_the_one_whose_result_was_measured() -> None:
+def test_the_default_recipe_is_the_measured_one() -> None:
     assert [(phase.steps, phase.tokens) for phase in PHASES] == [
         (230, 1024),
         (220, 1536),

@@ -1,7 +1,8 @@
-"""What the core decides on a recorded sequence of events must not change by accident. `WRITE_GOLDEN=1` rewrites it.
+"""The core's decisions on a recorded sequence of events must not change by accident.
 
-The events are those of a small simulated run; they are fed to a fresh core as recorded, so that a change of the simulator
-alone does not fail this test, and a change of any rule does.
+The events come from a small simulated run and are fed to a fresh core as recorded. So a change of
+the simulator alone does not fail this test, but a change of any rule does. `WRITE_GOLDEN=1`
+rewrites the recording.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from darts.simulate.schema import SimulateConfig
 from darts.simulate.world import Simulation
 
 GOLDEN = Path(__file__).with_name("decisions.jsonl.gz")
-OVERRIDES = ["run.steps=6", "batch.groups=4", "lengths.num_prompts=12", "engines.num_engines=2", "engines.slots=24", "engines.speeds=[1.0,0.5]",
-             "learner.ms_per_token=0.1", "staleness.max_lag=2", "sampling.max_tokens=300", "engines.chunk_tokens=16"]  # fmt: skip
+OVERRIDES = ["run.steps=6", "batch.groups=4", "lengths.num_prompts=12", "engines.num_engines=2",
+             "engines.slots=24", "engines.speeds=[1.0,0.5]", "learner.ms_per_token=0.1",
+             "staleness.max_lag=2", "sampling.max_tokens=300",
+             "engines.chunk_tokens=16"]  # fmt: skip
 Step = tuple[ev.Event, list[ev.Decision]]
 
 
@@ -31,7 +34,7 @@ def config() -> SimulateConfig:
     return cli.load(OVERRIDES, SimulateConfig)
 
 
-def test_decisions_are_the_golden_ones() -> None:
+def test_decisions_equal_the_golden_ones() -> None:
     if os.environ.get("WRITE_GOLDEN") == "1":
         write(simulated())
     golden = read()
@@ -49,7 +52,7 @@ def simulated() -> list[Step]:
 
 
 def rounded(decision: ev.Decision) -> ev.Decision:
-    """Length statistics to six digits: `exp` and `log` differ in the last one between machines."""
+    """Round length statistics to six digits: `exp` and `log` differ slightly between machines."""
     if not isinstance(decision, ev.RememberLengths):
         return decision
     stats = decision.lengths

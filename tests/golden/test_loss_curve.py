@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).with_name("loss_curve.json")
 CURVES = ("train/loss", "train/grad_norm", "train/entropy", "train/ratio_mean", "train/clip_frac")
 
 
-def test_the_loss_curve_is_the_golden_one(tmp_path: Path) -> None:
+def test_the_loss_curve_equals_the_golden_one(tmp_path: Path) -> None:
     config = make_config(
         save_model(tmp_path / "model"),
         tmp_path / "run",
@@ -33,7 +33,8 @@ def test_the_loss_curve_is_the_golden_one(tmp_path: Path) -> None:
     golden = json.loads(GOLDEN.read_text())
     assert measured.keys() == golden.keys()
     for name in ("train/loss", "train/grad_norm", "train/entropy", "train/ratio_mean"):
-        # Sums run in another order on another CPU; eight steps amplify that, but far less than any change of meaning.
+        # Another CPU may add in another order. Eight steps amplify that, but far less than a
+        # change of meaning would.
         assert measured[name] == pytest.approx(golden[name], rel=2e-3, abs=2e-4), name
-    # A single token on the other side of a bound moves a fraction by 1/300.
+    # A single token on the other side of a bound changes a fraction by 1/300.
     assert measured["train/clip_frac"] == pytest.approx(golden["train/clip_frac"], abs=0.01)

@@ -1,4 +1,7 @@
-"""On one CUDA GPU: what the CPU suite cannot show. Skipped without one, and never run by us; `pytest -m gpu` is for who has one."""
+"""Tests that need one CUDA GPU. They are skipped without one, and the maintainers never ran them.
+
+Run them with `pytest -m gpu`.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def test_an_engine_keeps_to_its_share_of_memory() -> None:
 
             assert runner.run(sample()) > 0
             free, total = torch.cuda.mem_get_info()
-            assert (total - free) / total < 0.45  # its share, and what CUDA itself takes
+            assert (total - free) / total < 0.45  # its share, and CUDA's own memory
         finally:
             engine.close()
 
@@ -73,7 +76,6 @@ def test_a_run_on_one_gpu_learns_and_agrees_with_itself(
     accuracy = [row["eval/accuracy"] for row in metrics if "eval/accuracy" in row]
     assert accuracy[-1] > accuracy[0]
     assert all(row["lag/max"] <= 4 for row in metrics)
-    bound = (
-        5e-3 if dtype == "float32" else 0.1
-    )  # mean difference of log-probabilities, engine against learner, at equal weights
+    # Mean difference between log-probabilities of engine and learner at equal weights.
+    bound = 5e-3 if dtype == "float32" else 0.1
     assert all(row["train/logprob_diff"] < bound for row in metrics if "train/logprob_diff" in row)

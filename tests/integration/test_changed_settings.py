@@ -1,4 +1,6 @@
-"""A run resumed with other settings: refused by name, or announced and recorded; and replayable."""
+"""A run that resumes with other settings is refused by name, or announces and records them and can
+be replayed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from tools.replay import compare
 
 @pytest.fixture
 def stopped(tmp_path: Path, free_port: Callable[[], int]) -> tuple[Path, int]:
-    """A run of which 2 of 5 steps are done, and the port it had."""
+    """The folder of a run with 2 of 5 steps done, and its port."""
     port = free_port()
     running = Running(make_config(tmp_path, port))
     address = running.service.run.router.address
@@ -31,7 +33,7 @@ def stopped(tmp_path: Path, free_port: Callable[[], int]) -> tuple[Path, int]:
     return tmp_path, port
 
 
-def test_what_makes_another_run_is_refused_by_name(stopped: tuple[Path, int]) -> None:
+def test_a_setting_that_makes_it_another_run_is_refused_by_name(stopped: tuple[Path, int]) -> None:
     folder, port = stopped
     before = (folder / "r/config.yaml").read_text()
     with pytest.raises(ValueError) as refused:
@@ -41,7 +43,7 @@ def test_what_makes_another_run_is_refused_by_name(stopped: tuple[Path, int]) ->
     assert (folder / "r/config.yaml").read_text() == before
 
 
-def test_other_settings_hold_from_the_resume_on_and_the_log_replays(
+def test_other_settings_apply_after_the_resume_and_the_log_replays(
     stopped: tuple[Path, int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, port = stopped

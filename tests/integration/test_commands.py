@@ -1,4 +1,4 @@
-"""Commands as processes of their own: a signal ends them with the exit status that `--help` promises."""
+"""Commands in their own processes: a signal ends them with the exit status that `--help` states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def status_after(command: list[str], sign: Path, number: signal.Signals) -> int:
-    """The exit status of a command that gets a signal once the file `sign` is there."""
+    """The exit status of a command that gets a signal once the file `sign` exists."""
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=ROOT,
@@ -38,7 +38,7 @@ def test_a_signal_ends_a_buffer(
     number: signal.Signals, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     command = ["buffer", f"run.dir={tmp_path}", f"buffer.address=tcp://127.0.0.1:{free_port()}"]
-    serving = tmp_path / "run" / "tokens"  # the last folder that it makes before its loop
+    serving = tmp_path / "run" / "tokens"  # the last folder that is made before the main loop
     assert status_after(command, serving, number) == ExitStatus.INTERRUPTED
 
 

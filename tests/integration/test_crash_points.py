@@ -1,8 +1,9 @@
-"""The buffer crashes between any two writes; started again, it ends the run with true records.
+"""If the buffer crashes between any two writes, a restarted one ends the run with true records.
 
-A script plays one engine and the learner against a buffer in this process. The run's folder is copied
-before each record of the event log, as a kill at that moment would leave it, and each copy is
-continued to its end: with the same learner, or with one that resumes from its checkpoint.
+A script plays one engine and the learner against a buffer in this process. The run's folder is
+copied before each record of the event log, as a kill at that moment would leave it. Each copy is
+then continued to the end of the run, with the same learner or with one that resumes from its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -34,18 +35,20 @@ ENGINE = b"engine"
 
 @dataclass
 class Learner:
-    """`kept`: the step of its newest checkpoint. `trained`: rollouts by step, the last time counts."""
+    """`kept` is the step of its newest checkpoint. `trained` has the rollouts of each step's last
+    training.
+    """
 
     incarnation: str
     step: int = 0
     kept: int = 0
     version: int = -1
-    reported: bool = False  # the present step, which is not acknowledged yet
+    reported: bool = False  # whether the current step, not yet acknowledged, was reported
     trained: dict[int, set[int]] = field(default_factory=dict)
 
     @property
     def identity(self) -> bytes:
-        """Of its connection."""
+        """The identity of its connection."""
         return self.incarnation.encode()
 
     def reborn(self, incarnation: str, step: int) -> Learner:
@@ -59,8 +62,9 @@ class Script:
         config = cli.load(
             [
                 f"run.dir={folder}", "run.name=r", f"run.steps={STEPS}", "run.trackers=[]",
-                f"run.resume={resume}", f"buffer.address=tcp://127.0.0.1:{port}", "eval.every=2", "eval.num_prompts=1",
-                f"batch.groups={GROUPS}", f"darts.group_size={SIZE}", "redundancy.rule=fixed",
+                f"run.resume={resume}", f"buffer.address=tcp://127.0.0.1:{port}", "eval.every=2",
+                "eval.num_prompts=1", f"batch.groups={GROUPS}", f"darts.group_size={SIZE}",
+                "redundancy.rule=fixed",
                 "redundancy.upper=1.5", "sampling.max_tokens=40", "data.num_prompts=50",
                 "staleness.max_lag=2", "buffer.segment_bytes=9000", "buffer.fsync_s=1000",
             ]
@@ -76,7 +80,7 @@ class Script:
 
     def _sent(self, identity: bytes, message: msg.Message) -> bool:
         if identity not in (ENGINE, self.learner.identity):
-            return False  # an engine that the core knows, and that has not joined again
+            return False  # an engine that the core knows and that has not rejoined
         match message:
             case msg.Launch():
                 self.launched += message.rollouts
@@ -98,7 +102,7 @@ class Script:
         return True
 
     def join(self) -> None:
-        """The engine is the one that the core knows, without its rollouts."""
+        """Join as the engine that the core knows, without its rollouts."""
         known = self.service.run.core.engines.by_id.get("e")
         version = known.version if known else -1
         engine = msg.EngineHello(
@@ -148,7 +152,7 @@ class Script:
         self.train()
 
     def decode(self, rollout: msg.LaunchedRollout) -> None:
-        """The length is the rollout's own; some are reported in part before."""
+        """The length depends only on the rollout. Some rollouts report progress first."""
         rollout_id, done = rollout.rollout_id, len(rollout.prefix) // 4
         length = max(done, 3 + rollout.seed % 20)
         self.chunk(rollout_id, 0, sampled=False, count=2)
@@ -172,7 +176,7 @@ class Script:
         self.service._receive(ENGINE, msg.Progress(chunks=[chunk]))
 
     def train(self) -> None:
-        """One step forward: pull, or train, publish and report; unless the run has ended."""
+        """Take one step unless the run has ended: pull, or train, publish and report."""
         learner = self.learner
         if learner.step == STEPS:
             return
@@ -226,7 +230,7 @@ def check(folder: Path, trained: dict[int, set[int]]) -> None:
         for entry in logged:
             if isinstance(entry.event, ev.PromptsDrawn):
                 drawn |= {prompt.visit for prompt in entry.event.prompts}
-    # None is passed over: all of the first visits were trained, or wait at the end of the run.
+    # No visit is skipped: all of the first ones were trained, or are outstanding at the end.
     first = sorted(drawn)[: STEPS * GROUPS - 4]
     assert set(first) <= {row["visit"] for row in shipped} | outstanding
     generated = [row["tokens/generated"] for row in metrics]
@@ -235,7 +239,7 @@ def check(folder: Path, trained: dict[int, set[int]]) -> None:
 
 @dataclass
 class Crash:
-    """The folder of a run at one moment, and its learner then."""
+    """The folder of a run and its learner at one moment."""
 
     folder: Path
     learner: Learner
@@ -244,7 +248,9 @@ class Crash:
 def run_and_copy(
     folder: Path, port: int, monkeypatch: pytest.MonkeyPatch, resumes: dict[int, int]
 ) -> list[Crash]:
-    """A whole run, and its state before each record. `resumes`: at a step, a learner of an earlier one."""
+    """Play a whole run, and return its state before each record. `resumes` maps a step to the
+    earlier step from which a new learner then resumes.
+    """
     script = Script(folder / "whole", port, Learner("a"), resume=False)
     crashes: list[Crash] = []
     append = SegmentLog.append
@@ -277,8 +283,8 @@ def test_a_crash_between_any_two_records(
     monkeypatch: pytest.MonkeyPatch,
     resumes: dict[int, int],
 ) -> None:
-    """Every second time the learner dies as well, and resumes from its checkpoint."""
-    for name in ("fsync", "fdatasync"):  # a killed process needs none
+    """In every second copy the learner dies as well and resumes from its checkpoint."""
+    for name in ("fsync", "fdatasync"):  # after a kill of the process no sync is needed
         monkeypatch.setattr(os, name, lambda handle: None)
     port = free_port()
     crashes = run_and_copy(tmp_path, port, monkeypatch, dict(resumes))
@@ -301,7 +307,7 @@ def test_a_crash_between_any_two_records(
 def test_a_learner_of_an_earlier_step_is_refused_once_all_steps_are_done(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
-    """The records of a run that has ended would be withdrawn, and never made again."""
+    """Otherwise the records of an ended run would be withdrawn and never written again."""
     script = Script(tmp_path, free_port(), Learner("a"), resume=False)
     script.join()
     while not script.service.run.core.run_ended:

@@ -1,4 +1,4 @@
-"""Peers whose heartbeats go on and whose work stands still, over real sockets."""
+"""Peers that send heartbeats but make no progress, over real sockets."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.integration.test_service import STEPS, Running, make_config, rows
 
 
 class HangingEngine(FakeEngine):
-    """Decodes nothing after its first ten rollouts; its heartbeats go on."""
+    """Decodes nothing after its first ten rollouts, but still sends heartbeats."""
 
     def decode(self) -> list[FakeRollout]:
         return super().decode() if self.num_launched < 10 else []
 
 
-def test_an_engine_that_hangs_is_started_again_and_its_rollouts_go_on_elsewhere(
+def test_an_engine_that_hangs_is_restarted_and_its_rollouts_continue_elsewhere(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     running = Running(make_config(tmp_path, free_port(), "buffer.rollout_timeout_s=1.5"))
@@ -36,7 +36,7 @@ def test_an_engine_that_hangs_is_started_again_and_its_rollouts_go_on_elsewhere(
     assert len(rows(tmp_path, "metrics.jsonl")) == STEPS
 
 
-def test_a_learner_that_hangs_ends_the_run_with_its_name(
+def test_a_learner_that_hangs_ends_the_run_and_is_named(
     tmp_path: Path, free_port: Callable[[], int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     running = Running(make_config(tmp_path, free_port(), "buffer.step_timeout_s=1.5"))

@@ -29,7 +29,7 @@ def plus(option: str) -> Callable[[str], str]:
 
 
 def helped(command: str) -> str:
-    """The same module or script with --help alone."""
+    """The same module or script with only --help."""
     return re.sub(r"(python (?:-m \S+|\S+\.py)).*", r"\1 --help", command)
 
 
@@ -100,7 +100,7 @@ def test_a_command_runs(command: str, folder: Path) -> None:
     assert done.returncode == 0, f"{reduced(command)}\n{done.stdout[-1000:]}{done.stderr[-1000:]}"
 
 
-def test_no_reduction_is_left_over() -> None:
+def test_no_reduction_is_unused() -> None:
     for pattern, _, _ in REDUCED:
         assert any(re.search(pattern, command) for command in ALL), pattern
 
@@ -113,5 +113,5 @@ def test_every_metric_of_a_run_is_explained(folder: Path) -> None:
 
 
 def composed(names: set[str]) -> set[str]:
-    """Those whose names are put together from parts, so that no test finds them in the source."""
+    """The names that are composed at run time, so that no test finds them in the source."""
     return {name for name in names if name.partition("/")[0] in ("length", "tokens", "cancel")}

@@ -1,5 +1,6 @@
-"""The learner as a user starts it, real processes and sockets, against a buffer that hands out
-prepared shards."""
+"""The learner as a user starts it, with real processes and sockets, against a buffer that hands
+out prepared shards.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def address(free_port: Callable[[], int]) -> str:
 def started(
     model: Path, run: Path, address: str, *overrides: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """`python -m learner`; whatever is left of it at the end is killed."""
+    """`python -m learner`. All of its processes that still run at the end are killed."""
     keys = [
         f"model.path={model}",
         f"run.dir={run.parent}",
@@ -56,7 +57,7 @@ def started(
         "batch.max_tokens=64",
         "optimizer.lr=1e-3",
         "weights.transport=file",
-        "learner.max_logprob_diff=9",  # the actors' log-probabilities are drawn
+        "learner.max_logprob_diff=9",  # the actors' log-probabilities are random
         *overrides,
     ]
     with subprocess.Popen(
@@ -102,14 +103,14 @@ def train(
 
 @pytest.fixture
 def learners() -> Iterator[Start]:
-    """Starts learners as `started` does, until the test ends."""
+    """A function that starts learners like `started`, which run until the test ends."""
     with ExitStack() as stack:
         yield lambda *arguments: stack.enter_context(started(*arguments))
 
 
 @pytest.fixture(scope="module")
 def reference(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> FakeBuffer:
-    """What a buffer hears from one rank that trains all steps."""
+    """A buffer that has recorded all messages of a single rank which trained all steps."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
@@ -121,7 +122,7 @@ def newest_weights(buffer: FakeBuffer) -> dict[str, torch.Tensor]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether it runs: a dead process that nobody has reaped yet does not."""
+    """Whether the process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -135,7 +136,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     return condition()
 
 
-def test_the_conversation_of_a_run(reference: FakeBuffer) -> None:
+def test_the_messages_of_a_run_have_the_right_order(reference: FakeBuffer) -> None:
     kinds = [type(message) for message in reference.heard]
     assert kinds == [LearnerHello, Published, *([Pull, Published, Trained] * NUM_STEPS)]
     assert [message.policy.version for message in reference.of(Published)] == list(
@@ -151,8 +152,8 @@ def test_the_conversation_of_a_run(reference: FakeBuffer) -> None:
     assert all(set(metrics) == expected for metrics in reference.trained.values())
 
 
-# 11 trajectories against 1: the second rank runs out of micro-batches and must keep the first
-# company.
+# 11 trajectories against 1: the second rank runs out of micro-batches and must still join the
+# collectives of the first.
 @pytest.mark.parametrize("parts", [[11, 1], [5, 0, 7]])
 def test_several_ranks_train_the_same_weights_as_one(
     reference: FakeBuffer, model_path: Path, tmp_path: Path, address: str, parts: list[int]
@@ -200,7 +201,7 @@ def test_a_run_resumes_on_another_number_of_ranks(
         torch.testing.assert_close(newest_weights(resumed)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_a_buffer_that_returns_finds_the_learner_where_it_was(
+def test_a_learner_keeps_its_state_while_the_buffer_restarts(
     learners: Start, model_path: Path, tmp_path: Path, address: str
 ) -> None:
     with FakeBuffer(address, {0: steps_for(None)[0]}, last_step=NUM_STEPS) as buffer:
@@ -227,7 +228,7 @@ def test_a_run_that_the_buffer_stops_with_an_error_fails(
 
 
 @pytest.mark.parametrize("victim", ["rank", "supervisor"])
-def test_who_is_killed_takes_all_along(
+def test_a_killed_process_ends_all_others(
     learners: Start, model_path: Path, tmp_path: Path, address: str, victim: str
 ) -> None:
     with FakeBuffer(address, {}, last_step=0) as buffer:  # never answers a pull
@@ -256,7 +257,7 @@ def test_sigterm_ends_all_ranks(
         assert not any(is_alive(hello.pid) for hello in buffer.of(LearnerHello))
 
 
-def test_a_learner_that_is_told_to_stop_saves_the_step_that_it_has_ended(
+def test_a_learner_that_is_told_to_stop_saves_its_completed_step(
     learners: Start, model_path: Path, tmp_path: Path, address: str
 ) -> None:
     run = tmp_path / "run"

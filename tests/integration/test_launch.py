@@ -1,4 +1,6 @@
-"""The launcher's life cycle, with stub commands in place of buffer, actors and learner: who is blamed, and that nothing is left."""
+"""The launcher's life cycle with stub commands in place of buffer, actors and learner: the right
+process is blamed, and none is left.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,13 @@ from tools.launching.summary import resume_hint
 ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
 
-# Each stub writes its pid, so that a test knows whom to look for, then goes on as the test says.
-NOTE = "import os, signal, subprocess, sys, time; open(os.path.join(os.environ['PIDS'], str(os.getpid())), 'w').close(); "
+# Each stub records its pid, so that a test can look for the process, and then runs the test's code.
+NOTE = (
+    "import os, signal, subprocess, sys, time; "
+    "open(os.path.join(os.environ['PIDS'], str(os.getpid())), 'w').close(); "
+)
 SLEEP = "time.sleep(300)"
-# A grandchild in a session of its own that ignores what it is told: only a kill that walks the tree ends it.
+# A grandchild in its own session that ignores SIGTERM: only a kill of the whole tree ends it.
 STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
 PARENT = "subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True); "
 
@@ -40,7 +45,7 @@ sys.exit(launch.conduct(config, LocalHost(cli.to_yaml(config), config.run.stop_s
 
 
 class Launched:
-    """A launcher of stubs in a process of its own."""
+    """A launcher of stubs in its own process."""
 
     def __init__(self, folder: Path, port: int, stubs: dict[str, str], *overrides: str) -> None:
         self.pids, self.run_dir = folder / "pids", folder / "runs" / "run"
@@ -55,12 +60,13 @@ class Launched:
             *overrides,
         ]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, json.dumps(keys), json.dumps(commands)],
-            cwd=ROOT, env=os.environ | {"PIDS": str(self.pids)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-c", DRIVER, json.dumps(keys), json.dumps(commands)], cwd=ROOT,
+            env=os.environ | {"PIDS": str(self.pids)}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def started(self, count: int) -> list[int]:
-        """The pids of `count` stubs, once they run."""
+        """The pids of `count` stubs, as soon as they run."""
         deadline = time.monotonic() + WAIT_S
         while len(list(self.pids.iterdir())) < count:
             assert time.monotonic() < deadline and self.process.poll() is None, (
@@ -113,7 +119,7 @@ def test_a_failed_learner_is_named_and_ends_the_others(launched: Callable[..., L
     status, out, err = run.ended()
     assert status == 1
     assert "learner (pid" in err and "exit status 7" in err
-    assert "last words" in out  # although it is no line of the learner's own
+    assert "last words" in out  # although the learner's own code did not print it
     assert alive(pids) == []
 
 
@@ -124,7 +130,7 @@ def test_a_killed_buffer_is_named_with_its_signal(launched: Callable[..., Launch
     assert "buffer (pid" in err and "SIGKILL" in err
 
 
-def test_the_reason_given_by_the_culprit_is_part_of_the_last_line(
+def test_the_last_line_contains_the_reason_of_the_failed_process(
     launched: Callable[..., Launched],
 ) -> None:
     run = launched({"buffer": "sys.exit('error: no disk')", "actors": SLEEP, "learner": SLEEP})
@@ -150,14 +156,16 @@ def test_one_pool_of_two_failing_does_not_end_the_run(launched: Callable[..., La
     assert "learner" in run.ended()[2]
 
 
-def test_a_learner_that_leaves_early_is_no_success(launched: Callable[..., Launched]) -> None:
+def test_a_learner_that_ends_early_is_a_failure(launched: Callable[..., Launched]) -> None:
     run = launched({"buffer": SLEEP, "actors": SLEEP, "learner": "pass"})
     status, _, err = run.ended()
     assert status == 1
     assert "learner" in err
 
 
-def test_ctrl_c_ends_everything_grandchildren_included(launched: Callable[..., Launched]) -> None:
+def test_ctrl_c_ends_all_processes_including_grandchildren(
+    launched: Callable[..., Launched],
+) -> None:
     parent = PARENT.format(child=NOTE + STUBBORN + SLEEP)
     run = launched(
         {"buffer": SLEEP, "actors": parent + STUBBORN + SLEEP, "learner": SLEEP}, "run.stop_s=0.5"
@@ -168,7 +176,7 @@ def test_ctrl_c_ends_everything_grandchildren_included(launched: Callable[..., L
     assert alive(pids) == []
 
 
-def test_ctrl_c_is_answered_at_once_and_a_second_one_kills(
+def test_ctrl_c_is_acknowledged_at_once_and_a_second_one_kills(
     launched: Callable[..., Launched],
 ) -> None:
     stubs = {"buffer": SLEEP, "actors": STUBBORN + "print('actors: deaf');" + SLEEP}
@@ -204,7 +212,7 @@ DIES_ONCE = (
 )
 
 
-def test_a_killed_learner_is_started_again_with_resume(launched: Callable[..., Launched]) -> None:
+def test_a_killed_learner_is_restarted_with_resume(launched: Callable[..., Launched]) -> None:
     dies = DIES_ONCE.format(n=3)
     run = launched(
         {
@@ -243,7 +251,7 @@ def test_restarts_of_the_learner_count_within_their_window(
 
 
 @pytest.mark.parametrize("signal_or_status", ["sys.exit(1)", "os.kill(os.getpid(), 15)"])
-def test_a_learner_that_failed_or_was_told_to_stop_is_not_started_again(
+def test_a_learner_that_failed_or_was_told_to_stop_is_not_restarted(
     launched: Callable[..., Launched], signal_or_status: str
 ) -> None:
     run = launched(
@@ -253,7 +261,7 @@ def test_a_learner_that_failed_or_was_told_to_stop_is_not_started_again(
     assert len(run.started(0)) == 3
 
 
-def test_a_killed_pool_and_a_killed_buffer_are_started_again(
+def test_a_killed_pool_and_a_killed_buffer_are_restarted(
     launched: Callable[..., Launched],
 ) -> None:
     run = launched(
@@ -269,7 +277,7 @@ def test_a_killed_pool_and_a_killed_buffer_are_started_again(
 
 
 @pytest.mark.parametrize(("exists", "arguments"), [(True, "['run.resume=true']"), (False, "[]")])
-def test_a_killed_buffer_continues_a_run_only_if_it_had_begun_one(
+def test_a_killed_buffer_resumes_a_run_only_if_the_run_had_begun(
     launched: Callable[..., Launched], exists: bool, arguments: str
 ) -> None:
     make = "os.makedirs(f, exist_ok=True); open(f + '/config.yaml', 'w');"
@@ -284,7 +292,7 @@ def test_a_killed_buffer_continues_a_run_only_if_it_had_begun_one(
     assert arguments in run.line_with("buffer | has")
 
 
-def test_a_killed_launcher_leaves_nothing(launched: Callable[..., Launched]) -> None:
+def test_a_killed_launcher_leaves_no_process(launched: Callable[..., Launched]) -> None:
     run = launched(
         {
             "buffer": STUBBORN + SLEEP,
@@ -304,7 +312,7 @@ def test_a_killed_launcher_leaves_nothing(launched: Callable[..., Launched]) -> 
         time.sleep(0.05)
 
 
-def test_a_run_whose_buffer_ended_well_succeeds_and_ends_with_its_report(
+def test_a_run_succeeds_if_its_buffer_does_and_ends_with_its_report(
     launched: Callable[..., Launched],
 ) -> None:
     run = launched({"buffer": "time.sleep(1)", "actors": SLEEP, "learner": "time.sleep(1)"})
@@ -318,7 +326,7 @@ def test_a_run_whose_buffer_ended_well_succeeds_and_ends_with_its_report(
     assert (run.run_dir / "report.html").stat().st_size > 1000
 
 
-def test_the_hint_names_the_step_to_go_on_from(tmp_path: Path) -> None:
+def test_the_hint_names_the_step_to_resume_from(tmp_path: Path) -> None:
     assert "run.resume" not in resume_hint(tmp_path)
     (tmp_path / "config.yaml").touch()
     (tmp_path / "checkpoints").mkdir()

@@ -1,4 +1,6 @@
-"""Links, monitors and snapshots over real sockets on loopback: nothing lost, nothing reordered, nobody harmed by garbage."""
+"""Links, monitors and snapshots over real sockets on loopback: nothing is lost or reordered, and
+garbage harms no peer.
+"""
 
 import hashlib
 import socket as sockets
@@ -49,12 +51,12 @@ LOOPBACK = "tcp://127.0.0.1:*"
 HELLO = EngineHello(
     engine_id="pool/0", engine_type="fake", slots=4, policy_version=-1, pid=1, incarnation="a"
 )
-SOON_S = 10.0  # a deadline, never an expectation
+SOON_S = 10.0  # a deadline; no test expects to wait this long
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_running():
-    """Every test closes its threads (pyzmq's one collector of sent buffers belongs to the process)."""
+    """Every test ends its threads, except pyzmq's collector of sent buffers, one per process."""
     before = set(threading.enumerate())
     yield
     left = [
@@ -72,7 +74,7 @@ def router():
 
 
 class Serving:
-    """A buffer that welcomes whoever says hello, and keeps everything else it hears, until told to fall silent."""
+    """A buffer that answers each hello with a welcome and keeps all other messages."""
 
     def __init__(self, router, heartbeat=True):
         self.router, self.heartbeat = router, heartbeat
@@ -119,7 +121,7 @@ def wait_until(condition):
 
 @contextmanager
 def raw_dealer(address, identity=b"raw", receive_queue=1000):
-    """A peer without any of our code; closes everything it opened."""
+    """A peer that uses none of our code and closes everything it opened."""
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.linger = 0
@@ -140,7 +142,7 @@ def receive_all(router, count):
     return received
 
 
-# ROUTER ------------------------------------------------------------------------------------------------------------
+# ROUTER ------------------------------------------------------------------------------------------
 
 
 def send_while_stalled(router, peer, count):
@@ -165,9 +167,8 @@ def test_a_stalled_peer_loses_nothing_and_keeps_the_order(router):
         dealer.send(encode(HELLO))
         [(peer, _)] = receive_all(router, 1)
         assert all(send_while_stalled(router, peer, 6000))
-        assert (
-            len(router._backlog[peer]) > 1000
-        )  # the socket's own queue did overflow, or this test proves nothing
+        # Without an overflow of the socket's own queue this test would prove nothing.
+        assert len(router._backlog[peer]) > 1000
         assert numbers_read(router, dealer, 6000) == list(range(6000))
         assert router._backlog == {}
 
@@ -202,7 +203,7 @@ def test_a_peer_too_far_behind_is_lost_until_it_says_hello_again(router, monkeyp
         assert numbers_read(router, dealer, 1) == [0]
 
 
-def test_sending_to_nobody_says_so(router):
+def test_sending_to_an_unknown_peer_returns_false(router):
     assert router.send(b"nobody", Heartbeat()) is False
 
 
@@ -214,7 +215,7 @@ def test_a_peer_that_left_is_gone(router):
     wait_until(lambda: not router.send(b"raw", Heartbeat()))
 
 
-def test_garbage_is_counted_and_harms_nobody(router, monkeypatch):
+def test_garbage_is_counted_and_harms_no_peer(router, monkeypatch):
     monkeypatch.setattr(buffer.wire.transport, "MAX_FRAME_BYTES", 1000)
     good = encode(Stopped(rollout_id=1, num_tokens=3))
     garbage = [
@@ -248,7 +249,7 @@ def test_garbage_is_counted_and_harms_nobody(router, monkeypatch):
     assert router.num_rejected == len(garbage)
 
 
-def test_a_port_scan_harms_nobody(router):
+def test_a_port_scan_harms_no_peer(router):
     port = int(router.address.rpartition(":")[2])
     for noise in (
         b"GET / HTTP/1.1\r\n\r\n",
@@ -279,7 +280,7 @@ def test_closing_delivers_what_was_sent():
     router.close()
 
 
-# Links -------------------------------------------------------------------------------------------------------------
+# Links -------------------------------------------------------------------------------------------
 
 
 def test_messages_go_both_ways_in_order(router):
@@ -297,8 +298,9 @@ def test_messages_go_both_ways_in_order(router):
 
 def test_a_learner_gets_its_shard(router):
     trajectory = Trajectory(
-        rollout_id=1, group_id=2, tokens=b"\1\0\0\0" * 500_000, sampled=b"\1" * 500_000, actor_logprobs=b"\0" * 2_000_000,
-        versions=[(3, 500_000)], reward=1.0, truncated=False, group_rewards=[1.0, 0.0],
+        rollout_id=1, group_id=2, tokens=b"\1\0\0\0" * 500_000, sampled=b"\1" * 500_000,
+        actor_logprobs=b"\0" * 2_000_000, versions=[(3, 500_000)], reward=1.0, truncated=False,
+        group_rewards=[1.0, 0.0],
     )  # fmt: skip
     shard = Shard(
         step=0,
@@ -331,7 +333,7 @@ def test_any_thread_may_send(router):
             thread.join()
         wait_until(lambda: len(serving.heard) == 2000)
         ids = [message.rollout_id for message in serving.heard]
-        for thread in range(4):  # each thread's messages are in its own order
+        for thread in range(4):  # the messages of each thread keep their order
             assert [id for id in ids if id // 1000 == thread] == [
                 thread * 1000 + number for number in range(500)
             ]
@@ -339,9 +341,8 @@ def test_any_thread_may_send(router):
 
 @pytest.mark.parametrize("link_queue", [1, 1000], ids=["kept by the link", "kept by zmq"])
 def test_closing_a_link_delivers_what_was_sent(monkeypatch, link_queue):
-    monkeypatch.setattr(
-        buffer.wire.transport, "QUEUE_MESSAGES", 1
-    )  # a buffer that takes nothing in while it does not read
+    # A buffer whose sockets accept nothing while it does not read.
+    monkeypatch.setattr(buffer.wire.transport, "QUEUE_MESSAGES", 1)
     with Router(LOOPBACK, Inbound) as router:
         monkeypatch.setattr(buffer.wire.transport, "QUEUE_MESSAGES", link_queue)
         link = EngineLink(router.address, "pool/0")
@@ -376,10 +377,11 @@ def test_a_link_may_wait_for_a_buffer_that_starts_later():
         with Router(address, Inbound) as router, Serving(router) as serving:
             connecting.join()
             assert answers == [Welcome(policy=None)]
-            assert len(serving.peers) == 1  # the hellos said to nobody did not pile up
+            # The hellos sent before the buffer started did not pile up.
+            assert len(serving.peers) == 1
 
 
-def test_hello_is_repeated_until_answered_and_one_answer_counts(router):
+def test_hello_is_repeated_until_answered_and_only_one_answer_counts(router):
     with EngineLink(router.address, "pool/0") as link:
         answers = []
         connecting = threading.Thread(target=lambda: answers.append(link.connect(HELLO, SOON_S)))
@@ -405,7 +407,7 @@ def test_an_absent_buffer_is_named_with_the_remedy():
         assert part in str(raised.value)
 
 
-def test_a_refusal_reaches_who_connects(router):
+def test_a_refusal_reaches_the_connecting_peer(router):
     with EngineLink(router.address, "pool/0") as link:
         failures = []
 
@@ -422,7 +424,7 @@ def test_a_refusal_reaches_who_connects(router):
     assert "protocol 2 is needed" in failures[0]
 
 
-def test_a_silent_buffer_is_lost_each_time_one_asks(router):
+def test_a_silent_buffer_is_reported_as_lost_by_each_call(router):
     with EngineLink(router.address, "pool/0", peer_timeout_s=1.0) as link:
         with Serving(router, heartbeat=False):
             link.connect(HELLO, SOON_S)
@@ -448,7 +450,7 @@ def test_a_link_sends_heartbeats_by_itself(router):
 
 
 @pytest.mark.parametrize("role", ["engine", "learner"])
-def test_a_buffer_that_does_not_know_a_link_has_it_join_again(router, role):
+def test_a_buffer_makes_an_unknown_link_join_again(router, role):
     hello = (
         HELLO
         if role == "engine"
@@ -467,7 +469,7 @@ def test_a_buffer_that_does_not_know_a_link_has_it_join_again(router, role):
         assert len(set(serving.peers)) == 2
 
 
-def test_a_restarted_buffer_is_joined_anew():
+def test_a_link_rejoins_a_restarted_buffer():
     with EngineLink("tcp://127.0.0.1:1", "pool/0") as link, Router(LOOPBACK, Inbound) as router:
         link.address = address = router.address
         with Serving(router) as serving:
@@ -475,9 +477,8 @@ def test_a_restarted_buffer_is_joined_anew():
             serving.to_send.append((serving.peers[0], Cancel(rollout_ids=[1])))
             wait_until(lambda: not serving.to_send)
         router.close()
-        assert link.receive(SOON_S) == Cancel(
-            rollout_ids=[1]
-        )  # what had arrived before the end still counts
+        # Messages that arrived before the end still count.
+        assert link.receive(SOON_S) == Cancel(rollout_ids=[1])
         with pytest.raises(TransportError, match="closed the connection"):
             link.receive(SOON_S)
         with Router(address, Inbound) as successor, Serving(successor) as serving:
@@ -486,7 +487,7 @@ def test_a_restarted_buffer_is_joined_anew():
             wait_until(lambda: serving.heard == [Stopped(rollout_id=1, num_tokens=3)])
 
 
-def test_links_of_one_name_are_peers_of_their_own(router):
+def test_links_with_the_same_name_are_separate_peers(router):
     with (
         Serving(router) as serving,
         EngineLink(router.address, "pool/0") as first,
@@ -523,7 +524,7 @@ def test_a_link_that_is_not_connected_says_so():
                 use()
 
 
-# Keys --------------------------------------------------------------------------------------------------------------
+# Keys --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -533,7 +534,7 @@ def keys(tmp_path_factory):
     return str(folder)
 
 
-def test_the_right_keys_open_everything(keys):
+def test_matching_keys_allow_everything(keys):
     with (
         Router(LOOPBACK, Inbound, keys) as router,
         Serving(router) as serving,
@@ -547,9 +548,9 @@ def test_the_right_keys_open_everything(keys):
 
 
 @pytest.mark.parametrize("client", ["no keys", "another client", "another server"])
-def test_wrong_keys_open_nothing(keys, client, tmp_path):
+def test_wrong_keys_allow_nothing(keys, client, tmp_path):
     make_keys(tmp_path)
-    if client == "another client":  # knows whom it speaks to, but is not let in
+    if client == "another client":  # it knows the server's key, but its own key is not accepted
         (tmp_path / "server.key").write_bytes(Path(keys, "server.key").read_bytes())
     wrong = "" if client == "no keys" else str(tmp_path)
     with Router(LOOPBACK, Inbound, keys) as router, Serving(router) as serving:
@@ -563,7 +564,7 @@ def test_wrong_keys_open_nothing(keys, client, tmp_path):
         assert serving.peers == []
 
 
-def test_a_client_with_keys_does_not_speak_to_a_server_without(keys):
+def test_a_client_with_keys_does_not_talk_to_a_server_without(keys):
     with Router(LOOPBACK, Inbound) as router, Serving(router) as serving:
         with (
             EngineLink(router.address, "pool/0", keys) as link,
@@ -573,13 +574,14 @@ def test_a_client_with_keys_does_not_speak_to_a_server_without(keys):
         assert serving.peers == []
 
 
-# Monitors ----------------------------------------------------------------------------------------------------------
+# Monitors ----------------------------------------------------------------------------------------
 
 
 def state(step):
     return LiveState(
-        time_s=0.0, run_name="run", phase="training", step=step, steps=10, policy_version=0, max_lag=4, waiting="", groups_open=0,
-        groups_ready=0, bytes_held=0, refused_frames=0, histogram_edges=[], histogram={}, lags=[], metrics={}, groups=[], engines=[], prompts=[],
+        time_s=0.0, run_name="run", phase="training", step=step, steps=10, policy_version=0,
+        max_lag=4, waiting="", groups_open=0, groups_ready=0, bytes_held=0, refused_frames=0,
+        histogram_edges=[], histogram={}, lags=[], metrics={}, groups=[], engines=[], prompts=[],
     )  # fmt: skip
 
 
@@ -613,7 +615,7 @@ def test_a_monitor_without_keys_hears_nothing(keys):
             assert monitor.receive(0.02) is None
 
 
-def test_a_stalled_monitor_slows_nobody_and_then_sees_the_newest():
+def test_a_stalled_monitor_slows_no_peer_and_then_sees_the_newest():
     with Publisher(LOOPBACK) as publisher, MonitorLink(publisher.address) as stalled:
         publish_until_heard(publisher, stalled, 0)
         for step in range(1, 20_000):
@@ -625,9 +627,8 @@ def test_a_stalled_monitor_slows_nobody_and_then_sees_the_newest():
 
 def test_router_and_publisher_share_a_process():
     with Router(LOOPBACK, Inbound) as router:
-        for _ in range(
-            20
-        ):  # the next port may belong to someone else: then a buffer would take another pair
+        # The next port may be taken by another program; a real buffer would take another pair.
+        for _ in range(20):
             try:
                 publisher = Publisher(next_port(router.address))
                 break
@@ -638,7 +639,7 @@ def test_router_and_publisher_share_a_process():
             assert publisher.address == next_port(router.address)
 
 
-# Snapshots ---------------------------------------------------------------------------------------------------------
+# Snapshots ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES, 9 * CHUNK_BYTES + 17])
@@ -707,13 +708,13 @@ def test_damaged_bytes_are_refused(transport, tmp_path):
         assert hashlib.sha256(data).hexdigest() in str(raised.value)
 
 
-def test_a_late_answer_is_asked_for_again(monkeypatch):
+def test_a_chunk_that_arrives_late_is_requested_again(monkeypatch):
     monkeypatch.setattr("buffer.wire.snapshots.ASK_AGAIN_S", 0.1)
     data = hashlib.shake_128(b"weights").digest(3 * CHUNK_BYTES)
     with SnapshotServer(LOOPBACK) as server:
         answer, forgotten = server._answer, set()
 
-        def forgetful(request):  # each chunk's first answer is for a version nobody asked for
+        def forgetful(request):  # the first answer to each request is for another version
             message = answer(request)
             if request.offset in forgotten:
                 return message
@@ -758,7 +759,7 @@ def test_a_folder_keeps_the_newest_two(tmp_path):
     assert refs[2].address == ""
 
 
-def test_a_resumed_run_replaces_the_future_it_left(tmp_path):
+def test_a_resumed_run_replaces_the_later_snapshots_of_the_old_one(tmp_path):
     for version in (8, 9):
         write_snapshot(tmp_path, version, b"before")
     resumed = write_snapshot(tmp_path, 6, b"after")

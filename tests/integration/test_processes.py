@@ -1,4 +1,6 @@
-"""`buffer.processes`: whatever is killed, no process, temporary file or shared memory of a run is left."""
+"""`buffer.processes`: no process, temporary file or shared memory of a run is left, no matter
+which of its processes is killed.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,14 @@ from buffer.processes.shared_memory import FOLDER
 
 WAIT_S = 20.0
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-# A process that ignores SIGTERM, in a session of its own.
-GRANDCHILD = f"subprocess.Popen([sys.executable, '-c', {STUBBORN + '; time.sleep(300)'!r}], start_new_session=True)"
+# A process that ignores SIGTERM, in its own session.
+GRANDCHILD = (
+    f"subprocess.Popen([sys.executable, '-c', {STUBBORN + '; time.sleep(300)'!r}], "
+    "start_new_session=True)"
+)
 
-# Leaves as much behind as it can: it prints its pid and that of a stubborn process, the name of its shared memory, and a temporary file.
+# Leaves as much behind as possible. It prints its pid, the pid of a stubborn process, the name of
+# its shared memory and the path of a temporary file.
 MESSY = f"""
 import os, subprocess, sys, tempfile
 from multiprocessing import resource_tracker, shared_memory
@@ -54,7 +60,7 @@ def python(code: str) -> list[str]:
 
 
 def lives(pid: int) -> bool:
-    """Whether it runs: a dead process that is not reaped yet does not."""
+    """Whether the process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -75,10 +81,10 @@ def ended(child: Child) -> int:
     return status
 
 
-# A child -----------------------------------------------------------------------------------------------------------
+# A child -----------------------------------------------------------------------------------------
 
 
-def test_output_is_taken_line_by_line_and_the_last_lines_are_kept() -> None:
+def test_output_is_read_line_by_line_and_the_last_lines_are_kept() -> None:
     child = Child("talker", python("print('x\\ry'); [print(n) for n in range(30)]; print(end='?')"))
     ended(child)
     lines = child.lines()
@@ -86,23 +92,23 @@ def test_output_is_taken_line_by_line_and_the_last_lines_are_kept() -> None:
     assert list(child.last_lines) == lines[-20:]
 
 
-def test_nothing_that_a_child_started_outlives_it() -> None:
+def test_no_process_that_a_child_started_outlives_it() -> None:
     child = Child("parent", python(f"import subprocess, sys; print({GRANDCHILD}.pid)"))
     assert ended(child) == 0
     assert not lives(int(child.lines()[0]))
 
 
-def test_a_killed_child_takes_along_what_it_started_and_its_temporary_files() -> None:
+def test_a_killed_child_leaves_no_process_and_no_temporary_file() -> None:
     child = Child("messy", python(MESSY))
     assert wait_until(child.lines)
     pid, grandchild, name, path = child.last_lines[0].split()
     child.kill()
     assert child.status() == -signal.SIGKILL
     assert not lives(int(pid)) and not lives(int(grandchild)) and not Path(path).exists()
-    (FOLDER / name).unlink()  # there was no janitor
+    (FOLDER / name).unlink()  # as this test has no janitor
 
 
-def test_children_are_asked_first_and_killed_when_the_time_is_up() -> None:
+def test_children_are_asked_to_end_and_killed_after_the_time_limit() -> None:
     polite = Child("polite", python("import time; print(1, flush=True); time.sleep(300)"))
     stubborn = Child("stubborn", python(f"{STUBBORN}; print(1, flush=True); time.sleep(300)"))
     assert wait_until(polite.lines) and wait_until(stubborn.lines)
@@ -110,7 +116,7 @@ def test_children_are_asked_first_and_killed_when_the_time_is_up() -> None:
     assert (polite.status(), stubborn.status()) == (-signal.SIGTERM, -signal.SIGKILL)
 
 
-def test_a_hurry_cuts_the_wait_short() -> None:
+def test_a_second_request_cuts_the_wait_short() -> None:
     stubborn = Child("stubborn", python(f"{STUBBORN}; print(1, flush=True); time.sleep(300)"))
     assert wait_until(stubborn.lines)
     assert stop([stubborn], limit_s=3600, hurry=lambda: True) == [stubborn]
@@ -124,20 +130,20 @@ def test_a_hurry_cuts_the_wait_short() -> None:
         (130, "was asked to stop from outside (exit status 130)"),
     ],
 )
-def test_an_end_in_words(status: int, words: str) -> None:
+def test_an_exit_status_is_described_in_words(status: int, words: str) -> None:
     assert in_words(status) == words
 
 
-def test_the_reason_of_a_failure_is_the_last_one_given() -> None:
+def test_the_reason_for_a_failure_is_the_last_one_printed() -> None:
     assert given_reason(["error: first", "error: second", "Traceback"]) == "second"
     assert given_reason(["Traceback"]) == ""
 
 
-# A supervisor ------------------------------------------------------------------------------------------------------
+# A supervisor ------------------------------------------------------------------------------------
 
 
 class Supervisor:
-    """A supervisor of a messy child, in a process of its own."""
+    """A supervisor of a messy child, in its own process."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -178,14 +184,14 @@ def test_a_killed_supervisor_leaves_nothing(supervisor: Supervisor) -> None:
 
 def test_a_supervisor_that_ends_by_itself_leaves_nothing(supervisor: Supervisor) -> None:
     janitor = supervisor.janitor()
-    supervisor.process.communicate()  # its input ends, and so does it
+    supervisor.process.communicate()  # closes its input, which makes it end
     assert not supervisor.left() and not lives(janitor)
 
 
 def test_a_killed_janitor_leaves_no_process_and_no_file(supervisor: Supervisor) -> None:
     os.kill(supervisor.janitor(), signal.SIGKILL)
     supervisor.process.communicate()
-    assert supervisor.left() == [supervisor.shared]  # which only the janitor knew
+    assert supervisor.left() == [supervisor.shared]  # only the janitor knew of it
 
 
 def test_shared_memory_of_a_dead_child_is_removed_while_the_supervisor_goes_on(
@@ -198,14 +204,14 @@ def test_shared_memory_of_a_dead_child_is_removed_while_the_supervisor_goes_on(
 
 def test_shared_memory_of_others_is_left_alone(supervisor: Supervisor) -> None:
     foreign = shared_memory.SharedMemory(create=True, size=64)
-    foreign.close()  # now no process holds it
+    foreign.close()  # now no process holds it open
     time.sleep(0.6)
     supervisor.process.communicate()
     assert (FOLDER / foreign.name).exists()
     foreign.unlink()
 
 
-# Restarts and requests to stop -------------------------------------------------------------------------------------
+# Restarts and requests to stop -------------------------------------------------------------------
 
 
 def test_restarts_count_within_their_window() -> None:
@@ -236,14 +242,14 @@ def requesting(busy: str, limit_s: float) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_lets_the_process_end_in_its_own_way(number: int) -> None:
+def test_the_first_signal_lets_the_process_end_by_itself(number: int) -> None:
     process = requesting(POLITE, 3600)
     process.send_signal(number)
     assert process.communicate(timeout=WAIT_S)[0].rstrip("\n") == "stopping"
     assert process.returncode == 7
 
 
-def test_the_first_signal_is_answered_in_the_middle_of_a_call_and_the_second_kills() -> None:
+def test_the_first_signal_is_noticed_during_a_call_and_the_second_kills() -> None:
     process = requesting(IN_A_LONG_CALL, 3600)
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None and process.stdout.readline() == "stopping\n"
@@ -251,7 +257,7 @@ def test_the_first_signal_is_answered_in_the_middle_of_a_call_and_the_second_kil
     assert process.wait(WAIT_S) == 130
 
 
-def test_a_process_that_does_not_end_in_time_is_ended() -> None:
+def test_a_process_that_does_not_end_in_time_is_killed() -> None:
     process = requesting(IN_A_LONG_CALL, 0.2)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=WAIT_S)

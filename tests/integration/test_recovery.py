@@ -1,4 +1,4 @@
-"""The buffer is killed and started again: nothing is lost, nothing is done twice, and the records say so."""
+"""The buffer is killed and restarted: its records show that nothing was lost or done twice."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_config(folder: Path, port: int, *overrides: str) -> Config:
 
 
 class Buffer:
-    """`python -m buffer` as a process of its own, which can be killed and started again."""
+    """`python -m buffer` in its own process, which can be killed and restarted."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.file = folder / "config.yaml"
@@ -65,7 +65,7 @@ class Buffer:
 
 
 class Learner(threading.Thread):
-    """The learner's real conversation with the buffer, without the training in between."""
+    """The learner's real exchange of messages with the buffer, without the training."""
 
     def __init__(self, config: Config, incarnation: str, step: int = 0, version: int = -1) -> None:
         super().__init__(daemon=True)
@@ -110,7 +110,9 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def check_records(folder: Path, steps: int) -> None:
-    """One row per step, each group once, each visit of a prompt trained at most once and never lost."""
+    """Each step has one row, and each group one. Each visit of a prompt is trained on at most once
+    and never lost.
+    """
     metrics, groups = rows(folder, "metrics.jsonl"), rows(folder, "groups.jsonl")
     assert [row["step"] for row in metrics] == list(range(steps))
     assert all(row["lag/max"] <= LAG for row in metrics)
@@ -125,7 +127,7 @@ def check_records(folder: Path, steps: int) -> None:
             if isinstance(logged.event, ev.PromptsDrawn):
                 drawn |= {prompt.visit for prompt in logged.event.prompts}
     assert set(shipped) <= drawn and drawn == set(range(max(drawn) + 1))
-    # A prompt drawn before the last trained one was trained, or dropped with a reason, or waits.
+    # Each prompt drawn before the last trained one is trained, dropped with a reason, or waiting.
     ended = {row["visit"] for row in groups}
     unfinished = drawn - ended
     assert len(unfinished) <= (LAG + 3) * GROUPS
@@ -138,7 +140,7 @@ def check_replay(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_a_buffer_killed_at_any_moment_goes_on(
+def test_a_buffer_killed_at_any_moment_continues_after_a_restart(
     tmp_path: Path, free_port: Callable[[], int], seed: int
 ) -> None:
     rng, steps = random.Random(seed), 12
@@ -174,7 +176,7 @@ def test_a_buffer_killed_at_any_moment_goes_on(
 def test_a_stopped_learner_comes_back_to_the_same_step(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
-    """A buffer frozen longer than anyone waits, and thawed: both sides find each other again."""
+    """After a buffer was frozen for longer than its peers wait, both sides reconnect."""
     config = make_config(tmp_path, free_port(), "run.steps=6", "buffer.peer_timeout_s=1.5")
     buffer = Buffer(tmp_path, config)
     engine, learner = FakeEngine(config.buffer.address, "e"), Learner(config, "a")

@@ -1,4 +1,4 @@
-"""Links break, buffers die, engines freeze: rollouts go on, and every token is trained on once."""
+"""Links break, buffers die and engines freeze, but rollouts go on and no token is trained twice."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Proxy:
                 return  # the proxy was closed
             try:
                 far = socket.create_connection(("127.0.0.1", self.port))
-            except OSError:  # nothing listens there yet
+            except OSError:  # no program listens there yet
                 near.close()
                 continue
             self._pairs.append((near, far))
@@ -62,7 +62,7 @@ class Proxy:
             while data := source.recv(1 << 16):
                 sink.sendall(data)
         except OSError:
-            return  # it was reset
+            return  # the connection was reset
 
     def reset(self) -> None:
         pairs, self._pairs = self._pairs, []
@@ -94,7 +94,7 @@ def wait_for_step(learner: Learner, step: int) -> None:
 
 
 def check_tokens(shards: list[msg.Shard]) -> None:
-    """Each trained response is its tokens in order, none missing and none twice."""
+    """Each trained response has its tokens in order, none missing and none repeated."""
     for trajectory in (t for shard in shards for t in shard.trajectories):
         tokens = np.frombuffer(trajectory.tokens, "<i4").tolist()
         num_sampled = len(tokens) - len(PROMPT)
@@ -141,7 +141,7 @@ def test_a_reset_of_all_connections_costs_no_rollout(
 
 @pytest.mark.slow
 def test_a_killed_buffer_costs_no_rollout(tmp_path: Path, free_port: Callable[[], int]) -> None:
-    """Its engines decode on, and the restarted buffer gets the tokens of that time."""
+    """The engines keep decoding, and the restarted buffer gets the tokens of that time."""
     config = make_config(tmp_path, free_port(), f"run.steps={STEPS}", "buffer.peer_timeout_s=15")
     buffer = Buffer(tmp_path, config)
     engines = [FakeEngine(config.buffer.address, f"e/{i}") for i in range(2)]
@@ -165,7 +165,7 @@ def test_a_killed_buffer_costs_no_rollout(tmp_path: Path, free_port: Callable[[]
 def test_an_engine_frozen_past_the_timeout_joins_again(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
-    """Its rollouts went on elsewhere from the tokens that were received, so it is told to forget them."""
+    """Other engines continued its rollouts from the received tokens, so it must forget them."""
     config = make_config(tmp_path, free_port(), f"run.steps={STEPS}", "buffer.peer_timeout_s=1.5")
     buffer = Buffer(tmp_path, config)
     program = (

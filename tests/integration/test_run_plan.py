@@ -1,4 +1,4 @@
-"""What the launcher checks before anything starts, and what it would start."""
+"""The launcher's checks before anything starts, and the processes that it would start."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_missing_model_names_the_command_that_makes_it(config: Config, tmp_pat
         prepare(replace(config, model=replace(config.model, path=path)))
 
 
-def test_an_existing_run_is_left_alone(config: Config, tmp_path: Path) -> None:
+def test_an_existing_run_is_not_touched(config: Config, tmp_path: Path) -> None:
     assert prepare(config).run.name == "demo"
     for taken in ("demo", "demo-2"):
         (tmp_path / taken).mkdir()
@@ -54,7 +54,7 @@ def test_an_existing_run_is_left_alone(config: Config, tmp_path: Path) -> None:
     assert free_name(replace(config, run=replace(config.run, resume=True))) == "demo"
 
 
-def test_every_pool_gets_the_run_s_configuration_and_its_own_overrides(config: Config) -> None:
+def test_every_pool_gets_the_configuration_of_the_run_and_its_own_overrides(config: Config) -> None:
     config = replace(config, launch=replace(config.launch, pools=["actors.name=b actors.slots=32"]))
     arguments = {command.name: command.arguments for command in commands_of(config)}
     assert list(arguments) == ["buffer", "actors pool", "actors b", "learner"]
@@ -68,7 +68,7 @@ def test_a_pool_that_cannot_work_is_refused(config: Config, entry: str) -> None:
         commands_of(replace(config, launch=replace(config.launch, pools=[entry])))
 
 
-def test_gpus_are_split_where_there_are_enough_and_shared_where_not() -> None:
+def test_gpus_are_split_if_there_are_enough_and_shared_otherwise() -> None:
     table = [
         Command("buffer", "buffer", ()),
         Command("actors", "actors", (), 2),

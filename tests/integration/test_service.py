@@ -1,4 +1,6 @@
-"""The buffer's service over real sockets, with engines that draw lengths and learners that only count."""
+"""The buffer's service over real sockets, with engines that draw lengths and learners that only
+count.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,11 @@ STEPS, GROUPS, SIZE = 5, 3, 4
 def make_config(folder: Path, port: int, *overrides: str) -> Config:
     return cli.load(
         [
-            f"run.dir={folder}", "run.name=r", f"run.steps={STEPS}", f"buffer.address=tcp://127.0.0.1:{port}", f"batch.groups={GROUPS}",
-            f"darts.group_size={SIZE}", "redundancy.rule=fixed", "redundancy.upper=1.5", "sampling.max_tokens=64", "eval.every=2",
-            "eval.num_prompts=5", "staleness.max_lag=2", "buffer.peer_timeout_s=3", "data.num_prompts=500", *overrides,
+            f"run.dir={folder}", "run.name=r", f"run.steps={STEPS}",
+            f"buffer.address=tcp://127.0.0.1:{port}", f"batch.groups={GROUPS}",
+            f"darts.group_size={SIZE}", "redundancy.rule=fixed", "redundancy.upper=1.5",
+            "sampling.max_tokens=64", "eval.every=2", "eval.num_prompts=5",
+            "staleness.max_lag=2", "buffer.peer_timeout_s=3", "data.num_prompts=500", *overrides,
         ]
     )  # fmt: skip
 
@@ -60,7 +64,7 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
 def finished(
     tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
 ) -> tuple[Path, FakeLearner, list[FakeEngine], int]:
-    """One whole run with two engines and a learner; the tests below read what it left."""
+    """One whole run with two engines and a learner. The tests below read its results."""
     folder = tmp_path_factory.mktemp("runs")
     port = free_port()
     running = Running(make_config(folder, port))
@@ -77,7 +81,7 @@ def finished(
     return folder, learner, engines, status
 
 
-def test_run_ends_well_and_everyone_is_told(finished: Any) -> None:
+def test_run_ends_well_and_every_peer_is_told(finished: Any) -> None:
     _, learner, engines, status = finished
     assert status == 0
     assert learner.shutdown is not None and learner.shutdown.error == ""
@@ -101,7 +105,7 @@ def test_every_step_has_one_metrics_row_within_the_lag_bound(finished: Any) -> N
     )
 
 
-def test_tokens_are_trained_if_the_learner_says_so(finished: Any) -> None:
+def test_tokens_count_as_trained_if_the_learner_reports_them(finished: Any) -> None:
     """The fake learner leaves out one token a step; of truncated responses it is told nothing."""
     metrics, shards = rows(finished[0], "metrics.jsonl"), finished[1].shards
     assert not any(t.truncated for shard in shards for t in shard.trajectories)
@@ -111,7 +115,7 @@ def test_tokens_are_trained_if_the_learner_says_so(finished: Any) -> None:
         assert row["tokens/without_signal"] >= row["step"] + 1
 
 
-def test_every_row_says_how_far_engines_are_from_the_learner(finished: Any) -> None:
+def test_every_row_has_the_difference_between_engines_and_learner(finished: Any) -> None:
     metrics = rows(finished[0], "metrics.jsonl")
     assert [row["probe/logprob_diff"] for row in metrics] == [0.0] * STEPS
 
@@ -134,7 +138,7 @@ def test_an_engine_that_computes_something_else_ends_the_run_at_once(
     assert rows(tmp_path, "metrics.jsonl") == []
 
 
-def test_evaluations_stand_before_during_and_after(finished: Any) -> None:
+def test_evaluations_run_before_during_and_after_training(finished: Any) -> None:
     steps = [row["eval/step"] for row in rows(finished[0], "metrics.jsonl") if "eval/step" in row]
     assert steps[0] == 0 and steps[-1] == STEPS
     assert all(
@@ -195,7 +199,7 @@ def test_log_replays_to_the_same_decisions(finished: Any) -> None:
         assert result.difference is None and result.num_events > 100 and result.num_decisions > 50
 
 
-def test_replay_notices_a_decision_that_was_not_made(finished: Any) -> None:
+def test_replay_detects_a_decision_that_was_not_made(finished: Any) -> None:
     [(config, entries)] = [
         (s.config, list(s.events)) for s in read_sessions(finished[0] / "r" / "events")
     ]
@@ -207,7 +211,7 @@ def test_replay_notices_a_decision_that_was_not_made(finished: Any) -> None:
 
 
 @pytest.mark.slow
-def test_killed_engine_loses_only_what_it_had_in_flight(
+def test_killed_engine_loses_only_its_rollouts_in_flight(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     running = Running(make_config(tmp_path, free_port(), "buffer.peer_timeout_s=1.5"))
@@ -225,7 +229,7 @@ def test_killed_engine_loses_only_what_it_had_in_flight(
     assert {row["end"] for row in ledger} <= {"shipped", "deadline"}
 
 
-def test_an_engine_that_leaves_hands_its_tokens_to_another(
+def test_an_engine_that_leaves_hands_over_its_tokens(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     config = make_config(tmp_path, free_port(), "darts.max_attempts=1", "buffer.peer_timeout_s=60")
@@ -273,7 +277,7 @@ def test_learner_that_dies_with_a_shard_is_replaced(
     assert in_hand <= offered_again | stale and not offered_again & stale
 
 
-def test_resumed_run_draws_what_was_unfinished_and_repeats_nothing(
+def test_resumed_run_draws_unfinished_prompts_and_repeats_none(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     port = free_port()
@@ -306,9 +310,8 @@ def test_resumed_run_draws_what_was_unfinished_and_repeats_nothing(
     shipped = [
         row["prompt_id"] for row in rows(tmp_path, "groups.jsonl") if row["end"] == "shipped"
     ]
-    assert len(shipped) == STEPS * GROUPS and len(set(shipped)) == len(
-        shipped
-    )  # 15 of an epoch of 60: none twice
+    # 15 of an epoch of 60, none of them twice.
+    assert len(shipped) == STEPS * GROUPS and len(set(shipped)) == len(shipped)
 
 
 def test_rollout_that_always_fails_stops_the_run_with_its_error(
@@ -328,10 +331,12 @@ def test_rollout_that_always_fails_stops_the_run_with_its_error(
     assert learner.shutdown is not None and "KeyError" in learner.shutdown.error
 
 
-def test_a_failing_prompt_is_skipped_where_that_is_asked(
+def test_a_failing_prompt_is_skipped_if_configured(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
-    """data.on_error=skip: the run goes on, nothing that failed is trained on, and the ledger says what became of it."""
+    """With data.on_error=skip the run goes on, no failed rollout is trained on, and the ledger
+    records how each one ended.
+    """
     skip = ("data.on_error=skip", "data.max_skipped_frac=0.99", "darts.max_reopens=0")
     running = Running(make_config(tmp_path, free_port(), *skip, "eval.every=0"))
     address = running.service.run.router.address
@@ -392,10 +397,10 @@ def test_an_evaluation_without_a_reward_ends_the_run(
     )
 
 
-def test_a_rollout_that_succeeds_at_its_second_attempt_is_no_failure(
+def test_a_rollout_that_succeeds_at_its_second_attempt_is_not_a_failure(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
-    """Also in an evaluation, which comes first, and although data.on_error=stop."""
+    """This holds in an evaluation too, which comes first, and even with data.on_error=stop."""
     running = Running(make_config(tmp_path, free_port()))
     address = running.service.run.router.address
     engine, learner = FakeEngine(address, "e"), FakeLearner(address, STEPS)
@@ -411,7 +416,7 @@ def test_a_rollout_that_succeeds_at_its_second_attempt_is_no_failure(
 def test_a_prompt_that_is_too_long_is_skipped_and_counted(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
-    """Whatever data.on_error says; the file and the row are named in the summary."""
+    """This holds for every data.on_error. The summary names the file and the row."""
     held_out, data = tmp_path / "held-out.jsonl", tmp_path / "rows.jsonl"
     for file, start in ((held_out, 1000), (data, 0)):
         lines = (json.dumps({"prompt": f"{start + i}?", "answer": i}) for i in range(60))
@@ -439,11 +444,10 @@ def test_a_prompt_that_is_too_long_is_skipped_and_counted(
 
 @pytest.mark.slow
 def test_a_full_store_pauses_admission(tmp_path: Path, free_port: Callable[[], int]) -> None:
-    """buffer.max_bytes: with room for little more than a step, engines wait and the run ends all the same."""
+    """With buffer.max_bytes for little more than a step, engines wait, and the run still ends."""
     config = make_config(tmp_path, free_port())
-    config.buffer.max_bytes = (
-        4_000  # less than configuration allows: that bound is for responses at their longest
-    )
+    # Less than a configuration allows, which assumes the longest responses.
+    config.buffer.max_bytes = 4_000
     running = Running(config)
     address = running.service.run.router.address
     engine, learner = FakeEngine(address, "e", slots=64), FakeLearner(address, STEPS, step_s=0.2)
@@ -476,7 +480,7 @@ def test_second_run_in_the_same_directory_is_refused(
 
 
 @pytest.mark.slow
-def test_a_second_engine_of_one_name_replaces_the_first_which_is_told(
+def test_a_second_engine_with_the_same_name_replaces_the_first_which_is_told(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     running = Running(make_config(tmp_path, free_port()))
@@ -497,9 +501,7 @@ def test_a_second_engine_of_one_name_replaces_the_first_which_is_told(
     assert second.num_launched > 0
 
 
-def test_what_another_run_left_behind_is_refused(
-    tmp_path: Path, free_port: Callable[[], int]
-) -> None:
+def test_the_files_of_another_run_are_refused(tmp_path: Path, free_port: Callable[[], int]) -> None:
     port = free_port()
     running = Running(make_config(tmp_path / "one", port))
     address = running.service.run.router.address
@@ -528,7 +530,7 @@ def test_what_another_run_left_behind_is_refused(
     assert running.wait() == 0
 
 
-def test_an_engine_that_speaks_for_the_learner_is_dismissed(
+def test_an_engine_that_sends_a_learner_message_is_dismissed(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     running = Running(make_config(tmp_path, free_port()))

@@ -1,4 +1,4 @@
-"""The core's invariants under arbitrary orders of arbitrary events (see `darts/core.py` for their list)."""
+"""The core's invariants, listed in `darts/core.py`, under arbitrary orders of arbitrary events."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def state_of(core: Core) -> bytes:
 
 
 class CoreMachine(RuleBasedStateMachine):
-    """Rules act on a `World`, whose checks are the per-decision invariants; here stand the global ones."""
+    """Rules act on a `World`, which checks the invariants of each decision. The global invariants
+    are checked here.
+    """
 
     @initialize(config=CONFIGS, seed=st.integers(0, 2**16))
     def start(self, config: CoreConfig, seed: int) -> None:
@@ -144,7 +146,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """A core restored from saved bytes has the same state, and decides alike from then on."""
+        """A core restored from saved bytes has the same state and makes the same decisions."""
         state = checkpoint.save(self.world.core)
         decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=checkpoint.CoreState)
         self.world.twin = checkpoint.restore(self.world.config, decoded)
@@ -162,7 +164,7 @@ class CoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.rollouts)
     @rule(data=st.data())
     def late_news(self, data: st.DataObject) -> None:
-        """News of rollouts long over is ignored."""
+        """Reports about rollouts that ended long ago are ignored."""
         over = [r for r in self.world.rollouts.values() if r.end not in ("", "cancelling")]
         if over:
             rollout = data.draw(st.sampled_from(over))
@@ -177,7 +179,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def illegal(self, data: st.DataObject) -> None:
-        """Each of these cannot happen now: it raises and changes nothing."""
+        """Each of these events is impossible now: it raises an error and changes nothing."""
         world, core = self.world, self.world.core
         events: list[ev.Event] = [
             ev.RolloutProgressed(10**9, 1),
@@ -229,7 +231,9 @@ class CoreMachine(RuleBasedStateMachine):
         validate_state(core)
 
     def teardown(self) -> None:
-        """Given time, every rollout and every group ends, and every prompt was trained on or given up after its last chance."""
+        """Given time, every rollout and group ends, and every prompt was trained on, or dropped
+        after its last attempt.
+        """
         if not hasattr(self, "world"):
             return
         self.world.send(ev.AdmissionPaused(False))
@@ -266,7 +270,9 @@ TestCore.settings = settings(
 @pytest.mark.parametrize("long_end", ["none", "longest"])
 @pytest.mark.parametrize("seed", range(30))
 def test_online_selection_equals_the_offline_rule(long_end: str, seed: int) -> None:
-    """With the whole budget launched, the machine keeps just whom the pure rule keeps of all true lengths."""
+    """With the whole budget launched, the core keeps exactly the rollouts that the pure rule
+    selects from all true lengths.
+    """
     rng = random.Random(seed)
     num_long = 0 if long_end == "none" else 2
     config = CoreConfig(
@@ -339,7 +345,9 @@ def test_an_engine_that_leaves_costs_its_rollouts_no_attempt() -> None:
 
 
 def test_adversarial_lengths_starve_no_prompt() -> None:
-    """One prompt is always truncated, one always slow, one fails often: each still comes to training or is accounted for."""
+    """One prompt is always truncated, one is always slow, and one fails often. Each is still
+    trained on or accounted for.
+    """
     config = CoreConfig(
         2,
         max_lag=1,

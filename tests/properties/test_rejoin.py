@@ -1,5 +1,5 @@
-"""An engine joins again after anything was lost on the way: afterwards it and the core have the same
-rollouts, and no token is lost or held twice.
+"""An engine rejoins after any messages were lost: then it and the core have the same rollouts, and
+no token is lost or held twice.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ LENGTH = 12  # of every rollout
 
 @dataclass
 class Case:
-    """A rollout before the engine joins again. The engine has at least what the buffer holds."""
+    """A rollout before the engine rejoins. The engine has at least the tokens of the buffer."""
 
     of_core: str  # "running", "cancelled" or "over"
     listed: bool
-    start: int  # prefix
-    num_held: int  # of the buffer, 0: not even the prompt
-    num_sampled: int  # by the engine
+    start: int  # length of the prefix
+    num_held: int  # row tokens held by the buffer; 0: not even the prompt
+    num_sampled: int  # tokens sampled by the engine
     has_ended: bool
 
 

@@ -1,4 +1,6 @@
-"""What a log keeps through any order of appends, syncs, rotations, drops, full disks, kills and power cuts."""
+"""A log keeps its promises through any order of appends, syncs, rotations, drops, full disks,
+kills and power cuts.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ PAYLOADS = st.binary(max_size=40) | st.just(b"\xd4\xa7" * 20)  # the second look
 
 
 class LaterExecutor(Executor):
-    """Runs what was submitted when the test says so."""
+    """Runs submitted calls when the test says so."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Future[None], object, tuple[object, ...]]] = []
@@ -41,7 +43,7 @@ class LaterExecutor(Executor):
 
 
 class _Eager(Future):
-    """To wait for it runs it, as there is no other thread."""
+    """Waiting for its result runs it, as there is no other thread."""
 
     def __init__(self, executor: LaterExecutor) -> None:
         super().__init__()
@@ -53,14 +55,16 @@ class _Eager(Future):
 
 
 class LogMachine(RuleBasedStateMachine):
-    """`history[seq]` is the record of that number; a checkpoint is the number of the record after it, as text."""
+    """`history[seq]` is the record with that number. A checkpoint holds the number of the record
+    that follows it, as text.
+    """
 
     @initialize(fsync_s=st.sampled_from([0, WINDOW_S]), threaded=st.booleans())
     def start(self, fsync_s: float, threaded: bool) -> None:
         self.disk, self.now, self.fsync_s = MemoryDisk(), 0.0, fsync_s
         self.executor = LaterExecutor() if threaded else None
         self.history: list[tuple[float, bytes]] = []
-        self.promised = -1  # the newest record that was said to be durable
+        self.promised = -1  # the newest record that was reported as durable
         self.at_fuse: random.Random | None = None
         self.open()
 
@@ -90,7 +94,8 @@ class LogMachine(RuleBasedStateMachine):
 
     @rule(payload=PAYLOADS)
     def append(self, payload: bytes) -> None:
-        self.history.append((self.now, payload))  # first: a cut in the middle may leave it whole
+        # First, because a power cut during the append may leave it complete.
+        self.history.append((self.now, payload))
         try:
             seq = self.log.append(payload, self.now)
         except OSError:
@@ -152,7 +157,7 @@ class LogMachine(RuleBasedStateMachine):
 
     @rule(num_steps=st.integers(0, 12), kills=st.booleans(), seed=st.integers(0, 2**32))
     def light_fuse(self, num_steps: int, kills: bool, seed: int) -> None:
-        """In so many operations, the process is killed or the power is cut."""
+        """After `num_steps` operations, the process is killed or the power is cut."""
         self.disk.fuse, self.at_fuse = num_steps, None if kills else random.Random(seed)
 
     @rule(seed=st.integers(0, 2**32))
@@ -181,7 +186,7 @@ class LogMachine(RuleBasedStateMachine):
             assert len(self.history) == num_records
 
     def cut_or(self, act, default=None):
-        """What `act` returns, or None after the power cut that it ran into."""
+        """The result of `act`, or None if a power cut interrupted it."""
         try:
             result = act()
         except PowerCutError:
@@ -227,7 +232,7 @@ TestLog.settings = settings(
     data=st.data(),
 )
 @settings(max_examples=300, deadline=None)
-def test_a_changed_bit_is_refused_or_changes_nothing(segments, data) -> None:
+def test_a_flipped_bit_is_refused_or_changes_nothing(segments, data) -> None:
     disk = MemoryDisk()
     log, _ = SegmentLog.open(FOLDER, first_checkpoint=b"0", disk=disk)
     payloads: list[bytes] = []
@@ -255,7 +260,7 @@ def test_a_changed_bit_is_refused_or_changes_nothing(segments, data) -> None:
 
 @given(num_records=st.integers(1, 6), data=st.data())
 @settings(max_examples=200, deadline=None)
-def test_a_file_cut_anywhere_keeps_a_beginning(num_records, data) -> None:
+def test_a_file_cut_anywhere_keeps_its_beginning(num_records, data) -> None:
     disk = MemoryDisk()
     log, _ = SegmentLog.open(FOLDER, disk=disk)
     ends = [log.segment_bytes]

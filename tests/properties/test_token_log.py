@@ -1,4 +1,6 @@
-"""The token log gives back a `TrajectoryStore`'s content, bit for bit, through rotations, compaction, kills and power cuts."""
+"""The token log restores the content of a `TrajectoryStore` bit for bit through rotations,
+compaction, kills and power cuts.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def is_beginning(found: StoredRollout, whole: StoredRollout) -> bool:
 
 
 class TokenMachine(RuleBasedStateMachine):
-    """A store and its log, told the same things. `promised`: tokens per rollout that were durable."""
+    """A store and its log get the same calls. `promised` counts the durable tokens per rollout."""
 
     @initialize()
     def start(self) -> None:
@@ -131,7 +133,9 @@ class TokenMachine(RuleBasedStateMachine):
         assert {r: content(self.store, r) for r in self.outstanding} == before
 
     def attempt(self, act, new: int | None = None) -> None:
-        """Do it, or stop as the disk says. After a full disk the buffer would end, and be started again."""
+        """Call `act`, or stop if the disk fails. After a full disk the buffer would end and be
+        restarted.
+        """
         try:
             act()
         except OSError:
@@ -144,7 +148,7 @@ class TokenMachine(RuleBasedStateMachine):
                 self.promised = {r: len(content(self.store, r).tokens) for r in self.outstanding}
 
     def stop(self) -> None:
-        """The store is lost; the log fills another one."""
+        """The store is lost, and the log fills another one."""
         rng = self.at_fuse
         self.disk = self.disk.after_kill() if rng is None else self.disk.after_power_cut(rng)
         wanted = set(self.outstanding)
@@ -182,12 +186,12 @@ TestTokens.settings = settings(
 
 
 class Traffic:
-    """Three rollouts that never end among short ones, so that most of each old segment is garbage."""
+    """Three endless rollouts among short ones, so that most of each old segment is garbage."""
 
     def __init__(self, seed: int, segment_bytes: int) -> None:
         self.rng, self.disk = random.Random(seed), MemoryDisk()
         self.log, _ = TokenLog.open(FOLDER, (), segment_bytes=segment_bytes, disk=self.disk)
-        self.offsets: dict[int, int] = {}  # by outstanding rollout
+        self.offsets: dict[int, int] = {}  # offsets by outstanding rollout
         self.next_id = 0
 
     def step(self) -> None:
@@ -210,7 +214,7 @@ def sizes(found: dict[int, StoredRollout]) -> dict[int, int]:
     return {rollout_id: len(rollout.tokens) // 4 for rollout_id, rollout in found.items()}
 
 
-def test_disk_use_follows_what_is_outstanding() -> None:
+def test_disk_use_follows_the_outstanding_tokens() -> None:
     segment_bytes = 4000
     traffic = Traffic(seed=0, segment_bytes=segment_bytes)
     peak_live = peak = 0
@@ -225,9 +229,9 @@ def test_disk_use_follows_what_is_outstanding() -> None:
 
 @given(fuse=st.integers(0, 400), seed=st.integers(0, 2**16))
 @settings(max_examples=100, deadline=None)
-def test_a_power_cut_in_the_middle_of_compaction_loses_nothing_durable(fuse, seed) -> None:
+def test_a_power_cut_during_compaction_loses_nothing_durable(fuse, seed) -> None:
     traffic = Traffic(seed, segment_bytes=500)
-    for _ in range(150):  # from here on each rotation moves records
+    for _ in range(150):  # from now on each rotation moves records
         traffic.step()
     traffic.disk.fuse = fuse
     durable: dict[int, int] = {}
@@ -249,7 +253,7 @@ def test_a_power_cut_in_the_middle_of_compaction_loses_nothing_durable(fuse, see
             assert rollout.tokens == expected.tokens and rollout.logprobs == expected.logprobs
 
 
-def test_a_rollout_that_lost_all_it_had_copied_continues_nothing() -> None:
+def test_a_rollout_that_lost_its_whole_copied_prefix_continues_nothing() -> None:
     disk = MemoryDisk()
     log, _ = TokenLog.open(FOLDER, (), disk=disk)
     prompt = StoredRollout(0, bytearray(400), bytearray(400), [(False, -1, 100)])
@@ -264,7 +268,7 @@ def test_a_rollout_that_lost_all_it_had_copied_continues_nothing() -> None:
     assert found == {1: StoredRollout(7, prompt.tokens, prompt.logprobs, prompt.runs)}
 
 
-def test_damage_to_a_wanted_rollout_is_refused() -> None:
+def test_damage_to_an_outstanding_rollout_is_refused() -> None:
     disk = MemoryDisk()
     log, _ = TokenLog.open(FOLDER, set(), disk=disk)
     log.begin(1, 0, 0.0)

@@ -16,7 +16,7 @@ from tests.pages import PAGES, ROOT, TOP_LEVEL, explained_metrics, spans
 from tools.compare import CompareConfig
 
 
-def test_blocks_say_what_they_hold() -> None:
+def test_fenced_blocks_name_their_language() -> None:
     """A block without a language would escape the test that runs every command."""
     for page in PAGES:
         fences = re.findall(r"^ *```(.*)$", page.read_text(), re.M)
@@ -65,13 +65,13 @@ def test_paths_and_links_exist(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them from headings."""
+    """The anchors that GitHub makes from the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def metrics_in_the_source() -> set[str]:
-    """String literals of the form of a metric's name, but not the parts of an f-string."""
+    """String literals that look like a metric's name, except parts of an f-string."""
     found: set[str] = set()
     measured_in = [ROOT / "darts/step_row.py"]
     for folder in ("buffer", "learner"):
@@ -97,6 +97,7 @@ def test_every_metric_is_explained() -> None:
 
 
 def test_every_explained_metric_exists() -> None:
-    composed = {"length", "tokens", "cancel", "eval"}  # put together from parts: see integration
+    # Names with these prefixes are composed at run time; integration tests check them.
+    composed = {"length", "tokens", "cancel", "eval"}
     named = {name for name in explained_metrics() if name.partition("/")[0] not in composed}
     assert named - metrics_in_the_source() == set()

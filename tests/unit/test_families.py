@@ -1,4 +1,4 @@
-"""Every tiny family is a folder that loads as a downloaded one does, and is the same each time."""
+"""Every tiny model is a folder that loads like a downloaded one and is the same each time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.families import FAMILIES, VOCABULARY, save_family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tiny_family_loads_as_a_downloaded_model_does(tmp_path: Path, family: str) -> None:
+def test_a_tiny_model_loads_like_a_downloaded_one(tmp_path: Path, family: str) -> None:
     folder = save_family(tmp_path / "model", family)
     model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(found.values()), found

@@ -1,4 +1,4 @@
-"""What a module loads when it is imported: the buffer, its tools and the configuration start without torch, vLLM or Ray."""
+"""The buffer, its tools and the configuration import without loading torch, vLLM or Ray."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ def test_loads_no_torch_and_no_engine(module: str) -> None:
 @pytest.mark.parametrize(
     "module", ["darts.events", "darts.core", "darts.sizing.redundancy", "darts.sizing.latency"]
 )
-def test_darts_loads_no_input_or_output(module: str) -> None:
+def test_darts_loads_no_io_modules(module: str) -> None:
     assert not loaded_by(module) & {*HEAVY, "asyncio", "zmq", "msgspec", "omegaconf", "logging"}

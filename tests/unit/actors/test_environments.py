@@ -1,4 +1,4 @@
-"""Environments: rewards, rendering, and verifiers that raise, hang, die or answer nonsense."""
+"""Environments: rewards, rendering, and verifiers that raise, hang, die or return nonsense."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def score(environment: Environment, prompt: PromptPayload, response: str) -> flo
 
 @pytest.fixture(scope="module")
 def user_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    """Verifies with a module of the working directory, and gives up after a second."""
+    """An environment whose verifier is in the working directory and has a second per response."""
     folder, before = tmp_path_factory.mktemp("user"), Path.cwd()
     (folder / "my_verifiers.py").write_text(USER_VERIFIERS)
     os.chdir(folder)
@@ -105,7 +105,7 @@ def user_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Envir
         ("12 + 30 = 42\n#### 42", "42"),
     ],
 )
-def test_the_final_answer_of_a_text(text: str, answer: str) -> None:
+def test_the_final_answer_is_extracted_from_a_text(text: str, answer: str) -> None:
     assert final_answer(text) == answer
 
 
@@ -135,8 +135,8 @@ def test_an_answer_in_nested_braces_is_compared_as_a_whole() -> None:
     assert score(environment, prompt, r"\boxed{\frac{\sqrt{3}}{3}}") == 0.0
 
 
-def test_a_long_response_of_open_boxes_is_scored_at_once() -> None:
-    """Its time grows with its length: the event loop waits for this verifier."""
+def test_a_long_response_of_open_boxes_is_scored_quickly() -> None:
+    """The time may only grow linearly, because the event loop waits for this verifier."""
     assert final_answer(r"<answer>\boxed{" * 100_000 + r"\boxed{4}") == "4"
 
 
@@ -150,14 +150,14 @@ def test_the_load_of_a_verifier_that_runs_inline_is_measured() -> None:
     assert report.time_s > 0 and environment.measure().num_verified == 0
 
 
-def test_a_numeric_reference_that_holds_no_number_is_a_failure_not_a_zero() -> None:
+def test_a_numeric_reference_without_a_number_is_a_failure_not_a_zero() -> None:
     with pytest.raises(
         EnvironmentFailure, match=r"numeric on prompt p1: .*'Paris' holds no number"
     ):
         score(make_environment(config_of("numeric")), payload(answer="Paris"), "4")
 
 
-def test_tagged_sum_scores_its_own_prompts_and_must_see_the_end_token() -> None:
+def test_tagged_sum_scores_its_own_prompts_and_requires_the_end_token() -> None:
     environment = make_environment(config_of(train="tagged_sum"))
     assert environment.keep_special_tokens and not make_environment(config_of()).keep_special_tokens
     assert [
@@ -166,7 +166,7 @@ def test_tagged_sum_scores_its_own_prompts_and_must_see_the_end_token() -> None:
     ] == [1.0, 0.0, 0.0]
 
 
-def test_reasoning_gym_scores_an_entry_of_its_own() -> None:
+def test_reasoning_gym_scores_its_own_entries() -> None:
     pytest.importorskip("reasoning_gym")
     entry = {
         "question": "3 + 4 - 7 =",
@@ -180,7 +180,7 @@ def test_reasoning_gym_scores_an_entry_of_its_own() -> None:
     environment.close()
 
 
-def test_math_verify_knows_equal_expressions() -> None:
+def test_math_verify_accepts_equivalent_expressions() -> None:
     pytest.importorskip("math_verify")
     environment = make_environment(config_of("math_verify"))
     assert score(environment, payload(answer=r"\frac{1}{2}"), r"so it is $\boxed{0.5}$") == 1.0
@@ -188,7 +188,7 @@ def test_math_verify_knows_equal_expressions() -> None:
     environment.close()
 
 
-def test_a_users_verifier_gets_the_answer_and_the_metadata(user_environment: Environment) -> None:
+def test_a_user_verifier_gets_the_answer_and_the_metadata(user_environment: Environment) -> None:
     prompt = payload(metadata=json.dumps({"bonus": 2}))
     assert score(user_environment, prompt, "4") == 3.0
     assert score(user_environment, prompt, "5") == 2.0
@@ -226,12 +226,13 @@ def test_a_failing_verifier_is_a_failure_and_the_next_response_is_scored(
 def test_a_hung_verifier_is_killed(user_environment: Environment) -> None:
     pid = int(score(user_environment, payload(), "pid"))
     with pytest.raises(EnvironmentFailure):
-        score(user_environment, payload(), "hang")  # runs in the same worker, the one last used
+        # Runs in the same worker, the most recently used one.
+        score(user_environment, payload(), "hang")
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
 
-def test_the_event_loop_goes_on_while_a_verifier_works(user_environment: Environment) -> None:
+def test_the_event_loop_keeps_running_while_a_verifier_works(user_environment: Environment) -> None:
     async def count_while_scoring() -> int:
         scoring = asyncio.create_task(user_environment.score(payload(answer="slow"), "slow"))
         turns = 0
@@ -244,7 +245,7 @@ def test_the_event_loop_goes_on_while_a_verifier_works(user_environment: Environ
     assert asyncio.run(count_while_scoring()) > 5
 
 
-def test_many_responses_are_scored_at_once(user_environment: Environment) -> None:
+def test_responses_are_scored_concurrently(user_environment: Environment) -> None:
     async def all_of_them() -> list[float]:
         return await asyncio.gather(
             *(user_environment.score(payload(answer=str(i % 2)), "1") for i in range(40))
@@ -262,14 +263,16 @@ def test_many_responses_are_scored_at_once(user_environment: Environment) -> Non
         ("fuzzy", "it must be auto, exact, numeric"),
     ],
 )
-def test_a_verifier_that_cannot_be_had_is_refused_at_start(environment: str, expected: str) -> None:
+def test_a_verifier_that_cannot_be_loaded_is_refused_at_start(
+    environment: str, expected: str
+) -> None:
     with pytest.raises(ValueError) as error:
         make_environment(config_of(environment))
     message = str(error.value)
     assert message.startswith("data.environment=") and expected in message and "\n" not in message
 
 
-def test_auto_wants_one_verifier_for_training_and_evaluation() -> None:
+def test_auto_requires_one_verifier_for_training_and_evaluation() -> None:
     with pytest.raises(
         ValueError,
         match=r"data\.environment=auto would score .* with tagged_sum but data\.eval=rows\.jsonl",

@@ -1,4 +1,4 @@
-"""`actors.pool.Pool` with shell scripts in the place of engines: restarts, giving up, and leaving nothing behind."""
+"""`actors.pool.Pool` with shell scripts in place of engines: restarts, giving up and cleanup."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from configs.schema import Config
 
 
 class ScriptedPool(Pool):
-    """Engine `index` runs the shell script that the test gives, with the index as `$0`."""
+    """Engine `index` runs the test's shell script, with the index as `$0`."""
 
     def __init__(self, config: Config, script: str) -> None:
         super().__init__(config)
@@ -67,7 +67,7 @@ def wait_for(path: Path) -> str:
 
 @contextmanager
 def once_written(path: Path, act: Callable[[str], object]) -> Iterator[None]:
-    """Does `act` with the content of `path` as soon as an engine has written it."""
+    """Calls `act` with the content of `path` as soon as an engine has written it."""
     actor = threading.Thread(target=lambda: act(wait_for(path)))
     actor.start()
     yield
@@ -88,7 +88,7 @@ def test_a_dead_engine_is_restarted(make_pool: Callable[..., ScriptedPool], tmp_
     assert scripted.num_started == 2
 
 
-def test_an_engine_that_keeps_dying_is_given_up(make_pool: Callable[..., ScriptedPool]) -> None:
+def test_an_engine_that_keeps_dying_is_abandoned(make_pool: Callable[..., ScriptedPool]) -> None:
     scripted = make_pool(f"echo error: out of memory; exit {DIED}", max_restarts=2)
     with pytest.raises(EngineFailed, match=r"pool/0 died 3 times .*; last: out of memory"):
         scripted.run()
@@ -106,7 +106,7 @@ def test_restarts_count_within_their_window(
 
 
 @pytest.mark.parametrize("status", [GAVE_UP, RUN_FAILED])
-def test_an_engine_that_would_end_the_same_way_is_not_started_again(
+def test_an_engine_that_would_fail_the_same_way_is_not_restarted(
     make_pool: Callable[..., ScriptedPool], status: int
 ) -> None:
     scripted = make_pool(f"echo error: no such model; exit {status}")
@@ -116,7 +116,7 @@ def test_an_engine_that_would_end_the_same_way_is_not_started_again(
 
 
 @pytest.mark.parametrize("status", [GAVE_UP, RUN_FAILED, DIED])
-def test_one_engine_s_failure_is_not_that_of_the_pool(
+def test_the_failure_of_one_engine_does_not_fail_the_pool(
     make_pool: Callable[..., ScriptedPool],
     tmp_path: Path,
     status: int,
@@ -130,7 +130,7 @@ def test_one_engine_s_failure_is_not_that_of_the_pool(
     assert "pool/0" in (said := capfd.readouterr().err) and "continues with 1" in said
 
 
-def test_the_last_engine_s_failure_is_that_of_the_pool(
+def test_the_failure_of_the_last_engine_fails_the_pool(
     make_pool: Callable[..., ScriptedPool],
 ) -> None:
     script = f"test $0 = 1 && sleep 0.2; echo error: reason $0; exit {GAVE_UP}"
@@ -138,7 +138,7 @@ def test_the_last_engine_s_failure_is_that_of_the_pool(
         make_pool(script, engines=2).run()
 
 
-def test_an_engine_that_is_told_to_leave_is_not_started_again(
+def test_an_engine_that_is_told_to_leave_is_not_restarted(
     make_pool: Callable[..., ScriptedPool], tmp_path: Path
 ) -> None:
     leaver, stayer = tmp_path / "leaver", tmp_path / "stayer"
@@ -203,7 +203,7 @@ def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["models/tiny-reasoner", "/nowhere/at/all", "tiny", "./a/b"])
-def test_a_folder_that_is_not_there_is_refused_by_name(
+def test_a_missing_folder_is_refused_by_name(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -211,12 +211,12 @@ def test_a_folder_that_is_not_there_is_refused_by_name(
         check_model(path)
 
 
-def test_a_hub_name_is_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check_model("Qwen/Qwen3-0.6B")
 
 
-def test_each_engine_gets_gpus_of_its_own() -> None:
+def test_each_engine_gets_its_own_gpus() -> None:
     config = cli.load(["actors.device=cuda", "actors.num_engines=2", "actors.tensor_parallel=2"])
     assert [engine_gpus(config, i, "")["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["0,1", "2,3"]
     assert [engine_gpus(config, i, "4,5,6,7")["CUDA_VISIBLE_DEVICES"] for i in range(2)] == [
@@ -227,5 +227,5 @@ def test_each_engine_gets_gpus_of_its_own() -> None:
         engine_gpus(config, 0, "0,1,2")
 
 
-def test_cpu_engines_are_given_no_gpus() -> None:
+def test_cpu_engines_get_no_gpus() -> None:
     assert engine_gpus(cli.load(["actors.device=cpu"]), 0, "0") == {}

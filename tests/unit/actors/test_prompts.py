@@ -1,4 +1,6 @@
-"""Prompts as tokens: chat templates, begin and end tokens, system messages; real tokenizers."""
+"""Turning prompts into tokens with real tokenizers: chat templates, special tokens and system
+messages.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ ASK = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 PLAIN_TEMPLATE = LOOP + TURN + "{% endfor %}" + ASK
 BEGIN_TEMPLATE = "{{ bos_token }}" + PLAIN_TEMPLATE
 THINKING_TEMPLATE = PLAIN_TEMPLATE + r"{{ '<think>\n' }}"
-ENDING_TEMPLATE = LOOP + TURN + "{{ eos_token }}{% endfor %}"  # knows no generation prompt
-REFUSING_TEMPLATE = (  # as Gemma's
+ENDING_TEMPLATE = LOOP + TURN + "{{ eos_token }}{% endfor %}"  # has no generation prompt
+REFUSING_TEMPLATE = (  # like Gemma's
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     + BEGIN_TEMPLATE
 )
@@ -37,7 +39,7 @@ SYSTEM = {"role": "system", "content": "Think."}
 
 
 def make_tokenizer(around: str = "$A", chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer that puts `around` a text, such as "<bos> $A <eos>", unless told not to."""
+    """A tokenizer that surrounds each text by `around`, such as "<bos> $A <eos>", by default."""
     tokenizer = byte_tokenizer()
     special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -66,7 +68,7 @@ def rendered(tokenizer: PreTrainedTokenizerFast, messages: list[Any], **data: An
         ("$A", CHAT, "hi\n\nyes?\n\n2+2?"),
     ],
 )
-def test_plain_text_begins_once_and_never_ends(
+def test_plain_text_gets_one_begin_token_and_no_end_token(
     around: str, messages: list[Any], expected: str
 ) -> None:
     assert rendered(make_tokenizer(around), messages) == expected
@@ -82,7 +84,7 @@ def test_plain_text_begins_once_and_never_ends(
         (ENDING_TEMPLATE, "<|user|>2+2?"),
     ],
 )
-def test_a_template_decides_whatever_the_tokenizer_adds_by_itself(
+def test_a_template_overrides_the_special_tokens_of_the_tokenizer(
     around: str, template: str, expected: str
 ) -> None:
     assert rendered(make_tokenizer(around, template), USER) == expected
@@ -93,7 +95,7 @@ def test_earlier_turns_keep_their_end_tokens() -> None:
     assert text == "<|user|>hi<eos><|assistant|>yes?<eos><|user|>2+2?"
 
 
-def test_a_template_can_be_left_unused() -> None:
+def test_a_chat_template_can_be_disabled() -> None:
     tokenizer = make_tokenizer("<bos> $A", BEGIN_TEMPLATE)
     assert rendered(tokenizer, USER, chat_template="never") == "<bos>2+2?"
 
@@ -107,13 +109,13 @@ def test_a_template_can_be_left_unused() -> None:
         (DROPPING_TEMPLATE, "<|user|>Think.\n\n2+2?"),
     ],
 )
-def test_a_system_message_is_always_seen(template: str | None, expected: str) -> None:
+def test_a_system_message_always_reaches_the_model(template: str | None, expected: str) -> None:
     tokenizer = make_tokenizer(chat_template=template)
     assert rendered(tokenizer, USER, system_prompt="Think.") == expected
     assert rendered(tokenizer, [SYSTEM, *USER]) == expected
 
 
-def test_what_a_template_raises_reaches_the_caller() -> None:
+def test_an_error_in_a_template_reaches_the_caller() -> None:
     tokenizer = make_tokenizer(chat_template=RAISING_TEMPLATE)
     for messages in (USER, [SYSTEM, *USER], [SYSTEM]):
         with pytest.raises(Exception, match="roles must alternate"):
@@ -125,13 +127,13 @@ def test_a_prompt_without_tokens_is_refused() -> None:
         rendered(make_tokenizer("$A <eos>"), [{"role": "user", "content": ""}])
 
 
-def test_a_token_that_begins_and_ends_is_a_prompt() -> None:
+def test_a_token_that_is_both_begin_and_end_is_a_valid_prompt() -> None:
     tokenizer = make_tokenizer("<bos> $A")
     tokenizer.eos_token = "<bos>"
     assert rendered(tokenizer, [{"role": "user", "content": ""}]) == "<bos>"
 
 
-def test_an_environment_renders_text_as_a_user_s_message() -> None:
+def test_an_environment_renders_text_as_a_user_message() -> None:
     tokenizer = make_tokenizer(chat_template=PLAIN_TEMPLATE)
     prompt = PromptPayload(prompt_id="p", text="2+2?", messages=[], answer="4", metadata="")
     ids = make_environment(Config()).render(prompt, tokenizer)

@@ -1,4 +1,6 @@
-"""Verifiers that misbehave: each ends as a failure that names it, and nothing that it started is left."""
+"""Verifiers that misbehave: each results in a failure that names its fault, and no process that
+it started survives.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from buffer.processes.descendants import processes_of
 from buffer.wire.messages import PromptPayload, VerifierReport
 from configs.schema import DataConfig
 
-SECONDS = 10**9 + os.getpid()  # so that no other test's processes are taken for ours
+SECONDS = 10**9 + os.getpid()  # so that no process of another test is mistaken for ours
 MODULE = f"odd_verifiers_{os.getpid()}"
 VERIFIERS = '''
 import ctypes, mmap, os, signal, subprocess, sys, threading, time
@@ -80,12 +82,13 @@ def fork_and_return():
 
 
 def daemon():
-    """Double fork, a session and an environment of its own: the whole disguise."""
+    """Hides completely: a double fork, its own session and an empty environment."""
     ready, unready = os.pipe()  # closed by exec
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
-            os.execve(sys.executable, [sys.executable, "-c", "import time; time.sleep(SECONDS)"], {})
+            program = "import time; time.sleep(SECONDS)"
+            os.execve(sys.executable, [sys.executable, "-c", program], {})
         os._exit(0)
     os.close(unready)
     os.read(ready, 1)
@@ -153,7 +156,7 @@ def verify(prompt, response, answer, metadata):
     return CASES[response]()
 '''
 
-FAILURES = {  # what it does -> what the failure says
+FAILURES = {  # a verifier's fault -> a phrase of its failure
     "ignores SIGTERM": "took longer than 1 s",
     "spins": "took longer than 1 s",
     "allocates": "ran out of memory (data.verifier_memory_mb)",
@@ -233,7 +236,7 @@ def score(pool: WorkerPool, response: str) -> float:
 
 
 def processes(before: set[int]) -> set[int]:
-    """Those that are there now and were not before, zombies included."""
+    """The processes that exist now and are not in `before`, zombies included."""
     return {int(name) for name in os.listdir("/proc") if name.isdigit()} - before
 
 
@@ -272,7 +275,7 @@ def test_a_verifier_may_start_processes(pool: WorkerPool, case: str) -> None:
 
 
 def sleepers() -> list[str]:
-    """The processes that our verifiers have left behind."""
+    """The processes that our verifiers left behind."""
     return [one for one in commands(processes(set())) if str(SECONDS) in one]
 
 
@@ -280,11 +283,11 @@ def sleepers() -> list[str]:
 def test_a_process_that_a_verification_left_behind_is_ended(pool: WorkerPool, case: str) -> None:
     assert score(pool, case) == 1.0
     assert wait_for(lambda: not sleepers())
-    assert score(pool, "helper") == 1.0  # which was started at import, and stays
+    assert score(pool, "helper") == 1.0  # uses a process started at import, which must survive
 
 
 @pytest.mark.parametrize("case", ["leaves a daemon", "ignores SIGTERM", "forks and exits"])
-def test_with_a_pool_ends_all_that_its_verifiers_started(
+def test_closing_a_pool_ends_all_processes_of_its_verifiers(
     make_pool: Callable[..., WorkerPool], case: str
 ) -> None:
     before = processes(set())
@@ -292,14 +295,14 @@ def test_with_a_pool_ends_all_that_its_verifiers_started(
     try:
         score(pool, case)
     except VerifierFailure:
-        pass  # its reward is not what this test is about
+        pass  # this test is not about the reward
     pool.close()
     assert wait_for(lambda: not sleepers())
     assert wait_for(lambda: not [c for c in commands(processes(before)) if MODULE in c])
 
 
 def test_the_load_of_the_workers_is_measured(make_pool: Callable[..., WorkerPool]) -> None:
-    """One worker, three responses: one is verified, one waits, and the third's caller gives up."""
+    """One worker has three responses: one is verified, one waits, and one is given up."""
     pool = make_pool(verifier_timeout_s=1.0)
     prompt = PromptPayload(prompt_id="p", text="?", messages=[], answer="", metadata="")
 
@@ -341,10 +344,8 @@ def test_closing_does_not_wait_for_a_verification(make_pool: Callable[..., Worke
     assert asyncio.run(close_meanwhile()) < 10
 
 
-def test_all_that_a_verifier_started_ends_with_a_killed_engine(
-    folder: Path, tmp_path: Path
-) -> None:
-    """The engine is killed during a verification that ignores every signal that it can."""
+def test_all_processes_of_a_verifier_end_with_a_killed_engine(folder: Path, tmp_path: Path) -> None:
+    """The engine is killed during a verification that ignores all signals that can be ignored."""
     engine = f"""
 import asyncio
 from actors.verifier_workers import WorkerPool

@@ -1,4 +1,6 @@
-"""`actors.worker.Worker` with a fake engine, link and environment; and the ledgers of `actors.inference.generation`."""
+"""`actors.worker.Worker` with a fake engine, link and environment, and the accounting in
+`actors.inference.generation`.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ class FakeTokenizer:
 
 
 class FakeEngine:
-    """Samples what the test says, when it says so."""
+    """Samples the tokens that the test gives it, when the test gives them."""
 
     def __init__(self) -> None:
         self.tokenizer, self.eos_ids, self.version = FakeTokenizer(), frozenset([EOS]), -1
@@ -86,7 +88,8 @@ class FakeEngine:
             generation.end(end)
 
     async def abort(self, request_ids: list[str]) -> None:
-        await asyncio.sleep(0.01)  # what a real engine takes to confirm: others may end meanwhile
+        # A real engine takes time to confirm, and other requests may end meanwhile.
+        await asyncio.sleep(0.01)
         self.aborted += request_ids
         for request_id in request_ids:
             self.generations[request_id].end("abort")
@@ -134,7 +137,7 @@ class FakeEnvironment:
 
 
 class FakeLink:
-    """What the test says comes in; what the worker sends is kept."""
+    """Receives messages from the test and keeps those that the worker sends."""
 
     def __init__(self) -> None:
         self.incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -227,7 +230,7 @@ class Scene:
         return [chunk for chunk in sent if chunk.rollout_id == rollout_id]
 
     def sampled(self, rollout_id: int) -> list[tuple[int, list[int]]]:
-        """(version, tokens) of its sampled chunks."""
+        """The version and tokens of each sampled chunk of a rollout."""
         return [
             (chunk.version, array("i", chunk.tokens).tolist())
             for chunk in self.chunks(rollout_id)
@@ -248,7 +251,7 @@ def play(
     policy: SnapshotRef | None = None,
     config: Config | None = None,
 ) -> Scene:
-    """Runs a worker beside `script`, then ends the run. Raises what the worker raised."""
+    """Runs a worker beside `script`, then ends the run. Passes on the worker's exceptions."""
     config = config or quick_config()
 
     async def run() -> Scene:
@@ -264,7 +267,7 @@ def play(
             scene.link.incoming.put(Shutdown(error=error))
         else:
             scripted.cancel()
-            scene.link.incoming.put(Shutdown(error=""))  # lets the reading thread end
+            scene.link.incoming.put(Shutdown(error=""))  # so that the reading thread ends
         assert (await worker).error == error
         return scene
 
@@ -275,7 +278,7 @@ def snapshot(version: int) -> SnapshotRef:
     return SnapshotRef(version=version, digest="", num_bytes=0, address="tcp://x", path="")
 
 
-# A rollout's life ----------------------------------------------------------------------------------------------------
+# A rollout's life --------------------------------------------------------------------------------
 
 
 def test_a_rollout_is_launched_streamed_scored_and_finished() -> None:
@@ -303,7 +306,7 @@ def test_a_rollout_is_launched_streamed_scored_and_finished() -> None:
     )
 
 
-def test_special_tokens_are_kept_where_the_environment_needs_them() -> None:
+def test_special_tokens_are_kept_if_the_environment_needs_them() -> None:
     async def script(scene: Scene) -> None:
         scene.environment.keep_special_tokens = True
         scene.launch(1)
@@ -325,7 +328,7 @@ def test_a_rollout_that_reaches_the_length_limit_is_truncated() -> None:
     assert answer.truncated
 
 
-def test_progress_waits_for_stream_interval_tokens_and_leaves_out_what_was_sent() -> None:
+def test_progress_waits_for_stream_interval_tokens_and_repeats_none() -> None:
     async def script(scene: Scene) -> None:
         scene.launch(1)
         await scene.running(1)
@@ -340,7 +343,7 @@ def test_progress_waits_for_stream_interval_tokens_and_leaves_out_what_was_sent(
     assert play(script).sampled(1) == [(-1, [3, 4]), (-1, [5])]
 
 
-def test_reports_leave_as_often_as_flush_s_says() -> None:
+def test_progress_is_sent_every_flush_s() -> None:
     async def script(scene: Scene) -> None:
         scene.launch(1)
         await scene.running(1)
@@ -377,7 +380,7 @@ def test_tokens_carry_the_version_that_sampled_them() -> None:
     assert play(script).sampled(1) == [(4, [3]), (5, [6, EOS])]
 
 
-def test_a_failed_verifier_fails_the_rollout_and_is_no_reward() -> None:
+def test_a_failed_verifier_fails_the_rollout_without_a_reward() -> None:
     async def script(scene: Scene) -> None:
         scene.environment.reward = EnvironmentFailure("verifier x raised on prompt p1")
         scene.launch(1)
@@ -388,7 +391,7 @@ def test_a_failed_verifier_fails_the_rollout_and_is_no_reward() -> None:
     assert play(script).answers() == [Failed(rollout_id=1, error="verifier x raised on prompt p1")]
 
 
-def test_a_refused_request_fails_its_rollout_alone() -> None:
+def test_a_refused_request_fails_only_its_own_rollout() -> None:
     async def script(scene: Scene) -> None:
         scene.launch(1, 2)
         await scene.running(1, 2)
@@ -402,7 +405,7 @@ def test_a_refused_request_fails_its_rollout_alone() -> None:
     assert (type(finished), finished.rollout_id) == (Finished, 2)
 
 
-def test_a_prompt_too_long_for_the_context_is_named_and_no_retry_is_asked_for() -> None:
+def test_a_prompt_too_long_for_the_context_is_named_and_not_retried() -> None:
     async def script(scene: Scene) -> None:
         scene.environment.prompt_ids = [1] * 25
         scene.launch(1)
@@ -425,7 +428,7 @@ def test_a_long_prompt_shortens_the_response() -> None:
     assert play(script).engine.launched["1"][1] == 16
 
 
-# Continuing what another engine began --------------------------------------------------------------------------------
+# Continuing a rollout of another engine ----------------------------------------------------------
 
 
 def test_a_prefix_is_continued_and_scored_but_not_sent_again() -> None:
@@ -442,7 +445,7 @@ def test_a_prefix_is_continued_and_scored_but_not_sent_again() -> None:
 
 
 @pytest.mark.parametrize(("prefix", "truncated"), [((3, EOS), False), ((3,) * 20, True)])
-def test_a_prefix_that_had_ended_is_only_scored(prefix: tuple[int, ...], truncated: bool) -> None:
+def test_a_prefix_that_is_complete_is_only_scored(prefix: tuple[int, ...], truncated: bool) -> None:
     async def script(scene: Scene) -> None:
         scene.launch(1, prefix=prefix)
         await scene.answered(1)
@@ -453,7 +456,7 @@ def test_a_prefix_that_had_ended_is_only_scored(prefix: tuple[int, ...], truncat
     assert (type(answer), answer.truncated) == (Finished, truncated)
 
 
-# Cancels: exactly one answer, always ---------------------------------------------------------------------------------
+# Cancels: exactly one answer, always -------------------------------------------------------------
 
 
 def test_a_cancelled_rollout_is_stopped_after_its_last_tokens() -> None:
@@ -470,7 +473,7 @@ def test_a_cancelled_rollout_is_stopped_after_its_last_tokens() -> None:
     assert scene.sampled(1) == [(-1, [3])]
 
 
-def test_a_cancel_while_it_is_scored_is_answered_at_once() -> None:
+def test_a_cancel_during_scoring_is_answered_at_once() -> None:
     async def script(scene: Scene) -> None:
         scene.environment.release.clear()
         scene.launch(1)
@@ -500,7 +503,7 @@ def test_a_rollout_that_ends_while_it_is_aborted_is_answered_once() -> None:
     assert len(play(script).answers()) == 1
 
 
-def test_a_cancel_of_what_was_answered_is_not_answered_again() -> None:
+def test_a_cancel_of_an_answered_rollout_is_not_answered_again() -> None:
     async def script(scene: Scene) -> None:
         scene.launch(1)
         await scene.running(1)
@@ -512,10 +515,10 @@ def test_a_cancel_of_what_was_answered_is_not_answered_again() -> None:
     assert len(play(script).answers()) == 1
 
 
-# Policies ------------------------------------------------------------------------------------------------------------
+# Policies ----------------------------------------------------------------------------------------
 
 
-def test_the_policy_of_the_welcome_is_loaded_and_reported() -> None:
+def test_the_policy_in_the_welcome_is_loaded_and_reported() -> None:
     async def script(scene: Scene) -> None:
         await scene.until(
             lambda: any(isinstance(message, PolicyLoaded) for message in scene.link.sent)
@@ -561,7 +564,7 @@ def test_an_engine_that_cannot_run_the_model_is_not_started_again() -> None:
         play(script)
 
 
-def test_a_policy_that_is_gone_is_left_for_the_next_one() -> None:
+def test_a_policy_that_is_gone_is_skipped_for_the_next_one() -> None:
     async def script(scene: Scene) -> None:
         scene.fetch_error = SnapshotGoneError(1, 2, "tcp://x")
         scene.link.incoming.put(PolicyPublished(policy=snapshot(1)))
@@ -573,7 +576,7 @@ def test_a_policy_that_is_gone_is_left_for_the_next_one() -> None:
     assert play(script).engine.swapped == [(2, b"weights of 2")]
 
 
-def test_a_first_policy_that_cannot_be_had_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_first_policy_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actors.worker.FETCH_RETRY_S", 0.001)
 
     async def script(scene: Scene) -> None:
@@ -584,7 +587,7 @@ def test_a_first_policy_that_cannot_be_had_ends_the_worker(monkeypatch: pytest.M
         play(script, policy=snapshot(0))
 
 
-def test_a_later_policy_that_cannot_be_had_leaves_the_engine_at_work() -> None:
+def test_an_unavailable_later_policy_leaves_the_engine_running() -> None:
     async def script(scene: Scene) -> None:
         scene.engine.version, scene.fetch_error = 4, TransportError("no answer")
         scene.link.incoming.put(PolicyPublished(policy=snapshot(5)))
@@ -595,13 +598,13 @@ def test_a_later_policy_that_cannot_be_had_leaves_the_engine_at_work() -> None:
     assert play(script).engine.swapped == []
 
 
-# Ends ----------------------------------------------------------------------------------------------------------------
+# Ends --------------------------------------------------------------------------------------------
 
 
-def test_the_reason_of_a_shutdown_is_returned() -> None:
+def test_the_reason_for_a_shutdown_is_returned() -> None:
     async def script(scene: Scene) -> None: ...
 
-    play(script, error="the learner failed")  # asserts on what run() returned
+    play(script, error="the learner failed")  # asserts on the return value of run()
 
 
 def test_a_dead_engine_ends_the_worker() -> None:
@@ -628,7 +631,7 @@ def test_a_lost_buffer_ends_the_worker_and_empties_the_engine() -> None:
     assert scenes[0].engine.aborted == ["1"]
 
 
-# A link that breaks ---------------------------------------------------------------------------------------------------
+# A link that breaks ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -640,7 +643,7 @@ def tokens_of(chunks: list[Chunk]) -> list[tuple[int, list[int]]]:
     return [(chunk.offset, array("i", chunk.tokens).tolist()) for chunk in chunks]
 
 
-def test_tokens_sampled_while_the_link_is_down_are_sent_from_where_the_buffer_asks(
+def test_tokens_sampled_while_the_link_is_down_are_sent_from_the_requested_one(
     at_once: None,
 ) -> None:
     async def script(scene: Scene) -> None:
@@ -686,7 +689,7 @@ def test_an_answer_is_repeated_until_it_is_settled(at_once: None) -> None:
     scene = play(script)
     assert scene.link.hellos[0].rollouts == [2]
     assert [answer.rollout_id for answer in scene.answers()] == [2]
-    assert scene.chunks(2) == []  # all of them are held
+    assert scene.chunks(2) == []  # the buffer holds all of them
 
 
 def test_forgotten_rollouts_are_aborted_and_not_mentioned_again(at_once: None) -> None:
@@ -703,7 +706,7 @@ def test_forgotten_rollouts_are_aborted_and_not_mentioned_again(at_once: None) -
     assert scene.answers() == [] and scene.chunks(1) == []
 
 
-def test_a_rollout_launched_twice_just_goes_on() -> None:
+def test_a_rollout_launched_twice_continues_unchanged() -> None:
     async def script(scene: Scene) -> None:
         scene.launch(1)
         await scene.running(1)
@@ -785,10 +788,10 @@ def test_a_buffer_that_stays_away_ends_the_worker(at_once: None) -> None:
         play(script)
 
 
-# Leaving -------------------------------------------------------------------------------------------------------------
+# Leaving -----------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_hands_over_sends_every_token_before_and_nothing_after() -> None:
+def test_a_worker_sends_every_token_before_it_hands_over_and_nothing_after() -> None:
     async def script(scene: Scene) -> None:
         scene.launch(1, 2)
         await scene.running(1, 2)
@@ -804,10 +807,10 @@ def test_a_worker_that_hands_over_sends_every_token_before_and_nothing_after() -
     assert scene.answers() == []
 
 
-# Ledgers -------------------------------------------------------------------------------------------------------------
+# Ledgers -----------------------------------------------------------------------------------------
 
 
-def test_flushes_slow_down_when_late_or_large_and_recover() -> None:
+def test_flushes_become_rarer_when_late_or_large_and_recover() -> None:
     assert next_flush_s(0.05, 0.05, late_s=0.0, num_bytes=100) == 0.05
     assert next_flush_s(0.05, 0.05, late_s=0.04, num_bytes=100) == pytest.approx(0.075)
     assert next_flush_s(0.05, 0.05, late_s=0.0, num_bytes=1 << 20) == pytest.approx(0.075)
@@ -815,7 +818,7 @@ def test_flushes_slow_down_when_late_or_large_and_recover() -> None:
     assert next_flush_s(0.075, 0.05, late_s=0.0, num_bytes=100) == pytest.approx(0.06)
 
 
-def test_the_meter_reports_latency_where_requests_go_on() -> None:
+def test_the_meter_reports_latency_while_requests_continue() -> None:
     meter = Meter(slots=4, time_s=0.0)
     meter.occupy(2, 0.0)
     for time_s in (1.0, 1.010, 1.020):
@@ -835,7 +838,7 @@ def test_the_meter_leaves_out_swaps_and_idle_time() -> None:
     meter.step(0.01, num_tokens=1, num_ended=0)
     meter.interrupt()
     meter.step(5.0, num_tokens=1, num_ended=1)
-    meter.step(9.0, num_tokens=1, num_ended=0)  # idle before: nobody waited for this token
+    meter.step(9.0, num_tokens=1, num_ended=0)  # idle before: no request waited for this token
     assert meter.report(10.0).ms_per_token == pytest.approx(10)
     assert meter.report(11.0) == Measurement(0.0, 0.0, 0.0, 0.0)
 

@@ -1,4 +1,4 @@
-"""Work that stands still is named after its deadline, and nothing else ever is."""
+"""Work without progress is named after its deadline, and nothing else is ever named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from darts.core import Core
 
 
 class Watched:
-    """A core with two rollouts on engine `a`, looked at once a second."""
+    """A core with two rollouts on engine `a`, which is checked once per second."""
 
     def __init__(self) -> None:
         self.core = Core(CoreConfig(groups_per_step=1, group_size=2, redundancy="none", max_lag=9))
@@ -101,7 +101,7 @@ def test_deadlines_grow_with_the_longest_wait_that_ended_well() -> None:
     assert watched.wait(10) != []
 
 
-def test_time_in_which_the_buffer_itself_stood_still_is_not_counted() -> None:
+def test_time_in_which_the_buffer_itself_was_frozen_does_not_count() -> None:
     watched = Watched()
     watched.wait(1)
     assert watched.wait(1, tick_s=1000.0) == []

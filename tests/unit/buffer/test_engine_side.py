@@ -1,4 +1,6 @@
-"""Engines that send messages about what is not theirs, or impossible ones: nothing is stored, no one else pays."""
+"""Engines that send impossible messages, or messages about rollouts of another engine: nothing is
+stored, and no other engine is affected.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ INCARNATION = "0123456789abcdef"
 
 @pytest.fixture
 def service(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Service]:
-    """Two engines, `a` and `b`, each with rollouts in flight."""
+    """A service with two engines, `a` and `b`, each with rollouts in flight."""
     service = Service(
         cli.load(
             [
@@ -49,7 +51,7 @@ def service(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Service]:
 
 
 def of(service: Service, name: str) -> int:
-    """A rollout in flight on engine `name`."""
+    """The id of a rollout in flight on engine `name`."""
     return next(i for i, r in service.run.core.rollouts.items() if r.engine_id == name)
 
 
@@ -62,7 +64,7 @@ def engines(service: Service) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", ["progress", "finished", "failed", "unusable", "stopped"])
-def test_a_message_about_another_engines_rollout_dismisses_the_speaker_alone(
+def test_a_message_about_the_rollout_of_another_engine_dismisses_only_the_sender(
     service: Service, kind: str
 ) -> None:
     victim = of(service, "a")
@@ -117,7 +119,7 @@ def test_an_impossible_version_is_refused_before_anything_is_stored(
     assert engines(service) == {"b"}
 
 
-def test_a_violation_dismisses_its_speaker_alone(service: Service) -> None:
+def test_a_violation_dismisses_only_its_sender(service: Service) -> None:
     mine = of(service, "a")
     service._receive(b"a", msg.Progress(chunks=[sampled(mine, 3)]))
     service._receive(b"a", Violation("a reward of NaN"))
@@ -126,7 +128,7 @@ def test_a_violation_dismisses_its_speaker_alone(service: Service) -> None:
     assert mine not in service.run.store
 
 
-def test_lengths_beyond_the_limit_dismiss_their_speaker(service: Service) -> None:
+def test_lengths_beyond_the_limit_dismiss_their_sender(service: Service) -> None:
     over = {"num_tokens": 41}
     service._receive(b"a", msg.Stopped(rollout_id=of(service, "a"), **over))
     assert engines(service) == {"b"}
@@ -137,13 +139,16 @@ def test_lengths_beyond_the_limit_dismiss_their_speaker(service: Service) -> Non
     assert engines(service) == set()
 
 
-def test_a_token_beyond_the_learners_vocabulary_dismisses_its_speaker(service: Service) -> None:
+def test_a_token_beyond_the_vocabulary_of_the_learner_dismisses_its_sender(
+    service: Service,
+) -> None:
     service._greet(b"l", msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=1, vocab_size=7))
-    service._receive(b"a", msg.Progress(chunks=[sampled(of(service, "a"), 1)]))  # of id 7
+    # Its token has id 7.
+    service._receive(b"a", msg.Progress(chunks=[sampled(of(service, "a"), 1)]))
     assert engines(service) == {"b"}
 
 
-def test_a_probe_of_other_tokens_dismisses_its_engine_and_no_run(service: Service) -> None:
+def test_a_probe_of_other_tokens_dismisses_its_engine_and_ends_no_run(service: Service) -> None:
     service.run.probes.published(0, b"12345678")
     probed = msg.Probed(version=0, model_type="t", logprobs=b"12345")
     service._receive(b"a", probed)
@@ -159,7 +164,7 @@ def test_an_implausible_publication_dismisses_the_learner(service: Service, vers
     assert service.run.peers.ranks() == []
 
 
-def test_a_learners_metric_replaces_none_of_the_buffers(
+def test_a_metric_of_the_learner_replaces_none_of_the_buffer(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service.run.metrics, "row", lambda records: {"tokens/trained": 0})
@@ -193,7 +198,7 @@ def engine_report(**verifier: float) -> msg.EngineReport:
 
 
 @pytest.mark.parametrize("time_s", [-1.0, float("nan"), float("inf")])
-def test_a_verifier_s_impossible_times_are_refused(service: Service, time_s: float) -> None:
+def test_impossible_times_of_a_verifier_are_refused(service: Service, time_s: float) -> None:
     service._receive(b"a", engine_report(num_verified=1, time_s=time_s))
     assert engines(service) == {"b"}
 
@@ -214,7 +219,7 @@ def test_a_verifier_that_holds_the_rollouts_is_named_instead_of_the_engines(
     )
 
 
-def test_actors_that_wait_for_the_learner_are_told_so_whatever_the_verifier_does(
+def test_a_wait_for_the_learner_is_reported_even_if_a_verifier_is_slow(
     service: Service,
 ) -> None:
     before = live_state(service.run).waiting
@@ -222,7 +227,7 @@ def test_actors_that_wait_for_the_learner_are_told_so_whatever_the_verifier_does
     assert live_state(service.run).waiting == before
 
 
-def test_peers_have_one_name_each() -> None:
+def test_each_peer_has_one_name() -> None:
     assert (
         Peer(b"x", 0.0, "e").name == "engine e" and Peer(b"x", 0.0, rank=1).name == "learner rank 1"
     )

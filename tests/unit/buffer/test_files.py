@@ -39,9 +39,7 @@ sys.stdin.read()
 
 
 @given(num_steps=st.integers(0, 8), seed=st.integers(0, 2**16))
-def test_a_file_has_the_old_content_or_the_new_one_whenever_the_power_is_cut(
-    num_steps: int, seed: int
-) -> None:
+def test_a_power_cut_leaves_the_old_or_the_new_content_of_a_file(num_steps: int, seed: int) -> None:
     disk = MemoryDisk()
     atomic_write(FILE, "old", disk=disk)
     disk.fuse = num_steps
@@ -53,7 +51,7 @@ def test_a_file_has_the_old_content_or_the_new_one_whenever_the_power_is_cut(
     assert disk.after_power_cut(random.Random(seed)).read(FILE) in allowed
 
 
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_unchanged(tmp_path: Path) -> None:
     class FullDisk(Disk):
         def write(self, handle: int, data: bytes | memoryview) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -65,7 +63,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["report.html"] and path.read_text() == "old"
 
 
-def test_a_written_file_has_the_mode_asked_for(tmp_path: Path) -> None:
+def test_a_written_file_has_the_requested_mode(tmp_path: Path) -> None:
     atomic_write(tmp_path / "secret", b"key", mode=0o600, durable=False)
     assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
     umask = os.umask(0o022)
@@ -76,7 +74,7 @@ def test_a_written_file_has_the_mode_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "public").stat().st_mode & 0o777 == 0o644
 
 
-def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
+def test_a_folder_gets_its_name_only_once_it_is_complete(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "model") as folder:
         (folder / "weights").mkdir()
         (folder / "weights" / "0").write_text("1")
@@ -108,7 +106,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path_factory, lines: list[bytes], torn:
     assert cut_torn_line(path) == 0
 
 
-def test_a_file_that_is_not_there_has_no_torn_line(tmp_path: Path) -> None:
+def test_a_missing_file_has_no_torn_line(tmp_path: Path) -> None:
     assert cut_torn_line(tmp_path / "rows.jsonl") == 0
     assert os.listdir(tmp_path) == []
 

@@ -79,7 +79,7 @@ FREE_TEXT = {
     "zero byte",
     "parent folder",
 }
-HARMLESS = {  # by field: hostile elsewhere, and within bounds here
+HARMLESS = {  # by field: values that are hostile elsewhere but allowed here
     "policy_version": {"minus one"}, "version": {"minus one"},
     "reward": {"minus one", "minus two", "a half"},
     "fetch_s": {"a half"}, "pause_s": {"a half"}, "seconds": {"a half"}, "batch": {"a half"},
@@ -104,7 +104,7 @@ def spoken(name: str, fields: dict[str, Any]) -> msg.Message:
 
 
 def places() -> Iterator[tuple[str, str, str]]:
-    """(message, field that holds a struct or "", field) of every value that a peer chooses."""
+    """(message, field that holds a struct or "", field) for every value that a peer chooses."""
     for name, fields in VALID.items():
         for field, value in fields.items():
             yield name, "", field
@@ -140,7 +140,7 @@ def test_every_message_and_every_field_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", VALID)
-def test_an_honest_message_is_taken(name: str) -> None:
+def test_an_honest_message_is_accepted(name: str) -> None:
     assert isinstance(spoken(name, VALID[name]), TYPES[name])
 
 
@@ -183,7 +183,7 @@ AT_THE_BOUND = [
 
 
 @pytest.mark.parametrize(("name", "allowed", "beyond"), AT_THE_BOUND)
-def test_a_bound_itself_is_allowed(
+def test_a_value_equal_to_its_bound_is_allowed(
     name: str, allowed: dict[str, Any], beyond: dict[str, Any]
 ) -> None:
     spoken(name, VALID[name] | allowed)

@@ -1,4 +1,4 @@
-"""The sums behind a row of metrics."""
+"""The sums from which a row of metrics is made."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_tokens_decoded_after_a_cancel_are_generated_and_cancelled() -> None:
     assert metrics.tokens == {"generated": 35, "without_signal": 10, "cancelled": 25}
 
 
-def test_selected_tokens_are_trained_once_the_learner_has_said_so() -> None:
+def test_selected_tokens_count_as_trained_once_the_learner_reports_them() -> None:
     metrics = Metrics()
     metrics.closed(record(ev.RolloutRecord(0, "e", 10, 1.0, "selected_short", 0)))
     metrics.trained(4)

@@ -1,4 +1,4 @@
-"""The probe: its tokens, the comparison of two sides, and what a run makes of it."""
+"""The probe: its tokens, the comparison of two sides, and its effect on a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_probes(**changes: object) -> Probes:
 
 
 @pytest.mark.parametrize("vocab_size", [8, 48, 320, 151_936])
-def test_the_probe_s_tokens_are_ordinary_and_always_the_same(vocab_size: int) -> None:
+def test_the_tokens_of_the_probe_are_ordinary_and_always_the_same(vocab_size: int) -> None:
     sequences = probe_sequences(vocab_size)
     assert sequences == probe_sequences(vocab_size)
     assert [len(sequence) for sequence in sequences] == [NUM_TOKENS] * NUM_SEQUENCES
@@ -46,7 +46,7 @@ def test_the_probe_s_tokens_are_ordinary_and_always_the_same(vocab_size: int) ->
     assert len(tokens) > 1
 
 
-def test_differences_are_of_the_same_finite_numbers() -> None:
+def test_lists_that_cannot_be_compared_differ_infinitely() -> None:
     assert difference(logprobs(), logprobs()) == 0
     assert difference(logprobs(), logprobs(0.5)) == largest(logprobs(), logprobs(0.5)) == 0.5
     assert difference(logprobs(count=4), logprobs(count=5)) == float("inf")
@@ -54,7 +54,7 @@ def test_differences_are_of_the_same_finite_numbers() -> None:
     assert difference(logprobs(float("nan")), logprobs()) == float("inf")
 
 
-def test_the_allowed_difference_follows_the_type_or_the_key() -> None:
+def test_the_allowed_difference_follows_the_dtype_or_the_key() -> None:
     config = Config()
     assert allowed_difference(config) == 1e-4
     config.model.dtype = "bfloat16"
@@ -71,7 +71,7 @@ def test_an_engine_that_agrees_is_reported_once() -> None:
     assert probes.row()["probe/logprob_diff"] == pytest.approx(1e-5, rel=0.1)
 
 
-def test_a_row_has_the_engine_that_is_furthest_off_and_forgets_those_that_are_gone() -> None:
+def test_a_row_names_the_engine_with_the_largest_difference_and_omits_lost_ones() -> None:
     probes = make_probes()
     assert probes.row() == {}
     probes.probed("a", probed(0, 1e-5))
@@ -81,21 +81,21 @@ def test_a_row_has_the_engine_that_is_furthest_off_and_forgets_those_that_are_go
     assert probes.row()["probe/logprob_diff"] == pytest.approx(1e-5, rel=0.1)
 
 
-def test_a_difference_before_any_swap_is_the_model_s() -> None:
+def test_a_difference_before_any_swap_is_blamed_on_the_model() -> None:
     with pytest.raises(
         ProbeFailed, match="llama models are refused: .* before any swap .*0.0001 with"
     ):
         make_probes().probed("e", probed(-1, 0.01))
 
 
-def test_a_difference_after_a_swap_is_the_swap_s() -> None:
+def test_a_difference_after_a_swap_is_blamed_on_the_swap() -> None:
     probes = make_probes()
     probes.probed("e", probed(-1))
     with pytest.raises(ProbeFailed, match="after loading version 0 .*cannot take new weights"):
         probes.probed("e", probed(0, 0.01))
 
 
-def test_what_is_not_a_number_is_refused() -> None:
+def test_nan_is_refused() -> None:
     with pytest.raises(ProbeFailed, match="inf nats"):
         make_probes().probed("e", probed(0, float("nan")))
 

@@ -1,5 +1,5 @@
-"""An engine's hello on another connection: the same process goes on with its rollouts, a new one
-replaces the old one.
+"""An engine's hello on another connection: the same process continues its rollouts, and a new
+process replaces the old one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.fakes import PROMPT, chunk
 
 
 class Scene:
-    """A service with one engine, `e`, that has four rollouts in flight; messages to it are kept."""
+    """A service with one engine, `e`, which has four rollouts in flight. Keeps messages to it."""
 
     def __init__(self, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
         self.service, self.run = service, service.run
@@ -37,7 +37,7 @@ class Scene:
     def hello(
         self, identity: bytes, *rollouts: int, version: int = 0, incarnation: str = "a"
     ) -> msg.Welcome:
-        """Returns the answer. All that follows in the same turn of the loop is sent after it."""
+        """Returns the answer. Other messages of the same turn of the loop are sent after it."""
         self.sent.clear()
         hello = msg.EngineHello(
             engine_id="e",
@@ -59,7 +59,7 @@ class Scene:
         self.service._receive(b"1", msg.Progress(chunks=[given, sampled]))
 
     def launched(self) -> dict[int, int]:
-        """Rollouts of the launches sent, and the length of their prefix."""
+        """Rollout id -> length of the prefix, for each launch that was sent."""
         launches = [m for _, m in self.sent if isinstance(m, msg.Launch)]
         return {r.rollout_id: len(r.prefix) // 4 for m in launches for r in m.rollouts}
 
@@ -81,7 +81,7 @@ def scene(
     service.run.close("")
 
 
-def test_the_same_process_goes_on_from_the_tokens_that_are_held(scene: Scene) -> None:
+def test_the_same_process_continues_from_the_held_tokens(scene: Scene) -> None:
     mine, other, *lost = scene.rollouts
     scene.progress(mine, 7, 8)
     welcome = scene.hello(b"2", mine, other)
@@ -92,14 +92,14 @@ def test_the_same_process_goes_on_from_the_tokens_that_are_held(scene: Scene) ->
     assert scene.run.store.num_sampled(mine) == 3 == scene.run.core.rollouts[mine].tokens
 
 
-def test_a_lost_launch_is_repeated_with_the_tokens_that_are_held(scene: Scene) -> None:
+def test_a_lost_launch_is_repeated_with_the_held_tokens(scene: Scene) -> None:
     mine = scene.rollouts[0]
     scene.progress(mine, 7, 8)
     scene.hello(b"2", *scene.rollouts[1:])
     assert scene.launched() == {mine: 2}
 
 
-def test_a_hello_that_is_repeated_before_it_was_answered_changes_nothing(scene: Scene) -> None:
+def test_a_hello_repeated_before_its_answer_changes_nothing(scene: Scene) -> None:
     first = scene.hello(b"2", scene.rollouts[0])
     again = scene.hello(b"2", scene.rollouts[0])
     assert first == again
@@ -126,7 +126,7 @@ def test_rollouts_that_are_over_are_forgotten(scene: Scene) -> None:
     scene.service._apply(scene.service.engines.flush())
     assert (b"1", msg.Settled(rollout_ids=[mine])) in scene.sent
     assert scene.hello(b"2", mine, 10**9).forget == [mine, 10**9]
-    scene.service._receive(b"2", finished)  # repeated: it changes nothing
+    scene.service._receive(b"2", finished)  # repeated, which changes nothing
     assert scene.run.texts[mine] == "" and "e" in scene.run.core.engines.by_id
 
 

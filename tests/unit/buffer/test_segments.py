@@ -1,4 +1,6 @@
-"""A segmented log on a real disk: a killed writer, a failing disk, and contents that look like records."""
+"""A segmented log on a real disk: a killed writer, a failing disk, and payloads that look like
+records.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ for number in range(10**9):
 
 
 class FailingDisk(Disk):
-    """Real, but the operations in `fails` raise EIO."""
+    """A real disk on which the operations in `fails` raise EIO."""
 
     def __init__(self) -> None:
         self.fails: set[str] = set()
@@ -65,7 +67,7 @@ def payloads(folder: Path) -> list[bytes]:
     return [record.payload for segment in read_segments(folder) for record in segment.records]
 
 
-def test_a_killed_writer_loses_nothing_that_it_wrote(tmp_path: Path) -> None:
+def test_a_killed_writer_loses_no_written_record(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITER, str(tmp_path / "log")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
@@ -81,7 +83,7 @@ def test_a_killed_writer_loses_nothing_that_it_wrote(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "log")) == [f"{number:06d}.log" for number in log.sizes]
 
 
-def test_a_full_disk_leaves_whole_records(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_only_complete_records(tmp_path: Path) -> None:
     disk = FailingDisk()
     log, _ = SegmentLog.open(tmp_path, disk=disk)
     log.append(b"first", 0.0)
@@ -97,7 +99,7 @@ def test_a_full_disk_leaves_whole_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("operations", [{"sync"}, {"write", "truncate"}])
-def test_a_log_whose_disk_failed_takes_no_more_and_can_be_opened(
+def test_a_log_refuses_records_after_a_disk_failure_and_can_be_reopened(
     tmp_path: Path, operations: set[str]
 ) -> None:
     disk = FailingDisk()
@@ -116,10 +118,10 @@ def test_a_log_whose_disk_failed_takes_no_more_and_can_be_opened(
     assert log.append(b"next", 0.0) == len(found.records)
 
 
-def test_nothing_is_written_behind_a_segment_that_a_restart_would_pass_over(tmp_path: Path) -> None:
+def test_nothing_is_written_after_a_segment_that_a_restart_would_skip(tmp_path: Path) -> None:
     disk = FailingDisk()
     log, _ = SegmentLog.open(tmp_path, disk=disk)
-    disk.fails = {"sync_folder"}  # the new segment is there, but perhaps not after a power cut
+    disk.fails = {"sync_folder"}  # the new segment exists, but might not after a power cut
     with pytest.raises(OSError, match="Input/output error"):
         log.rotate(b"new", 0.0)
     disk.fails = set()
@@ -139,7 +141,7 @@ def test_a_failed_sync_in_another_thread_promises_nothing(tmp_path: Path) -> Non
         assert log.synced_seq == -1
 
 
-def test_what_is_appended_while_another_thread_syncs_waits_for_the_next_sync(
+def test_a_record_appended_during_a_sync_waits_for_the_next_sync(
     tmp_path: Path,
 ) -> None:
     now = [0.0]
@@ -157,7 +159,7 @@ def test_what_is_appended_while_another_thread_syncs_waits_for_the_next_sync(
         assert log.synced_seq == 1 and log.next_poll_s() is None
 
 
-def test_a_payload_cannot_pass_for_a_record(tmp_path: Path) -> None:
+def test_a_payload_is_never_mistaken_for_a_record(tmp_path: Path) -> None:
     forged = frame(7, RECORD, 100, 0, 0.0, b"all before me was durable")
     for number, key in enumerate([7, _key(tmp_path / "another")]):
         folder = tmp_path / str(number)
@@ -171,7 +173,7 @@ def test_a_payload_cannot_pass_for_a_record(tmp_path: Path) -> None:
         assert found.records == [] and found.cut_bytes > 0
 
 
-def test_damage_is_refused_with_file_and_offset(tmp_path: Path) -> None:
+def test_damage_is_reported_with_file_and_offset(tmp_path: Path) -> None:
     log, _ = SegmentLog.open(tmp_path, fsync_s=0)
     offset = log.segment_bytes
     for index in range(3):
@@ -185,7 +187,7 @@ def test_damage_is_refused_with_file_and_offset(tmp_path: Path) -> None:
     assert file.read_bytes() == content
 
 
-def test_a_segment_that_ends_within_its_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_a_segment_that_ends_within_its_checkpoint_is_skipped(tmp_path: Path) -> None:
     log, _ = SegmentLog.open(tmp_path, first_checkpoint=b"old")
     log.append(b"kept", 0.0)
     log.rotate(b"a new checkpoint", 0.0)

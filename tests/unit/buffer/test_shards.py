@@ -1,4 +1,4 @@
-"""Shards: a partition, balanced, deterministic."""
+"""Shards partition their items evenly and deterministically."""
 
 import heapq
 from itertools import product
@@ -42,7 +42,7 @@ def test_every_item_is_in_exactly_one_shard(costs, num_shards):
 
 
 @given(COSTS, st.integers(1, 9))
-def test_no_shard_is_empty_while_items_suffice(costs, num_shards):
+def test_no_shard_is_empty_if_there_are_enough_items(costs, num_shards):
     assert sum(bool(shard) for shard in balance(costs, num_shards)) == min(num_shards, len(costs))
 
 
@@ -63,7 +63,7 @@ def test_the_largest_shard_is_within_the_known_bound(costs, num_shards):
     assert 3 * num_shards * largest <= (4 * num_shards - 1) * optimal_largest(costs, num_shards)
 
 
-def test_differencing_beats_greedy_where_it_is_known_to():
+def test_differencing_beats_greedy_on_a_known_example():
     costs = [8, 7, 6, 5, 4]
     assert sorted(totals(costs, balance(costs, 2))) == [14, 16]
     assert greedy_largest(costs, 2) == 17
@@ -81,7 +81,7 @@ def test_the_same_costs_give_the_same_shards(costs, num_shards):
     assert balance(costs, num_shards) == balance(tuple(costs), num_shards)
 
 
-def test_nonsense_is_refused():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match="num_shards=0"):
         balance([1], 0)
     with pytest.raises(ValueError, match="-3"):

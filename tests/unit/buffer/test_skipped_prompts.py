@@ -1,4 +1,4 @@
-"""Prompts that a run goes on without: counted, explained, and bounded."""
+"""Prompts that a run skips are counted, explained and limited in number."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def skip(skipped: SkippedPrompts, numbers: range, reason: str) -> None:
     ("num_skipped", "num_drawn", "too_many"),
     [(8, 8, False), (9, 9, True), (9, 90, False), (10, 99, True), (100, 1000, False)],
 )
-def test_a_few_are_always_allowed_and_then_a_fraction(
+def test_a_few_skips_are_always_allowed_and_then_a_fraction(
     num_skipped: int, num_drawn: int, too_many: bool
 ) -> None:
     skipped = SkippedPrompts(max_frac=0.1)
@@ -47,7 +47,7 @@ def test_equal_reasons_are_counted_together_with_one_example() -> None:
     )
 
 
-def test_prompts_of_an_earlier_life_are_counted_without_a_reason() -> None:
+def test_prompts_skipped_before_a_restart_are_counted_without_a_reason() -> None:
     skipped = SkippedPrompts(max_frac=0.1, num_skipped=20)
     assert skipped.summary(300) == "20 of 300 prompts were skipped"
     skip(skipped, range(1), "no room")

@@ -1,4 +1,6 @@
-"""Prompt streams: seeded, resumable, disjoint from what is held out; and errors that say where and how to mend."""
+"""Prompt streams are seeded, resumable and disjoint from held-out prompts. Errors name the place
+and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,7 @@ def test_a_seed_draws_the_same_stream_and_another_seed_another_one() -> None:
 
 
 @pytest.mark.parametrize("position", [0, 7, 299, 300, 650])
-def test_a_stream_sought_to_a_position_goes_on_from_there(position: int) -> None:
+def test_a_stream_resumes_from_any_position(position: int) -> None:
     whole = make_sources(config_of()).train
     whole.draw(position)
     resumed = make_sources(config_of()).train
@@ -68,18 +70,17 @@ def test_a_stream_sought_to_a_position_goes_on_from_there(position: int) -> None
     assert resumed.position == position + 10
 
 
-def test_no_tagged_sum_is_both_trained_on_and_held_out_whatever_the_seed() -> None:
+def test_no_tagged_sum_is_both_trained_on_and_held_out_for_any_seed() -> None:
     held_out = set(ids(TaggedSumSource(10, seed=0).hold_out(400)))
-    assert len(held_out) == 400 and any(
-        len(problem) == 7 for problem in held_out
-    )  # of the few that recur in every stream
+    # Some of the few that recur in every stream.
+    assert len(held_out) == 400 and any(len(problem) == 7 for problem in held_out)
     for seed in range(4):
         source = TaggedSumSource(5000, seed)
         trained_on = {source[i].text for i in range(source.size)}
         assert len(trained_on) == 5000 and not trained_on & held_out
 
 
-def test_runs_of_different_seeds_are_judged_by_the_same_prompts() -> None:
+def test_runs_with_different_seeds_are_evaluated_on_the_same_prompts() -> None:
     config = config_of()
     first = make_sources(config).eval_prompts
     config.run.seed = 5
@@ -94,7 +95,7 @@ def test_a_file_holds_out_by_prompt_so_that_duplicates_stay_on_one_side(tmp_path
     assert not held_out & set(trained_on)
 
 
-def test_what_is_held_out_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
+def test_the_held_out_prompts_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     forward = make_sources(config_of(write_jsonl(tmp_path / "a.jsonl", rows(100)))).eval_prompts
     backward = make_sources(
         config_of(write_jsonl(tmp_path / "b.jsonl", rows(100)[::-1]))
@@ -137,7 +138,7 @@ def test_rows_become_payloads_with_their_other_columns_as_metadata(tmp_path: Pat
     assert (chat.text, chat.messages, chat.answer, chat.metadata) == ("", messages, "yes", "")
 
 
-def test_parquet_rows_read_as_jsonl_rows_do(tmp_path: Path) -> None:
+def test_parquet_rows_are_read_like_jsonl_rows(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(rows(100)), tmp_path / "a.parquet")
     from_parquet = make_sources(config_of(str(tmp_path / "a.parquet")))
@@ -153,7 +154,7 @@ def test_a_local_dataset_is_read_through_datasets(tmp_path: Path) -> None:
     assert make_sources(config_of(f"hf:{tmp_path / 'set'}:train")).train.source.size == 80
 
 
-def test_reasoning_gym_entries_carry_what_their_verifier_needs() -> None:
+def test_reasoning_gym_entries_carry_the_data_of_their_verifier() -> None:
     pytest.importorskip("reasoning_gym")
     sources = make_sources(config_of("reasoning_gym:chain_sum"))
     payload = sources.train.draw(1)[0]
@@ -164,9 +165,8 @@ def test_reasoning_gym_entries_carry_what_their_verifier_needs() -> None:
 
 def test_a_generated_prompt_that_is_held_out_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("reasoning_gym")
-    monkeypatch.setattr(
-        buffer.data.generators, "HELD_OUT_SEED", 0
-    )  # the run's own seed, so that both draw the same prompts first
+    # The run's own seed, so that both streams draw the same prompts first.
+    monkeypatch.setattr(buffer.data.generators, "HELD_OUT_SEED", 0)
     sources = make_sources(config_of("reasoning_gym:chain_sum"))
     held_out = {payload.text for payload in sources.eval_prompts}
     trained_on = {payload.text for payload in sources.train.draw(300)}
@@ -206,7 +206,7 @@ def image_message() -> str:
         ([], ["no rows"]),
     ],
 )
-def test_a_bad_file_is_refused_in_one_line_that_says_where(
+def test_a_bad_file_is_refused_in_one_line_that_names_the_place(
     tmp_path: Path, lines: list[str], expected: list[str]
 ) -> None:
     path = tmp_path / "bad.jsonl"
@@ -221,7 +221,7 @@ def payload_of(row: Any, **data: Any) -> PromptPayload:
     return TableSource("rows.jsonl", [(7, row)], config_of("rows.jsonl", **data).data)[0]
 
 
-def test_a_field_inside_a_field_can_be_named() -> None:
+def test_a_nested_field_can_be_named() -> None:
     row = {
         "data": {"messages": [{"role": "user", "content": "hi"}]},
         "reward_model": {"style": "rule", "ground_truth": 4},
@@ -243,7 +243,7 @@ def test_a_field_inside_a_field_can_be_named() -> None:
     ("answer", "text"),
     [(4, "4"), (0.5, "0.5"), (Decimal("1.50"), "1.50"), (" 4 ", " 4 "), ("", ""), ("é", "é")],
 )
-def test_answers_are_taken_as_text(answer: Any, text: str) -> None:
+def test_answers_are_converted_to_text(answer: Any, text: str) -> None:
     assert payload_of({"prompt": "a", "answer": answer}).answer == text
 
 
@@ -256,7 +256,7 @@ def test_answers_are_taken_as_text(answer: Any, text: str) -> None:
         ({}, ""),
     ],
 )
-def test_a_users_own_verifier_may_have_any_answer_or_none(row: dict[str, Any], text: str) -> None:
+def test_a_verifier_of_the_user_may_have_any_answer_or_none(row: dict[str, Any], text: str) -> None:
     assert payload_of({"prompt": "a"} | row, environment="my:verify").answer == text
 
 
@@ -266,13 +266,13 @@ def test_the_text_parts_of_a_message_are_joined() -> None:
     assert payload.messages == [{"role": "user", "content": "two parts"}]
 
 
-def test_rows_are_told_apart_by_everything_that_reaches_the_verifier() -> None:
+def test_rows_differ_if_anything_that_reaches_the_verifier_differs() -> None:
     row = {"prompt": "sort", "answer": "1", "tests": ["a"]}
     others = [{"tests": ["b"]}, {"answer": "2"}, {"prompt": "sort it"}, {"more": 1}]
     found = [payload_of(row | other).prompt_id for other in [{}, *others]]
     assert len(set(found)) == 5
     assert payload_of(dict(reversed(row.items()))).prompt_id == found[0]
-    # Text and answer are not run together.
+    # Text and answer are not simply concatenated.
     assert payload_of({"prompt": "a1", "answer": ""}).prompt_id != (
         payload_of({"prompt": "a", "answer": "1"}).prompt_id
     )
@@ -302,7 +302,7 @@ def test_a_table_of_one_prompt_leaves_nothing_to_train_on(tmp_path: Path) -> Non
         (b'{"prompt": "a", "answer": "\\ud83d\\ude00"}', "\U0001f600"),
     ],
 )
-def test_marks_and_line_ends_of_other_systems_are_no_part_of_a_row(
+def test_byte_order_marks_and_foreign_line_ends_are_not_part_of_a_row(
     tmp_path: Path, encoded: bytes, text: str
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -362,7 +362,7 @@ def test_a_reasoning_gym_task_that_fails_later_is_named(monkeypatch: pytest.Monk
     assert "IndexError: no such word" in message
 
 
-def test_repetitions_of_a_generated_prompt_have_one_id() -> None:
+def test_repetitions_of_a_generated_prompt_share_an_id() -> None:
     pytest.importorskip("reasoning_gym")
     source = make_sources(config_of("reasoning_gym:chain_sum")).train.source
     entry = {"question": "1?", "answer": "2", "metadata": {"source_index": 1, "n": 3}}
@@ -381,7 +381,7 @@ def test_a_bad_row_of_a_parquet_file_is_named(tmp_path: Path) -> None:
         make_sources(config_of(str(tmp_path / "a.parquet")))
 
 
-def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_text("not parquet")
     with pytest.raises(ValueError, match="not a readable parquet file"):
@@ -394,7 +394,7 @@ def test_a_missing_file_is_named(form: str) -> None:
         make_sources(config_of(form))
 
 
-def test_an_unknown_form_names_the_known_ones() -> None:
+def test_an_unknown_kind_of_source_names_the_known_ones() -> None:
     with pytest.raises(
         ValueError,
         match=r"data\.eval='gsm8k' is no known source; it must be tagged_sum, reasoning_gym",
@@ -402,13 +402,13 @@ def test_an_unknown_form_names_the_known_ones() -> None:
         make_sources(config_of(eval="gsm8k"))
 
 
-def test_an_unknown_reasoning_gym_task_names_near_ones() -> None:
+def test_an_unknown_reasoning_gym_task_names_similar_ones() -> None:
     pytest.importorskip("reasoning_gym")
     with pytest.raises(ValueError, match=r"no task 'chainsum'; near ones: chain_sum"):
         make_sources(config_of("reasoning_gym:chainsum"))
 
 
-def test_a_dataset_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_missing_dataset_is_reported_in_one_clear_line(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     with pytest.raises(ValueError) as error:
         make_sources(config_of(f"hf:{tmp_path / 'absent'}"))
@@ -432,10 +432,11 @@ def test_more_tagged_sums_than_there_are_is_refused() -> None:
         make_sources(config_of(num_prompts=597_861))
 
 
-def test_importing_prompts_loads_no_model_library_and_no_data_library() -> None:
+def test_importing_sources_loads_no_model_or_data_library() -> None:
     heavy = ["torch", "transformers", "vllm", "datasets", "pyarrow", "reasoning_gym"]
     found = subprocess.run(
-        [sys.executable, "-c", f"import sys, buffer.data.sources; print([name for name in {heavy} if name in sys.modules])"],
+        [sys.executable, "-c", "import sys, buffer.data.sources; "
+         f"print([name for name in {heavy} if name in sys.modules])"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert found.stdout.strip() == "[]"

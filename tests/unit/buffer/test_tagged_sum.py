@@ -1,4 +1,4 @@
-"""The embedded task: what counts as right, and what its traces look like."""
+"""The built-in task: its scoring, and the form of its traces."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from buffer.data.tagged_sum import (
     [
         ("A6=06,B6=12,C2=14,D8=22.#22<eos>", 1.0),
         ("#22<eos>", 1.0),
-        ("#21#22<eos>", 1.0),  # what follows the last # counts
+        ("#21#22<eos>", 1.0),  # the text after the last # counts
         ("#22#21<eos>", 0.0),
         ("#21<eos>", 0.0),
-        ("#22", 0.0),  # did not end
+        ("#22", 0.0),  # has no end token
         ("#22<eos><eos>", 0.0),
         ("#22.<eos>", 0.0),
         ("#022<eos>", 0.0),
@@ -35,7 +35,9 @@ from buffer.data.tagged_sum import (
         ("", 0.0),
     ],
 )
-def test_score_wants_the_sum_after_the_last_hash_and_an_end(response: str, reward: float) -> None:
+def test_a_right_answer_has_the_sum_after_the_last_hash_and_an_end_token(
+    response: str, reward: float
+) -> None:
     assert score("A6B6C2D8=", response) == reward
 
 
@@ -45,7 +47,7 @@ def test_a_sum_below_ten_has_two_digits() -> None:
     assert score("A1B1C1=", "#3<eos>") == 0.0
 
 
-def test_what_is_no_problem_is_refused() -> None:
+def test_a_text_that_is_no_problem_is_refused() -> None:
     with pytest.raises(ValueError, match="A6B6C2D8="):
         solve("2+2=")
 
@@ -63,7 +65,7 @@ def test_a_single_clean_pass_is_the_running_total() -> None:
     assert len(TOKEN.findall("A6=06,B6=12,C2=14,D8=22.#22<eos>")) == 28
 
 
-def test_clean_traces_are_all_right_and_some_take_several_passes() -> None:
+def test_all_clean_traces_are_right_and_some_take_several_passes() -> None:
     random = Random(1)
     traces = [draw_trace(random, "A6B6C2D8=", CLEAN) for _ in range(300)]
     assert all(score("A6B6C2D8=", trace) == 1.0 for trace in traces)

@@ -1,4 +1,6 @@
-"""Trajectory payloads and the journal: exact bytes, exact contents, and no damage from what peers or kills do."""
+"""Trajectory payloads and the journal: exact bytes, exact contents, and no damage from peers or
+kills.
+"""
 
 import os
 import signal
@@ -23,7 +25,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 def take(store: TrajectoryStore, chunk: Chunk, offset: int | None = None) -> None:
-    """Keep a chunk behind the tokens held, or at `offset`, as the engines' side does."""
+    """Append a chunk to the held tokens, or store it at `offset`, as the engine side does."""
     at = store.num_tokens(chunk.rollout_id) if offset is None else offset
     store.append(store.new_part(msgspec.structs.replace(chunk, offset=at)))
 
@@ -60,7 +62,7 @@ def store():
     return TrajectoryStore(max_bytes=10_000, max_context=1 << 20)
 
 
-def test_a_trajectory_is_its_chunks_in_order(store):
+def test_a_trajectory_holds_its_chunks_in_order(store):
     store.open(1, group_id=9, continues=None)
     take(store, given_chunk(1, [5, 6]))
     take(store, sampled_chunk(1, [7], version=3, logprobs=[-0.25]))
@@ -102,14 +104,14 @@ def test_the_oldest_version_is_the_smallest_that_sampled(store):
     assert store.oldest_version(1) == 4
 
 
-def test_a_continued_rollout_begins_with_what_was_paid_for(store):
+def test_a_continued_rollout_begins_with_the_tokens_decoded_before(store):
     store.open(1, 9, None)
     take(store, given_chunk(1, [5, 6]))
     take(store, sampled_chunk(1, [7, 8], version=1))
     store.open(2, 9, continues=1)
     store.discard(1)
     assert np.frombuffer(store.prefix(2), "<i4").tolist() == [7, 8]
-    take(store, given_chunk(2, [5, 6]), offset=0)  # the new engine's prompt, held already
+    take(store, given_chunk(2, [5, 6]), offset=0)  # the new engine's prompt, which is held already
     take(store, sampled_chunk(2, [9], version=2))
     trajectory = finish(store, 2)
     assert np.frombuffer(trajectory.tokens, "<i4").tolist() == [5, 6, 7, 8, 9]
@@ -158,7 +160,7 @@ def test_gaps_and_contradictions_are_refused_and_change_nothing(store, chunk, of
 
 
 @pytest.mark.parametrize("lost", ["silent", "discarded"])
-def test_what_continues_nothing_starts_afresh(store, lost):
+def test_a_rollout_that_continues_nothing_starts_empty(store, lost):
     store.open(1, 9, None)
     if lost == "discarded":
         take(store, given_chunk(1, [5]))
@@ -169,7 +171,7 @@ def test_what_continues_nothing_starts_afresh(store, lost):
     assert np.frombuffer(finish(store, 2).tokens, "<i4").tolist() == [5, 7]
 
 
-def test_the_lost_rollout_and_its_heir_share_nothing(store):
+def test_a_lost_rollout_and_its_continuation_share_no_data(store):
     store.open(1, 9, None)
     take(store, sampled_chunk(1, [7]))
     store.open(2, 9, continues=1)
@@ -235,7 +237,7 @@ def test_a_malformed_chunk_is_refused_and_changes_nothing(store, chunk, complain
     assert np.frombuffer(finish(store, 1).tokens, "<i4").tolist() == [5]
 
 
-def test_what_is_not_held_is_named(store):
+def test_a_rollout_that_is_not_held_is_named(store):
     for ask in (
         store.num_sampled,
         store.prefix,
@@ -260,7 +262,7 @@ OPERATIONS = st.lists(
 
 
 @given(OPERATIONS)
-def test_bytes_held_is_exact_whatever_happens(operations):
+def test_bytes_held_is_exact_after_any_sequence_of_calls(operations):
     store, next_id, ids = TrajectoryStore(max_bytes=1, max_context=1 << 20), 0, []
     for what, which, size in operations:
         target = ids[which % len(ids)] if ids else None
@@ -313,7 +315,7 @@ def test_a_trajectory_is_consistent_with_itself(chunks):
     assert len(trajectory.sampled) * 4 == len(trajectory.tokens) == len(trajectory.actor_logprobs)
 
 
-# The journal -------------------------------------------------------------------------------------------------------
+# The journal -------------------------------------------------------------------------------------
 
 
 def stats(mean_log):
@@ -334,7 +336,7 @@ def test_lengths_are_remembered_across_restarts(tmp_path):
         assert journal.lengths([]) == {}
 
 
-def test_any_number_of_prompts_can_be_asked_for(tmp_path):
+def test_any_number_of_prompts_can_be_looked_up(tmp_path):
     items = {f"prompt {number}": stats(float(number)) for number in range(1234)}
     with Journal(tmp_path / "journal.sqlite") as journal:
         journal.remember_lengths(items.items())
@@ -349,13 +351,15 @@ def test_a_failed_call_leaves_nothing_behind(tmp_path):
         assert journal.lengths(["a", "b"]) == {"b": stats(2.0)}
 
 
-def test_a_kill_loses_nothing_that_was_committed(tmp_path):
+def test_a_kill_loses_no_committed_entry(tmp_path):
     path = tmp_path / "journal.sqlite"
     program = (
-        "import sys\nfrom buffer.records.journal import Journal\nfrom darts.sizing.lengths import LengthStats\n"
+        "import sys\nfrom buffer.records.journal import Journal\n"
+        "from darts.sizing.lengths import LengthStats\n"
         "journal, number = Journal(sys.argv[1]), 0\n"
         "while True:\n"
-        "    journal.remember_lengths([(f'a{number}', LengthStats(1.0, number, 1.0)), (f'b{number}', LengthStats(1.0, number, 1.0))])\n"
+        "    journal.remember_lengths([(f'a{number}', LengthStats(1.0, number, 1.0)), "
+        "(f'b{number}', LengthStats(1.0, number, 1.0))])\n"
         "    print(number, flush=True)\n    number += 1\n"
     )
     process = subprocess.Popen(
@@ -383,7 +387,7 @@ def test_a_kill_loses_nothing_that_was_committed(tmp_path):
     assert (f"a{committed + 1}" in found) == (f"b{committed + 1}" in found)
 
 
-def test_a_file_that_is_no_journal_is_refused(tmp_path):
+def test_a_file_that_is_not_a_journal_is_refused(tmp_path):
     path = tmp_path / "journal.sqlite"
     path.write_bytes(b"not a database, by any measure " * 100)
     with pytest.raises(ValueError, match=r"journal\.sqlite cannot be used"):

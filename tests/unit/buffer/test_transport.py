@@ -1,4 +1,4 @@
-"""Addresses, framing and keys: what can be judged without a peer."""
+"""Addresses, framing and keys, as far as they can be tested without a peer."""
 
 import stat
 
@@ -56,7 +56,7 @@ def test_a_local_address_needs_no_keys(address):
         "tcp://[2001:db8::1]:5577",
     ],
 )
-def test_beyond_this_machine_keys_are_required(address):
+def test_an_address_beyond_this_machine_requires_keys(address):
     with pytest.raises(ValueError, match=r"python -m tools\.keys FOLDER.*buffer\.keys"):
         check_address(address, "")
     check_address(address, "some/folder")
@@ -64,8 +64,9 @@ def test_beyond_this_machine_keys_are_required(address):
 
 @pytest.mark.parametrize(
     "address",
-    ["", "127.0.0.1:5577", "tcp://127.0.0.1", "tcp://127.0.0.1:", "tcp://127.0.0.1:0", "tcp://127.0.0.1:65536", "tcp://:5577",
-     "tcp://127.0.0.1:5577/x", "http://127.0.0.1:80", "tcp://::1:5577", "ipc://", "inproc://", "tcp://127.0.0.1:55 77"],
+    ["", "127.0.0.1:5577", "tcp://127.0.0.1", "tcp://127.0.0.1:", "tcp://127.0.0.1:0",
+     "tcp://127.0.0.1:65536", "tcp://:5577", "tcp://127.0.0.1:5577/x", "http://127.0.0.1:80",
+     "tcp://::1:5577", "ipc://", "inproc://", "tcp://127.0.0.1:55 77"],
 )  # fmt: skip
 @pytest.mark.parametrize("keys", ["", "some/folder"])
 def test_a_malformed_address_is_refused_with_its_value(address, keys):
@@ -127,7 +128,7 @@ def test_frames_are_plain_msgpack():
     )
 
 
-def test_both_directions_survive_the_wire():
+def test_messages_of_both_directions_round_trip():
     prompt = PromptPayload(
         prompt_id="p",
         text="1+1=",
@@ -174,7 +175,7 @@ def test_both_directions_survive_the_wire():
         "no map",
     ],
 )
-def test_what_does_not_fit_the_schema_is_refused(frame):
+def test_a_frame_that_does_not_fit_the_schema_is_refused(frame):
     with pytest.raises(msgspec.ValidationError):
         decoder(Inbound).decode(msgpack.packb(frame))
 
@@ -197,7 +198,7 @@ def test_missing_keys_are_named_with_the_remedy(tmp_path):
         Router("tcp://127.0.0.1:*", Inbound, str(tmp_path))
 
 
-def test_secret_keys_are_readable_by_their_owner_alone(tmp_path):
+def test_secret_keys_are_readable_only_by_their_owner(tmp_path):
     make_keys(tmp_path / "keys")
     assert {path.name for path in (tmp_path / "keys").iterdir()} == {*SERVER_FILES, *CLIENT_FILES}
     for path in (tmp_path / "keys").glob("*.key_secret"):

@@ -1,4 +1,4 @@
-"""Keys of the engines: two values of each, and what they change in a worker, a pool or vLLM."""
+"""Keys of the engines: two values of each change a worker, a pool or vLLM's options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.actors.test_worker import Scene, play
 
 
 def reported(config: Config, _: Path) -> object:
-    """Tokens that the buffer has heard of a second after two were sampled, or as soon as it has."""
+    """Tokens that were reported within a second after two were sampled."""
 
     async def script(scene: Scene) -> None:
         scene.launch(1)
@@ -34,7 +34,7 @@ def reported(config: Config, _: Path) -> object:
 
 
 def allowed_tokens(config: Config, _: Path) -> object:
-    """The longest response that the engine is asked for, after a prompt of two tokens."""
+    """The longest response that is requested of the engine for a prompt of two tokens."""
 
     async def script(scene: Scene) -> None:
         scene.launch(1)
@@ -48,8 +48,8 @@ def allowed_tokens(config: Config, _: Path) -> object:
 
 @pytest.fixture
 def scripted_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines are a script that notes its GPUs and ends with the status in `status`, or well if it
-    is the fifth.
+    """Replaces engines by a script that records its GPUs and exits with the status in the file
+    `status`, or with 0 if it is the fifth.
     """
     script = tmp_path / "engine"
     script.write_text(
@@ -63,7 +63,7 @@ def scripted_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pool(config: Config, own: Path, status: int) -> tuple[list[str], str]:
-    """What the processes of its engines noted, and why the pool failed."""
+    """The GPUs that each engine process recorded, and the reason why the pool failed."""
     (own.parent / "status").write_text(str(status))
     (own.parent / "started").write_text("")
     error = ""

@@ -1,4 +1,4 @@
-"""Keys of the buffer: two values of each, and what they change in a service with fake peers."""
+"""Keys of the buffer: two values of each change a service with fake peers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tools.keys import make_keys
 
 
 class Running:
-    """A service on a thread of its own, with an engine and a learner."""
+    """A service on its own thread, with an engine and a learner."""
 
     def __init__(self, config: Config, learner: bool = True, error: str = "") -> None:
         self.config = config
@@ -47,7 +47,7 @@ class Running:
         self.status = self.service.serve()
 
     def wait(self, timeout_s: float = 60.0) -> int | None:
-        """Its exit status, None if it still runs."""
+        """Its exit status, or None if it still runs."""
         self.thread.join(timeout_s)
         return self.status
 
@@ -68,7 +68,7 @@ def in_folder(config: Config, own: Path) -> Config:
 
 
 def steps_and_responses(config: Config, own: Path) -> object:
-    """Steps taken, and responses per evaluation."""
+    """The number of steps, and the responses per evaluation."""
     running = Running(in_folder(config, own))
     assert running.wait() == 0
     rows = metrics(config)
@@ -76,14 +76,14 @@ def steps_and_responses(config: Config, own: Path) -> object:
 
 
 def tokens_trained(config: Config, own: Path) -> object:
-    """Tokens of one step of truncated responses that were trained on."""
+    """Tokens that were trained on in one step of truncated responses."""
     assert Running(in_folder(config, own)).wait() == 0
     return metrics(config)[-1]["tokens/trained"]
 
 
 @contextmanager
 def opened(config: Config) -> Iterator[None]:
-    """A service that has taken its directory and its ports, and serves nothing."""
+    """A service that has claimed its folder and its ports but does not serve yet."""
     service = Service(config)
     try:
         yield
@@ -93,7 +93,7 @@ def opened(config: Config) -> Iterator[None]:
 
 @contextmanager
 def recovered(config: Config, own: Path) -> Iterator[RunState]:
-    """The state of a service that has restored its logs, and serves nothing."""
+    """The state of a service that has restored its logs but does not serve yet."""
     service = Service(in_folder(config, own))
     service._recover()
     try:
@@ -110,7 +110,7 @@ def durable_at_once(config: Config, own: Path) -> object:
 
 
 def segments(config: Config, own: Path) -> object:
-    """Segments of the event log that are kept after five steps' ends."""
+    """Segments of the event log that remain after the ends of five steps."""
     with recovered(config, own) as run:
         for _ in range(5):
             run.rotate_log()
@@ -128,7 +128,7 @@ def files_written(config: Config, own: Path) -> object:
 
 
 def begins_again(config: Config, own: Path) -> object:
-    """Whether a second service takes over the directory of a first one."""
+    """Whether a second service takes over the folder of a first one."""
     again = in_folder(config, own)
     with opened(dataclasses.replace(again, run=dataclasses.replace(again.run, resume=False))):
         pass
@@ -140,7 +140,7 @@ def begins_again(config: Config, own: Path) -> object:
 
 
 def listens(config: Config, own: Path) -> object:
-    """Whether something answers at the first of two ports."""
+    """Whether a service answers at the first of two ports."""
     port = int((own.parent / "port").read_text())
     with opened(in_folder(config, own)):
         try:
@@ -151,7 +151,7 @@ def listens(config: Config, own: Path) -> object:
 
 
 def serves_the_network(config: Config, own: Path) -> object:
-    """Whether the service starts on an address that is not the loopback's."""
+    """Whether the service starts on an address outside the loopback interface."""
     try:
         with opened(in_folder(config, own)):
             return "listens"
@@ -160,7 +160,7 @@ def serves_the_network(config: Config, own: Path) -> object:
 
 
 def outcome_of_failures(config: Config, own: Path) -> object:
-    """How a run goes whose rollouts all fail: it stops, or goes on to the next prompts."""
+    """Whether a run whose rollouts all fail stops or continues with the next prompts."""
     running = Running(in_folder(config, own), error="the verifier raised")
     while running.status is None and running.engine.num_launched < 120:
         time.sleep(0.01)
@@ -170,7 +170,7 @@ def outcome_of_failures(config: Config, own: Path) -> object:
 
 
 def pauses(config: Config, own: Path) -> object:
-    """Whether engines waited for memory, in a store smaller than configuration allows."""
+    """Whether engines waited for memory in a store smaller than a configuration may ask for."""
     config.buffer.max_bytes //= 1000
     assert Running(in_folder(config, own)).wait() == 0
     log = Path(config.run.dir) / config.run.name / "events"
@@ -186,7 +186,7 @@ def patience_without_learner(config: Config, own: Path) -> object:
 
 
 def patience_with_a_silent_engine(config: Config, own: Path) -> object:
-    """Engines that the service still counts on four seconds after its only one fell silent."""
+    """Engines that the service still has four seconds after its only one fell silent."""
     running = Running(in_folder(config, own), learner=False)
     while not running.service.run.peers.engines():
         time.sleep(0.01)
@@ -198,7 +198,7 @@ def patience_with_a_silent_engine(config: Config, own: Path) -> object:
 
 
 def overdue_after_a_minute(config: Config, own: Path) -> object:
-    """Of an engine and a learner that stand still, the engine one policy version behind."""
+    """The deadlines of an engine and a learner without progress, the engine one version behind."""
     core = Core(CoreConfig(groups_per_step=1, group_size=2, redundancy="none"))
     for event in (
         ev.PolicyPublished(0),
@@ -260,7 +260,7 @@ SLOW_TURNS = {
 @pytest.fixture
 def ports(free_port: Callable[[], int], tmp_path: Path) -> tuple[int, int]:
     first, second = free_port(), free_port()
-    while abs(first - second) < 2:  # the next port is taken as well
+    while abs(first - second) < 2:  # each service also takes the next port
         second = free_port()
     (tmp_path / "port").write_text(str(first))
     return first, second

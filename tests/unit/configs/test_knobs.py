@@ -1,7 +1,7 @@
-"""Every key does something: a table here or in `test_*_knobs.py` turns it, and something changes.
+"""Every key does something: a table here or in `test_*_knobs.py` turns it, and behaviour changes.
 
-Here: every key of a simulation, and those of a run that the core decides by. A key that only a real
-engine can show is listed with the reason, and with the test that has one.
+This file turns every key of a simulation, and the keys of a run that the core reads. A key whose
+effect only a real engine shows is listed with the reason and the test that has such an engine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from tests.unit.configs import (
 
 ROOT = Path(__file__).parents[3]
 PRODUCT = ("actors", "buffer", "configs", "darts", "learner", "tools")
-IN_FILES = {"run.name", "run.out", "lengths.recorded"}  # of a simulation: turned below, too
+# Keys of a simulation that have their own tests below.
+IN_FILES = {"run.name", "run.out", "lengths.recorded"}
 ELSEWHERE = [
     test_actor_knobs.TURNS,
     test_actor_knobs.VLLM_TURNS,
@@ -132,12 +133,12 @@ def test_a_key_of_a_simulation_changes_it(path: str) -> None:
 
 
 def files_of(*overrides: str) -> dict[str, str]:
-    """Name -> text of what a simulation writes to the folder `out` of the working directory."""
+    """Name -> text of each file that a simulation writes to `out` in the working directory."""
     run(cli.load([*SMALL, *overrides], SimulateConfig))
     return {path.name: path.read_text() for path in Path("out").glob("*") if path.is_file()}
 
 
-def test_a_simulation_writes_where_it_is_told_to_under_the_name_that_it_is_given(
+def test_a_simulation_writes_to_the_given_folder_under_the_given_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -148,7 +149,7 @@ def test_a_simulation_writes_where_it_is_told_to_under_the_name_that_it_is_given
     assert [name for name in first if first[name] != second[name]] == ["config.yaml"]
 
 
-def test_a_simulation_draws_from_the_run_that_it_is_given(
+def test_a_simulation_draws_lengths_from_the_given_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -158,7 +159,7 @@ def test_a_simulation_draws_from_the_run_that_it_is_given(
     assert recorded["tokens/generated"] < drawn["tokens/generated"]
 
 
-# What the core decides by ------------------------------------------------------------------------
+# Keys that the core reads ------------------------------------------------------------------------
 
 CORE: dict[str, str] = {
     "run.seed": "1",
@@ -186,12 +187,12 @@ CORE: dict[str, str] = {
 
 @pytest.mark.parametrize("path", CORE)
 def test_a_key_reaches_the_core(path: str) -> None:
-    """The simulations above show its effect; for the one that they lack, see below."""
+    """The simulations above show the effect of these keys, except one, which is tested below."""
     assert core_config(cli.load([f"{path}={CORE[path]}"])) != core_config(Config())
 
 
 def launches_until_given_up(**changes: Any) -> int:
-    """Rollouts launched for a single prompt whose every rollout fails."""
+    """The number of rollouts launched for a single prompt, if all of them fail."""
     core = Core(CoreConfig(groups_per_step=1, group_size=2, redundancy="none", **changes))
     todo: list[ev.Event] = [
         ev.PolicyPublished(0),
@@ -207,7 +208,7 @@ def launches_until_given_up(**changes: Any) -> int:
     return launched
 
 
-def test_attempts_and_reopens_bound_what_is_launched_for_a_prompt_that_always_fails() -> None:
+def test_attempts_and_reopens_bound_the_launches_of_a_prompt_that_always_fails() -> None:
     assert launches_until_given_up(max_attempts=1, max_reopens=0) == 2
     assert launches_until_given_up(max_attempts=3, max_reopens=0) == 6
     assert launches_until_given_up(max_attempts=3, max_reopens=2) == 18
@@ -233,14 +234,13 @@ SECTION_OF_CLASS = {type(section).__name__: name for name, section in vars(Confi
 
 
 def read_keys(tree: ast.Module) -> set[str]:
-    """`section.key` for every attribute that is read of a section.
+    """`section.key` for every attribute that is read from a section.
 
     A section is `config.section`, or a name that is assigned from one or annotated as one.
     """
     sections = set(SECTION_OF_CLASS.values())
-    aliases = {
-        section: {section} for section in sections
-    }  # section -> names that stand for it in this module
+    # Section -> names that refer to it in this module.
+    aliases = {section: {section} for section in sections}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             targets = [(target, node.value) for target in node.targets]
@@ -282,5 +282,5 @@ def test_every_key_is_read_by_the_product() -> None:
         ("other.temperature", set()),
     ],
 )
-def test_a_reader_of_a_key_is_recognised(code: str, read: set[str]) -> None:
+def test_code_that_reads_a_key_is_recognised(code: str, read: set[str]) -> None:
     assert read_keys(ast.parse(code)) == read

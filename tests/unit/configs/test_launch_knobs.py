@@ -1,4 +1,4 @@
-"""Keys of the launcher: two values of each, and what it would start, where, and with which view."""
+"""Keys of the launcher: two values of each change its processes, their host or its view."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tools.launching.supervision import Run
 
 
 class Stop(Exception):
-    """Ends a launch where enough has been seen."""
+    """Ends a launch as soon as the test has seen enough."""
 
 
 def plan(config: Config, own: Path) -> object:
@@ -34,7 +34,7 @@ def plan(config: Config, own: Path) -> object:
 
 
 def host(config: Config, own: Path) -> object:
-    """Where the processes would be started."""
+    """The host on which the processes would be started."""
     (own / "config.json").write_text("{}")
     config.model.path = str(own)
     with patch.object(launch, "conduct", lambda _, host, commands: type(host).__name__):
@@ -42,7 +42,7 @@ def host(config: Config, own: Path) -> object:
 
 
 def cluster_joined(config: Config, own: Path) -> object:
-    """The cluster that Ray is asked to join."""
+    """The address of the cluster that Ray is told to join."""
     import ray
 
     from tools.launching import ray_cluster
@@ -72,11 +72,11 @@ def view(config: Config, own: Path) -> object:
     return chosen
 
 
-# A run of processes that are played ---------------------------------------------------------------
+# A run of scripted processes ----------------------------------------------------------------------
 
 
 class PlayedProcess:
-    """Dies when it is started, or, if `ends_s` is given, ends so long after it was told to."""
+    """Dies when it is started or, if `ends_s` is given, ends that long after it is told to."""
 
     def __init__(self, name: str, ends_s: float | None) -> None:
         self.name, self.where, self.last_lines = name, "nowhere", deque[str]()
@@ -108,7 +108,7 @@ class PlayedProcess:
 
 
 class Played:
-    """A host, and a link to no buffer."""
+    """A host of scripted processes and a link to no buffer, in one object."""
 
     def __init__(self, learner_ends_s: float | None) -> None:
         self.learners: list[PlayedProcess] = []
@@ -128,7 +128,7 @@ class Played:
 
 
 def play(config: Config, learner_ends_s: float | None, signalled: bool) -> list[PlayedProcess]:
-    """The processes of the learner, one after the other, until the run ended."""
+    """The learner's processes in order of their start, until the run has ended."""
     played = Played(learner_ends_s)
     run = Run(config, make_view("none"), cast(MonitorLink, played))
     with run.request, contextlib.suppress(Stop):
@@ -141,12 +141,12 @@ def play(config: Config, learner_ends_s: float | None, signalled: bool) -> list[
 
 
 def restarts(config: Config, own: Path) -> object:
-    """How often a learner is started that is killed at once."""
+    """The number of times that a learner which dies at once is started."""
     return len(play(config, None, signalled=False))
 
 
 def patience(config: Config, own: Path) -> object:
-    """Whether a learner is killed that takes a while to end."""
+    """Whether a learner that takes a while to end is killed."""
     return [process.killed for process in play(config, 0.4, signalled=True)]
 
 

@@ -1,4 +1,4 @@
-"""Keys of the learner: two values of each, and what they change in its weights, work or files."""
+"""Keys of the learner: two values of each change its weights, work or files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def weights(config: Config, own: Path) -> object:
 
 
 def passes(config: Config, own: Path) -> object:
-    """How often the first MLP runs in one step: once per pack, and again if it recomputes."""
+    """Runs of the first MLP in one step: one per pack, and another if it recomputes."""
     calls = []
     with single_rank(config) as state:
         mlp = state.model.get_submodule("model.layers.0.mlp")
@@ -51,7 +51,7 @@ def passes(config: Config, own: Path) -> object:
 
 
 def asks_to_take_over(config: Config, own: Path) -> object:
-    """Whether its hello asks the buffer to dismiss a learner that is alive."""
+    """Whether its hello asks the buffer to replace a learner that is alive."""
     session = BufferSession(config, rank=0, num_ranks=1, incarnation="a", vocab_size=100)
     with patch.object(session.link, "connect") as connect:
         session.join(0)
@@ -64,7 +64,7 @@ def model(config: Config, own: Path) -> object:
 
 
 def device(config: Config, own: Path) -> object:
-    """Its type; a machine without a GPU refuses one."""
+    """The type of its device, or the refusal of a machine without a GPU."""
     try:
         with fsdp.process_group(config) as found:
             return found.type
@@ -73,7 +73,7 @@ def device(config: Config, own: Path) -> object:
 
 
 def stops(config: Config, own: Path) -> object:
-    """Whether a step stops the run whose actors' log-probabilities are drawn, and so disagree."""
+    """Whether a step stops a run whose actors' log-probabilities are random, and so disagree."""
     with single_rank(config) as state:
         state.policy_version, state.published = 0, True
         try:
@@ -84,7 +84,7 @@ def stops(config: Config, own: Path) -> object:
 
 
 def published(config: Config, own: Path) -> object:
-    """Where a snapshot can be had: an address, or the folder of its file."""
+    """The location of a snapshot: an address, or the folder of its file."""
     config.run.dir = str(own)
     with single_rank(config) as state, WeightPublisher(config, rank=0) as publisher:
         snapshot = publisher.publish(state.model, version=0)
@@ -94,7 +94,7 @@ def published(config: Config, own: Path) -> object:
 
 
 def checkpoints(config: Config, own: Path) -> object:
-    """The folders that four steps leave behind."""
+    """The folders that four steps leave."""
     config.run.dir = str(own)
     shards = {step: make_shards(make_trajectories(seed=step), step) for step in range(STEPS)}
     with FakeBuffer(config.buffer.address, shards, last_step=STEPS - 1):
@@ -103,7 +103,7 @@ def checkpoints(config: Config, own: Path) -> object:
 
 
 def is_patient(config: Config, own: Path) -> object:
-    """Whether a learner asks for two seconds before it says that there is no buffer."""
+    """Whether a learner tries for two seconds before it reports that there is no buffer."""
     config.run.dir = str(own)
     connect, times = LearnerLink.connect, []
 
@@ -126,7 +126,7 @@ MODEL = (
     "batch.max_tokens=64",
     "buffer.address=tcp://127.0.0.1:{port}",
     f"run.steps={STEPS}",
-    "learner.max_logprob_diff=9",  # the trajectories' log-probabilities are drawn
+    "learner.max_logprob_diff=9",  # the trajectories' log-probabilities are random
 )
 FILES = (*MODEL, "weights.transport=file")
 KEEP_ALL = (*FILES, "learner.keep_checkpoints=9")

@@ -1,4 +1,4 @@
-"""The latency curve: monotone, robust, sensible where nothing was measured."""
+"""The latency curve: monotone, robust, and sensible at batch sizes without measurements."""
 
 import math
 import random
@@ -49,15 +49,14 @@ def test_the_default_is_flat_then_linear():
     assert curve.elasticity(1) < 0.05 and curve.elasticity(10_000) > 0.95
 
 
-def test_measured_points_are_met():
+def test_measured_points_lie_on_the_curve():
     curve = LatencyCurve.from_points(CPU_POINTS)
     for batch, ms in CPU_POINTS:
-        assert curve.ptl(batch) == pytest.approx(
-            5.9 if batch == 4 else ms, rel=1e-9
-        )  # 6.3 at 4, then 5.9: pooled
+        # 6.3 at batch 4, then 5.9: the two are pooled.
+        assert curve.ptl(batch) == pytest.approx(5.9 if batch == 4 else ms, rel=1e-9)
 
 
-def test_a_false_point_is_an_error():
+def test_an_invalid_point_is_an_error():
     with pytest.raises(ValueError, match="-5"):
         LatencyCurve.from_points([(1, 5.0), (8, -5.0)])
 
@@ -75,21 +74,21 @@ def test_never_falls_and_has_no_negative_slope(reports):
 
 
 @pytest.mark.parametrize("outliers", [0.0, 0.2])
-def test_fits_noisy_reports_and_shrugs_off_outliers(outliers):
+def test_fits_noisy_reports_despite_outliers(outliers):
     curve = noisy_curve(seed=0, outliers=outliers)
     for batch in (2, 8, 30, 80, 150):
         assert curve.ptl(batch) == pytest.approx(true_ms(batch), rel=0.12)
 
 
-def test_the_slope_is_that_of_the_truth():
+def test_the_slope_is_the_true_slope():
     curve = noisy_curve(seed=1)
     for batch in (2, 40, 100):
         assert curve.elasticity(batch) == pytest.approx(0.15 * batch / true_ms(batch), abs=0.15)
 
 
-def test_lone_outliers_in_bins_of_their_own_do_not_bend_the_curve():
+def test_single_outliers_in_their_own_bins_do_not_bend_the_curve():
     curve = LatencyCurve()
-    curve.observe(1, 24_000.0)  # the first request compiles
+    curve.observe(1, 24_000.0)  # the first request includes compilation
     for _ in range(10):
         curve.observe(8, 6.0)
         curve.observe(32, 9.0)
@@ -98,7 +97,7 @@ def test_lone_outliers_in_bins_of_their_own_do_not_bend_the_curve():
     assert curve.ptl(40) < 15.0 and curve.elasticity(32) < 1.0
 
 
-def test_a_faster_engine_is_followed():
+def test_the_curve_follows_an_engine_that_becomes_faster():
     curve = LatencyCurve()
     for ms in [20.0] * 50 + [10.0] * 20:
         curve.observe(16, ms)
@@ -111,7 +110,7 @@ def test_above_the_last_knot_a_saturated_curve_stays_saturated():
     assert curve.elasticity(128) == pytest.approx(1.0, abs=0.01)
 
 
-def test_below_the_first_knot_it_is_no_slower():
+def test_below_the_first_knot_latency_is_no_higher():
     curve = LatencyCurve.from_points([(64, 20.0)])
     assert 0.0 < curve.ptl(1) < 20.0
 

@@ -1,4 +1,4 @@
-"""Length statistics from censored groups: what is tracked against what is true."""
+"""Length statistics from censored groups: the tracked moments against the true ones."""
 
 import math
 import random
@@ -24,7 +24,7 @@ POOL = LengthStats(weight=256.0, mean_log=6.0, var_log=0.5)
 def survivor_group(
     rng: random.Random, mean_log: float, sigma: float, budget: int = 12, M: int = 8
 ) -> tuple[list[int], list[int]]:
-    """Once M have finished, one of the others (all alike) runs on and the rest are cut where they are."""
+    """Once M have finished, one of the others, drawn uniformly, runs on and the rest are cut."""
     lengths = sorted(max(1, round(rng.lognormvariate(mean_log, sigma))) for _ in range(budget))
     stragglers = lengths[M:]
     survivor = [stragglers[rng.randrange(len(stragglers))]] if stragglers else []
@@ -34,7 +34,7 @@ def survivor_group(
 def eager_group(
     rng: random.Random, mean_log: float, sigma: float, budget: int = 16, M: int = 8
 ) -> tuple[list[int], list[int]]:
-    """Once M have finished, all others are cut."""
+    """Once M have finished, all others are cut at once."""
     lengths = sorted(max(1, round(rng.lognormvariate(mean_log, sigma))) for _ in range(budget))
     return lengths[:M], [lengths[M - 1]] * (budget - M)
 
@@ -63,7 +63,7 @@ def test_ignoring_the_cuts_would_lose_half_of_the_spread():
     assert naive < 0.6
 
 
-def test_taking_the_cut_for_the_length_would_lose_half_of_the_spread():
+def test_treating_a_cut_as_a_length_would_lose_half_of_the_spread():
     rng = random.Random(0)
     groups = [eager_group(rng, 6.0, 1.0) for _ in range(60)]
     assert (
@@ -92,7 +92,7 @@ def test_without_cuts_the_moments_are_those_of_the_sample():
     assert stats.var_log == pytest.approx(math.log(10) ** 2)
 
 
-def test_a_drifting_mean_is_followed_and_does_not_pass_for_spread():
+def test_a_drifting_mean_is_followed_and_does_not_inflate_the_spread():
     rng, stats = random.Random(2), None
     for step in range(30):
         stats = update(stats, *survivor_group(rng, 8.0 - 0.1 * step, 0.5), POOL)
@@ -114,7 +114,7 @@ def test_forgetting_bounds_the_weight():
     assert stats.weight == pytest.approx(8 / (1 - 0.8))
 
 
-def test_a_prompt_never_seen_takes_the_pool():
+def test_an_unseen_prompt_takes_the_statistics_of_the_pool():
     seen = estimate(None, POOL)
     assert (seen.weight, seen.mean_log, seen.var_log) == (0.0, POOL.mean_log, POOL.var_log)
 
@@ -138,7 +138,7 @@ def test_shrinkage_fades_with_weight():
         ([1, 10**7], []),
     ],
 )
-def test_odd_groups_give_finite_sane_numbers(finished, censored):
+def test_unusual_groups_give_finite_plausible_numbers(finished, censored):
     stats = None
     for _ in range(50):
         stats = update(stats, finished, censored, POOL)
@@ -147,12 +147,12 @@ def test_odd_groups_give_finite_sane_numbers(finished, censored):
     assert 0.0 < expected_length(estimate(stats, POOL), 512) <= 512.0
 
 
-def test_a_prompt_always_truncated_is_known_to_be_long():
+def test_a_prompt_that_is_always_truncated_is_known_to_be_long():
     stats = None
     for _ in range(5):
         stats = update(stats, [], [512] * 8, POOL)
     assert expected_length(estimate(stats, POOL), 512) > 400
-    assert stats.var_log == pytest.approx(POOL.var_log)  # bounds alone say nothing of the spread
+    assert stats.var_log == pytest.approx(POOL.var_log)  # bounds alone say nothing about the spread
 
 
 def test_an_empty_group_changes_nothing():

@@ -1,4 +1,4 @@
-"""Budget rules against brute force, exact fractions and direct simulation."""
+"""The budget rules agree with brute force, exact fractions and direct simulation."""
 
 import heapq
 import itertools
@@ -54,10 +54,10 @@ def marginal(
     )
 
 
-# Norms and the fixed rule ------------------------------------------------------------------------------------------
+# Norms and the fixed rule ------------------------------------------------------------------------
 
 
-def test_the_largest_budget_rounds():
+def test_the_largest_budget_is_rounded():
     assert [largest_budget(8, upper) for upper in (1.0, 1.2, 1.3, 2.0)] == [8, 10, 10, 16]
 
 
@@ -76,11 +76,11 @@ def test_normalised_spread_of_an_average_prompt_is_one():
     assert normalised_spread(prompt(1.2), prompt(0.6)) == pytest.approx(2.0)
 
 
-# Rollout time ------------------------------------------------------------------------------------------------------
+# Rollout time ------------------------------------------------------------------------------------
 
 
 def simulated_time(lengths: list[int], curve: LatencyCurve) -> float:
-    """Token by token: all decode one token in the time that the present batch takes."""
+    """Simulates token by token: each rollout decodes one token per step of the current batch."""
     left, time_ms = list(lengths), 0.0
     while left:
         time_ms += curve.ptl(len(left))
@@ -99,7 +99,7 @@ def test_rollout_time_refuses_unsorted_lengths():
         rollout_time([5, 3], CPU)
 
 
-# The published split -----------------------------------------------------------------------------------------------
+# The published split -----------------------------------------------------------------------------
 
 
 def objective(norms, budgets) -> Fraction:
@@ -135,12 +135,12 @@ def test_no_single_move_improves_the_split(norms, share):
 
 
 @pytest.mark.parametrize("total", [15, 33])
-def test_split_refuses_a_total_out_of_reach(total):
+def test_split_refuses_an_unreachable_total(total):
     with pytest.raises(ValueError, match=rf"{total}.*16\.\.32"):
         paper_split([1.0, 1.0], total, 8, 16)
 
 
-# The published total -----------------------------------------------------------------------------------------------
+# The published total -----------------------------------------------------------------------------
 
 
 def brute_force_total(window, curve, M, upper, price) -> int:
@@ -174,20 +174,22 @@ def test_total_spends_less_at_a_higher_price():
     assert totals[0] == 256 and totals[-1] == 128 and 128 < totals[2] < 256
 
 
-def test_total_spends_more_where_the_window_is_spread_over_engines():
+def test_total_spends_more_if_the_window_is_spread_over_engines():
     window = [prompt(0.6)] * 16
     assert paper_total(window, CPU, 8, 2.0, 1.0, num_engines=16) > paper_total(
         window, CPU, 8, 2.0, 1.0
     )
 
 
-# Net tokens --------------------------------------------------------------------------------------------------------
+# Net tokens --------------------------------------------------------------------------------------
 
 
 def simulated_tokens(
     lengths: list[float], M: int, num_long: int, long_end: str, rng: random.Random
 ) -> float:
-    """The cancel rule of one group on one engine, event by event: tokens decoded until every rollout has ended."""
+    """Tokens decoded by one group on one engine until every rollout has ended under the cancel
+    rule, simulated event by event.
+    """
     running, finished, decoded = [(length, i) for i, length in enumerate(lengths)], 0, 0.0
     heapq.heapify(running)
     while running:
@@ -213,13 +215,14 @@ def test_net_tokens_agrees_with_the_simulated_cancel_rule(long_end, num_long, si
     for _ in range(draws):
         lengths = [rng.lognormvariate(0.0, sigma) for _ in range(m)]
         spent += simulated_tokens(lengths, 8, num_long, long_end, rng)
-        plain += 8 * fmean(lengths)  # a plain group of the same draws: less noise in the ratio
+        # A plain group with the same draws, so that the ratio is less noisy.
+        plain += 8 * fmean(lengths)
     assert net_tokens(sigma, 8, num_long, long_end, m) == pytest.approx(
         spent / plain - 1.0, abs=0.025
     )
 
 
-def test_net_tokens_of_the_plain_group_are_none():
+def test_net_tokens_of_the_plain_group_are_zero():
     assert [net_tokens(1.0, 8, 1, rule, 8) for rule in ("none", "survivor", "longest")] == [
         0.0,
         0.0,
@@ -227,14 +230,14 @@ def test_net_tokens_of_the_plain_group_are_none():
     ]
 
 
-def test_racing_pays_for_itself_only_where_the_spread_is_wide():
+def test_racing_pays_for_itself_only_if_the_spread_is_wide():
     assert net_tokens(0.6, 8, 1, "none", 12) > 0.1 and net_tokens(1.1, 8, 1, "none", 12) < -0.1
     assert (
         net_tokens(0.6, 8, 1, "survivor", 16) > 0.3 and net_tokens(1.3, 8, 1, "survivor", 16) < -0.1
     )
 
 
-# The marginal rule -------------------------------------------------------------------------------------------------
+# The marginal rule -------------------------------------------------------------------------------
 
 
 def test_spare_slots_are_free():
@@ -279,14 +282,16 @@ def test_a_wider_prompt_never_gets_less(long_end, sigma, wider, price, batch):
 
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0.05, 1.8), st.floats(0.01, 3.0), st.floats(1, 200))
-def test_where_costs_only_grow_it_is_the_step_by_step_rule(sigma, price, batch):
-    """`longest` costs the same for each rollout, so the maximum is where the first step no longer pays."""
+def test_with_constant_costs_it_equals_the_step_by_step_rule(sigma, price, batch):
+    """`longest` costs the same for each rollout, so adding rollouts one at a time until the next
+    no longer pays finds the maximum.
+    """
     v, m, eps = sigma / 0.8, 8, CPU.elasticity(batch)
     while m < 16 and v / (m * (m + 1)) >= price * eps / 8:
         m += 1
     assert marginal(sigma, price, batch, long_end="longest") == m
 
 
-def test_the_dear_first_rollout_does_not_hide_a_race_that_saves():
+def test_an_expensive_first_rollout_does_not_hide_a_race_that_saves():
     assert net_tokens(1.5, 8, 1, "survivor", 9) > 0.1 > net_tokens(1.5, 8, 1, "survivor", 16)
     assert marginal(1.5, price=50.0) == 16

@@ -1,4 +1,4 @@
-"""Impossible events: the core refuses each in a line that names ids and state, and is unchanged."""
+"""The core refuses each impossible event in a line that names ids and state, and is unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from darts.waiting import describe
 
 
 def make_core() -> Core:
-    """Version 1, group 0 on engine `a`: rollouts 0 and 1, at 5 tokens. A step is requested."""
+    """Version 1, group 0 on engine `a` with rollouts 0 and 1 at 5 tokens, and a requested step."""
     core = Core(CoreConfig(groups_per_step=1, group_size=2, redundancy="none", max_tokens=50))
     for event in (
         ev.PolicyPublished(0),

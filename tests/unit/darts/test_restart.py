@@ -10,7 +10,7 @@ from darts.core import Core
 
 
 def make_core(num_prompts: int = 1) -> tuple[Core, list[ev.Decision]]:
-    """Groups of two, one per step, on an engine with two slots; with the decisions so far."""
+    """A core with groups of two, one per step, on an engine with two slots, and its decisions."""
     core = Core(CoreConfig(groups_per_step=1, group_size=2, redundancy="none"))
     decisions: list[ev.Decision] = []
     for event in (
@@ -46,7 +46,7 @@ def test_a_restarted_buffer_skips_ids_that_may_have_been_sent() -> None:
     assert min(launched - {0, 1}) > 100_000 and max(groups) > 100_000
 
 
-def test_a_rollout_in_flight_goes_on_from_the_tokens_that_are_left() -> None:
+def test_a_rollout_in_flight_continues_from_its_remaining_tokens() -> None:
     core, _ = make_core()
     core.handle(ev.RolloutProgressed(0, 20))
     assert not core.handle(ev.TokensLost(0, 12))
@@ -71,7 +71,7 @@ def test_tokens_lost_after_the_hand_over_change_nothing() -> None:
     assert not core.handle(ev.TokensLost(1, 3))
 
 
-def test_losing_none_or_knowing_no_such_rollout_changes_nothing() -> None:
+def test_losing_no_tokens_or_those_of_an_unknown_rollout_changes_nothing() -> None:
     core, _ = make_core()
     core.handle(ev.RolloutProgressed(0, 20))
     assert not core.handle(ev.TokensLost(0, 20)) and core.rollouts[0].tokens == 20

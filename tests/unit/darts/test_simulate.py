@@ -1,4 +1,4 @@
-"""The simulator: determinism, conservation, its engine's physics, its baselines, and what it refuses."""
+"""The simulator: determinism, conservation, its engine model, its baselines and its refusals."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def config(*overrides: str) -> SimulateConfig:
     return cli.load([*SMALL, *overrides], SimulateConfig)
 
 
-# One run -----------------------------------------------------------------------------------------------------------
+# One run -----------------------------------------------------------------------------------------
 
 
-def test_same_seed_same_run_other_seed_another() -> None:
+def test_a_run_depends_on_its_seed_alone() -> None:
     first, second, other = simulate(config()), simulate(config()), simulate(config("run.seed=1"))
     assert first == second
     assert first["virtual_s"] != other["virtual_s"]
@@ -63,7 +63,7 @@ def test_every_step_trains_whole_groups_within_the_bound(policy: str, mode: str)
     assert tokens["generated"] == tokens["trained"] + tokens["discarded"] + tokens["cancelled"]
 
 
-def test_policies_are_given_the_same_work() -> None:
+def test_all_policies_get_the_same_work() -> None:
     draws: dict[str, dict[tuple[str, int], list[int]]] = {}
     for policy in ("plain", "darts"):
         prompts = make_prompts(LengthKeys(num_prompts=4), PatternKeys(), seed=3)
@@ -75,7 +75,7 @@ def test_policies_are_given_the_same_work() -> None:
     assert draws["darts"][("", 0)][:8] == draws["plain"][("", 0)]
 
 
-def test_waiting_for_the_longest_generates_everything_and_selects_offline() -> None:
+def test_waiting_for_the_longest_cancels_nothing_and_selects_offline() -> None:
     summary = simulate(
         config("darts.long_end=longest", "redundancy.rule=fixed", "pipeline.mode=sync")
     )
@@ -83,14 +83,14 @@ def test_waiting_for_the_longest_generates_everything_and_selects_offline() -> N
     assert (summary["short_wrong_frac"], summary["long_wrong_frac"]) == (0.0, 0.0)
 
 
-def test_exact_cancels_never_take_a_short_seat_from_whom_the_offline_rule_gives_it() -> None:
+def test_exact_cancels_give_short_seats_as_the_offline_rule_does() -> None:
     overrides = ("redundancy.rule=fixed", "staleness.max_lag=16", "learner.ms_per_token=0.05")
     one_engine = simulate(config(*overrides))
     assert one_engine["tokens/cancelled"] > 0
     assert one_engine["short_wrong_frac"] == 0.0
 
 
-def test_eager_cancels_pick_by_finish_order_where_rollouts_start_apart() -> None:
+def test_eager_cancels_select_by_finish_order_if_rollouts_start_apart() -> None:
     crowded = (
         "redundancy.rule=fixed",
         "redundancy.upper=2.0",
@@ -101,7 +101,7 @@ def test_eager_cancels_pick_by_finish_order_where_rollouts_start_apart() -> None
     assert simulate(config(*crowded))["short_wrong_frac"] > 0.0
 
 
-def test_without_streaming_nobody_in_flight_is_known_to_be_past_selection() -> None:
+def test_without_streaming_no_rollout_in_flight_is_known_to_be_past_selection() -> None:
     silent = Simulation(
         config("learner.streaming=false", "redundancy.rule=fixed", "pipeline.mode=sync")
     )
@@ -110,7 +110,7 @@ def test_without_streaming_nobody_in_flight_is_known_to_be_past_selection() -> N
     assert silent.tally.tokens["cancelled"] == 0
 
 
-def test_the_ledger_counts_every_prompt(tmp_path: Path) -> None:
+def test_the_summary_counts_every_prompt(tmp_path: Path) -> None:
     slow = [
         "engines.num_engines=2",
         "engines.speeds=[1.0,0.2]",
@@ -129,7 +129,7 @@ def test_the_ledger_counts_every_prompt(tmp_path: Path) -> None:
     )
 
 
-def test_files_are_those_of_a_run(tmp_path: Path) -> None:
+def test_a_simulation_writes_the_files_of_a_run(tmp_path: Path) -> None:
     made = config(f"run.out={tmp_path / 'run'}")
     files = Files(tmp_path / "run", cli.to_yaml(made))
     simulate(made, files)
@@ -141,7 +141,7 @@ def test_files_are_those_of_a_run(tmp_path: Path) -> None:
         Files(tmp_path / "run", "")
 
 
-def test_recorded_lengths_come_back(tmp_path: Path) -> None:
+def test_recorded_lengths_are_replayed(tmp_path: Path) -> None:
     made = config(
         f"run.out={tmp_path / 'run'}",
         "run.steps=16",
@@ -161,14 +161,14 @@ def test_recorded_lengths_come_back(tmp_path: Path) -> None:
     assert abs(sum(prompt.spread for prompt in fitted) / 16 - 0.8) < 0.1
 
 
-def test_a_world_in_which_nothing_can_happen_any_more_is_an_error() -> None:
+def test_a_simulation_that_is_stuck_is_an_error() -> None:
     simulation = Simulation(config())
     simulation.scheduler.handle(ev.AdmissionPaused(True))
     with pytest.raises(RuntimeError, match="stands still"):
         simulation.run()
 
 
-# Baselines ---------------------------------------------------------------------------------------------------------
+# Baselines ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tail_batching", "partial_rollout"])
@@ -190,13 +190,14 @@ def test_tail_batching_answers_deferred_prompts_in_a_long_round() -> None:
         ),
     )
     summary = simulation.run()
-    long_rounds = budgets.count(simulation.config.darts.group_size)  # a short round starts more
+    # A short round launches more rollouts.
+    long_rounds = budgets.count(simulation.config.darts.group_size)
     assert 8 <= long_rounds < len(budgets)
     assert summary["groups"]["dropped"] >= long_rounds
     assert summary["lag_max"] == 0
 
 
-def test_partial_rollouts_continue_where_they_stood() -> None:
+def test_partial_rollouts_resume_at_their_last_token() -> None:
     launches: list[ev.Launch] = []
     simulation = Simulation(
         config("baseline.scheduler=partial_rollout", "pipeline.mode=sync", "run.steps=8"),
@@ -219,7 +220,7 @@ def test_partial_rollouts_continue_where_they_stood() -> None:
     ],
 )
 def test_every_sampled_token_is_counted_once(overrides: tuple[str, ...]) -> None:
-    """Whichever scheduler cancels them: up to the engine's stop, not up to the decision."""
+    """For every scheduler, tokens count up to the engine's stop, not up to the decision."""
     sampled: dict[int, int] = {}
     recorded: dict[int, int] = {}
 
@@ -237,11 +238,12 @@ def test_every_sampled_token_is_counted_once(overrides: tuple[str, ...]) -> None
     tokens = simulation.tally.tokens
     assert tokens["generated"] == sum(sampled.get(i, seen) for i, seen in recorded.items())
     assert tokens["generated"] == tokens["trained"] + tokens["discarded"] + tokens["cancelled"]
-    assert tokens["generated"] > sum(recorded.values())  # some were sampled after the decision
+    # Some tokens were sampled after the decision.
+    assert tokens["generated"] > sum(recorded.values())
 
 
 def test_a_truncated_response_that_took_a_seat_is_only_a_lower_bound(tmp_path: Path) -> None:
-    """A ledger's filled group: its truncated response has the end of a selected one."""
+    """In a ledger, a truncated response that filled a seat has the same end as a selected one."""
 
     def write(name: str, truncated: bool) -> Path:
         rollouts = [
@@ -260,7 +262,7 @@ def test_a_truncated_response_that_took_a_seat_is_only_a_lower_bound(tmp_path: P
     assert bound.mean_log > exact.mean_log
 
 
-# The engine --------------------------------------------------------------------------------------------------------
+# The engine --------------------------------------------------------------------------------------
 
 
 def engine_with(*lengths: int, kv_tokens: int = 10_000, slots: int = 8) -> SimEngine:
@@ -273,7 +275,7 @@ def engine_with(*lengths: int, kv_tokens: int = 10_000, slots: int = 8) -> SimEn
 
 
 def run_dry(engine: SimEngine) -> dict[int, float]:
-    """When each rollout finishes."""
+    """The time at which each rollout finishes."""
     finished: dict[int, float] = {}
     while (due_s := engine.plan()) < math.inf:
         engine.arrive(due_s)
@@ -288,20 +290,20 @@ def test_time_per_token_follows_the_batch() -> None:
     assert run_dry(engine_with(5, 10)) == pytest.approx({0: 10.0, 1: 15.0})
 
 
-def test_a_pause_delays_what_is_in_flight_and_loses_nothing() -> None:
+def test_a_pause_delays_rollouts_in_flight_and_loses_none() -> None:
     engine = engine_with(5, 10)
     engine.pause(7.0)
     assert run_dry(engine) == pytest.approx({0: 17.0, 1: 22.0})
 
 
-def test_a_full_cache_preempts_the_youngest_who_finishes_later_with_its_tokens_kept() -> None:
+def test_a_full_cache_preempts_the_youngest_rollout_which_keeps_its_tokens() -> None:
     roomy, tight = run_dry(engine_with(30, 30)), engine_with(30, 30, kv_tokens=50)
     finished = run_dry(tight)
     assert tight.num_preemptions > 0
     assert finished.keys() == roomy.keys()
     assert finished[0] < roomy[0]
     assert finished[1] > finished[0]
-    # Token for token it decodes no more than in a roomy cache: 15 shared, 15 alone, 15 alone.
+    # It decodes no more tokens than in a roomy cache: 15 shared, 15 alone, 15 alone.
     assert finished[1] == pytest.approx(15 * 2.0 + 15 + 15)
 
 
@@ -312,25 +314,25 @@ def test_a_rollout_without_room_in_the_cache_waits() -> None:
     assert engine.num_preemptions == 0
 
 
-def test_latencies_are_read_off_the_curve() -> None:
+def test_latencies_are_interpolated_on_the_curve() -> None:
     table = ptl_table([1, 16], [10.0, 40.0], 2.0, 16)
     assert table[1] == pytest.approx(5e-3)
     assert table[16] == pytest.approx(20e-3)
     assert table[4] == pytest.approx(10e-3)  # a power law between the two
 
 
-# Shaping -----------------------------------------------------------------------------------------------------------
+# Shaping -----------------------------------------------------------------------------------------
 
 VERBOSE, DEEP = SimPrompt("v", 5.0, 0.8, 0.0, -1.0), SimPrompt("d", 5.0, 0.8, 0.0, 1.0)
 
 
-def test_shaping_is_off_unless_asked_for() -> None:
+def test_shaping_is_off_by_default() -> None:
     shaping = Shaping(ShapingKeys())
     shaping.learn([(VERBOSE, [10, 20, 300], [10, 20])])
     assert shaping.moments(VERBOSE) == (5.0, 0.8)
 
 
-def test_shaping_moves_toward_what_is_trained_on_and_spares_necessary_depth() -> None:
+def test_shaping_moves_towards_trained_lengths_and_spares_necessary_depth() -> None:
     shaping = Shaping(ShapingKeys(rate=0.5))
     shaping.learn([(VERBOSE, [10, 20, 300], [10, 20]), (DEEP, [10, 20, 300], [10, 20])])
     mean_log, spread = shaping.moments(VERBOSE)
@@ -338,7 +340,7 @@ def test_shaping_moves_toward_what_is_trained_on_and_spares_necessary_depth() ->
     assert shaping.moments(DEEP) == (5.0, 0.8)
 
 
-def test_shaping_is_still_where_all_is_trained_on() -> None:
+def test_shaping_changes_nothing_if_all_responses_are_trained() -> None:
     shaping = Shaping(ShapingKeys(rate=0.5))
     shaping.learn([(VERBOSE, [10, 20, 300], [10, 20, 300])])
     assert shaping.moments(VERBOSE) == pytest.approx((5.0, 0.8))
@@ -351,7 +353,7 @@ def test_shaping_stops_at_its_floor() -> None:
     assert shaping.moments(VERBOSE) == pytest.approx((5.0 + math.log(0.5), 0.4))
 
 
-def test_length_tells_right_from_wrong_by_pattern() -> None:
+def test_the_pattern_decides_whether_shorter_responses_are_right() -> None:
     for prompt, shorter_is_right in ((VERBOSE, True), (DEEP, False)):
         responses = Responses(prompt, (5.0, 0.8), 100_000, seed=0, visit=0)
         draws = [responses.next() for _ in range(400)]
@@ -360,7 +362,7 @@ def test_length_tells_right_from_wrong_by_pattern() -> None:
         assert (sum(right) / len(right) < sum(wrong) / len(wrong)) is shorter_is_right
 
 
-# Refusals ----------------------------------------------------------------------------------------------------------
+# Refusals ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -379,7 +381,7 @@ def test_length_tells_right_from_wrong_by_pattern() -> None:
         (["darts.policy=random", "redundancy.rule=none"], "darts.policy=random"),
     ],
 )
-def test_what_cannot_be_simulated_is_refused(overrides: list[str], field: str) -> None:
+def test_an_impossible_configuration_is_refused(overrides: list[str], field: str) -> None:
     with pytest.raises(ValueError) as caught:
         check(config(*overrides))
     assert field in str(caught.value)

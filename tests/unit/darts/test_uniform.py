@@ -56,7 +56,7 @@ def test_a_uniform_group_is_dropped_for_good_and_another_prompt_takes_its_place(
 
 
 def test_beyond_the_bound_uniform_groups_are_trained() -> None:
-    """Two replacements per step of two groups: the batch fills although nothing has signal."""
+    """With two replacements per step of two groups, the batch fills without any signal."""
     story = Story()
     for group_id in range(4):
         story.finish(group_id, 0.0, 0.0)
@@ -95,7 +95,7 @@ def test_only_selected_rewards_count() -> None:
     """A wrong response that is too long to be selected gives no gradient."""
     story = Story(num_long=0, redundancy="fixed", upper=2.0, long_end="none")
     launched = [d.rollout_id for d in story.decisions if isinstance(d, ev.Launch)]
-    assert len(launched) == 4  # all of group 0
+    assert len(launched) == 4  # all rollouts of group 0
     story.apply(
         ev.RolloutFinished(launched[0], 12, False, 0.0, 0),
         ev.RolloutFinished(launched[1], 5, False, 1.0, 0),

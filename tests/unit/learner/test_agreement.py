@@ -1,4 +1,4 @@
-"""When a difference between engines and learner ends a run, and when it must not."""
+"""A difference between engines and learner ends a run if it persists, not if it occurs once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def agreement(dtype: str = "float32", max_logprob_diff: float = 0.0) -> Agreemen
 
 
 def fresh(nats: float) -> TokenSums:
-    """A step with 50 tokens in responses of the newest weights alone, and with some in flight,
-    which must not matter."""
+    """A step with 50 tokens in responses of only the newest weights, and some in responses that
+    were in flight during a swap, which must not matter.
+    """
     return TokenSums(current=100, current_logprob_diff=900, fresh=50, fresh_logprob_diff=50 * nats)
 
 
@@ -37,36 +38,37 @@ def stops_at(judge: Agreement, steps: list[TokenSums]) -> int | None:
 @pytest.mark.parametrize(
     ("nats", "step"),
     [
-        ([0.2], 0),  # from the start: at once
-        ([0.001, 0.2], None),  # one odd step is none
+        ([0.2], 0),  # wrong from the start: stops at once
+        ([0.001, 0.2], None),  # one bad step is forgiven
         ([0.001, 0.2, 0.001, 0.001, 0.2], None),
         ([0.001, 0.2, 0.2], 2),  # a swap that went wrong stays wrong
         ([0.001, 0.2, 0.001, 0.2], 3),
         ([0.001] * 5, None),
     ],
 )
-def test_one_odd_step_is_forgiven_and_two_of_three_are_not(
+def test_one_bad_step_is_forgiven_and_two_of_three_are_not(
     nats: list[float], step: int | None
 ) -> None:
     assert stops_at(agreement(), [fresh(value) for value in nats]) == step
 
 
-def test_a_step_without_tokens_of_the_newest_weights_says_nothing() -> None:
+def test_a_step_without_tokens_of_the_newest_weights_is_not_judged() -> None:
     steps = [fresh(0.001), fresh(0.2), TokenSums(), TokenSums(), fresh(0.2)]
     assert stops_at(agreement(), steps) == 4
 
 
-def test_responses_in_flight_are_allowed_the_cache_of_older_weights() -> None:
+def test_responses_in_flight_may_use_the_cache_of_older_weights() -> None:
     assert stops_at(agreement(), [in_flight(IN_FLIGHT_NATS)] * 3) is None
     assert stops_at(agreement(), [fresh(IN_FLIGHT_NATS)] * 3) == 0
-    assert stops_at(agreement(), [in_flight(0.13)] * 3) == 0  # the least that a wrong swap gave
+    # The smallest difference measured after a wrong swap.
+    assert stops_at(agreement(), [in_flight(0.13)] * 3) == 0
 
 
 @pytest.mark.parametrize(
     ("dtype", "right", "wrong"),
     [("float32", 0.004, 0.006), ("float16", 0.04, 0.06), ("bfloat16", 0.09, 0.11)],
 )
-def test_each_type_has_its_bound(dtype: str, right: float, wrong: float) -> None:
+def test_each_dtype_has_its_bound(dtype: str, right: float, wrong: float) -> None:
     assert stops_at(agreement(dtype), [fresh(right)]) is None
     assert stops_at(agreement(dtype), [fresh(wrong)]) == 0
     assert stops_at(agreement(dtype, max_logprob_diff=1.0), [fresh(wrong)]) is None

@@ -1,4 +1,4 @@
-"""Packing: what lands where, what is left out, and what is refused."""
+"""Packing: the layout of a pack, omitted trajectories, and refused ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_two_trajectories_in_one_row() -> None:
     assert pack.current_S.tolist() == [False, True, True, True]
 
 
-def test_given_tokens_between_turns_are_context_only() -> None:
+def test_given_tokens_between_turns_are_only_context() -> None:
     turns = trajectory([10, 11, 12, 13, 14], [0, 1, 0, 0, 1], [(0, 2)])
     (pack,) = make_packs(make_shards([turns])[0], 64, 0)
     assert pack.input_ids_T.tolist() == [10, 11, 12, 13]
@@ -61,8 +61,8 @@ def test_every_sampled_token_is_trained_once_within_the_limit(max_tokens: int) -
         assert len(pack.input_ids_T) <= max_tokens or (pack.position_ids_T == 0).sum() == 1
 
 
-def test_trajectories_without_an_advantage_are_left_out() -> None:
-    """Those of a uniform group, and one whose reward is its group's mean."""
+def test_trajectories_without_an_advantage_are_omitted() -> None:
+    """The trajectories of a uniform group, and one whose reward is its group's mean."""
     group = [
         msgspec.structs.replace(
             trajectory([token, 2, 3], [0, 1, 1], [(0, 2)]), reward=reward, group_rewards=rewards
@@ -77,7 +77,7 @@ def test_trajectories_without_an_advantage_are_left_out() -> None:
     assert pack.input_ids_T.tolist() == [5, 2]
 
 
-def test_first_fit_is_longest_first_and_lets_the_oversized_lie_alone() -> None:
+def test_first_fit_is_longest_first_and_packs_an_oversized_one_alone() -> None:
     assert first_fit([3, 9, 4, 6], capacity=7) == [[1], [3], [2, 0]]
     assert first_fit([], capacity=7) == []
 

@@ -1,5 +1,6 @@
-"""Packed equals alone for every family: as it is, with layers split, with one sequence per pack, or
-not at all and said so."""
+"""Every family computes the same packed as alone: as it is, with split layers, or with one
+sequence per pack. Models that cannot are refused by name.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def load(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> PreTr
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_trains_packed_as_alone(tmp_path: Path, family: str) -> None:
+def test_every_family_trains_the_same_packed_as_alone(tmp_path: Path, family: str) -> None:
     path = save_family(tmp_path / "model", family)
     with single_rank(make_config(path, tmp_path / "run")) as state:
         packing = state.packing
@@ -57,8 +58,8 @@ def test_every_family_trains_packed_as_alone(tmp_path: Path, family: str) -> Non
             assert (packed[name] - gradient).norm().item() < 1e-5 * scale, name
 
 
-def test_what_no_layer_can_be_blamed_for_is_packed_one_by_one(tmp_path: Path) -> None:
-    """Bloom attends by distance, with a bias built for the whole row."""
+def test_a_leak_without_a_leaking_layer_is_packed_one_by_one(tmp_path: Path) -> None:
+    """Bloom's attention bias depends on distance and is built for the whole row."""
     path = save_family(tmp_path / "model", "bloom", n_layer=2, n_head=2)
     with single_rank(make_config(path, tmp_path / "run")) as state:
         packing = state.packing
@@ -70,15 +71,16 @@ def test_what_no_layer_can_be_blamed_for_is_packed_one_by_one(tmp_path: Path) ->
         assert "forward and a backward pass per response" in str(packing)
 
 
-def test_a_model_that_positions_change_is_refused_by_name(tmp_path: Path) -> None:
-    """RoBERTa's own positions begin behind its padding token: even alone, positions from 0 are
-    wrong."""
+def test_a_model_that_explicit_positions_change_is_refused_by_name(tmp_path: Path) -> None:
+    """RoBERTa's positions begin after its padding token, so positions from 0 are wrong even for a
+    sequence that is alone.
+    """
     model = load(tmp_path, "roberta")
     with pytest.raises(ValueError, match=r"roberta models cannot be trained: .* nats.*0\.0001"):
         probe_packing(Boundaries(model))
 
 
-def test_a_model_that_cannot_run_is_refused_with_its_own_words(tmp_path: Path) -> None:
+def test_a_model_that_cannot_run_is_refused_with_its_own_error(tmp_path: Path) -> None:
     model = load(tmp_path, "llama")
     model.model.rotary_emb = torch.nn.Identity()
     with pytest.raises(ValueError, match="llama models cannot be trained: a plain forward"):

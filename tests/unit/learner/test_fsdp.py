@@ -1,4 +1,4 @@
-"""What depends on the machine that a rank runs on."""
+"""Behaviour that depends on the machine of a rank."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from learner.fsdp import slow_dtype
         ("bfloat16", "cpu", "flags : fpu amx_bf16 amx_tile", False),
         ("bfloat16", "cpu", "Features : fp asimd bf16", False),
         ("float32", "cpu", "flags : fpu", False),
-        ("float16", "cpu", "flags : fpu", False),  # such a learner computes in float32
+        # On a CPU, a learner with this dtype computes in float32.
+        ("float16", "cpu", "flags : fpu", False),
         ("bfloat16", "cuda", "flags : fpu", False),
     ],
 )
-def test_bfloat16_in_software_is_warned_of(
+def test_bfloat16_in_software_gives_a_warning(
     tmp_path: Path, dtype: str, device: str, flags: str, slow: bool
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"

@@ -1,5 +1,6 @@
-"""Advantages, log-probabilities and every branch of the surrogate, against numbers worked out by
-hand."""
+"""Advantages, log-probabilities and every branch of the surrogate equal numbers worked out by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ LOSS = LossConfig(clip_low=0.2, clip_high=0.28, tis_cap=2.0)
 def surrogate_of(
     ratio: float, advantage: float, config: LossConfig = LOSS
 ) -> tuple[float, float, bool, bool]:
-    """Loss, gradient with respect to the learner's logprob, clipped, capped: of one token."""
+    """For one token: loss, gradient with respect to the learner's logprob, clipped, capped."""
     logprob = torch.tensor([-1.0], requires_grad=True)
     actor = torch.tensor([-1.0 - math.log(ratio)])
     surrogate = clipped_surrogate(logprob, actor, torch.tensor([advantage]), config)
@@ -36,14 +37,8 @@ def surrogate_of(
     ("ratio", "advantage", "loss", "gradient", "clipped", "capped"),
     [
         (1.0, 2.0, -2.0, -2.0, False, False),  # on policy: plain policy gradient
-        (
-            1.2,
-            2.0,
-            -2.4,
-            -2.4,
-            False,
-            False,
-        ),  # between 1 + clip_low and 1 + clip_high: clip-higher leaves it alone
+        # Between 1 + clip_low and 1 + clip_high: not clipped (clip-higher)
+        (1.2, 2.0, -2.4, -2.4, False, False),
         (1.5, 2.0, -2.56, 0.0, True, False),  # above 1 + clip_high: -(1.28)(2), no gradient
         (3.0, 2.0, -2.56, 0.0, True, True),  # the cap lies above the clip and changes nothing
         (0.5, 2.0, -1.0, -1.0, False, False),  # a good token has become rarer: not clipped
@@ -51,14 +46,8 @@ def surrogate_of(
         (0.9, -2.0, 1.8, 1.8, False, False),
         (0.5, -2.0, 1.6, 0.0, True, False),  # below 1 - clip_low: (0.8)(2), no gradient
         (1.5, -2.0, 3.0, 3.0, False, False),  # a bad token has become likelier: not clipped
-        (
-            5.0,
-            -2.0,
-            4.0,
-            4.0,
-            False,
-            True,
-        ),  # truncated importance weight: 2 instead of 5, and it still learns
+        # Truncated importance weight: 2 instead of 5, with a gradient.
+        (5.0, -2.0, 4.0, 4.0, False, True),
         (5.0, 0.0, 0.0, 0.0, False, True),
     ],
 )
@@ -94,7 +83,7 @@ def test_advantage_by_hand() -> None:
     assert group_advantage(0.0, [1.0, 0.0, 0.0, 0.0]) == pytest.approx(-1 / math.sqrt(3), abs=1e-4)
 
 
-def test_equal_rewards_teach_nothing() -> None:
+def test_equal_rewards_give_no_advantage() -> None:
     assert group_advantage(0.1, [0.1] * 8) == 0.0
 
 
@@ -131,7 +120,7 @@ def test_chunking_changes_neither_values_nor_gradients(chunk_rows: int) -> None:
     torch.testing.assert_close(gradient_SV, expected_gradient_SV)
 
 
-def test_no_tokens_is_no_loss_and_a_gradient_of_zero() -> None:
+def test_no_tokens_give_no_loss_and_a_zero_gradient() -> None:
     logits_SV = torch.zeros(0, 5, requires_grad=True)
     logprobs_S, _ = token_logprobs(logits_SV, torch.zeros(0, dtype=torch.int64), 1.0)
     logprobs_S.sum().backward()

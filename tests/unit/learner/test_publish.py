@@ -1,4 +1,4 @@
-"""A snapshot is the checkpoint again: the same names, shapes and, before a step, the same bits."""
+"""A snapshot has the names and shapes of the model's checkpoint and, before a step, its bits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from learner.train import train_step
 from tests.families import FAMILIES, save_family
 from tests.learner_cases import make_config, make_shards, make_trajectories, single_rank
 
-FUSED = {"qwen3_moe", "mixtral", "qwen3_next"}  # transformers keeps their experts in one tensor
+FUSED = {"qwen3_moe", "mixtral", "qwen3_next"}  # transformers fuses their experts into one tensor
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_snapshot_of_untrained_weights_is_the_checkpoint(tmp_path: Path, family: str) -> None:
+def test_a_snapshot_of_untrained_weights_equals_the_checkpoint(tmp_path: Path, family: str) -> None:
     path = save_family(tmp_path / "model", family)
     checkpoint = safetensors.torch.load_file(path / "model.safetensors")
     config = make_config(path, tmp_path / "run", weights__transport="file")
@@ -34,7 +34,7 @@ def test_a_snapshot_of_untrained_weights_is_the_checkpoint(tmp_path: Path, famil
 
 
 @pytest.mark.parametrize("family", sorted(FUSED))
-def test_a_trained_expert_is_published_where_it_belongs(tmp_path: Path, family: str) -> None:
+def test_a_trained_expert_is_published_under_its_own_name(tmp_path: Path, family: str) -> None:
     path = save_family(tmp_path / "model", family)
     config = make_config(path, tmp_path / "run")
     with single_rank(config) as state:
@@ -44,7 +44,8 @@ def test_a_trained_expert_is_published_where_it_belongs(tmp_path: Path, family: 
     experts = [name for name in before if ".experts." in name]
     assert len(experts) == 2 * 4 * 3  # layers, experts, projections
     for name in experts:
-        assert 0 < (after[name] - before[name]).abs().max() < 2e-3, name  # one step of 1e-3
+        # One step at a learning rate of 1e-3.
+        assert 0 < (after[name] - before[name]).abs().max() < 2e-3, name
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,8 +1,7 @@
-"""The loss and its gradient against two that share no code with ours: one in float64, written out,
-and TRL's.
+"""The loss and its gradient equal those of two references that share no code with ours.
 
-Both take one trajectory at a time, or a padded batch, from plain transformers models. Ours is a
-whole step, packed and sharded.
+One is written out in float64 and takes one trajectory at a time; the other is TRL's and takes a
+padded batch. Both use plain transformers models. Ours is a whole step, packed and sharded.
 """
 
 from __future__ import annotations
@@ -32,12 +31,13 @@ from tests.learner_cases import (
 )
 
 LOSS_BOUND = 1e-6
-GRADIENT_BOUND = 5e-6  # of a tensor's largest entry
+GRADIENT_BOUND = 5e-6  # relative to the largest entry of a tensor
 
 
 def drawn_trajectories() -> list[Trajectory]:
-    """Three groups, one of them uniform; actors far enough away that every rule of the loss
-    acts."""
+    """Three groups, one of them uniform. The actors are off-policy enough that every rule of the
+    loss applies.
+    """
     mixed = make_trajectories(seed=0, num_groups=2)
     uniform = make_trajectories(seed=1, num_groups=1)
     uniform = [msgspec.structs.replace(t, reward=0.1, group_rewards=[0.1] * 4) for t in uniform]
@@ -52,7 +52,7 @@ def drawn_trajectories() -> list[Trajectory]:
 
 
 def arrays(t: Trajectory) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, which of them were sampled, and the actor's log-probabilities."""
+    """Tokens, a mask of the sampled ones, and the actor's log-probabilities."""
     return (
         torch.tensor(np.frombuffer(t.tokens, "<i4").astype(np.int64)),
         torch.tensor(np.frombuffer(t.sampled, np.uint8).astype(bool)),
@@ -66,8 +66,9 @@ def advantage(t: Trajectory, kind: str) -> float:
 
 
 def transcription(path: Path, trajectories: list[Trajectory], config: Config) -> Any:
-    """The model with the loss's gradient in float64, token by token as the loss's table has it, and
-    the loss."""
+    """The model with its gradient in float64, and the loss, computed token by token as the loss's
+    documentation defines it.
+    """
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=torch.float64,
@@ -100,7 +101,7 @@ def transcription(path: Path, trajectories: list[Trajectory], config: Config) ->
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "lfm2"])
-def test_loss_and_gradient_are_those_of_a_float64_transcription(
+def test_loss_and_gradient_equal_a_float64_transcription(
     tmp_path: Path, family: str, tied: bool, kind: str
 ) -> None:
     path = save_family(tmp_path / "model", family, tie_word_embeddings=tied)
@@ -154,8 +155,9 @@ def padded(trajectories: list[Trajectory], pad_id: int) -> dict[str, torch.Tenso
 
 
 def trl_trainer(model: torch.nn.Module, kind: str, rules: LossConfig) -> SimpleNamespace:
-    """What `GRPOTrainer._compute_loss` reads of a trainer: one process, no accumulation, no
-    penalty."""
+    """The attributes of a trainer that `GRPOTrainer._compute_loss` reads: one process, no
+    accumulation, no penalty.
+    """
 
     def logps(_: Any, ids: Any, mask: Any, keep: int, **__: Any) -> tuple[Any, Any, None]:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -196,9 +198,10 @@ class dict_of_lists(dict[str, list[float]]):
 
 
 @pytest.mark.parametrize(("kind", "trl_kind"), [("grpo", "dapo"), ("dr_grpo", "dr_grpo")])
-def test_loss_and_gradient_are_those_of_trl(tmp_path: Path, kind: str, trl_kind: str) -> None:
-    """Where our importance weight is not capped: TRL clamps a weight above `delta` and drops its
-    gradient."""
+def test_loss_and_gradient_equal_those_of_trl(tmp_path: Path, kind: str, trl_kind: str) -> None:
+    """Compared without capped importance weights, because TRL clamps a weight above `delta` and
+    drops its gradient.
+    """
     grpo_trainer = pytest.importorskip(
         "trl.trainer.grpo_trainer", reason="trl is not installed: pip install 'darts-rl[reference]'"
     )
@@ -215,9 +218,8 @@ def test_loss_and_gradient_are_those_of_trl(tmp_path: Path, kind: str, trl_kind:
     }
     trainer = trl_trainer(model, trl_kind, config.loss)
     loss = grpo_trainer.GRPOTrainer._compute_loss(trainer, model, inputs)
-    if (
-        trl_kind == "dr_grpo"
-    ):  # its denominator is responses x their longest; ours is the number of tokens
+    # Its denominator is responses x longest response; ours is the number of tokens.
+    if trl_kind == "dr_grpo":
         loss = loss * len(trajectories) / num_tokens
     loss.backward()
     with single_rank(config) as state:

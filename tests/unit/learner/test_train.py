@@ -1,5 +1,6 @@
-"""A training step on one rank: what the gradient must not depend on, and that state survives on
-disk and on the wire."""
+"""A training step on one rank: the gradient does not depend on packing, and state survives on
+disk and on the wire.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def test_the_gradient_does_not_depend_on_the_packing(
             torch.testing.assert_close(gradient, separate[name], rtol=1e-4, atol=1e-7)
 
 
-def test_a_model_with_a_sliding_window_keeps_it(tmp_path: Path) -> None:
+def test_a_sliding_window_is_kept(tmp_path: Path) -> None:
     path = save_family(tmp_path / "model", "mistral", sliding_window=4)
     tokens = torch.arange(20)[None]
     plain = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
@@ -99,20 +100,19 @@ def test_only_tokens_of_the_current_weights_are_compared(model_path: Path, tmp_p
         state.policy_version, state.published = 3, True
         metrics = train_step(state, shard)
         assert metrics["train/logprob_diff"] == pytest.approx(metrics["train/logprob_diff_all"])
-        assert "train/logprob_diff" not in train_step(
-            state, shard
-        )  # updated, not yet published: version 3 is no longer what it holds
+        # Updated but not yet published: it no longer holds version 3.
+        assert "train/logprob_diff" not in train_step(state, shard)
 
 
 @pytest.mark.parametrize("signal", ["all truncated", "all rewards equal"])
-def test_a_step_without_signal_moves_nothing(
+def test_a_step_without_signal_changes_no_weight(
     model_path: Path, tmp_path: Path, signal: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Not even by momentum and decay, and it is not counted as trained."""
+    """Neither momentum nor weight decay moves the weights, and no token counts as trained."""
     mute = [
         msgspec.structs.replace(t, reward=1.0, group_rewards=[1.0] * 4)
         for t in make_trajectories(seed=0)
-        if signal != "all truncated"  # the buffer hands over none of those
+        if signal != "all truncated"  # the buffer ships none of those
     ]
     config = make_config(model_path, tmp_path / "run", optimizer__weight_decay=0.1)
     with single_rank(config) as state:
@@ -196,7 +196,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
 def test_the_newest_checkpoints_are_kept_and_latest_names_a_complete_one(
     model_path: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / ".step_000001.unfinished").mkdir()  # left by a learner that was killed while saving
+    (tmp_path / ".step_000001.unfinished").mkdir()  # left by a learner killed while saving
     with single_rank(make_config(model_path, tmp_path / "run")) as state:
         train_step(state, make_shards(make_trajectories(seed=0))[0])
         for step in (1, 2, 3):
@@ -219,14 +219,14 @@ def test_the_newest_checkpoints_are_kept_and_latest_names_a_complete_one(
     }
 
 
-def test_a_rank_keeps_as_many_checkpoints_as_asked(model_path: Path, tmp_path: Path) -> None:
+def test_a_rank_keeps_as_many_checkpoints_as_configured(model_path: Path, tmp_path: Path) -> None:
     with single_rank(
         make_config(model_path, tmp_path / "run", learner__keep_checkpoints=1)
     ) as state:
         for step in range(3):
             train_step(state, make_shards(make_trajectories(seed=step), step)[0])
             save(state)
-            save(state)  # of a step that is saved already: nothing to do
+            save(state)  # this step is saved already, so nothing happens
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
         "latest",
         "step_000003",
@@ -238,7 +238,7 @@ def test_without_a_checkpoint_there_is_nothing_to_load(model_path: Path, tmp_pat
         assert checkpoint.load_latest(tmp_path, state.model, state.optimizer) is None
 
 
-def test_a_checkpoint_s_weights_load_without_ranks(model_path: Path, tmp_path: Path) -> None:
+def test_the_weights_of_a_checkpoint_load_without_ranks(model_path: Path, tmp_path: Path) -> None:
     config = make_config(model_path, tmp_path / "run")
     with single_rank(config) as state:
         train_step(state, make_shards(make_trajectories(seed=0))[0])
@@ -301,7 +301,9 @@ def test_a_snapshot_reloads_to_identical_logits(tmp_path: Path, family: str, tie
         )
 
 
-def test_file_snapshots_lie_where_they_are_told_to(model_path: Path, tmp_path: Path) -> None:
+def test_file_snapshots_are_written_to_the_configured_folder(
+    model_path: Path, tmp_path: Path
+) -> None:
     config = make_config(
         model_path,
         tmp_path / "run",
@@ -313,7 +315,7 @@ def test_file_snapshots_lie_where_they_are_told_to(model_path: Path, tmp_path: P
     assert snapshot is not None and Path(snapshot.path).parent == tmp_path / "shared"
 
 
-def test_an_absent_buffer_is_waited_for_as_long_as_asked(
+def test_the_learner_waits_for_a_buffer_as_long_as_configured(
     model_path: Path, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
@@ -327,7 +329,7 @@ def test_an_absent_buffer_is_waited_for_as_long_as_asked(
     assert 0.5 <= time.monotonic() - started < 20  # the default is a minute
 
 
-def test_a_snapshot_has_the_engines_dtype(model_path: Path, tmp_path: Path) -> None:
+def test_a_snapshot_has_the_dtype_of_the_engines(model_path: Path, tmp_path: Path) -> None:
     config = make_config(
         model_path, tmp_path / "run", weights__transport="file", model__dtype="bfloat16"
     )

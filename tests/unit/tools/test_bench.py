@@ -1,4 +1,4 @@
-"""`python -m tools.bench core` runs, on a machine of any speed."""
+"""`python -m tools.bench core` runs on a machine of any speed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`tools.check`: prompts shown as the model is given them, and what is said of those that cannot be."""
+"""`tools.check` shows prompts as the model gets them, and refuses those that cannot be used."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_prompts_are_shown_as_text_and_tokens_with_their_length(tmp_path: Path) 
     assert len(lines) == 4
 
 
-def test_plain_text_is_said_to_be_plain(tmp_path: Path) -> None:
+def test_plain_text_is_reported_as_plain(tmp_path: Path) -> None:
     lines = list(describe_prompts(make_config(tmp_path, [row("2+2?")], None)))
     assert "as plain text" in lines[0]
     assert lines[2] == "  text    '2+2?'"
@@ -60,7 +60,7 @@ def test_at_most_three_prompts_and_eighty_tokens_are_shown(tmp_path: Path) -> No
     assert lines[3].endswith("... and 20 more")
 
 
-def test_a_template_that_never_opens_the_answer_is_pointed_out(tmp_path: Path) -> None:
+def test_a_template_that_does_not_open_the_answer_is_reported(tmp_path: Path) -> None:
     template = TEMPLATE.replace("<|assistant|>", "")
     lines = list(describe_prompts(make_config(tmp_path, [row("2+2?")], template)))
     assert lines[-1].startswith("warning: the chat template does not open the assistant's turn")
@@ -73,7 +73,7 @@ def test_a_template_that_refuses_a_prompt_is_named_with_its_row(tmp_path: Path) 
     assert "\n" not in str(refused.value)
 
 
-def test_a_prompt_that_is_too_long_is_pointed_out_with_its_row(tmp_path: Path) -> None:
+def test_a_prompt_that_is_too_long_is_reported_with_its_row(tmp_path: Path) -> None:
     limits = ["model.max_context=64", "sampling.max_tokens=32"]
     config = make_config(tmp_path, [row("x" * 60)], None, *limits)
     warning = list(describe_prompts(config))[-1]
@@ -81,7 +81,7 @@ def test_a_prompt_that_is_too_long_is_pointed_out_with_its_row(tmp_path: Path) -
     assert ", row 1) has 60 tokens and leaves 4 for a response in model.max_context=64" in warning
 
 
-def test_a_refusal_names_model_check_numbers_and_what_to_do() -> None:
+def test_a_refusal_names_model_check_numbers_and_remedy() -> None:
     ones, halves = b"\0\0\x80\x3f" * 3, b"\0\0\0\x3f" * 3
     assert _compare(Config(), "llama", "loading", ones, ones, "advice").difference == 0
     with pytest.raises(Refused) as refused:

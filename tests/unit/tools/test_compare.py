@@ -1,4 +1,4 @@
-"""The comparison's table: what it averages, and when it refuses to speak of a speedup."""
+"""The comparison's table: its averages, and the conditions for reporting a speedup."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def result(step_s: float, **more: float) -> dict[str, Any]:
     }
 
 
-def test_equal_rewards_make_a_speedup_and_unequal_ones_none() -> None:
+def test_a_speedup_is_reported_only_at_equal_reward() -> None:
     rows = table(
         {
             "sync plain": [result(3.0, judged_reward=0.80)],
@@ -54,7 +54,8 @@ def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
         {"step": 0, "time_s": 10.0, "wait/learner_s": 9.0, "lag/mean": 0, "lag/max": 0},
         {"step": 1, "time_s": 12.0, "wait/learner_s": 1.0, "lag/mean": 1, "lag/max": 2},
         {"step": 2, "time_s": 14.0, "wait/learner_s": 0.0, "lag/mean": 2, "lag/max": 2,
-         "tokens/generated": 60, "tokens/trained": 30, "tokens/discarded": 20, "tokens/cancelled": 10},
+         "tokens/generated": 60, "tokens/trained": 30, "tokens/discarded": 20,
+         "tokens/cancelled": 10},
     ]  # fmt: skip
     judged = [
         {"step": 2, "reward_mean": 0.6, "length_mean": 9.0, "length_p99": 30.0},
@@ -86,13 +87,11 @@ def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
         0.7,
     )
     assert (summary["judged_length_mean"], summary["judged_length_p99"]) == (8.0, 20.0)
-    assert summary["curve"] == [
-        [2.0, 0.6],
-        [4.0, 0.7],
-    ]  # after two steps, and after three; from the end of the first
+    # After two and after three steps, measured from the end of the first.
+    assert summary["curve"] == [[2.0, 0.6], [4.0, 0.7]]
 
 
-def test_time_to_reach_is_to_the_reward_that_the_same_seed_s_reference_has_at_its_end() -> None:
+def test_time_to_reach_uses_the_final_reward_of_the_reference_with_the_same_seed() -> None:
     rows: list[dict[str, Any]] = [
         {"judged_reward": 0.90, "curve": [[5.0, 0.50], [9.0, 0.90]]},
         {"judged_reward": 0.80, "curve": [[5.0, 0.79], [9.0, 0.80]]},

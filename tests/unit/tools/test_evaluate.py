@@ -1,4 +1,4 @@
-"""`tools.evaluate` with a fake engine: results, and prompts that give none."""
+"""`tools.evaluate` with a fake engine: results, and prompts without a result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.evaluate import _answer
 
 
 class FakeEngine:
-    """Every response is two tokens."""
+    """Every response has two tokens."""
 
     class tokenizer:
         @staticmethod
@@ -30,7 +30,7 @@ class FakeEngine:
 
 
 class FakeEnvironment:
-    """The prompt's text says how it is scored, or how many tokens it has."""
+    """The prompt's text determines its score, or its number of tokens."""
 
     keep_special_tokens = False
 
@@ -63,7 +63,7 @@ def test_rewards_of_0_and_1_are_an_accuracy() -> None:
     assert "accuracy" not in evaluated("0.5", "1")
 
 
-def test_a_prompt_that_is_too_long_is_left_out_and_named(
+def test_a_prompt_that_is_too_long_is_omitted_and_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     row = evaluated("1", "long", "0")

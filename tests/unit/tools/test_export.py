@@ -1,4 +1,6 @@
-"""`tools.export`: a checkpoint becomes an ordinary folder, whatever its source says of generation."""
+"""`tools.export` turns a checkpoint into an ordinary model folder, for any generation settings of
+its source.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ UNWRITABLE = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_i
 
 
 def trained_run(folder: Path, family: str, settings: dict[str, Any] | None) -> Path:
-    """A run of one step whose weights have moved; the source has these generation settings."""
+    """A run of one step with changed weights, whose source model has these generation settings."""
     model, run = save_family(folder / "model", family), folder / "run"
     (model / "generation_config.json").unlink()
     if settings is not None:
@@ -47,7 +49,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("settings", [None, UNWRITABLE])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "lfm2"])
-def test_an_exported_model_computes_the_same(
+def test_an_exported_model_computes_the_same_as_the_checkpoint(
     tmp_path: Path, family: str, settings: dict[str, Any] | None
 ) -> None:
     run = trained_run(tmp_path, family, settings)

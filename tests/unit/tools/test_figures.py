@@ -1,4 +1,4 @@
-"""The worked examples of docs/method.md agree with the core, the pictures with the command."""
+"""The worked examples of docs/method.md agree with the core, and its pictures with the command."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ METHOD = Path(__file__).parents[3] / "docs" / "method.md"
 
 
 @pytest.mark.parametrize("name", figures())
-def test_a_figure_of_the_repository_is_the_one_that_the_command_draws(name: str) -> None:
+def test_the_figures_in_the_repository_are_those_that_the_command_draws(name: str) -> None:
     assert (FOLDER / name).read_text() == figures()[name], "run `python -m tools.figures`"
 
 
-def test_the_tables_of_the_method_are_the_computed_ones() -> None:
+def test_the_tables_in_the_method_page_are_the_computed_ones() -> None:
     text = METHOD.read_text()
     assert selection_example().table() in text
     assert lag_example().table() in text

@@ -1,4 +1,4 @@
-"""The life of one group, told from a log that holds two."""
+"""The story of one group, printed from a log that holds two."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def told(group_id: int | None, prompt_id: str | None) -> list[str]:
     return [" ".join(line.split()) for entry in LOG for line in story.lines(entry)]
 
 
-def test_a_group_is_told_from_its_opening_to_its_stop() -> None:
+def test_a_story_runs_from_the_opening_of_its_group_to_its_stop() -> None:
     assert told(4, None) == [
         "1.000 s -> open group 4 of prompt prompt 4 for train on engine pool/0: budget 2, "
         "long seat by survivor",
@@ -41,6 +41,6 @@ def test_a_group_is_told_from_its_opening_to_its_stop() -> None:
     ]
 
 
-def test_a_prompt_names_its_groups_and_no_other_is_told() -> None:
+def test_a_prompt_gives_the_stories_of_only_its_own_groups() -> None:
     assert told(None, "prompt 4") == told(4, None)
     assert told(6, None) == []

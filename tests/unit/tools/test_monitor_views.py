@@ -1,4 +1,4 @@
-"""The monitor's drawing: exact sizes, what is counted where, what a key changes, and a ledger played back."""
+"""The monitor's drawing: exact sizes, counts, the effect of each key, and playback of a ledger."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ from tools.reporting.run_directory import RunDirectory
 PLAIN = View(color=False)
 A, B = Ink("#ff0000", "a"), Ink("#00ff00", "b")
 EMPTY = LiveState(
-    time_s=12.0, run_name="little", phase="starting", step=0, steps=60, policy_version=0, max_lag=4, waiting="", groups_open=0,
-    groups_ready=0, bytes_held=0, refused_frames=0, histogram_edges=[0, 8, 16, 32], histogram={}, lags=[], metrics={}, groups=[], engines=[], prompts=[],
+    time_s=12.0, run_name="little", phase="starting", step=0, steps=60, policy_version=0, max_lag=4,
+    waiting="", groups_open=0, groups_ready=0, bytes_held=0, refused_frames=0,
+    histogram_edges=[0, 8, 16, 32], histogram={}, lags=[], metrics={}, groups=[], engines=[],
+    prompts=[],
 )  # fmt: skip
 
 
@@ -82,8 +84,8 @@ def group(
 
 def engine(name: str = "pool/0") -> EngineView:
     return EngineView(
-        engine_id=name, engine_type="cpu", slots=64, in_flight=48, policy_version=3, tokens_per_s=4200.0, busy_frac=0.9,
-        curve=[(1.0, 5.9), (8.0, 6.1), (64.0, 13.7)],
+        engine_id=name, engine_type="cpu", slots=64, in_flight=48, policy_version=3,
+        tokens_per_s=4200.0, busy_frac=0.9, curve=[(1.0, 5.9), (8.0, 6.1), (64.0, 13.7)],
     )  # fmt: skip
 
 
@@ -133,7 +135,7 @@ def test_a_frame_has_exactly_the_size_of_the_terminal(
 @pytest.mark.parametrize(
     "name", ["\x1b[2J\x1b[31m", "提示词" * 9, "a\nb\rc", "👩‍👩‍👧" * 5, "[bold]x[/bold]"]
 )
-def test_ids_from_outside_cannot_disturb_the_screen(name: str) -> None:
+def test_untrusted_ids_cannot_disturb_the_screen(name: str) -> None:
     hostile = snapshot(
         run_name=name, waiting=name, engines=[engine(name)], prompts=[prompt(name, (3,), (4,))]
     )
@@ -142,7 +144,7 @@ def test_ids_from_outside_cannot_disturb_the_screen(name: str) -> None:
         assert cell_len(line.plain) == 80
 
 
-def test_without_colour_a_frame_carries_no_style() -> None:
+def test_without_colour_a_frame_has_no_style() -> None:
     assert not any(span.style for line in frame(busy(), PLAIN, 120, 40) for span in line.spans)
 
 
@@ -162,7 +164,7 @@ def test_pattern_compares_the_mean_lengths_of_right_and_wrong(
     assert pattern(prompt("p", right, wrong)) == expected
 
 
-def test_prompts_are_ordered_by_what_was_asked() -> None:
+def test_prompts_are_sorted_by_the_chosen_column() -> None:
     prompts = [
         prompt("a", (1,), (1,), 0.1, 9),
         prompt("b", (1,), (), 0.9, 8),
@@ -203,7 +205,7 @@ def test_a_prompt_that_closed_twice_is_shown_once_and_can_be_passed() -> None:
     assert pressed(View(prompt_id="a"), "down", state).prompt_id == "c"
 
 
-def test_empty_bins_at_both_ends_are_left_out() -> None:
+def test_empty_bins_at_both_ends_are_omitted() -> None:
     state = snapshot(histogram={"selected_short": [0, 3, 1, 0], "discarded": [0, 0, 1, 0]})
     legend, *chart, axis = [line.plain for line in lengths_panel(state, PLAIN, 20, 5)]
     assert legend.split() == ["s", "short", "4", "d", "disc", "1"]
@@ -218,7 +220,7 @@ def test_the_cursor_stops_at_both_ends() -> None:
     assert pressed(View(), "down", EMPTY).prompt_id == ""
 
 
-def test_the_chosen_row_stays_in_sight() -> None:
+def test_the_chosen_row_stays_visible() -> None:
     state = busy()
     for shown in state.prompts:
         rows = prompts_panel(state, View(color=False, prompt_id=shown.prompt_id), 60, 6)
@@ -259,7 +261,7 @@ def test_engines_that_do_not_fit_are_counted() -> None:
     assert engines_panel(busy(), PLAIN, 60, 5)[-1].plain == "and 5 more"
 
 
-def test_silence_replaces_who_waits() -> None:
+def test_silence_replaces_the_waiting_side() -> None:
     text = "".join(line.plain for line in frame(busy(), View(color=False, silent_s=12.4), 80, 24))
     assert "no news for 12 s" in text and "learner waits" not in text
 
@@ -284,7 +286,7 @@ def test_a_cell_of_two_layers_shows_both() -> None:
     assert (line.plain, line.spans[0].style) == ("▃", "#ff0000 on #00ff00")
 
 
-def test_the_rarest_is_still_seen() -> None:
+def test_the_smallest_share_is_still_visible() -> None:
     lines = stacked_columns([[10_000, 1]], [A], 2, 6, color=True)
     assert [line.plain[1] for line in lines] == [" "] * 5 + ["▁"]
 
@@ -311,14 +313,14 @@ def test_two_bars_share_a_line_in_colour() -> None:
     ]
 
 
-def test_a_track_puts_each_at_its_length() -> None:
+def test_a_track_draws_each_rollout_at_its_length() -> None:
     assert (
         race_track([Bar(0, A), Bar(5, A), Bar(9, B)], scale=10, mark=3, width=10, color=False).plain
         == "···│·a···b"
     )
 
 
-def test_nice_ceiling_is_the_next_step_of_its_ladder() -> None:
+def test_nice_ceiling_is_the_next_step_of_a_scale() -> None:
     assert [nice_ceiling(value) for value in (0, 8, 9, 13, 17, 25, 33, 500)] == [
         8,
         8,
@@ -356,8 +358,9 @@ def run_dir(tmp_path: Path) -> Path:
             }
             for seat in range(4)
         ]
-        groups.append({"group_id": place, "prompt_id": f"p{place}", "opened_version": 0, "shipped_version": place // 2, "budget": 4,
-                       "long_end": "survivor", "end": end, "rollouts": rollouts})  # fmt: skip
+        groups.append({"group_id": place, "prompt_id": f"p{place}", "opened_version": 0,
+                       "shipped_version": place // 2, "budget": 4, "long_end": "survivor",
+                       "end": end, "rollouts": rollouts})  # fmt: skip
     (tmp_path / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in groups))
     rows = [
         {"step": step, "time_s": float(step), "policy_version": step, "reward/mean": 0.1 * step}

@@ -1,4 +1,4 @@
-"""What the launcher's views say of a snapshot, and when."""
+"""The text of the launcher's progress views, and the moments at which they print."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ ENGINE = EngineView(
 )
 LOADING = msgspec.structs.replace(ENGINE, policy_version=-1)
 EMPTY = LiveState(
-    time_s=12.0, run_name="little", phase="training", step=0, steps=20, policy_version=0, max_lag=4, waiting="", groups_open=0,
-    groups_ready=0, bytes_held=0, refused_frames=0, histogram_edges=[], histogram={}, lags=[], metrics={}, groups=[], engines=[ENGINE], prompts=[],
+    time_s=12.0, run_name="little", phase="training", step=0, steps=20, policy_version=0, max_lag=4,
+    waiting="", groups_open=0, groups_ready=0, bytes_held=0, refused_frames=0, histogram_edges=[],
+    histogram={}, lags=[], metrics={}, groups=[], engines=[ENGINE], prompts=[],
 )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def test_durations_read_as_clocks() -> None:
         ({}, "training"),
     ],
 )
-def test_until_an_engine_can_work_it_says_who_is_missing(
+def test_until_an_engine_is_ready_the_state_names_the_missing_side(
     changes: dict[str, object], said: str
 ) -> None:
     assert state(snapshot(**changes)) == said
@@ -72,7 +73,7 @@ def test_a_plain_line_comes_every_five_steps(capsys: pytest.CaptureFixture[str])
     ("is_accuracy", "shown"),
     [(True, "accuracy 75.0 % (from 25.0 %)"), (False, "held-out reward 0.750 (from 0.250)")],
 )
-def test_the_live_picture_shows_first_and_last_evaluation_and_the_lag_against_its_bound(
+def test_the_live_view_shows_first_and_last_evaluation_and_the_lag_with_its_bound(
     is_accuracy: bool, shown: str
 ) -> None:
     console = Console(width=100, file=io.StringIO(), record=True)

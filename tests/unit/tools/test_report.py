@@ -1,4 +1,4 @@
-"""The report of a run: complete, unfinished, damaged and empty directories."""
+"""The report of a run from complete, unfinished, damaged and empty folders."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def group_row(group_id: int, end: str = "shipped") -> dict:
         }
         for seat, fate in enumerate(FATE_OF_SEAT)
     ]
-    return {"group_id": group_id, "prompt_id": f"prompt-{group_id}", "opened_version": 1, "shipped_version": 3 if end == "shipped" else -1,
-            "budget": 5, "long_end": "survivor", "end": end, "rollouts": rollouts}  # fmt: skip
+    return {"group_id": group_id, "prompt_id": f"prompt-{group_id}", "opened_version": 1,
+            "shipped_version": 3 if end == "shipped" else -1, "budget": 5,
+            "long_end": "survivor", "end": end, "rollouts": rollouts}  # fmt: skip
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
@@ -76,9 +77,8 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "tools.report.FIGURES", {}
-    )  # drawing takes seconds, and the words do not depend on it
+    # Drawing takes seconds, and the text does not depend on it.
+    monkeypatch.setattr("tools.report.FIGURES", {})
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def make_run(path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """The tags, the outside addresses and the text of a page."""
+    """The tags, the external addresses and the text of a page."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def test_a_line_cut_within_a_character_is_skipped(run_dir: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_an_unfinished_run_says_how_far_it_came(run_dir: Path) -> None:
+def test_the_report_of_an_unfinished_run_names_its_last_step(run_dir: Path) -> None:
     write_rows(run_dir / "metrics.jsonl", [metrics_row(step) for step in range(3)])
     assert f"3 of {STEPS} steps" in Page(write_report(run_dir)).text
 
@@ -192,14 +192,14 @@ def test_any_single_file_is_enough_for_a_page(run_dir: Path, alone: str) -> None
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_one_step_alone_is_drawn(run_dir: Path, name: str) -> None:
+def test_a_single_step_is_drawn(run_dir: Path, name: str) -> None:
     write_rows(run_dir / "metrics.jsonl", [metrics_row(0)])
     write_rows(run_dir / "groups.jsonl", [group_row(0)])
     assert FIGURES[name](RunDirectory.read(run_dir)).startswith("<svg")
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_without_data_is_left_out(run_dir: Path, name: str) -> None:
+def test_a_figure_without_data_is_omitted(run_dir: Path, name: str) -> None:
     write_rows(run_dir / "metrics.jsonl", [{"step": 0}])
     write_rows(run_dir / "groups.jsonl", [group_row(0, "deadline")])
     assert FIGURES[name](RunDirectory.read(run_dir)) == ""
@@ -217,7 +217,7 @@ def test_a_resumed_run_counts_the_later_record_of_a_step(run_dir: Path) -> None:
     assert RunDirectory.read(run_dir).series("reward/mean") == ([0.0, 1.0], [0.4, 0.9])
 
 
-def test_values_that_are_no_numbers_are_left_out_of_a_series(run_dir: Path) -> None:
+def test_values_that_are_not_numbers_are_omitted_from_a_series(run_dir: Path) -> None:
     rows = [
         metrics_row(0) | {"train/loss": None},
         metrics_row(1) | {"train/loss": float("nan")},
@@ -235,7 +235,7 @@ def test_evaluations_belong_to_the_step_that_was_evaluated(run_dir: Path) -> Non
 
 
 @pytest.mark.parametrize(("graded", "shown"), [(False, "accuracy"), (True, "mean reward")])
-def test_an_evaluation_is_called_accuracy_if_every_one_is(
+def test_an_evaluation_is_called_accuracy_if_all_of_them_are(
     run_dir: Path, graded: bool, shown: str
 ) -> None:
     rows = [metrics_row(step) for step in range(8)]
