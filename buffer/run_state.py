@@ -28,6 +28,7 @@ from buffer.records.journal import Journal
 from buffer.records.metrics import Metrics
 from buffer.records.trajectories import TrajectoryStore
 from buffer.wire import messages as msg
+from buffer.wire.limits import largest_message
 from buffer.wire.transport import Publisher, Router, next_port
 from configs.cli import Change
 from configs.schema import Config
@@ -52,7 +53,12 @@ class RunState:
         self.folder = Path(config.run.dir) / config.run.name
         sources = make_sources(config)
         self._trackers = run_files.load_trackers(config.run.trackers)
-        self.router = Router(config.buffer.address, msg.Inbound, config.buffer.keys)
+        self.router = Router(
+            config.buffer.address,
+            msg.SPEAKERS,
+            config.buffer.keys,
+            max_message_bytes=largest_message(config.model.max_context),
+        )
         self.publisher = Publisher(next_port(self.router.address), config.buffer.keys)
         self._disk_thread = ThreadPoolExecutor(1, "fsync")
         self._changed: list[Change] = []  # settings that this resume changes

@@ -14,14 +14,15 @@ import zmq
 
 import buffer.wire.transport
 from buffer.wire.client import EngineLink, LearnerLink, LinkLost, MonitorLink
+from buffer.wire.keys import make_keys
 from buffer.wire.messages import (
+    SPEAKERS,
     Cancel,
     EngineHello,
     FetchSnapshot,
     Finished,
     Heartbeat,
     HelloAgain,
-    Inbound,
     LearnerHello,
     LearnerWelcome,
     LiveState,
@@ -43,7 +44,6 @@ from buffer.wire.snapshots import (
 )
 from buffer.wire.transport import Publisher, Router, TransportError, Violation, encode, next_port
 from tests.fakes import chunk
-from tools.keys import make_keys
 
 LOOPBACK = "tcp://127.0.0.1:*"
 HELLO = EngineHello(
@@ -67,7 +67,7 @@ def nothing_left_running():
 
 @pytest.fixture
 def router():
-    with Router(LOOPBACK, Inbound) as router:
+    with Router(LOOPBACK, SPEAKERS) as router:
         yield router
 
 
@@ -263,7 +263,7 @@ def test_a_port_scan_harms_nobody(router):
 
 
 def test_closing_delivers_what_was_sent():
-    router = Router(LOOPBACK, Inbound)
+    router = Router(LOOPBACK, SPEAKERS)
     with raw_dealer(router.address, receive_queue=10) as dealer:
         dealer.send(encode(HELLO))
         [(peer, _)] = receive_all(router, 1)
@@ -342,7 +342,7 @@ def test_closing_a_link_delivers_what_was_sent(monkeypatch, link_queue):
     monkeypatch.setattr(
         buffer.wire.transport, "QUEUE_MESSAGES", 1
     )  # a buffer that takes nothing in while it does not read
-    with Router(LOOPBACK, Inbound) as router:
+    with Router(LOOPBACK, SPEAKERS) as router:
         monkeypatch.setattr(buffer.wire.transport, "QUEUE_MESSAGES", link_queue)
         link = EngineLink(router.address, "pool/0")
         with Serving(router):
@@ -373,7 +373,7 @@ def test_a_link_may_wait_for_a_buffer_that_starts_later():
         connecting = threading.Thread(target=lambda: answers.append(link.connect(HELLO, SOON_S)))
         connecting.start()
         time.sleep(1.2)
-        with Router(address, Inbound) as router, Serving(router) as serving:
+        with Router(address, SPEAKERS) as router, Serving(router) as serving:
             connecting.join()
             assert answers == [Welcome(policy=None)]
             assert len(serving.peers) == 1  # the hellos said to nobody did not pile up
@@ -468,7 +468,7 @@ def test_a_buffer_that_does_not_know_a_link_has_it_join_again(router, role):
 
 
 def test_a_restarted_buffer_is_joined_anew():
-    with EngineLink("tcp://127.0.0.1:1", "pool/0") as link, Router(LOOPBACK, Inbound) as router:
+    with EngineLink("tcp://127.0.0.1:1", "pool/0") as link, Router(LOOPBACK, SPEAKERS) as router:
         link.address = address = router.address
         with Serving(router) as serving:
             link.connect(HELLO, SOON_S)
@@ -480,7 +480,7 @@ def test_a_restarted_buffer_is_joined_anew():
         )  # what had arrived before the end still counts
         with pytest.raises(TransportError, match="closed the connection"):
             link.receive(SOON_S)
-        with Router(address, Inbound) as successor, Serving(successor) as serving:
+        with Router(address, SPEAKERS) as successor, Serving(successor) as serving:
             assert link.connect(HELLO, SOON_S) == Welcome(policy=None)
             link.send(Stopped(rollout_id=1, num_tokens=3))
             wait_until(lambda: serving.heard == [Stopped(rollout_id=1, num_tokens=3)])
@@ -535,7 +535,7 @@ def keys(tmp_path_factory):
 
 def test_the_right_keys_open_everything(keys):
     with (
-        Router(LOOPBACK, Inbound, keys) as router,
+        Router(LOOPBACK, SPEAKERS, keys) as router,
         Serving(router) as serving,
         EngineLink(router.address, "pool/0", keys) as link,
     ):
@@ -552,7 +552,7 @@ def test_wrong_keys_open_nothing(keys, client, tmp_path):
     if client == "another client":  # knows whom it speaks to, but is not let in
         (tmp_path / "server.key").write_bytes(Path(keys, "server.key").read_bytes())
     wrong = "" if client == "no keys" else str(tmp_path)
-    with Router(LOOPBACK, Inbound, keys) as router, Serving(router) as serving:
+    with Router(LOOPBACK, SPEAKERS, keys) as router, Serving(router) as serving:
         with (
             EngineLink(router.address, "pool/0", wrong) as link,
             pytest.raises(TransportError) as raised,
@@ -564,7 +564,7 @@ def test_wrong_keys_open_nothing(keys, client, tmp_path):
 
 
 def test_a_client_with_keys_does_not_speak_to_a_server_without(keys):
-    with Router(LOOPBACK, Inbound) as router, Serving(router) as serving:
+    with Router(LOOPBACK, SPEAKERS) as router, Serving(router) as serving:
         with (
             EngineLink(router.address, "pool/0", keys) as link,
             pytest.raises(TransportError, match=r"buffer\.keys"),
@@ -624,7 +624,7 @@ def test_a_stalled_monitor_slows_nobody_and_then_sees_the_newest():
 
 
 def test_router_and_publisher_share_a_process():
-    with Router(LOOPBACK, Inbound) as router:
+    with Router(LOOPBACK, SPEAKERS) as router:
         for _ in range(
             20
         ):  # the next port may belong to someone else: then a buffer would take another pair
@@ -633,7 +633,7 @@ def test_router_and_publisher_share_a_process():
                 break
             except TransportError:
                 router.close()
-                router = Router(LOOPBACK, Inbound)
+                router = Router(LOOPBACK, SPEAKERS)
         with publisher, router:
             assert publisher.address == next_port(router.address)
 

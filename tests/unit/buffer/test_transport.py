@@ -6,7 +6,9 @@ import msgpack
 import msgspec
 import pytest
 
+from buffer.wire.keys import make_keys
 from buffer.wire.messages import (
+    SPEAKERS,
     Chunk,
     Finished,
     Heartbeat,
@@ -27,7 +29,6 @@ from buffer.wire.transport import (
     encode,
     next_port,
 )
-from tools.keys import make_keys
 
 
 @pytest.mark.parametrize(
@@ -180,8 +181,8 @@ def test_what_does_not_fit_the_schema_is_refused(frame):
 
 
 def test_a_port_in_use_is_named_with_the_remedy():
-    with Router("tcp://127.0.0.1:*", Inbound) as router, pytest.raises(TransportError) as raised:
-        Router(router.address, Inbound)
+    with Router("tcp://127.0.0.1:*", SPEAKERS) as router, pytest.raises(TransportError) as raised:
+        Router(router.address, SPEAKERS)
     assert router.address in str(raised.value)
     assert "choose another address" in str(raised.value)
 
@@ -189,12 +190,12 @@ def test_a_port_in_use_is_named_with_the_remedy():
 def test_an_address_of_another_machine_cannot_be_bound(tmp_path):
     make_keys(tmp_path / "keys")
     with pytest.raises(TransportError, match=r"192\.0\.2\.1.*no address of this machine"):
-        Router("tcp://192.0.2.1:5577", Inbound, str(tmp_path / "keys"))
+        Router("tcp://192.0.2.1:5577", SPEAKERS, str(tmp_path / "keys"))
 
 
 def test_missing_keys_are_named_with_the_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"server\.key_secret.*python -m tools\.keys"):
-        Router("tcp://127.0.0.1:*", Inbound, str(tmp_path))
+        Router("tcp://127.0.0.1:*", SPEAKERS, str(tmp_path))
 
 
 def test_secret_keys_are_readable_by_their_owner_alone(tmp_path):
