@@ -21,6 +21,7 @@ import zmq.utils.monitor
 from buffer.wire.limits import most_connections
 
 WATCH_S = 0.5
+WATCHED_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Connections:
         self._socket, self._opening_s, self._most = socket, opening_s, most_connections()
         self._lock = threading.Lock()
         self._open: dict[int, Connection] = {}  # by descriptor, oldest first
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._monitor = socket.get_monitor_socket(WATCHED_EVENTS)
         self._thread = threading.Thread(target=self._watch, name="connections", daemon=True)
         self._thread.start()
 

@@ -63,5 +63,4 @@ def split(progress: Progress) -> Iterator[Progress]:
             chunks, num_bytes = [], 0
         chunks.append(chunk)
         num_bytes += size
-    if chunks:
-        yield Progress(chunks=chunks)
+    yield Progress(chunks=chunks)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from buffer.wire.keys import make_keys
 from buffer.wire.transport import TransportError
 from configs import cli
 from configs.schema import Config
@@ -48,7 +50,7 @@ def test_a_missing_model_names_the_command_that_makes_it(config: Config, tmp_pat
 def test_an_existing_run_is_left_alone(config: Config, tmp_path: Path) -> None:
     assert prepare(config).run.name == "demo"
     for taken in ("demo", "demo-2"):
-        (tmp_path / taken).mkdir()
+        (tmp_path / taken).mkdir(exist_ok=True)
         (tmp_path / taken / "config.yaml").touch()
     assert prepare(config).run.name == "demo-3"
     assert free_name(replace(config, run=replace(config.run, resume=True))) == "demo"
@@ -80,3 +82,23 @@ def test_gpus_are_split_where_there_are_enough_and_shared_where_not() -> None:
     ]
     assert split == [None, "4,5", "6"]
     assert share_gpus(table, ["0"]) == table
+
+
+def test_a_run_on_one_machine_gets_private_keys_and_keeps_them(config: Config) -> None:
+    prepared = prepare(config)
+    folder = Path(prepared.buffer.keys)
+    assert folder == Path(config.run.dir).absolute() / prepared.run.name / "keys"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    again = prepare(replace(config, run=replace(config.run, resume=True)))
+    assert again.buffer.keys == prepared.buffer.keys
+
+
+def test_keys_that_are_named_are_used(config: Config, tmp_path: Path) -> None:
+    named = replace(config, buffer=replace(config.buffer, keys=str(tmp_path / "k")))
+    make_keys(tmp_path / "k")
+    assert prepare(named).buffer.keys == str(tmp_path / "k")
+
+
+def test_a_run_beyond_one_machine_is_not_given_keys_that_the_others_lack(config: Config) -> None:
+    wide = replace(config, weights=replace(config.weights, address="tcp://10.0.0.6:5580"))
+    assert prepare(wide).buffer.keys == ""
