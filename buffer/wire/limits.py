@@ -48,8 +48,11 @@ def most_connections() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    free = hard - len(os.listdir("/proc/self/fd")) - RESERVED_DESCRIPTORS
-    return max(16, min(CONNECTIONS, free // 2 - UNNOTICED_CONNECTIONS))
+    if hard == resource.RLIM_INFINITY:
+        return CONNECTIONS
+    share = (hard - len(os.listdir("/proc/self/fd")) - RESERVED_DESCRIPTORS) // 2
+    # With few descriptors, a burst of strangers may take the reserve for a moment.
+    return max(16, min(CONNECTIONS, max(share - UNNOTICED_CONNECTIONS, share // 2)))
 
 
 def split(progress: Progress) -> Iterator[Progress]:
