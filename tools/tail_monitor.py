@@ -80,7 +80,7 @@ class Dashboard:
 def no_statistics(address: str, waited_s: float) -> str:
     return (
         f"no statistics from {address} within {waited_s:.0f} s: "
-        "is `python -m buffer` running there?"
+        "is `python -m buffer` running there, with the keys that --keys names?"
     )
 
 
