@@ -17,7 +17,7 @@ CHUNK_OVERHEAD_BYTES = 200
 
 # Received from one peer within a window: far more than an engine sends, and far less than a flood.
 WINDOW_S = 1.0
-WINDOW_MESSAGES = 20_000
+WINDOW_MESSAGES = 10_000
 WINDOW_BYTES = 64 << 20
 
 # Waiting for a peer that does not read, besides the largest message.
