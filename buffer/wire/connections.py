@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket as sockets
+import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import zmq.utils.monitor
 from buffer.wire.limits import most_connections
 
 WATCH_S = 0.5
+RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 WATCHED_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 
 
@@ -67,11 +69,14 @@ class Connections:
                     connection.end_s = time.monotonic() + after_s
 
     def end(self, descriptor: int, identity: bytes) -> None:
-        """Shut down the connection that a message came by. No-op if another has its descriptor."""
+        """Reset the connection that a message came by. No-op if another has its descriptor.
+
+        Not shut down in order: a peer that floods would wait for a reader that never comes.
+        """
         with self._lock:
             connection = self._open.get(descriptor)
             if connection is not None and connection.identity in (b"", identity):
-                self._shut_down(descriptor)
+                self._shut_down(descriptor, reset=True)
 
     def close(self) -> None:
         """The thread reads on until libzmq has stopped telling, so that neither waits for the other."""
@@ -112,12 +117,14 @@ class Connections:
             for descriptor in [one for one, state in self._open.items() if state.end_s <= now_s]:
                 self._shut_down(descriptor)
 
-    def _shut_down(self, descriptor: int) -> None:
+    def _shut_down(self, descriptor: int, reset: bool = False) -> None:
         connection = self._open.pop(descriptor, None)
         if connection is None or _remote(descriptor) != connection.remote:
             return  # it has ended by itself, and another may have its descriptor
         with _socket_of(descriptor) as socket:
             try:
+                if reset:
+                    socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, RESET_AT_CLOSE)
                 socket.shutdown(sockets.SHUT_RDWR)
             except OSError:
                 return  # it ended just now
