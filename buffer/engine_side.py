@@ -149,6 +149,7 @@ class EngineSide:
         self._outboxes.pop(peer.engine_id, None)
         self.run.peers.remove(peer)
         self.run.probes.forget(peer.engine_id)
+        self.run.metrics.latest.reports.pop(peer.engine_id, None)
         return list(in_flight)
 
     def restore(self, now_s: float) -> None:

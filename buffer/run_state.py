@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from buffer.records.journal import Journal
 from buffer.records.metrics import Metrics
 from buffer.records.trajectories import TrajectoryStore
 from buffer.wire import messages as msg
+from buffer.wire.limits import largest_message
 from buffer.wire.transport import Publisher, Router, next_port
 from configs.cli import Change
 from configs.schema import Config
@@ -53,17 +55,24 @@ class RunState:
         self.folder = Path(config.run.dir) / config.run.name
         sources = make_sources(config)
         self._trackers = run_files.load_trackers(config.run.trackers)
-        self.router = Router(config.buffer.address, msg.Inbound, config.buffer.keys)
-        self.publisher = Publisher(next_port(self.router.address), config.buffer.keys)
-        self._disk_thread = ThreadPoolExecutor(1, "fsync")
         self._changed: list[Change] = []  # settings that this resume changes
-        self.lock = self._open_folder()
-        self.journal = Journal(self.folder / "journal.sqlite")
-        self.run_id = self.journal.run_id()
-        fsync_s = config.buffer.fsync_s
-        self.log, self.recovered = EventLog.open(
-            self.folder / "events", core_config(config), fsync_s, self._disk_thread
-        )
+        keys, most_bytes = config.buffer.keys, largest_message(config.model.max_context)
+        with ExitStack() as opened:
+            self.router = opened.enter_context(
+                Router(config.buffer.address, msg.SPEAKERS, keys, max_message_bytes=most_bytes)
+            )
+            self.publisher = opened.enter_context(Publisher(next_port(self.router.address), keys))
+            self._disk_thread = ThreadPoolExecutor(1, "fsync")
+            self.lock = self._open_folder()
+            self.journal = Journal(self.folder / "journal.sqlite")
+            self.run_id = self.journal.run_id()
+            self.log, self.recovered = EventLog.open(
+                self.folder / "events",
+                core_config(config),
+                config.buffer.fsync_s,
+                self._disk_thread,
+            )
+            opened.pop_all()  # from here on, `close` closes them
         state = self.recovered.checkpoint.buffer
         self.step = state.step if state else 0
         self.policy: msg.SnapshotRef | None = state.policy if state else None

@@ -33,6 +33,7 @@ from buffer.records.live_state import live_state
 from buffer.recovery import replay, restore_tokens
 from buffer.run_state import RunFailed, RunState
 from buffer.wire import messages as msg
+from buffer.wire.limits import ENGINE_TYPES, PEERS
 from buffer.wire.transport import Violation
 from configs.schema import Config
 from darts import events as ev
@@ -203,6 +204,7 @@ class Service:
     def _dismiss(self, peer: Peer, error: str) -> None:
         self.run.warn(f"{peer.name} broke the protocol and is dismissed: {error}")
         self.run.send(peer, msg.Shutdown(error=f"protocol error: {error}"))
+        self.run.router.dismiss(peer.identity)
         side = self.engines if peer.engine_id else self.learner
         self._apply(side.lose(peer, "protocol error", keep_tokens=False))
 
@@ -212,18 +214,23 @@ class Service:
         if peer is not None:
             self._dismiss(peer, violation.error)
         else:
-            self.run.router.send(identity, msg.Shutdown(error=f"refused: {violation.error}"))
+            self._refuse(identity, violation.error)
+
+    def _refuse(self, identity: bytes, error: str) -> None:
+        self.run.router.reply(identity, msg.Shutdown(error=f"refused: {error}"))
+        self.run.router.dismiss(identity)
 
     def _greet(self, identity: bytes, hello: msg.EngineHello | msg.LearnerHello) -> None:
         try:
             self._check_identity(identity, hello)
+            self._check_room(identity, hello)
             if isinstance(hello, msg.EngineHello):
                 self._apply(self.engines.hello(identity, hello))
             else:
                 self._apply(self.learner.hello(identity, hello))
         except ev.ProtocolError as error:
             self.run.warn(f"{identity.decode(errors='replace')} is refused: {error}")
-            self.run.router.send(identity, msg.Shutdown(error=f"refused: {error}"))
+            self._refuse(identity, str(error))
 
     def _check_identity(self, identity: bytes, hello: msg.EngineHello | msg.LearnerHello) -> None:
         """A connection has one identity. A hello under another name ends the first peer."""
@@ -237,6 +244,15 @@ class Service:
             side = self.engines if known.engine_id else self.learner
             self._apply(side.lose(known, "it said hello under a second name", keep_tokens=False))
             raise ev.ProtocolError(f"this connection is {known.name} already")
+
+    def _check_room(self, identity: bytes, hello: msg.EngineHello | msg.LearnerHello) -> None:
+        """Every table that a peer can enlarge has a bound."""
+        peers, types = self.run.peers.by_identity, self.run.core.engines.curves
+        if identity not in peers and len(peers) >= PEERS:
+            raise ev.ProtocolError(f"{PEERS} peers have joined, and no more are admitted")
+        is_new_type = isinstance(hello, msg.EngineHello) and hello.engine_type not in types
+        if is_new_type and len(types) >= ENGINE_TYPES:
+            raise ev.ProtocolError(f"engines are of {ENGINE_TYPES} types, and no other is admitted")
 
     def _watch_peers(self, now_s: float) -> None:
         """Send heartbeats and drop silent peers.

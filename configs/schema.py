@@ -433,7 +433,8 @@ class BufferConfig:
     keys: str = key(
         "",
         "Folder of the CURVE keys, made by `python -m tools.keys FOLDER`. They are required as "
-        "soon as an address is not on the loopback interface.",
+        "soon as an address is not on the loopback interface. Empty: tools.launch makes keys for "
+        "a run on one machine, and processes started by hand use none.",
     )
     fsync_s: float = key(
         0.05,

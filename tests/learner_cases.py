@@ -202,7 +202,7 @@ class FakeBuffer:
 
     def __enter__(self) -> Self:
         self._closing = threading.Event()
-        self._router = Router(self.address, LearnerMessage | Heartbeat)
+        self._router = Router(self.address, {"learner": LearnerMessage | Heartbeat})
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
         return self

@@ -35,10 +35,11 @@ from rich.live import Live
 from rich.text import Text
 
 from buffer.wire.client import MonitorLink
+from buffer.wire.keys import find_keys
 from buffer.wire.messages import LiveState
 from buffer.wire.transport import TransportError, next_port
 from configs.command import run_command
-from configs.schema import BufferConfig
+from configs.schema import BufferConfig, RunConfig
 from tools.monitor.frame import SILENCE_S, frame, pressed
 from tools.monitor.playback import Replay
 from tools.monitor.views import View
@@ -79,7 +80,7 @@ class Dashboard:
 def no_statistics(address: str, waited_s: float) -> str:
     return (
         f"no statistics from {address} within {waited_s:.0f} s: "
-        "is `python -m buffer` running there?"
+        "is `python -m buffer` running there, with the keys that --keys names?"
     )
 
 
@@ -202,8 +203,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--keys",
-        default=default.keys,
-        help="folder of the CURVE keys, as in buffer.keys; required unless the address is loopback",
+        help="folder of the CURVE keys, as in buffer.keys (default: those of the newest run in "
+        f"{RunConfig().dir}/ that has this address)",
     )
     parser.add_argument(
         "--play",
@@ -224,8 +225,9 @@ def run(given: argparse.Namespace) -> None:
     console = Console(highlight=False)
     if not (given.once or given.json) and not (console.is_terminal and sys.stdin.isatty()):
         raise ValueError("input and output are not a terminal: use --once or --json")
+    keys = find_keys(given.address, Path(RunConfig().dir)) if given.keys is None else given.keys
     with contextlib.closing(
-        Replay(given.play) if given.play else MonitorLink(next_port(given.address), given.keys)
+        Replay(given.play) if given.play else MonitorLink(next_port(given.address), keys)
     ) as source:
         if given.once:
             print_once(source, given.address, console)

@@ -14,12 +14,14 @@ import socket as sockets
 import threading
 import time
 from collections import deque
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar, Union, cast
 
 import msgspec
 import zmq
 import zmq.utils.monitor
 
+from buffer.wire.keys import secure_client
+from buffer.wire.limits import split
 from buffer.wire.messages import (
     EngineCommand,
     EngineHello,
@@ -32,6 +34,9 @@ from buffer.wire.messages import (
     LearnerWelcome,
     LiveState,
     Message,
+    Part,
+    Progress,
+    Role,
     Shutdown,
     Welcome,
 )
@@ -42,7 +47,6 @@ from buffer.wire.transport import (
     decoder,
     encode,
     open_socket,
-    secure_client,
 )
 
 HEARTBEAT_S = 1.0
@@ -83,6 +87,7 @@ class _Connection:
         address: str,
         identity: str,
         keys: str,
+        role: Role,
         peer_timeout_s: float,
         hello: Message,
         welcome: type,
@@ -92,7 +97,9 @@ class _Connection:
         self.handshake_refused = False
         self.failure: TransportError | None = None
         self._address, self._identity, self._peer_timeout_s = address, identity, peer_timeout_s
-        self._hello, self._welcome, self._decode = encode(hello), welcome, decoder(commands).decode
+        self._hello, self._welcome = encode(hello), welcome
+        self._decode = decoder(Union[commands, Part]).decode
+        self._parts = bytearray()
         self._outbox: deque[bytes] = deque()
         self._welcomed = False
         self._stop_at: float | None = None
@@ -105,7 +112,7 @@ class _Connection:
             self._socket.setsockopt(
                 zmq.IMMEDIATE, 1
             )  # queue nothing for a connection that is not there yet
-            secure_client(self._socket, keys)
+            secure_client(self._socket, keys, role, "buffer")
             self._monitor = self._socket.get_monitor_socket(WATCHED_EVENTS)
             self._socket.connect(address)
         except BaseException:
@@ -219,6 +226,12 @@ class _Connection:
                 return
             try:
                 message = self._decode(frame)
+                if isinstance(message, Part):
+                    self._parts += message.data
+                    if not message.last:
+                        continue
+                    message = self._decode(self._parts)
+                    self._parts = bytearray()
             except msgspec.MsgspecError as error:
                 raise TransportError(
                     f"the buffer at {self._address} sent what this side does not understand "
@@ -261,6 +274,7 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
     link of another run.
     """
 
+    _role: Role
     _welcome_type: type
     _commands: Any
 
@@ -289,6 +303,7 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
             self.address,
             self._identity,
             self._keys,
+            self._role,
             self._peer_timeout_s,
             hello,
             self._welcome_type,
@@ -371,12 +386,19 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
 class EngineLink(Link[EngineHello, Welcome, EngineMessage, EngineCommand]):
     """An engine's link."""
 
+    _role = "engine"
     _welcome_type, _commands = Welcome, EngineCommand
+
+    def send(self, message: EngineMessage) -> None:
+        """As `Link.send`; tokens travel in messages that the buffer takes."""
+        for part in split(message) if isinstance(message, Progress) else [message]:
+            super().send(part)
 
 
 class LearnerLink(Link[LearnerHello, LearnerWelcome, LearnerMessage, LearnerCommand]):
     """A learner rank's link."""
 
+    _role = "learner"
     _welcome_type, _commands = LearnerWelcome, LearnerCommand
 
 
@@ -394,7 +416,7 @@ class MonitorLink:
         try:
             self._socket.rcvhwm = 8
             self._socket.subscribe(b"")
-            secure_client(self._socket, keys)
+            secure_client(self._socket, keys, "monitor", "buffer")
             self._socket.connect(publisher_address)
         except BaseException:
             self.close()

@@ -10,10 +10,12 @@ arrays: `tokens` int32, `logprobs` float32.
 
 from __future__ import annotations
 
-from typing import Annotated, Union
+from typing import Annotated, Any, Literal, Union
 
 import msgspec
 from msgspec import Meta
+
+Role = Literal["buffer", "engine", "learner", "monitor"]
 
 LINE_CHARS = 4000  # of an error; its sender cuts it
 TEXT_CHARS = 8000  # of a response, which its sender cuts, too
@@ -102,6 +104,13 @@ class HelloAgain(Message):
 
     The answer to a heartbeat. The peer must connect again and say hello.
     """
+
+
+class Part(Message):
+    """A piece of a message that is larger than one piece may be; the pieces come in order."""
+
+    data: bytes
+    last: bool
 
 
 # actor -> buffer ----------------------------------------------------------------------------------
@@ -426,9 +435,13 @@ class Acknowledged(Message):
 LearnerCommand = Union[LearnerWelcome, Shard, Acknowledged, Heartbeat, HelloAgain, Shutdown]
 
 
-# all that the buffer receives, and all that it sends to its peers
+# all that the buffer receives, by the role of the speaker, and all that it sends to its peers
+SPEAKERS: dict[Role, Any] = {
+    "engine": Union[EngineMessage, Heartbeat],
+    "learner": Union[LearnerMessage, Heartbeat],
+}
 Inbound = Union[EngineMessage, LearnerMessage, Heartbeat]
-Outbound = Union[EngineCommand, LearnerCommand]
+Outbound = Union[EngineCommand, LearnerCommand, Part]
 
 
 # buffer -> monitors (PUB) -------------------------------------------------------------------------

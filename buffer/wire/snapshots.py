@@ -20,21 +20,21 @@ from typing import Any, Self, Union
 import msgspec
 import zmq
 
+from buffer.wire.keys import secure_client
+from buffer.wire.limits import PART_BYTES
 from buffer.wire.messages import FetchSnapshot, SnapshotChunk, SnapshotGone, SnapshotRef
 from buffer.wire.transport import (
-    MAX_FRAME_BYTES,
     Router,
     TransportError,
     check_address,
     decoder,
     encode,
     open_socket,
-    secure_client,
 )
 
-CHUNK_BYTES = 1 << 20
-MAX_CHUNK_BYTES = 4 << 20  # served at most per request, however much is asked for
-CHUNKS_IN_FLIGHT = 4
+CHUNK_BYTES = PART_BYTES // 2  # of a request, and served at most
+CHUNKS_IN_FLIGHT = 8
+REQUEST_BYTES = 1024
 ASK_AGAIN_S = 3.0
 NUM_KEPT = 2
 
@@ -59,7 +59,7 @@ class SnapshotServer:
     """Serves the newest two published snapshots from memory, on a thread of its own."""
 
     def __init__(self, address: str, keys: str = "") -> None:
-        self._router = Router(address, FetchSnapshot, keys)
+        self._router = Router(address, {"engine": FetchSnapshot}, keys, "learner", REQUEST_BYTES)
         self.address = _reachable(self._router.address)
         self._kept: dict[int, bytes] = {}
         self._closing = threading.Event()
@@ -91,6 +91,8 @@ class SnapshotServer:
             for peer, request in self._router.receive(0.1):
                 if isinstance(request, FetchSnapshot):
                     self._router.send(peer, self._answer(request))
+                else:
+                    self._router.dismiss(peer)
 
     def _answer(self, request: FetchSnapshot) -> SnapshotChunk | SnapshotGone:
         kept = self._kept
@@ -98,7 +100,7 @@ class SnapshotServer:
         if data is None:
             return SnapshotGone(version=request.version, newest=next(reversed(kept), -1))
         start = max(0, request.offset)
-        end = start + max(0, min(request.num_bytes, MAX_CHUNK_BYTES))
+        end = start + max(0, min(request.num_bytes, CHUNK_BYTES))
         return SnapshotChunk(version=request.version, offset=request.offset, data=data[start:end])
 
 
@@ -150,8 +152,8 @@ def _pull(ref: SnapshotRef, keys: str, timeout_s: float) -> bytes:
     check_address(ref.address, keys)
     context: zmq.Context[Any] = zmq.Context()
     try:
-        socket = open_socket(context, zmq.DEALER, ref.address, MAX_FRAME_BYTES)
-        secure_client(socket, keys)
+        socket = open_socket(context, zmq.DEALER, ref.address, 2 * PART_BYTES)
+        secure_client(socket, keys, "engine", "learner")
         socket.connect(ref.address)
         return _pull_chunks(socket, ref, timeout_s)
     finally:

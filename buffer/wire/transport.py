@@ -1,8 +1,8 @@
-"""Sockets of the serving side: ROUTER and PUB, their framing, CURVE keys, and the options common to
-every socket here.
+"""Sockets of the serving side: ROUTER and PUB, their framing, and the options common to every socket
+here.
 
 Owns the rules that keep messages safe: nothing is unpickled, garbage is counted and never raises,
-and nothing is lost or reordered at a high-water mark. Knows messages only as msgspec types; decides
+no peer has more than its share, and nothing is lost or reordered at a high-water mark. Knows messages only as msgspec types; decides
 nothing. Driven by the buffer's service and the snapshot server (servers), and by `client.py` and
 `snapshots.py` (which use the helpers of the connecting side).
 """
@@ -14,28 +14,38 @@ import ipaddress
 import re
 import time
 from collections import deque
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
+from typing import Any, Self, Union
 
 import msgspec
 import zmq
-import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
-from buffer.wire.messages import EngineHello, LearnerHello, Message
+from buffer.wire.connections import Connections
+from buffer.wire.keys import role_of, secure_server
+from buffer.wire.limits import (
+    FAREWELL_S,
+    MESSAGE_BYTES,
+    OPENING_S,
+    PART_BYTES,
+    QUEUED_BYTES,
+    TOTAL_QUEUED_BYTES,
+    WINDOW_BYTES,
+    WINDOW_MESSAGES,
+    WINDOW_S,
+)
+from buffer.wire.messages import EngineHello, FetchSnapshot, LearnerHello, Message, Part, Role
 
-MAX_FRAME_BYTES = (
-    64 << 20
-)  # of a message sent to a server; the buffer's own may be larger (a step's shard)
 MAX_PER_RECEIVE = 1000  # so that a flood cannot keep the service from its clock
-MAX_BACKLOG = 10_000  # messages kept for a peer that does not read, beyond the socket's own queue
-QUEUE_MESSAGES = 1000  # zmq's queue per peer and direction
+QUEUE_MESSAGES = 64  # zmq's queue per peer and direction, of messages up to a part's size
+SUBSCRIPTION_BYTES = 1024
+MAX_FLOODING = 1000  # names of peers that are remembered
 LINGER_MS = 2000
 BACKLOG_RETRY_S = 0.01
 
-SERVER_FILES = ("server.key_secret", "client.key")
-CLIENT_FILES = ("client.key_secret", "server.key")
+OPENINGS = (EngineHello, LearnerHello, FetchSnapshot)  # with these a connection shows its purpose
 
 encode = msgspec.msgpack.Encoder().encode
 
@@ -75,7 +85,8 @@ def _split_tcp(address: str) -> tuple[str, str]:
     return match[1].strip("[]"), match[2]
 
 
-def _is_local(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether no other machine can reach it."""
     if address.startswith(("ipc://", "inproc://")) and len(address.split("://", 1)[1]) > 0:
         return True
     host, _ = _split_tcp(address)
@@ -91,7 +102,7 @@ def check_address(address: str, keys: str) -> None:
     """Refuse a malformed address, and one beyond this machine without CURVE keys, with a
     `ValueError` that names the fix.
     """
-    if not _is_local(address) and not keys:
+    if not is_loopback(address) and not keys:
         raise ValueError(
             f"address {address!r} is reachable from other machines, so CURVE keys are required: "
             "run `python -m tools.keys FOLDER` and set buffer.keys=FOLDER, or use a loopback "
@@ -120,8 +131,11 @@ def next_port(address: str) -> str:
 def open_socket(
     context: zmq.Context[Any], kind: int, address: str, max_frame_bytes: int
 ) -> zmq.Socket[bytes]:
-    """A socket with the options that all of ours share: bounded queues and frames, keepalive and
-    heartbeats against half-open connections.
+    """A socket with the options that all of ours share: bounded queues and frames, and keepalive
+    against half-open connections.
+
+    Without zmq's heartbeats: links have their own, and a PING can end a server's process (see
+    `_Server`).
     """
     socket = context.socket(kind)
     socket.linger = LINGER_MS
@@ -129,65 +143,13 @@ def open_socket(
     socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-    socket.setsockopt(
-        zmq.HEARTBEAT_TIMEOUT, 60_000
-    )  # longer than the largest message takes on a slow network
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
     socket.setsockopt(zmq.RECONNECT_IVL, 200)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     if address.startswith("tcp://["):
         socket.setsockopt(zmq.IPV6, 1)
     return socket
-
-
-def _load_key(folder: str, name: str) -> tuple[bytes, bytes | None]:
-    try:
-        return zmq.auth.load_certificate(f"{folder}/{name}")  # pyright: ignore[reportUnknownMemberType]
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"buffer.keys={folder!r}: no usable {name} there ({error}); run `python -m tools.keys "
-            f"{folder}`"
-        ) from error
-
-
-class _OneKey:
-    """Admits only peers that hold the secret of one public key."""
-
-    def __init__(self, public_key: bytes) -> None:
-        self._public_key = public_key
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key == self._public_key
-
-
-def secure_server(
-    context: zmq.Context[Any], socket: zmq.Socket[bytes], keys: str
-) -> ThreadAuthenticator | None:
-    """Make `socket` accept only the client key of the folder `keys`.
-
-    The authenticator returned must be stopped.
-    """
-    if not keys:
-        return None
-    _, secret = _load_key(keys, SERVER_FILES[0])
-    client, _ = _load_key(keys, SERVER_FILES[1])
-    authenticator = ThreadAuthenticator(context)
-    authenticator.configure_curve_callback(credentials_provider=_OneKey(client))
-    authenticator.start()
-    socket.setsockopt(zmq.CURVE_SECRETKEY, secret or b"")
-    socket.setsockopt(zmq.CURVE_SERVER, 1)
-    return authenticator
-
-
-def secure_client(socket: zmq.Socket[bytes], keys: str) -> None:
-    """Make `socket` speak to the holder of the server key of the folder `keys`, as its client."""
-    if not keys:
-        return
-    public, secret = _load_key(keys, CLIENT_FILES[0])
-    server, _ = _load_key(keys, CLIENT_FILES[1])
-    socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
-    socket.setsockopt(zmq.CURVE_SECRETKEY, secret or b"")
-    socket.setsockopt(zmq.CURVE_SERVERKEY, server)
 
 
 def _bind(socket: zmq.Socket[bytes], address: str) -> str:
@@ -212,14 +174,29 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> str:
 class _Server:
     """A bound socket with its own context, so that closing it closes everything it started."""
 
-    def __init__(self, kind: int, address: str, keys: str) -> None:
+    def __init__(
+        self,
+        kind: int,
+        address: str,
+        keys: str,
+        role: Role,
+        admitted: Collection[Role],
+        max_message_bytes: int,
+        opening_s: float,
+    ) -> None:
         check_address(address, keys)
         self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = open_socket(self._context, kind, address, 4 * MAX_FRAME_BYTES)
+        self._socket = open_socket(self._context, kind, address, max_message_bytes)
+        # libzmq 4.3.5 aborts if a peer whose queue is full sends a PING and breaks its connection
+        # ("!_io_error"). A queue without a limit is never full; `limits` and `connections` bound it.
+        self._socket.rcvhwm = 0
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, int(OPENING_S * 1000))
         self._authenticator: ThreadAuthenticator | None = None
+        self._connections: Connections | None = None
         try:
             self._configure(self._socket)
-            self._authenticator = secure_server(self._context, self._socket, keys)
+            self._authenticator = secure_server(self._context, self._socket, keys, role, admitted)
+            self._connections = Connections(self._socket, opening_s)
             self.address = _bind(self._socket, address)
         except BaseException:
             self.close()
@@ -232,6 +209,8 @@ class _Server:
         """Give sent messages up to two seconds to leave, then close. May be called twice."""
         if self._context.closed:
             return
+        if self._connections is not None:
+            self._connections.close()
         self._socket.close()
         if self._authenticator is not None:
             self._authenticator.stop()
@@ -244,19 +223,53 @@ class _Server:
         self.close()
 
 
+class _Queue:
+    """Frames that wait for one peer, and their bytes."""
+
+    def __init__(self) -> None:
+        self.frames: deque[bytes] = deque()
+        self.num_bytes = 0
+
+    def append(self, frame: bytes) -> None:
+        self.frames.append(frame)
+        self.num_bytes += len(frame)
+
+    def popleft(self) -> None:
+        self.num_bytes -= len(self.frames.popleft())
+
+
 class Router(_Server):
     """Receives from many peers and sends to each by name. Used by one thread at a time.
 
     A peer is known by the identity that its socket announces. Its hello begins its stream again:
-    messages still kept for an earlier stream under the same identity are forgotten.
+    messages still kept for an earlier stream under the same identity are forgotten. `speakers` says
+    which messages each role may send; without keys, every peer may send them all. A peer that sends
+    or leaves unread more than `limits` allow is a violation in `receive`.
     """
 
-    def __init__(self, address: str, decode_type: Any, keys: str = "") -> None:
+    def __init__(
+        self,
+        address: str,
+        speakers: Mapping[Role, Any],
+        keys: str = "",
+        role: Role = "buffer",
+        max_message_bytes: int = MESSAGE_BYTES,
+    ) -> None:
         self.num_rejected = 0
-        self._decode = decoder(decode_type).decode
-        self._backlog: dict[bytes, deque[bytes]] = {}
+        self._decoders = {one: decoder(kind).decode for one, kind in speakers.items()}
+        anyone = decoder(Union[tuple(speakers.values())]).decode
+        self._decoders_without_keys = anyone
+        self._has_keys = bool(keys)
+        self._queues: dict[bytes, _Queue] = {}
+        self._num_queued_bytes = 0
         self._lost: set[bytes] = set()
-        super().__init__(zmq.ROUTER, address, keys)
+        self._overdue: list[tuple[bytes, Violation]] = []
+        self._window_ends_s = 0.0
+        self._window: dict[bytes, list[int]] = {}  # messages and bytes of each peer
+        self._flooding: set[bytes] = set()  # whose connections were ended, and whose messages wait
+        super().__init__(
+            zmq.ROUTER, address, keys, role, speakers.keys(), max_message_bytes, OPENING_S
+        )
 
     def _configure(self, socket: zmq.Socket[bytes]) -> None:
         # Without MANDATORY a ROUTER silently drops messages beyond a peer's queue; with it, send()
@@ -266,30 +279,107 @@ class Router(_Server):
     def close(self) -> None:
         """Give sent messages up to two seconds to leave, then close. May be called twice."""
         deadline = time.monotonic() + LINGER_MS / 1000
-        while self._backlog and time.monotonic() < deadline:
-            self._flush_backlog()
+        while self._queues and time.monotonic() < deadline:
+            self._flush()
             time.sleep(BACKLOG_RETRY_S)
         super().close()
+
+    # Receiving
 
     def receive(self, timeout_s: float) -> list[tuple[bytes, Message | Violation]]:
         """(peer, message) pairs, in order of arrival: waits up to `timeout_s` for the first, then
         takes those already there.
 
-        Messages that do not decode are violations, and counted in `num_rejected`. Frames above four times
-        MAX_FRAME_BYTES never get here: zmq closes the connection that sends them.
+        Messages that do not decode are violations, and counted in `num_rejected`. Larger ones than
+        `max_message_bytes` never get here: zmq closes the connection that sends them.
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            self._flush_backlog()
-            wait_s = max(0.0, deadline - time.monotonic())
-            if self._backlog:  # a ROUTER cannot tell when one peer's queue has room again
+            self._flush()
+            received: list[tuple[bytes, Message | Violation]] = [*self._overdue]
+            self._overdue.clear()
+            wait_s = 0.0 if received else max(0.0, deadline - time.monotonic())
+            if self._queues:  # a ROUTER cannot tell when one peer's queue has room again
                 wait_s = min(wait_s, BACKLOG_RETRY_S)
             if self._socket.poll(int(wait_s * 1000 + 0.999)):
-                received = self._drain()
-                if received:
-                    return received
-            if time.monotonic() >= deadline:
-                return []
+                received += self._drain()
+            if received or time.monotonic() >= deadline:
+                return received
+
+    def _drain(self) -> list[tuple[bytes, Message | Violation]]:
+        received: list[tuple[bytes, Message | Violation]] = []
+        now_s = time.monotonic()
+        if now_s >= self._window_ends_s:
+            self._window_ends_s = now_s + WINDOW_S
+            self._window.clear()
+        for _ in range(MAX_PER_RECEIVE):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            peer, message = frames[0].bytes, self._message(frames)
+            if message is None:
+                continue
+            if isinstance(message, Violation):
+                self.num_rejected += 1
+            elif isinstance(message, OPENINGS):
+                self._open(peer, frames[-1])
+            received.append((peer, message))
+        return received
+
+    def _message(self, frames: list[zmq.Frame]) -> Message | Violation | None:
+        """None: more of a peer that has sent too much already."""
+        peer = frames[0].bytes
+        if peer in self._flooding:
+            return None
+        window = self._window.setdefault(peer, [0, 0])
+        window[0] += 1
+        window[1] += sum(len(frame) for frame in frames)
+        if window[0] > WINDOW_MESSAGES or window[1] > WINDOW_BYTES:
+            assert self._connections is not None
+            self._connections.end(_descriptor(frames[-1]), peer)
+            if len(self._flooding) >= MAX_FLOODING:
+                self._flooding.clear()
+            self._flooding.add(peer)
+            return Violation(
+                f"{window[0]} messages of {window[1]} bytes within {WINDOW_S:g} s; the limits are "
+                f"{WINDOW_MESSAGES} messages and {WINDOW_BYTES} bytes"
+            )
+        if len(frames) != 2:
+            return Violation(f"a message of {len(frames) - 1} frames; each has one")
+        decode = self._decoders_without_keys
+        if self._has_keys:
+            decode = self._decoders[role_of(frames[1])]
+        try:
+            return decode(frames[1].buffer)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            return Violation(f"a message that no peer of its role and version sends: {error}")
+
+    def _open(self, peer: bytes, frame: zmq.Frame) -> None:
+        assert self._connections is not None
+        self._connections.opened(_descriptor(frame), peer)
+        self._forget(peer)
+
+    def _forget(self, peer: bytes) -> None:
+        self._lost.discard(peer)
+        self._drop_queue(peer)
+
+    def _drop_queue(self, peer: bytes) -> None:
+        queue = self._queues.pop(peer, None)
+        if queue is not None:
+            self._num_queued_bytes -= queue.num_bytes
+
+    def dismiss(self, peer: bytes) -> None:
+        """End its connection, once it has had time to read."""
+        assert self._connections is not None
+        self._connections.end_later(peer, FAREWELL_S)
+        self._lost.discard(peer)
+
+    # Sending
+
+    def reply(self, peer: bytes, message: Message) -> None:
+        """Send to a peer that has not joined; nothing is kept for it if its queue is full."""
+        self._try_send(peer, encode(message))
 
     def send(self, peer: bytes, message: Message) -> bool:
         """Send, in order.
@@ -298,19 +388,32 @@ class Router(_Server):
         """
         if peer in self._lost:
             return False
-        frame = encode(message)
-        waiting = self._backlog.get(peer)
-        if waiting is None:
-            sent = self._try_send(peer, frame)
-            if sent is None:
-                self._backlog[peer] = deque([frame])
-            return sent is not False
-        if len(waiting) >= MAX_BACKLOG:
-            del self._backlog[peer]
-            self._lost.add(peer)
+        queue = self._queues.get(peer)
+        if queue is not None and queue.num_bytes > QUEUED_BYTES:
+            self._lose(peer)
             return False
-        waiting.append(frame)
-        return True
+        frame = encode(message)
+        if queue is None:
+            if len(frame) <= PART_BYTES:
+                sent = self._try_send(peer, frame)
+                if sent is not None:
+                    return sent
+            queue = self._queues[peer] = _Queue()
+        for part in _parts(frame):
+            queue.append(part)
+            self._num_queued_bytes += len(part)
+        if not self._flush_queue(peer):
+            return False
+        if self._num_queued_bytes > TOTAL_QUEUED_BYTES:
+            self._lose(max(self._queues, key=lambda one: self._queues[one].num_bytes))
+        return peer not in self._lost
+
+    def _lose(self, peer: bytes) -> None:
+        num_bytes = self._queues[peer].num_bytes
+        self._drop_queue(peer)
+        self._lost.add(peer)
+        error = f"it does not read: {num_bytes} bytes wait for it"
+        self._overdue.append((peer, Violation(error)))
 
     def _try_send(self, peer: bytes, frame: bytes) -> bool | None:
         """True: sent. None: its queue is full. False: no such peer."""
@@ -324,52 +427,52 @@ class Router(_Server):
                 return False
             raise
 
-    def _flush_backlog(self) -> None:
-        for peer in list(self._backlog):
-            waiting = self._backlog[peer]
-            while waiting:
-                sent = self._try_send(peer, waiting[0])
-                if sent is None:
-                    break
-                if sent is False:
-                    waiting.clear()
-                    break
-                waiting.popleft()
-            if not waiting:
-                del self._backlog[peer]
+    def _flush(self) -> None:
+        for peer in list(self._queues):
+            self._flush_queue(peer)
 
-    def _drain(self) -> list[tuple[bytes, Message | Violation]]:
-        received: list[tuple[bytes, Message | Violation]] = []
-        for _ in range(MAX_PER_RECEIVE):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            peer, message = frames[0], self._decoded(frames)
-            if isinstance(message, Violation):
-                self.num_rejected += 1
-            elif isinstance(message, (EngineHello, LearnerHello)):
-                self._lost.discard(peer)
-                self._backlog.pop(peer, None)
-            received.append((peer, message))
-        return received
+    def _flush_queue(self, peer: bytes) -> bool:
+        """Send what waits for a peer, as far as its socket takes it. False if the peer is gone."""
+        queue = self._queues[peer]
+        while queue.frames:
+            sent = self._try_send(peer, queue.frames[0])
+            if sent is None:
+                return True
+            if sent is False:
+                self._drop_queue(peer)
+                return False
+            self._num_queued_bytes -= len(queue.frames[0])
+            queue.popleft()
+        del self._queues[peer]
+        return True
 
-    def _decoded(self, frames: list[bytes]) -> Message | Violation:
-        if len(frames) != 2:
-            return Violation(f"a message of {len(frames) - 1} frames; each has one")
-        if len(frames[1]) > MAX_FRAME_BYTES:
-            return Violation(f"a message of {len(frames[1])} bytes; the limit is {MAX_FRAME_BYTES}")
-        try:
-            return self._decode(frames[1])
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            return Violation(f"a message that no peer of this version sends: {error}")
+
+def _parts(frame: bytes) -> Iterable[bytes]:
+    """A message as it travels: itself, or in parts if it is large, so that a slow link shows life."""
+    if len(frame) <= PART_BYTES:
+        return [frame]
+    starts = range(0, len(frame), PART_BYTES)
+    return (
+        encode(Part(data=frame[start : start + PART_BYTES], last=start == starts[-1]))
+        for start in starts
+    )
+
+
+def _descriptor(frame: zmq.Frame) -> int:
+    """Of the connection that a message came by; -1 within one process, where there is none."""
+    try:
+        return int(frame.get(zmq.SRCFD))
+    except zmq.ZMQError:
+        return -1
 
 
 class Publisher(_Server):
     """Publishes to all listeners. A slow listener misses messages; it never slows the publisher."""
 
     def __init__(self, address: str, keys: str = "") -> None:
-        super().__init__(zmq.PUB, address, keys)
+        super().__init__(
+            zmq.PUB, address, keys, "buffer", ["monitor"], SUBSCRIPTION_BYTES, float("inf")
+        )
 
     def _configure(self, socket: zmq.Socket[bytes]) -> None:
         socket.sndhwm = 8

@@ -261,7 +261,8 @@ def test_a_missing_buffer_is_reported_in_one_clear_line(address: str) -> None:
     done = run([*AS_FILE, "--once", "--address", address])
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"error: no statistics from {address} within 10 s: is `python -m buffer` running there?"
+        f"error: no statistics from {address} within 10 s: is `python -m buffer` running there, "
+        "with the keys that --keys names?"
     ]
 
 

@@ -16,14 +16,14 @@ import zmq
 
 import buffer.wire.transport
 from buffer.wire.client import EngineLink, LearnerLink, LinkLost, MonitorLink
+from buffer.wire.keys import make_keys
 from buffer.wire.messages import (
+    SPEAKERS,
     Cancel,
     EngineHello,
     FetchSnapshot,
-    Finished,
     Heartbeat,
     HelloAgain,
-    Inbound,
     LearnerHello,
     LearnerWelcome,
     LiveState,
@@ -45,7 +45,6 @@ from buffer.wire.snapshots import (
 )
 from buffer.wire.transport import Publisher, Router, TransportError, Violation, encode, next_port
 from tests.fakes import chunk
-from tools.keys import make_keys
 
 LOOPBACK = "tcp://127.0.0.1:*"
 HELLO = EngineHello(
@@ -69,7 +68,7 @@ def nothing_left_running():
 
 @pytest.fixture
 def router():
-    with Router(LOOPBACK, Inbound) as router:
+    with Router(LOOPBACK, SPEAKERS) as router:
         yield router
 
 
@@ -168,9 +167,9 @@ def test_a_stalled_peer_loses_nothing_and_keeps_the_order(router):
         [(peer, _)] = receive_all(router, 1)
         assert all(send_while_stalled(router, peer, 6000))
         # Without an overflow of the socket's own queue this test would prove nothing.
-        assert len(router._backlog[peer]) > 1000
+        assert len(router._queues[peer].frames) > 1000
         assert numbers_read(router, dealer, 6000) == list(range(6000))
-        assert router._backlog == {}
+        assert router._queues == {} and router._num_queued_bytes == 0
 
 
 def test_a_stalled_peer_holds_up_no_other(router):
@@ -182,19 +181,21 @@ def test_a_stalled_peer_holds_up_no_other(router):
         good.send(encode(HELLO))
         receive_all(router, 2)
         send_while_stalled(router, b"stalled", 6000)
-        assert router._backlog.keys() == {b"stalled"}
+        assert router._queues.keys() == {b"stalled"}
         assert router.send(b"good", Heartbeat())
         assert good.poll(SOON_S * 1000)
 
 
 def test_a_peer_too_far_behind_is_lost_until_it_says_hello_again(router, monkeypatch):
-    monkeypatch.setattr(buffer.wire.transport, "MAX_BACKLOG", 100)
+    monkeypatch.setattr(buffer.wire.transport, "QUEUED_BYTES", 200_000)
     with raw_dealer(router.address, receive_queue=10) as dealer:
         dealer.send(encode(HELLO))
         [(peer, _)] = receive_all(router, 1)
         sent = send_while_stalled(router, peer, 6000)
         num_sent = sent.index(False)
         assert not any(sent[num_sent:])
+        [(named, violation)] = receive_all(router, 1)
+        assert named == peer and "does not read: 20" in violation.error
         dealer.send(encode(HELLO))
         receive_all(router, 1)
         while dealer.poll(100):
@@ -215,8 +216,7 @@ def test_a_peer_that_left_is_gone(router):
     wait_until(lambda: not router.send(b"raw", Heartbeat()))
 
 
-def test_garbage_is_counted_and_harms_no_peer(router, monkeypatch):
-    monkeypatch.setattr(buffer.wire.transport, "MAX_FRAME_BYTES", 1000)
+def test_garbage_is_counted_and_harms_no_peer(router):
     good = encode(Stopped(rollout_id=1, num_tokens=3))
     garbage = [
         [b""],
@@ -228,11 +228,6 @@ def test_garbage_is_counted_and_harms_no_peer(router, monkeypatch):
         [msgpack.packb({"type": "Welcome", "policy": None})],
         [b"", good],
         [good, good],
-        [
-            encode(
-                Finished(rollout_id=1, num_tokens=3, truncated=False, reward=0.0, text="x" * 1001)
-            )
-        ],
         [b"\x81\xa4type\xa7Stopp\xff\xff"],
     ]
     with raw_dealer(router.address, b"bad") as bad, raw_dealer(router.address, b"good") as peer:
@@ -264,12 +259,12 @@ def test_a_port_scan_harms_no_peer(router):
 
 
 def test_closing_delivers_what_was_sent():
-    router = Router(LOOPBACK, Inbound)
+    router = Router(LOOPBACK, SPEAKERS)
     with raw_dealer(router.address, receive_queue=10) as dealer:
         dealer.send(encode(HELLO))
         [(peer, _)] = receive_all(router, 1)
         send_while_stalled(router, peer, 4000)
-        assert router._backlog
+        assert router._queues
         closing = threading.Thread(target=router.close)
         closing.start()
         numbers = []
@@ -343,7 +338,7 @@ def test_any_thread_may_send(router):
 def test_closing_a_link_delivers_what_was_sent(monkeypatch, link_queue):
     # A buffer whose sockets accept nothing while it does not read.
     monkeypatch.setattr(buffer.wire.transport, "QUEUE_MESSAGES", 1)
-    with Router(LOOPBACK, Inbound) as router:
+    with Router(LOOPBACK, SPEAKERS) as router:
         monkeypatch.setattr(buffer.wire.transport, "QUEUE_MESSAGES", link_queue)
         link = EngineLink(router.address, "pool/0")
         with Serving(router):
@@ -374,7 +369,7 @@ def test_a_link_may_wait_for_a_buffer_that_starts_later():
         connecting = threading.Thread(target=lambda: answers.append(link.connect(HELLO, SOON_S)))
         connecting.start()
         time.sleep(1.2)
-        with Router(address, Inbound) as router, Serving(router) as serving:
+        with Router(address, SPEAKERS) as router, Serving(router) as serving:
             connecting.join()
             assert answers == [Welcome(policy=None)]
             # The hellos sent before the buffer started did not pile up.
@@ -470,7 +465,7 @@ def test_a_buffer_makes_an_unknown_link_join_again(router, role):
 
 
 def test_a_link_rejoins_a_restarted_buffer():
-    with EngineLink("tcp://127.0.0.1:1", "pool/0") as link, Router(LOOPBACK, Inbound) as router:
+    with EngineLink("tcp://127.0.0.1:1", "pool/0") as link, Router(LOOPBACK, SPEAKERS) as router:
         link.address = address = router.address
         with Serving(router) as serving:
             link.connect(HELLO, SOON_S)
@@ -481,7 +476,7 @@ def test_a_link_rejoins_a_restarted_buffer():
         assert link.receive(SOON_S) == Cancel(rollout_ids=[1])
         with pytest.raises(TransportError, match="closed the connection"):
             link.receive(SOON_S)
-        with Router(address, Inbound) as successor, Serving(successor) as serving:
+        with Router(address, SPEAKERS) as successor, Serving(successor) as serving:
             assert link.connect(HELLO, SOON_S) == Welcome(policy=None)
             link.send(Stopped(rollout_id=1, num_tokens=3))
             wait_until(lambda: serving.heard == [Stopped(rollout_id=1, num_tokens=3)])
@@ -536,7 +531,7 @@ def keys(tmp_path_factory):
 
 def test_matching_keys_allow_everything(keys):
     with (
-        Router(LOOPBACK, Inbound, keys) as router,
+        Router(LOOPBACK, SPEAKERS, keys) as router,
         Serving(router) as serving,
         EngineLink(router.address, "pool/0", keys) as link,
     ):
@@ -551,9 +546,9 @@ def test_matching_keys_allow_everything(keys):
 def test_wrong_keys_allow_nothing(keys, client, tmp_path):
     make_keys(tmp_path)
     if client == "another client":  # it knows the server's key, but its own key is not accepted
-        (tmp_path / "server.key").write_bytes(Path(keys, "server.key").read_bytes())
+        (tmp_path / "buffer.key").write_bytes(Path(keys, "buffer.key").read_bytes())
     wrong = "" if client == "no keys" else str(tmp_path)
-    with Router(LOOPBACK, Inbound, keys) as router, Serving(router) as serving:
+    with Router(LOOPBACK, SPEAKERS, keys) as router, Serving(router) as serving:
         with (
             EngineLink(router.address, "pool/0", wrong) as link,
             pytest.raises(TransportError) as raised,
@@ -565,7 +560,7 @@ def test_wrong_keys_allow_nothing(keys, client, tmp_path):
 
 
 def test_a_client_with_keys_does_not_talk_to_a_server_without(keys):
-    with Router(LOOPBACK, Inbound) as router, Serving(router) as serving:
+    with Router(LOOPBACK, SPEAKERS) as router, Serving(router) as serving:
         with (
             EngineLink(router.address, "pool/0", keys) as link,
             pytest.raises(TransportError, match=r"buffer\.keys"),
@@ -626,7 +621,7 @@ def test_a_stalled_monitor_slows_no_peer_and_then_sees_the_newest():
 
 
 def test_router_and_publisher_share_a_process():
-    with Router(LOOPBACK, Inbound) as router:
+    with Router(LOOPBACK, SPEAKERS) as router:
         # The next port may be taken by another program; a real buffer would take another pair.
         for _ in range(20):
             try:
@@ -634,7 +629,7 @@ def test_router_and_publisher_share_a_process():
                 break
             except TransportError:
                 router.close()
-                router = Router(LOOPBACK, Inbound)
+                router = Router(LOOPBACK, SPEAKERS)
         with publisher, router:
             assert publisher.address == next_port(router.address)
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import socket
+import stat
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from buffer.wire.transport import TransportError
+from buffer.wire.keys import keys_of_run, make_keys
+from buffer.wire.messages import LiveState
+from buffer.wire.transport import Publisher, TransportError, next_port
 from configs import cli
 from configs.schema import Config
+from tools import tail_monitor
 from tools.launching.processes import CONFIG, Command
 from tools.launching.run_plan import commands_of, free_name, prepare, share_gpus
+
+STATE = LiveState(
+    time_s=0.0, run_name="demo run", phase="training", step=1, steps=10, policy_version=0,
+    max_lag=4, waiting="", groups_open=0, groups_ready=0, bytes_held=0, refused_frames=0,
+    histogram_edges=[0, 8], histogram={}, lags=[], metrics={}, groups=[], engines=[], prompts=[],
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -48,7 +60,7 @@ def test_a_missing_model_names_the_command_that_makes_it(config: Config, tmp_pat
 def test_an_existing_run_is_not_touched(config: Config, tmp_path: Path) -> None:
     assert prepare(config).run.name == "demo"
     for taken in ("demo", "demo-2"):
-        (tmp_path / taken).mkdir()
+        (tmp_path / taken).mkdir(exist_ok=True)
         (tmp_path / taken / "config.yaml").touch()
     assert prepare(config).run.name == "demo-3"
     assert free_name(replace(config, run=replace(config.run, resume=True))) == "demo"
@@ -80,3 +92,60 @@ def test_gpus_are_split_if_there_are_enough_and_shared_otherwise() -> None:
     ]
     assert split == [None, "4,5", "6"]
     assert share_gpus(table, ["0"]) == table
+
+
+def test_a_run_on_one_machine_gets_private_keys_and_keeps_them(config: Config) -> None:
+    prepared = prepare(config)
+    folder = Path(prepared.buffer.keys)
+    assert folder == Path(config.run.dir).absolute() / prepared.run.name / "keys"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    again = prepare(replace(config, run=replace(config.run, resume=True)))
+    assert again.buffer.keys == prepared.buffer.keys
+
+
+def test_keys_that_are_named_are_used(config: Config, tmp_path: Path) -> None:
+    named = replace(config, buffer=replace(config.buffer, keys=str(tmp_path / "k")))
+    make_keys(tmp_path / "k")
+    assert prepare(named).buffer.keys == str(tmp_path / "k")
+
+
+def test_a_run_beyond_one_machine_is_not_given_keys_that_the_others_lack(config: Config) -> None:
+    wide = replace(config, weights=replace(config.weights, address="tcp://10.0.0.6:5580"))
+    assert prepare(wide).buffer.keys == ""
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_the_monitor_finds_the_keys_of_a_run_by_its_address(
+    tmp_path: Path,
+    free_port: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    found: bool,
+) -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+    keys = keys_of_run(tmp_path / "runs" / "a")
+    config = f"buffer: {{address: '{address}', keys: '{keys if found else ''}'}}"
+    (tmp_path / "runs" / "a" / "config.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tools.tail_monitor.FIRST_NEWS_S", 3.0)
+    parser = argparse.ArgumentParser()
+    tail_monitor.arguments(parser)
+    ended = threading.Event()
+    with Publisher(next_port(address), keys) as publisher:
+
+        def publish() -> None:
+            while not ended.wait(0.05):
+                publisher.publish(b"state", STATE)
+
+        thread = threading.Thread(target=publish)
+        thread.start()
+        try:
+            if found:
+                tail_monitor.run(parser.parse_args(["--once", "--address", address]))
+                assert "demo run" in capsys.readouterr().out
+            else:
+                with pytest.raises(TransportError, match="--keys"):
+                    tail_monitor.run(parser.parse_args(["--once", "--address", address]))
+        finally:
+            ended.set()
+            thread.join()

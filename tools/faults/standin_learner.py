@@ -82,7 +82,7 @@ def main() -> NoReturn:
     def run(config: Config) -> int:
         with (
             BufferSession(config, 0, 1, secrets.token_hex(6), VOCAB_SIZE) as session,
-            SnapshotServer(config.weights.address) as server,
+            SnapshotServer(config.weights.address, config.buffer.keys) as server,
         ):
             try:
                 StandIn(config, path).train(session, server)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from actors.inference.device import engine_device
 from actors.pool import check_model
-from buffer.wire.transport import Publisher, TransportError, next_port
+from buffer.wire.keys import keys_of_run
+from buffer.wire.transport import Publisher, TransportError, is_loopback, next_port
 from configs import cli
 from configs.schema import Config
 from tools.launching.processes import CONFIG, Command
@@ -38,19 +39,31 @@ def prepare(config: Config) -> Config:
             if tool
             else str(error)
         ) from None
-    if config.launch.launcher == "local":
-        for address in (config.buffer.address, next_port(config.buffer.address)):
-            try:
-                Publisher(address, config.buffer.keys).close()
-            except TransportError as error:
-                raise TransportError(f"buffer.address={config.buffer.address}: {error}") from None
     name = free_name(config)
     if name != config.run.name:
         print(
             f"{Path(config.run.dir) / config.run.name} holds a run already, so this one is called "
             f"{name} (run.resume=true would continue the existing run)"
         )
-    return replace(config, run=replace(config.run, name=name))
+    config = with_own_keys(replace(config, run=replace(config.run, name=name)))
+    if config.launch.launcher == "local":
+        for address in (config.buffer.address, next_port(config.buffer.address)):
+            try:
+                Publisher(address, config.buffer.keys).close()
+            except TransportError as error:
+                raise TransportError(f"buffer.address={config.buffer.address}: {error}") from None
+    return config
+
+
+def with_own_keys(config: Config) -> Config:
+    """The configuration with keys of the run's own, so that no other user of this machine can join,
+    unless it names some or spans machines.
+    """
+    addresses = (config.buffer.address, config.weights.address)
+    if config.buffer.keys or not all(map(is_loopback, addresses)):
+        return config
+    keys = keys_of_run(Path(config.run.dir) / config.run.name)
+    return replace(config, buffer=replace(config.buffer, keys=keys))
 
 
 def has_ended(config: Config) -> bool:

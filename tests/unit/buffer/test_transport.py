@@ -1,12 +1,16 @@
 """Addresses, framing and keys, as far as they can be tested without a peer."""
 
+import os
 import stat
+from pathlib import Path
 
 import msgpack
 import msgspec
 import pytest
 
+from buffer.wire.keys import ROLES, find_keys, keys_of_run, make_keys
 from buffer.wire.messages import (
+    SPEAKERS,
     Chunk,
     Finished,
     Heartbeat,
@@ -18,8 +22,6 @@ from buffer.wire.messages import (
     PromptPayload,
 )
 from buffer.wire.transport import (
-    CLIENT_FILES,
-    SERVER_FILES,
     Router,
     TransportError,
     check_address,
@@ -27,7 +29,6 @@ from buffer.wire.transport import (
     encode,
     next_port,
 )
-from tools.keys import make_keys
 
 
 @pytest.mark.parametrize(
@@ -181,8 +182,8 @@ def test_a_frame_that_does_not_fit_the_schema_is_refused(frame):
 
 
 def test_a_port_in_use_is_named_with_the_remedy():
-    with Router("tcp://127.0.0.1:*", Inbound) as router, pytest.raises(TransportError) as raised:
-        Router(router.address, Inbound)
+    with Router("tcp://127.0.0.1:*", SPEAKERS) as router, pytest.raises(TransportError) as raised:
+        Router(router.address, SPEAKERS)
     assert router.address in str(raised.value)
     assert "choose another address" in str(raised.value)
 
@@ -190,17 +191,19 @@ def test_a_port_in_use_is_named_with_the_remedy():
 def test_an_address_of_another_machine_cannot_be_bound(tmp_path):
     make_keys(tmp_path / "keys")
     with pytest.raises(TransportError, match=r"192\.0\.2\.1.*no address of this machine"):
-        Router("tcp://192.0.2.1:5577", Inbound, str(tmp_path / "keys"))
+        Router("tcp://192.0.2.1:5577", SPEAKERS, str(tmp_path / "keys"))
 
 
 def test_missing_keys_are_named_with_the_remedy(tmp_path):
-    with pytest.raises(ValueError, match=r"server\.key_secret.*python -m tools\.keys"):
-        Router("tcp://127.0.0.1:*", Inbound, str(tmp_path))
+    with pytest.raises(ValueError, match=r"buffer\.key_secret.*python -m tools\.keys"):
+        Router("tcp://127.0.0.1:*", SPEAKERS, str(tmp_path))
 
 
 def test_secret_keys_are_readable_only_by_their_owner(tmp_path):
     make_keys(tmp_path / "keys")
-    assert {path.name for path in (tmp_path / "keys").iterdir()} == {*SERVER_FILES, *CLIENT_FILES}
+    assert {path.name for path in (tmp_path / "keys").iterdir()} == {
+        f"{role}.{kind}" for role in ROLES for kind in ("key", "key_secret")
+    }
     for path in (tmp_path / "keys").glob("*.key_secret"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -208,6 +211,46 @@ def test_secret_keys_are_readable_only_by_their_owner(tmp_path):
 def test_keys_are_never_overwritten(tmp_path):
     make_keys(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"server\.key_secret"):
+    with pytest.raises(ValueError, match=r"buffer\.key_secret"):
         make_keys(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_folder_of_keys_is_private(tmp_path):
+    make_keys(tmp_path / "keys")
+    assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("buffer.key_secret", 0o640),
+        ("buffer.key_secret", 0o604),
+        ("engine.key", 0o666),
+        ("", 0o770),
+    ],
+)
+def test_keys_that_others_could_read_or_replace_are_refused(tmp_path, name, mode):
+    make_keys(tmp_path / "keys")
+    place = tmp_path / "keys" / name
+    place.chmod(mode)
+    with pytest.raises(ValueError, match=f"has mode {mode:03o}.*chmod go= .*{name}"):
+        Router("tcp://127.0.0.1:*", SPEAKERS, str(tmp_path / "keys"))
+
+
+def test_a_run_keeps_the_keys_that_it_was_given(tmp_path):
+    folder = keys_of_run(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    assert keys_of_run(tmp_path / "run") == folder == str(tmp_path / "run" / "keys")
+    assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == before
+
+
+def test_the_keys_of_the_newest_run_at_an_address_are_found(tmp_path):
+    for number, (address, keys) in enumerate([("a", "/1"), ("b", "/2"), ("a", "/3"), ("c", "")]):
+        folder = tmp_path / f"run{number}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"buffer: {{address: {address}, keys: '{keys}'}}")
+        os.utime(folder / "config.yaml", (number, number))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("- a list")
+    assert [find_keys(address, tmp_path) for address in "abcd"] == ["/3", "/2", "", ""]

@@ -17,6 +17,7 @@ from buffer.deadlines import Deadlines
 from buffer.records.event_log import read_sessions
 from buffer.run_state import RunState
 from buffer.service import Service
+from buffer.wire.keys import make_keys
 from buffer.wire.transport import TransportError
 from configs.schema import Config
 from darts import events as ev
@@ -24,7 +25,6 @@ from darts.config import CoreConfig
 from darts.core import Core
 from tests.fakes import FakeEngine, FakeLearner
 from tests.knobs import Turn, check_turn
-from tools.keys import make_keys
 
 
 class Running:
