@@ -81,7 +81,8 @@ class EngineSide:
             events += stopped
         else:
             if known is not None:
-                self._send_away(known, hello)
+                if not self._gives_way(known, hello):
+                    return []  # it is asked again in a second
                 events += self.lose(known, "it has joined without the rollouts that it had")
             events.append(self._joined(hello))
             welcome = msg.Welcome(policy=run.policy, forget=hello.rollouts, run=run.run_id)
@@ -89,13 +90,19 @@ class EngineSide:
         run.router.send(identity, welcome)
         return events
 
-    def _send_away(self, known: Peer, hello: msg.EngineHello) -> None:
-        """Shut down the process that has the name of a newer one."""
-        if known.incarnation != hello.incarnation:
-            error = (
-                f"process {hello.pid} has joined as engine {hello.engine_id}: names must be unique"
+    def _gives_way(self, known: Peer, hello: msg.EngineHello) -> bool:
+        """Whether the place of `known` is free. Raises ProtocolError if another process lives."""
+        if known.incarnation == hello.incarnation:
+            return True
+        free = self.run.gives_way(known, hello.incarnation)
+        if free is False:
+            raise ev.ProtocolError(
+                f"another process is {known.name} already: names must be unique, see actors.name"
             )
+        if free:
+            error = f"process {hello.pid} has taken the place of {known.name}, which was silent"
             self.run.send(known, msg.Shutdown(error=error))
+        return bool(free)
 
     def _joined(self, hello: msg.EngineHello) -> ev.EngineJoined:
         run = self.run

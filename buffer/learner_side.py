@@ -23,7 +23,6 @@ from darts import events as ev
 SAMPLED_GROUPS = 2  # per step, written to samples.jsonl
 # A publication may skip versions that were lost with an earlier buffer, but not more than this.
 MAX_VERSIONS_AHEAD = 1000
-ALIVE_S = 3.0  # a learner heard within this time is alive; it sends a heartbeat each second
 
 
 class LearnerSide:
@@ -66,13 +65,16 @@ class LearnerSide:
         events: list[ev.Event] = []
         if known is None or known.identity != identity:
             self._check_hello(hello, is_same)
+            if known is not None and not self._gives_way(known, hello):
+                return []  # it is asked again in a second
             if known is not None:
                 error = f"process {hello.pid} has joined as learner rank {hello.rank}"
                 run.send(known, msg.Shutdown(error=error))
                 run.peers.remove(known)
             if hello.rank == 0 and not is_same:
                 events += self._new_learner(hello)
-            run.peers.add(Peer(identity, time.monotonic(), rank=hello.rank))
+            peer = Peer(identity, time.monotonic(), incarnation=hello.incarnation, rank=hello.rank)
+            run.peers.add(peer)
         version = run.core.policy_version
         run.router.send(identity, msg.LearnerWelcome(policy_version=version, run=run.run_id))
         return events
@@ -103,20 +105,18 @@ class LearnerSide:
                 f"this learner resumes at step {hello.step}, but all {run.step} steps of "
                 f"{run.folder} are done: its last checkpoint is missing"
             )
-        alive = [
-            peer
-            for peer in run.peers.ranks()
-            if time.monotonic() - peer.heard_s < ALIVE_S and run.send(peer, msg.Heartbeat())
-        ]
-        if hello.rank == 0 and alive and not hello.take_over and not self._is_replacing(hello):
+
+    def _gives_way(self, known: Peer, hello: msg.LearnerHello) -> bool:
+        """Whether the place of `known` is free. Raises ProtocolError if another learner lives."""
+        if known.incarnation == hello.incarnation or hello.take_over:
+            return True
+        free = self.run.gives_way(known, hello.incarnation)
+        if free is False:
             raise ev.ProtocolError(
-                f"{alive[0].name} is training this run already; stop that learner, "
+                f"{known.name} is training this run already; stop that learner, "
                 "or start this one with learner.take_over=true"
             )
-
-    def _is_replacing(self, hello: msg.LearnerHello) -> bool:
-        """Whether the ranks that are alive are this learner's, which say hello before rank 0."""
-        return all(p.rank != 0 for p in self.run.peers.ranks())
+        return bool(free)
 
     def _new_learner(self, hello: msg.LearnerHello) -> list[ev.Event]:
         run = self.run
@@ -271,6 +271,8 @@ class LearnerSide:
         handler = self._handlers.get(type(message))
         if handler is None:
             raise ev.ProtocolError(f"{peer.name} may not send a {type(message).__name__}")
+        if self.run.learner is None or peer.incarnation != self.run.learner.incarnation:
+            raise ev.ProtocolError(f"{peer.name} is none of the learner that trains this run")
         return handler(peer, message)
 
     def _pull(self, peer: Peer, message: msg.Pull) -> list[ev.Event]:

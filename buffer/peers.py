@@ -6,12 +6,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+ALIVE_S = 3.0
+
 
 @dataclass(slots=True)
 class Peer:
     """One connection: an engine's has an `engine_id`, a learner rank's a `rank`.
 
-    incarnation: of an engine's process, "" after the buffer's restart until it joins again.
+    incarnation: of an engine's process or a learner; an engine's is "" after the buffer's restart
+    until it joins again.
+    claim: the incarnation of another process that says hello in its name, and since when.
     """
 
     identity: bytes
@@ -19,10 +23,23 @@ class Peer:
     engine_id: str = ""
     incarnation: str = ""
     rank: int = -1
+    claim: tuple[str, float] = ("", 0.0)
 
     @property
     def name(self) -> str:
         return f"engine {self.engine_id}" if self.engine_id else f"learner rank {self.rank}"
+
+    def outlives(self, claimant: str, now_s: float) -> bool | None:
+        """Whether this peer lives, although another process says hello in its name.
+
+        None until that is known. Both have a heartbeat each second, and messages of a dead peer may
+        still be on their way, so it must be heard, or be silent, for a while.
+        """
+        if self.claim[0] != claimant:
+            self.claim = (claimant, now_s)
+        if self.heard_s > self.claim[1] + ALIVE_S:
+            return True
+        return False if now_s > max(self.heard_s, self.claim[1]) + ALIVE_S else None
 
 
 @dataclass

@@ -39,6 +39,13 @@ from darts.config import core_config
 from darts.core import Core
 from darts.sizing.lengths import LengthStats, spread
 
+MAX_LINE = 1000  # characters
+
+
+def printable(line: str) -> str:
+    """A line that peers had a part in, without control characters for a terminal, and not too long."""
+    return "".join(c if c.isprintable() else "?" for c in line[:MAX_LINE])
+
 
 class RunFailed(Exception):
     """The run cannot continue. The message is one line for the user that says why."""
@@ -85,7 +92,7 @@ class RunState:
         self.store = TrajectoryStore(config.buffer.max_bytes, config.model.max_context)
         if state and state.learner:
             self.set_learner(state.learner)
-        self.rows = run_files.repair(self.folder, self._kept_groups_bytes())
+        self.rows = run_files.repair(self.folder, state.groups_bytes if state else 0)
         self.files = run_files.RunFiles(self.folder, self._trackers)
         self.metrics = Metrics()
         self.metrics.tokens.update(state.tokens if state else {})
@@ -143,13 +150,6 @@ class RunState:
         """Note the learner, whose vocabulary bounds the token ids of every engine."""
         self.learner = learner
         self.store.vocab_size = learner.vocab_size
-
-    def _kept_groups_bytes(self) -> int:
-        """Size of the part of the ledger that no record of the newest segment changes."""
-        state = self.recovered.checkpoint.buffer
-        sizes = [state.groups_bytes if state else 0]
-        sizes += [n.groups_bytes for _, n in self.recovered.entries if isinstance(n, Rewound)]
-        return min(sizes)
 
     # The core
     # ----------------------------------------------------------------------------------------------
@@ -352,6 +352,15 @@ class RunState:
                 f"it belongs to another run than {self.folder}: it outlived the buffer of that run"
             )
 
+    def gives_way(self, known: Peer, incarnation: str) -> bool | None:
+        """Whether another process may take the place of `known`: not while that lives. None until
+        it is known, in which case the other one repeats its hello.
+        """
+        if not self.send(known, msg.Heartbeat()):
+            return True  # its connection is closed
+        lives = known.outlives(incarnation, time.monotonic())
+        return None if lives is None else not lives
+
     def send(self, peer: Peer, message: msg.Message) -> bool:
         """Send a message. False if the peer is gone, in which case its silence will end it."""
         return self.router.send(peer.identity, message)
@@ -363,10 +372,10 @@ class RunState:
     def say(self, line: str) -> None:
         if self.replaying:
             return
-        print(f"buffer: {line}", flush=True)
+        print(f"buffer: {printable(line)}", flush=True)
 
     def warn(self, line: str) -> None:
-        print(f"buffer: {line}", file=sys.stderr, flush=True)
+        print(f"buffer: {printable(line)}", file=sys.stderr, flush=True)
 
     def close(self, error: str) -> None:
         """Tell every peer that the run is over, and how it ended."""

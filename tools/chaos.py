@@ -3,12 +3,15 @@
 A run has the real buffer, engines with a fake sampler, and a learner: a stand-in without a model,
 or the real one on a tiny model. Each seed prints one line, and the last line is the number of seeds
 that held. The folder of a seed that failed is kept, and the same seed repeats the same schedule.
+
+`python -m tools.chaos fuzz frames=100000` runs without faults beside peers that send anything.
 """
 
 from __future__ import annotations
 
 import random
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -20,7 +23,9 @@ from configs.errors import ExitStatus
 from configs.schema import Config, key
 from tools.faults import schedule
 from tools.faults.cluster import Cluster
+from tools.faults.fuzzing import Attack
 from tools.faults.recount import recount
+from tools.faults.standin_learner import HOLD
 
 LEARNERS = {"standin": "tools.faults.standin_learner", "real": "tools.faults.real_learner"}
 
@@ -77,7 +82,9 @@ def run_config(folder: Path, model: Path, seed: int, steps: int) -> Config:
 def hold(chaos: ChaosConfig, config: Config, folder: Path) -> list[str]:
     """Run one seed and recount it. Returns its schedule, then every violation that was found."""
     cluster = Cluster(config, folder, chaos.engines, LEARNERS[chaos.learner])
-    faults = schedule.draw(config.run.seed, chaos.faults, chaos.kinds, cluster.targets())
+    faults = schedule.draw(
+        config.run.seed, chaos.steps, chaos.faults, chaos.kinds, cluster.targets()
+    )
     error = cluster.run(faults, chaos.deadline_s)
     found = [error] if error else recount(cluster.run_folder, config, cluster.record)
     return [", ".join(map(str, faults)) or "no faults", *found]
@@ -112,7 +119,45 @@ def run(chaos: ChaosConfig) -> int:
     return ExitStatus.OK
 
 
+@dataclass
+class FuzzConfig:
+    frames: int = key(100_000, "Frames sent by hostile peers during one run.", ge=1)
+    seed: int = key(0, "Seed of the frames.", ge=0)
+    deadline_s: float = key(
+        900.0, "Seconds after which a run that has not ended counts as stuck.", gt=0
+    )
+
+
+def fuzz(chaos: FuzzConfig) -> int:
+    """One undisturbed run beside hostile peers; its last step waits for the last frame."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    config = run_config(folder, folder, chaos.seed, steps=8)
+    config.buffer.peer_timeout_s = 15.0
+    cluster = Cluster(config, folder, 2)
+    hold = folder / HOLD
+    hold.touch()
+    attack = Attack(cluster, chaos.frames, chaos.seed, lambda: hold.unlink(missing_ok=True))
+    error = cluster.run([], chaos.deadline_s, attack.turn)
+    attack.end()
+    found = [error] if error else recount(cluster.run_folder, config, cluster.record)
+    found += attack.faults()
+    print(f"{attack}: {'; '.join(found) or 'held'}")
+    if found:
+        print(f"its records are in {folder}")
+        return ExitStatus.FAILED
+    shutil.rmtree(folder)
+    return ExitStatus.OK
+
+
 def main() -> NoReturn:
+    if sys.argv[1:2] == ["fuzz"]:
+        run_command(
+            "Have strangers and joined peers send anything to the buffer of a run, and count it.",
+            fuzz,
+            schema=FuzzConfig,
+            argv=sys.argv[2:],
+            program="python -m tools.chaos fuzz",
+        )
     run_command(
         "Kill, stop and cut off the processes of a run by a seeded schedule, and recount the run.",
         run,

@@ -16,7 +16,7 @@ import pytest
 from buffer.records.event_log import read_sessions
 from buffer.service import Service
 from buffer.wire import messages as msg
-from buffer.wire.client import EngineLink, LearnerLink
+from buffer.wire.client import EngineLink, LearnerLink, Refused
 from buffer.wire.transport import TransportError
 from configs import cli
 from configs.schema import Config
@@ -510,25 +510,23 @@ def test_second_run_in_the_same_directory_is_refused(
 
 
 @pytest.mark.slow
-def test_a_second_engine_with_the_same_name_replaces_the_first_which_is_told(
+def test_a_second_engine_of_one_name_is_refused_while_the_first_lives(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     running = Running(make_config(tmp_path, free_port()))
     address = running.service.run.router.address
-    first, second, learner = (
-        FakeEngine(address, "e"),
-        FakeEngine(address, "e", seed=1),
-        FakeLearner(address, STEPS, step_s=0.2),
-    )
+    first = FakeEngine(address, "e")
     first.start()
-    learner.start()
-    while first.num_launched < 5:
+    while running.service.run.peers.engine("e") is None:
         first.join(0.01)
-    second.start()
+    hello = msg.EngineHello(
+        engine_id="e", engine_type="fake", slots=4, policy_version=-1, pid=1, incarnation="second"
+    )
+    with EngineLink(address, "e") as link, pytest.raises(Refused, match="names must be unique"):
+        link.connect(hello, 20)
+    FakeLearner(address, STEPS).start()
     assert running.wait() == 0
-    first.join(5)
-    assert first.shutdown is not None and "has joined as engine e" in first.shutdown.error
-    assert second.num_launched > 0
+    assert first.num_launched > 0
 
 
 def test_the_files_of_another_run_are_refused(tmp_path: Path, free_port: Callable[[], int]) -> None:

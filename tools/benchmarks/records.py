@@ -17,6 +17,7 @@ from statistics import median
 from buffer.records.segments import SegmentLog
 from buffer.records.token_log import TokenLog
 from buffer.wire.messages import Chunk
+from tools.benchmarks import traffic
 
 FSYNC_S = 0.05
 ROUNDS, RECORDS, EVENT_BYTES = 5, 100_000, 100
@@ -131,3 +132,4 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-", dir=Path.cwd()) as folder:
         append_rates(Path(folder))
         restart_time(Path(folder) / "restart")
+        traffic.main(Path(folder))

@@ -92,6 +92,7 @@ class Cluster:
     num_engines: int
     learner: str = "tools.faults.standin_learner"  # its module
     proxies: dict[str, Proxy] = field(default_factory=dict)
+    port: int = field(default_factory=lambda: free_port())  # the buffer's
 
     @property
     def run_folder(self) -> Path:
@@ -118,9 +119,17 @@ class Cluster:
         command = ("-m", "tools.faults.fake_engine", str(index), CONFIG)
         return Command("actors", f"{self.config.actors.name}/{index}", command)
 
-    def run(self, faults: Sequence[Fault], deadline_s: float) -> str:
-        """Run from start to end. Returns the reason why the run failed, or ""."""
-        port = free_port()
+    def run(
+        self,
+        faults: Sequence[Fault],
+        deadline_s: float,
+        each_turn: Callable[[Run], str] = lambda _: "",
+    ) -> str:
+        """Run from start to end. Returns the reason why the run failed, or "".
+
+        `each_turn` of the launcher's loop is given its run, and may return why that cannot go on.
+        """
+        port = self.port
         with ExitStack() as stack:
             ports = {BUFFER: port}
             for name in list(self.targets())[1:]:
@@ -134,7 +143,7 @@ class Cluster:
             stack.enter_context(private_folder(self.config.run.stop_s))
             try:
                 run.start(Host(self.config, self.folder, ports), self.commands())
-                run.watch(storm.turn)
+                run.watch(lambda: each_turn(run) or storm.turn())
             finally:
                 storm.end()
                 run.stop()
@@ -155,14 +164,16 @@ class Storm:
         deadline: float,
     ) -> None:
         self._run, self._view, self._proxies, self._deadline = run, view, proxies, deadline
-        self._started = time.monotonic()
-        actions = [action for fault in faults for action in self._actions(fault)]
-        self._pending = sorted(actions, key=lambda action: action[0])
+        self._waiting = list(faults)
+        self._due: list[tuple[float, Action]] = []
 
     def turn(self) -> str:
         now = time.monotonic()
-        while self._pending and self._pending[0][0] <= now - self._started:
-            self._pending.pop(0)[1]()
+        while self._waiting and self._waiting[0].step <= self._view.step:
+            self._due += self._actions(self._waiting.pop(0), now)
+        self._due.sort(key=lambda due: due[0])
+        while self._due and self._due[0][0] <= now:
+            self._due.pop(0)[1]()
         return self._states() if now > self._deadline else ""
 
     def end(self) -> None:
@@ -186,15 +197,16 @@ class Storm:
             self._view.say(f"{number.name} to {name}")
             os.kill(process.pid, number)
 
-    def _actions(self, fault: Fault) -> list[tuple[float, Action]]:
+    def _actions(self, fault: Fault, now: float) -> list[tuple[float, Action]]:
         """The start of a fault, and its end `seconds` later."""
-        target, over_s = fault.target, fault.at_s + fault.seconds
+        target, at = fault.target, now + fault.delay_s
+        over = at + fault.seconds
         if fault.kind == "kill":
-            return [(fault.at_s, lambda: self._signal(target, signal.SIGKILL))]
+            return [(at, lambda: self._signal(target, signal.SIGKILL))]
         if fault.kind == "stop":
             return [
-                (fault.at_s, lambda: self._signal(target, signal.SIGSTOP)),
-                (over_s, lambda: self._signal(target, signal.SIGCONT)),
+                (at, lambda: self._signal(target, signal.SIGSTOP)),
+                (over, lambda: self._signal(target, signal.SIGCONT)),
             ]
         proxy = self._proxies[target]
         begin: dict[str, Action] = {
@@ -204,10 +216,10 @@ class Storm:
             "slow": lambda: proxy.shape(bytes_per_s=BYTES_PER_S),
         }
         actions: list[tuple[float, Action]] = [
-            (fault.at_s, lambda: self._view.say(f"{fault}")),
-            (fault.at_s, begin[fault.kind]),
+            (at, lambda: self._view.say(f"{fault}")),
+            (at, begin[fault.kind]),
         ]
-        return [*actions, (over_s, proxy.shape)] if fault.kind in ("delay", "slow") else actions
+        return [*actions, (over, proxy.shape)] if fault.kind in ("delay", "slow") else actions
 
 
 def free_port() -> int:

@@ -30,6 +30,7 @@ from tools.faults.record import record
 from tools.faults.sampled import VOCAB_SIZE, logprob
 
 STEP_S = 0.2
+HOLD = "hold"  # while this file is there, the last step is not taken
 PROBE = np.array(
     [logprob(token) for sequence in probe_sequences(VOCAB_SIZE) for token in sequence[1:]], "<f4"
 ).tobytes()
@@ -41,6 +42,7 @@ class StandIn:
     def __init__(self, config: Config, path: Path) -> None:
         self._config, self._record = config, path
         self._checkpoint = path.with_name("checkpoint.json")
+        self._hold = path.with_name(HOLD)
         self._step, self._version = 0, -1
         if config.run.resume and self._checkpoint.exists():
             self._step = json.loads(self._checkpoint.read_text())["step"]
@@ -56,6 +58,8 @@ class StandIn:
             time.sleep(STEP_S)
             self._step += 1
             last = self._step == config.run.steps
+            while last and self._hold.exists():
+                time.sleep(STEP_S)
             if last or self._step % config.weights.publish_every == 0:
                 self._publish(session, server)
             if last:

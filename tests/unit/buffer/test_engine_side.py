@@ -231,3 +231,21 @@ def test_each_peer_has_one_name() -> None:
     assert (
         Peer(b"x", 0.0, "e").name == "engine e" and Peer(b"x", 0.0, rank=1).name == "learner rank 1"
     )
+
+
+def test_a_peer_cannot_write_to_the_terminal(
+    service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.run.warn("engine \x1b[2J\nbuffer: all is well\x07 is refused: " + "x" * 10_000)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable() and len(line) < 2000
+
+
+def test_a_rank_of_another_learner_cannot_end_the_run(service: Service) -> None:
+    """Rank 0 of a learner joins last, so until then anything may say that it is another rank."""
+    own = msg.LearnerHello(rank=0, num_ranks=2, step=0, pid=1, incarnation="own")
+    service._receive(b"own", own)
+    other = msg.LearnerHello(rank=1, num_ranks=2, step=0, pid=2, incarnation="other")
+    service._receive(b"other", other)
+    service._receive(b"other", msg.LearnerFailed(rank=1, error="forged"))
+    assert [peer.identity for peer in service.run.peers.ranks()] == [b"own"]

@@ -4,6 +4,7 @@ process replaces the old one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class Scene:
     def __init__(self, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
         self.service, self.run = service, service.run
         self.sent: list[tuple[bytes, msg.Message]] = []
+        self.closed: set[bytes] = set()  # connections
         monkeypatch.setattr(self.run.router, "send", self._send)
         service._recover()
         service._apply([ev.PolicyPublished(0)])
@@ -32,12 +34,20 @@ class Scene:
 
     def _send(self, identity: bytes, message: msg.Message) -> bool:
         self.sent.append((identity, message))
-        return True
+        return identity in {b"1", b"2"} - self.closed
 
     def hello(
         self, identity: bytes, *rollouts: int, version: int = 0, incarnation: str = "a"
     ) -> msg.Welcome:
-        """Returns the answer. Other messages of the same turn of the loop are sent after it."""
+        """Over a new connection, which follows the end of the others. Returns the answer; all that
+        follows in the same turn of the loop is sent after it.
+        """
+        self.closed = {b"1", b"2"} - {identity}
+        return self.answer(identity, *rollouts, version=version, incarnation=incarnation)[0]
+
+    def answer(
+        self, identity: bytes, *rollouts: int, version: int, incarnation: str
+    ) -> list[msg.Welcome]:
         self.sent.clear()
         hello = msg.EngineHello(
             engine_id="e",
@@ -50,8 +60,7 @@ class Scene:
         )
         self.service._receive(identity, hello)
         self.service._apply(self.service.engines.flush())
-        (welcome,) = [m for to, m in self.sent if isinstance(m, msg.Welcome) and to == identity]
-        return welcome
+        return [m for to, m in self.sent if isinstance(m, msg.Welcome) and to == identity]
 
     def progress(self, rollout_id: int, *tokens: int) -> None:
         given = chunk(rollout_id, 0, PROMPT, None)
@@ -149,7 +158,7 @@ def test_rollouts_of_another_process_are_launched_again(
     assert welcome.forget == scene.rollouts and welcome.resend == {}
     assert not set(scene.run.core.rollouts) & set(scene.rollouts)
     told = [m.error for to, m in scene.sent if isinstance(m, msg.Shutdown) and to == b"1"]
-    assert len(told) == (incarnation == "b") and all("names must be unique" in e for e in told)
+    assert len(told) == (incarnation == "b") and all("taken the place" in e for e in told)
 
 
 @pytest.mark.parametrize(("version", "goes_on"), [(0, True), (-1, False)])
@@ -169,3 +178,30 @@ def test_a_heartbeat_of_an_unknown_connection_is_answered_by_hello_again(scene: 
         scene.service._receive(b"stranger", message)
     scene.service._receive(b"1", msg.Heartbeat())
     assert scene.sent == [(b"stranger", msg.HelloAgain())]
+
+
+def test_a_process_that_lives_keeps_its_name(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one of that name is refused once the first was heard long enough after its hello."""
+    now_s = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    for _ in range(5):
+        scene.service._receive(b"1", msg.Heartbeat())
+        assert scene.answer(b"2", version=-1, incarnation="b") == []
+        now_s += 1
+    (refusal,) = [m for to, m in scene.sent if isinstance(m, msg.Shutdown) and to == b"2"]
+    assert "names must be unique" in refusal.error
+    assert sorted(scene.run.core.rollouts) == scene.rollouts
+
+
+def test_a_process_that_is_silent_loses_its_name(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    scene.service._receive(b"1", msg.Heartbeat())
+    assert scene.answer(b"2", version=-1, incarnation="b") == []
+    now_s += 2
+    assert scene.answer(b"2", version=-1, incarnation="b") == []
+    now_s += 2
+    assert len(scene.answer(b"2", version=-1, incarnation="b")) == 1
+    assert not set(scene.rollouts) & set(scene.run.core.rollouts)
