@@ -1,6 +1,6 @@
-"""How busy one engine's verifier is: its times, its failures and its queue, for the engine's report.
+"""The load of one engine's verifier, for the engine's report: times, failures and the queue.
 
-Counts what ended since the last report. Safe to use from the threads that verify.
+Counts the verifications that ended since the last report. Safe to use from the verifying threads.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ CROWDED_BYTES = (
 
 
 class Sampler(Protocol):
-    """The part of an engine that a worker uses: `actors.inference.engine.Engine`, or a fake in its place."""
+    """The part of `actors.inference.engine.Engine` that a worker uses; tests pass a fake."""
 
     tokenizer: Any
     eos_ids: frozenset[int]

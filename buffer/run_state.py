@@ -43,7 +43,7 @@ MAX_LINE = 1000  # characters
 
 
 def printable(line: str) -> str:
-    """A line that peers had a part in, without control characters for a terminal, and not too long."""
+    """A line that holds text from peers, cut to `MAX_LINE` and without control characters."""
     return "".join(c if c.isprintable() else "?" for c in line[:MAX_LINE])
 
 

@@ -1,9 +1,9 @@
-"""The connections of a server: how many, since when, and whose.
+"""The connections of a server: their number, their age, and the peers behind them.
 
-libzmq tells of them and offers no way to end one, so an unwanted one is shut down at its descriptor:
-a connection that does not say hello in time, one too many, a peer that was dismissed. Owns one
-thread, which libzmq waits for when connections come faster than it notices them; that bounds their
-number whatever strangers do. Decides nothing about messages. Driven by `buffer.wire.transport`.
+libzmq reports connections and offers no way to end one. An unwanted connection is therefore shut
+down at its descriptor: one that does not say hello in time, one too many, or that of a dismissed
+peer. Owns one thread. libzmq waits for that thread when connections arrive faster than it notices
+them, which bounds their number. Decides nothing about messages. Driven by `buffer.wire.transport`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Connections:
             self._open[descriptor] = Connection(remote, float("inf"), identity)
 
     def end_later(self, identity: bytes, after_s: float) -> None:
-        """Shut down an opened connection, once its peer has had time to read. No-op if it is gone."""
+        """Shut down an opened connection after its peer had time to read. No-op if it is gone."""
         with self._lock:
             for connection in self._open.values():
                 if connection.identity == identity:
@@ -79,7 +79,7 @@ class Connections:
                 self._shut_down(descriptor, reset=True)
 
     def close(self) -> None:
-        """The thread reads on until libzmq has stopped telling, so that neither waits for the other."""
+        """The thread reads until libzmq stops reporting, so that neither waits for the other."""
         self._socket.disable_monitor()
         self._thread.join()
 

@@ -38,7 +38,7 @@ def secret_file(role: Role) -> str:
 
 
 class _Authenticator(ThreadAuthenticator):
-    """Admits the holders of the keys of some roles. A peer's role is the User-Id of its messages."""
+    """Admits the holders of some roles' keys. A peer's role is the User-Id of its messages."""
 
     def __init__(self, context: zmq.Context[Any], roles: dict[bytes, Role]) -> None:
         super().__init__(context)  # pyright: ignore[reportUnknownMemberType]
@@ -109,7 +109,7 @@ def _load(folder: str, name: str) -> tuple[bytes, bytes | None]:
 
 
 def _require_private(path: Path, is_secret: bool) -> None:
-    """Refuse a secret that another user could read, and a folder in which one could replace keys."""
+    """Refuse a secret that another user could read, and a folder that another could write to."""
     for place, forbidden, verb in (
         (path.parent, 0o022, "replace"),
         (path, 0o077 if is_secret else 0o022, "read" if is_secret else "replace"),

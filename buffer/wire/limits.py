@@ -1,5 +1,5 @@
-"""Bounds of servers, in bytes, messages, connections and descriptors. Decides nothing: `transport` and
-`connections` apply them.
+"""Bounds of servers, in bytes, messages, connections and descriptors. Decides nothing, since
+`transport` and `connections` apply them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ UNNOTICED_CONNECTIONS = 1000
 
 
 def largest_message(max_context: int) -> int:
-    """Bytes of the largest honest message to the buffer: tokens and log-probabilities of a rollout."""
+    """Size of the largest honest message to the buffer, in bytes: a whole rollout's tokens."""
     return MESSAGE_BYTES + 8 * max_context
 
 

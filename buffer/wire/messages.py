@@ -22,8 +22,8 @@ TEXT_CHARS = 8000  # of a response, which its sender cuts, too
 MAX_CHUNKS = 100_000  # of one `Progress`
 MAX_REWARD = 1e6  # and the least is its negative
 
-# A peer's values are bounded by their types, so that the decoder refuses all others. No bound admits
-# NaN. A pattern ends with \Z, because $ also matches before a last newline.
+# A peer's values are bounded by their types, so that the decoder refuses all others. No bound
+# admits NaN. A pattern ends with \Z, because $ also matches before a last newline.
 Whole = Annotated[int, Meta(ge=0, le=2**53)]  # ids, steps, counts
 Version = Annotated[int, Meta(ge=-1, le=2**40)]  # -1: none yet
 Slots = Annotated[int, Meta(ge=1, le=2**16)]

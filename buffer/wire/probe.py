@@ -13,8 +13,8 @@ import numpy as np
 from configs.schema import Config
 
 NUM_SEQUENCES, NUM_TOKENS = 2, 48
-# Mean nats per token. Rounding alone was 9e-6 in float32 and 0.09 in bfloat16 with SmolLM2-135M: the
-# tokens are improbable, and rounded more than those of a response.
+# Mean nats per token. Rounding alone was 9e-6 in float32 and 0.09 in bfloat16 with SmolLM2-135M,
+# because improbable tokens are rounded more than those of a response.
 DEFAULT_BOUNDS = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.3}
 
 OTHER_NUMBERS = (

@@ -1,10 +1,9 @@
-"""Sockets of the serving side: ROUTER and PUB, their framing, and the options common to every socket
-here.
+"""Sockets of the serving side: ROUTER and PUB, their framing, and the options of every socket.
 
 Owns the rules that keep messages safe: nothing is unpickled, garbage is counted and never raises,
-no peer has more than its share, and nothing is lost or reordered at a high-water mark. Knows messages only as msgspec types; decides
-nothing. Driven by the buffer's service and the snapshot server (servers), and by `client.py` and
-`snapshots.py` (which use the helpers of the connecting side).
+no peer has more than its share, and nothing is lost or reordered at a high-water mark. Knows
+messages only as msgspec types, and decides nothing. Driven by the buffer's service and the snapshot
+server; `client.py` and `snapshots.py` use the helpers of the connecting side.
 """
 
 from __future__ import annotations
@@ -188,7 +187,7 @@ class _Server:
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = open_socket(self._context, kind, address, max_message_bytes)
         # libzmq 4.3.5 aborts if a peer whose queue is full sends a PING and breaks its connection
-        # ("!_io_error"). A queue without a limit is never full; `limits` and `connections` bound it.
+        # ("!_io_error"). A queue without a limit is never full, and `limits` bounds it instead.
         self._socket.rcvhwm = 0
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, int(OPENING_S * 1000))
         self._authenticator: ThreadAuthenticator | None = None
@@ -448,7 +447,7 @@ class Router(_Server):
 
 
 def _parts(frame: bytes) -> Iterable[bytes]:
-    """A message as it travels: itself, or in parts if it is large, so that a slow link shows life."""
+    """A message as it travels: whole, or in parts if it is large, so that a slow link is not silent."""
     if len(frame) <= PART_BYTES:
         return [frame]
     starts = range(0, len(frame), PART_BYTES)

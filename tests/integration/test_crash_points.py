@@ -113,7 +113,8 @@ class Script:
             self.load(self.to_load.version)
         learner = self.learner
         hello = msg.LearnerHello(
-            rank=0, num_ranks=1, step=learner.step, pid=1, vocab_size=100, incarnation=learner.incarnation,
+            rank=0, num_ranks=1, step=learner.step, pid=1, vocab_size=100,
+            incarnation=learner.incarnation,
             resumed=learner.incarnation != "a", take_over=True,
         )  # fmt: skip
         self.service._receive(self.learner.identity, hello)

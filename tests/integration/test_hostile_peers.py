@@ -1,5 +1,5 @@
-"""Strangers and peers that send bytes no correct peer sends, over real sockets: the server goes on, an
-honest peer is served, and the one at fault is dismissed by name.
+"""Strangers and peers that send bytes no correct peer sends, over real sockets: the server goes on,
+an honest peer is served, and the peer at fault is dismissed by name.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`python -m tools.bench buffer`, second half: a real buffer process under load over real sockets.
 
-Owns engines that answer each launch at once, on raw sockets in one thread, and a learner that trains
-nothing. Prints rates, measured between one settled rollout and another, so that socket, core and logs
-are in them; judges nothing. The load shares this machine's cores with the buffer.
+Owns engines that answer each launch at once, on raw sockets in one thread, and a learner that
+trains nothing. Prints rates between one settled rollout and a later one, which include socket, core
+and logs. Judges nothing. The load shares this machine's cores with the buffer.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Learner(threading.Thread):
 
 
 class Engines:
-    """`num_engines` engines, which report `chunk` tokens at once until a rollout has `num_tokens`."""
+    """`num_engines` engines that report `chunk` tokens at once until a rollout has `num_tokens`."""
 
     def __init__(self, num_engines: int, slots: int, chunk: int, num_tokens: int) -> None:
         self.num_settled = 0
@@ -114,7 +114,7 @@ class Engines:
         self._context.destroy(linger=0)
 
     def turn(self) -> None:
-        """Answer everything that came, and report once for each rollout, unless the buffer is busy."""
+        """Answer all messages, and report once for each rollout unless the buffer is busy."""
         for socket, _ in self._poller.poll(POLL_MS if not any(self._held.values()) else 0):
             while socket.poll(0):
                 self._obey(socket, decoder(msg.EngineCommand).decode(socket.recv()))

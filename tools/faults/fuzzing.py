@@ -1,9 +1,9 @@
-"""Hostile peers of a buffer: strangers, and engines and learner ranks that joined, who send anything.
+"""Hostile peers of a buffer, which send anything: strangers, joined engines and learner ranks.
 
-Frames are random bytes, messages with drawn fields, mutations of those, repetitions of earlier ones,
-and a few that are too large. Left out, since the protocol lets one peer say so: a learner that takes
-over in plain words, an engine's probe that differs or its fatal failure, which end a run by design.
-Tokens for a rollout of the hostile engine's own would be its to sample, so it sends none.
+Frames are random bytes, messages with drawn fields, mutations of those, repetitions of earlier
+frames, and a few that are too large. Some honest messages are left out because they end a run by
+design: a learner that takes over explicitly, and a probe that differs. A hostile engine also sends
+no tokens for rollouts of its own, which it may sample as it likes.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Fuzzer(threading.Thread):
 
 
 class Attack:
-    """A fuzzer beside a run, from its first step until all frames are sent, and the buffer's memory."""
+    """A fuzzer beside a run, from its first step to the last frame, and the buffer's memory."""
 
     def __init__(
         self, cluster: Cluster, num_frames: int, seed: int, all_sent: Callable[[], None]
