@@ -447,7 +447,7 @@ class Router(_Server):
 
 
 def _parts(frame: bytes) -> Iterable[bytes]:
-    """A message as it travels: whole, or in parts if it is large, so that a slow link is not silent."""
+    """A message as it travels: whole, or in parts if it is large, so that slow links show life."""
     if len(frame) <= PART_BYTES:
         return [frame]
     starts = range(0, len(frame), PART_BYTES)
