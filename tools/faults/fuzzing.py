@@ -164,6 +164,7 @@ class Fuzzer(threading.Thread):
 
     def _of_type(self, kind: Any) -> Any:
         rng = self._rng
+        kind = getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         if kind is bool:
             return rng.random() < 0.5

@@ -243,9 +243,9 @@ def test_a_peer_cannot_write_to_the_terminal(
 
 def test_a_rank_of_another_learner_cannot_end_the_run(service: Service) -> None:
     """Rank 0 of a learner joins last, so until then anything may say that it is another rank."""
-    own = msg.LearnerHello(rank=0, num_ranks=2, step=0, pid=1, incarnation="own")
+    own = msg.LearnerHello(rank=0, num_ranks=2, step=0, pid=1, vocab_size=50, incarnation="own")
     service._receive(b"own", own)
-    other = msg.LearnerHello(rank=1, num_ranks=2, step=0, pid=2, incarnation="other")
+    other = msg.LearnerHello(rank=1, num_ranks=2, step=0, pid=2, vocab_size=50, incarnation="other")
     service._receive(b"other", other)
     service._receive(b"other", msg.LearnerFailed(rank=1, error="forged"))
     assert [peer.identity for peer in service.run.peers.ranks()] == [b"own"]
