@@ -423,10 +423,10 @@ class FakeEngine(threading.Thread):
                 try:
                     self.turn(link)
                 except LinkLost:
-                    self.num_rejoined += 1
                     for _ in range(3):
                         self.decode()
                     self.catch_up(link, self.join_buffer(link))
+                    self.num_rejoined += 1
                 if self.shutdown is not None:
                     return
                 time.sleep(self.pause_s)
