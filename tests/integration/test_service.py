@@ -377,6 +377,36 @@ def test_a_verifier_that_always_fails_ends_the_run_with_the_counts(
     assert learner.shutdown is not None and learner.shutdown.error == error
 
 
+@pytest.mark.parametrize("segment_bytes", [1, 64_000_000])
+def test_a_restarted_buffer_still_knows_how_many_prompts_were_skipped(
+    tmp_path: Path, free_port: Callable[[], int], segment_bytes: int
+) -> None:
+    """From its event log, or from the checkpoint at the head of the newest segment."""
+    options = (
+        "data.max_skipped_frac=0.9", "darts.max_reopens=0", "eval.every=0",
+        f"buffer.segment_bytes={segment_bytes}",
+    )  # fmt: skip
+    port = free_port()
+    running = Running(make_config(tmp_path, port, *options))
+    run = running.service.run
+    engine, learner = FakeEngine(run.router.address, "e"), FakeLearner(run.router.address, 3)
+    engine.too_long = lambda prompt_id: prompt_id[1] in "0123"
+    engine.start()
+    learner.start()
+    while running.service.run.step < 3:
+        learner.join(0.01)
+    running.service.stop()
+    assert running.wait() == 130
+    engine.kill()
+    before = run.skipped.num_skipped
+    assert before > 0
+    again = Service(make_config(tmp_path, port, *options, "run.resume=true"))
+    again._recover()
+    ledger = [row for row in rows(tmp_path, "groups.jsonl") if row["end"] == "failed"]
+    assert again.run.skipped.num_skipped == before == len(ledger)
+    again.run.close("")
+
+
 def test_an_evaluation_without_a_reward_ends_the_run(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
