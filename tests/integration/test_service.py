@@ -402,9 +402,9 @@ def test_a_restarted_buffer_still_knows_how_many_prompts_were_skipped(
     assert before > 0
     again = Service(make_config(tmp_path, port, *options, "run.resume=true"))
     again._recover()
+    again.run.close("")
     ledger = [row for row in rows(tmp_path, "groups.jsonl") if row["end"] == "failed"]
     assert again.run.skipped.num_skipped == before == len(ledger)
-    again.run.close("")
 
 
 def test_an_evaluation_without_a_reward_ends_the_run(
