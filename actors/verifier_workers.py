@@ -97,10 +97,14 @@ class WorkerPool:
 
     def _take(self) -> WorkerProcess:
         """The worker used last, or a new one; there are never more than there are threads."""
-        try:
-            return self._idle.get_nowait()
-        except queue.Empty:
-            return self._start()
+        while True:
+            try:
+                worker = self._idle.get_nowait()
+            except queue.Empty:
+                return self._start()
+            if worker.lives:
+                return worker
+            self._end(worker)  # killed while it was idle, for lack of memory say
 
     def _start(self) -> WorkerProcess:
         worker = WorkerProcess(self._verifier, self._data.verifier_memory_mb)
@@ -158,6 +162,10 @@ class WorkerProcess:
         self._output: int | None = self._process.stdout.fileno()
         self._last_output = b""
         os.set_blocking(self._requests, False)
+
+    @property
+    def lives(self) -> bool:
+        return self._process.poll() is None
 
     def await_start(self) -> None:
         """Raises VerifierFailure if the verifier cannot be imported."""

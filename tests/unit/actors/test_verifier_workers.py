@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -296,6 +297,15 @@ def test_with_a_pool_ends_all_that_its_verifiers_started(
     pool.close()
     assert wait_for(lambda: not sleepers())
     assert wait_for(lambda: not [c for c in commands(processes(before)) if MODULE in c])
+
+
+def test_a_worker_that_died_while_it_was_idle_is_replaced(pool: WorkerPool) -> None:
+    assert score(pool, "bool") == 1.0
+    (worker,) = pool._workers
+    os.killpg(worker._process.pid, signal.SIGKILL)
+    assert wait_for(lambda: not worker.lives)
+    assert score(pool, "bool") == 1.0
+    assert worker not in pool._workers
 
 
 def test_the_load_of_the_workers_is_measured(make_pool: Callable[..., WorkerPool]) -> None:
