@@ -219,7 +219,8 @@ class DataConfig:
     max_skipped_frac: float = key(
         0.1,
         "Largest fraction of the prompts that may be skipped before the run ends with their number "
-        "and the reasons. Eight are always allowed. Raise it for data with many bad rows.",
+        "and the reasons. Eight are always allowed; 1: no limit. Raise it for data with many bad "
+        "rows.",
         ge=0,
         le=1,
     )
