@@ -218,8 +218,9 @@ class DataConfig:
     )
     max_skipped_frac: float = key(
         0.1,
-        "Largest fraction of the prompts that may be skipped. Above it, the run fails with their "
-        "number and the reasons. Eight are always allowed. Raise it for data with many bad rows.",
+        "Largest fraction of the prompts that may be skipped; 1: no limit. Above it, the run fails "
+        "with their number and the reasons. Eight are always allowed. Raise it for data with many "
+        "bad rows.",
         ge=0,
         le=1,
     )

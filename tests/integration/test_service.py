@@ -439,7 +439,7 @@ def test_a_rollout_that_succeeds_at_its_second_attempt_is_not_a_failure(
     learner.start()
     assert running.wait() == 0
     metrics = rows(tmp_path, "metrics.jsonl")
-    assert metrics[0]["eval/responses"] == 5
+    assert {row["eval/responses"] for row in metrics if "eval/step" in row} == {5}
     assert metrics[-1]["data/skipped_prompts"] == 0
 
 
@@ -466,7 +466,7 @@ def test_a_prompt_that_is_too_long_is_skipped_and_counted(
     assert skipped and skipped <= set(too_long)
     assert not skipped & {row["prompt_id"] for row in ledger if row["end"] == "shipped"}
     assert metrics[-1]["data/skipped_prompts"] == run.skipped.num_skipped > 0
-    assert [row["eval/responses"] for row in metrics if "eval/step" in row] == [3, 3, 3]
+    assert {row["eval/responses"] for row in metrics if "eval/step" in row} == {3}
     summary = run.skipped.summary(run.prompts.num_drawn)
     assert any(f"{too_long[i].name} is too long" in summary for i in skipped)
     assert f"({data}, row " in summary
