@@ -105,8 +105,9 @@ class Pool:
         """
         status, reports = DONE, list[str]()
         for engine in list(self._engines):
-            forward(engine.process)
-            if engine.process.status() is None or self._restart(engine):
+            has_ended = engine.process.status() is not None
+            forward(engine.process)  # after that look, so that its last lines are among them
+            if not has_ended or self._restart(engine):
                 continue
             status = engine.process.status() or DONE
             self._engines.remove(engine)

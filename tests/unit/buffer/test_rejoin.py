@@ -25,6 +25,7 @@ class Scene:
         self.sent: list[tuple[bytes, msg.Message]] = []
         self.closed: set[bytes] = set()  # connections
         monkeypatch.setattr(self.run.router, "send", self._send)
+        monkeypatch.setattr(self.run.router, "reply", self._send)
         service._recover()
         service._apply([ev.PolicyPublished(0)])
         self.hello(b"1", version=0)
