@@ -75,7 +75,7 @@ class Script:
         self.known_version = self.loaded = -1
         self.to_load: msg.SnapshotRef | None = None
         self.service = Service(config)
-        self.service.run.router.send = self._sent
+        self.service.run.router.send = self.service.run.router.reply = self._sent
         self.service._recover()
 
     def _sent(self, identity: bytes, message: msg.Message) -> bool:
