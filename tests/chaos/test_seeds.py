@@ -74,10 +74,10 @@ def test_seeds_hold_and_a_second_count_agrees(runs: Path) -> None:
         ("trained.jsonl", lambda rows: assign(rows, "reward", 0.5), "reward"),
         ("trained.jsonl", lambda rows: assign(rows, "rollout_id", 10**9), "was never launched"),
         ("trained.jsonl", lambda rows: rows[:-1], "were not trained"),
-        ("trained.jsonl", lambda rows: repeat(rows), "is there 2 times"),
+        ("trained.jsonl", lambda rows: repeat(rows), "occurs 2 times"),
         ("trained.jsonl", lambda rows: later(rows), "its lag is"),
         ("run/metrics.jsonl", lambda rows: rows[1:], "has the steps"),
-        ("run/groups.jsonl", lambda rows: [*rows, rows[-1]], "is there 2 times"),
+        ("run/groups.jsonl", lambda rows: [*rows, rows[-1]], "occurs 2 times"),
         ("run/groups.jsonl", lambda rows: without_shipped(rows), "neither trained, dropped"),
     ],
 )
