@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 from collections.abc import Callable
 
 import pytest
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and their children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
