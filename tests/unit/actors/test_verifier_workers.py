@@ -258,6 +258,7 @@ def wait_for(condition: Callable[[], bool], within_s: float = 10.0) -> bool:
     return holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_verifier_that_misbehaves_is_named_and_the_next_one_is_scored(
     pool: WorkerPool, hasty_pool: WorkerPool, case: str
@@ -280,6 +281,7 @@ def sleepers() -> list[str]:
     return [one for one in commands(processes(set())) if str(SECONDS) in one]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["leaves a child", "leaves a session", "leaves a daemon"])
 def test_a_process_that_a_verification_left_behind_is_ended(pool: WorkerPool, case: str) -> None:
     assert score(pool, case) == 1.0

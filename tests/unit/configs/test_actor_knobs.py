@@ -118,6 +118,7 @@ VLLM_TURNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("scripted_engines")
 @pytest.mark.parametrize("path", TURNS)
 def test_a_key_changes_a_worker_or_a_pool(path: str, tmp_path: Path) -> None:

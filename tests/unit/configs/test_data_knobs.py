@@ -98,6 +98,7 @@ TURNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TURNS)
 def test_a_key_changes_prompts_or_rewards(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -168,6 +168,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TURNS)
 def test_a_key_changes_the_learner(
     path: str, tmp_path: Path, models: Path, free_port: Callable[[], int]
