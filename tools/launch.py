@@ -35,11 +35,11 @@ from tools.launching.supervision import Host, Run
 
 def run_all(config: Config) -> int:
     """Start all processes, watch them, end them and report the outcome. Returns the exit status."""
-    config = prepare(config)
     if has_ended(config):
         print(f"run {config.run.name} has already ended, after {config.run.steps} steps")
         print_summary(Path(config.run.dir) / config.run.name, {}, 0.0)
         return ExitStatus.OK
+    config = prepare(config)
     commands = commands_of(config)
     host: AbstractContextManager[Host]
     if config.launch.launcher == "ray":

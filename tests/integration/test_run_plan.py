@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from buffer.records import settings
 from buffer.wire.keys import keys_of_run, make_keys
 from buffer.wire.messages import LiveState
 from buffer.wire.transport import Publisher, TransportError, next_port
@@ -64,6 +65,18 @@ def test_an_existing_run_is_not_touched(config: Config, tmp_path: Path) -> None:
         (tmp_path / taken / "config.yaml").touch()
     assert prepare(config).run.name == "demo-3"
     assert free_name(replace(config, run=replace(config.run, resume=True))) == "demo"
+
+
+def test_a_resume_with_a_fixed_key_changed_is_refused_before_anything_starts(
+    config: Config, tmp_path: Path
+) -> None:
+    (tmp_path / "demo").mkdir()
+    settings.write(tmp_path / "demo", config)
+    resumed = replace(config, run=replace(config.run, resume=True, steps=7))
+    assert prepare(resumed).run.name == "demo"
+    other = replace(resumed, darts=replace(config.darts, group_size=4))
+    with pytest.raises(ValueError, match=r"darts.group_size=4 \(it has 8\)"):
+        prepare(other)
 
 
 def test_every_pool_gets_the_configuration_of_the_run_and_its_own_overrides(config: Config) -> None:

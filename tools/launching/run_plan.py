@@ -17,6 +17,7 @@ from pathlib import Path
 
 from actors.inference.device import engine_device
 from actors.pool import check_model
+from buffer.records import settings
 from buffer.wire.keys import keys_of_run
 from buffer.wire.transport import Publisher, TransportError, is_loopback, next_port
 from configs import cli
@@ -39,6 +40,9 @@ def prepare(config: Config) -> Config:
             if tool
             else str(error)
         ) from None
+    folder = Path(config.run.dir) / config.run.name
+    if config.run.resume and (folder / settings.NAME).exists():
+        settings.changes(folder, config)  # the buffer would refuse fixed ones, but seconds later
     name = free_name(config)
     if name != config.run.name:
         print(
