@@ -75,7 +75,7 @@ class Deadlines:
         elif loading:
             yield f"has not loaded policy version {core.policy_version} for {loading}"
         for rollout in list(engine.in_flight.values()):
-            value = rollout.tokens, rollout.state, engine.version
+            value = rollout.tokens, rollout.state
             if standing := self._stands("rollout", rollout.rollout_id, value, before):
                 if rollout.runs:
                     yield (

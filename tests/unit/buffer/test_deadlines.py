@@ -54,6 +54,15 @@ def test_a_single_rollout_that_does_not_grow_is_named() -> None:
     assert [o.engine_id for o in overdue] == ["a"] and "rollout 1" in overdue[0].problem
 
 
+def test_a_rollout_that_stands_still_is_named_although_its_engine_loads_policies() -> None:
+    watched = Watched()
+    for version in range(1, 7):
+        watched.apply(ev.PolicyPublished(version), ev.PolicyLoaded("a", version))
+        watched.grow(version, 0)
+        overdue = watched.wait(2)
+    assert [o.engine_id for o in overdue] == ["a"] and "rollout 1" in overdue[0].problem
+
+
 def test_progress_is_never_named() -> None:
     watched = Watched()
     for tokens in range(1, 60):
