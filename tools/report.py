@@ -246,10 +246,10 @@ def _ledger(run: RunDirectory) -> str:
     most = max(counts["opened"] for counts in ledger.values())
     header = "".join(f'<th class="n">{times}x</th>' for times in range(most + 1))
     body = ""
-    for fate in ("opened", "shipped", "filled", "dropped"):
-        times = Counter(counts[fate] for counts in ledger.values())
+    for outcome in ("opened", "shipped", "filled", "dropped"):
+        times = Counter(counts[outcome] for counts in ledger.values())
         body += (
-            f"<tr><td>{fate}</td>"
+            f"<tr><td>{outcome}</td>"
             + "".join(f'<td class="n">{times[n] or ""}</td>' for n in range(most + 1))
             + "</tr>"
         )

@@ -95,8 +95,7 @@ def test_every_step_has_one_metrics_row_within_the_lag_bound(finished: Any) -> N
     assert all(
         row["tokens/generated"]
         == sum(
-            row[f"tokens/{fate}"]
-            for fate in ("trained", "without_signal", "discarded", "cancelled")
+            row[f"tokens/{end}"] for end in ("trained", "without_signal", "discarded", "cancelled")
         )
         for row in metrics
     )

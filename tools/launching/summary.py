@@ -48,14 +48,14 @@ def facts(run: RunDirectory, peaks: Mapping[str, int]) -> Iterator[tuple[str, st
     if skipped := last.get("data/skipped_prompts"):
         yield ("prompts skipped", f"{skipped:,.0f}")
     tokens = {
-        fate: last[key]
-        for fate in ("generated", "trained", "without_signal", "cancelled", "discarded")
-        if is_number(last.get(key := f"tokens/{fate}"))
+        use: last[key]
+        for use in ("generated", "trained", "without_signal", "cancelled", "discarded")
+        if is_number(last.get(key := f"tokens/{use}"))
     }
     if tokens:
         yield (
             "tokens",
-            ", ".join(f"{count:,.0f} {fate.replace('_', ' ')}" for fate, count in tokens.items()),
+            ", ".join(f"{count:,.0f} {use.replace('_', ' ')}" for use, count in tokens.items()),
         )
     if peaks:
         yield (

@@ -26,14 +26,14 @@ from tools.monitor.charts import (
     sparkline,
     stacked_columns,
 )
-from tools.reporting.fates import FATES
+from tools.reporting.ends import ENDS
 
 Order = Literal["spread", "budget", "pass_rate"]
 
 
 RIGHT, WRONG = Ink("#2fbf9b", "+"), Ink("#f0604d", "-")
 RUNNING, ENDED = Ink("#4cc3f7", ">"), Ink("#a7e3c4", "=")
-STATE_INKS = {name: Ink(fate.on_screen, fate.letter) for name, fate in FATES.items()} | {
+STATE_INKS = {name: Ink(end.on_screen, end.letter) for name, end in ENDS.items()} | {
     "running": RUNNING
 }
 DIM, TITLE = "bright_black", "bold"
@@ -77,7 +77,7 @@ def pattern(prompt: PromptView) -> str:
 
 def lengths_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
     """Recent rollouts by length, stacked by how they ended, with a legend that counts them."""
-    names = [name for name in FATES if name in snapshot.histogram]
+    names = [name for name in ENDS if name in snapshot.histogram]
     filled = [
         place
         for place, counts in enumerate(
@@ -93,15 +93,15 @@ def lengths_panel(snapshot: LiveState, view: View, width: int, height: int) -> l
         [_ink(name) for name in names],
     )
     present = [
-        (FATES[name], ink, sum(layer))
+        (ENDS[name], ink, sum(layer))
         for name, layer, ink in zip(names, layers, inks, strict=True)
         if any(layer)
     ]
-    texts = [[f"{fate.label} {count}" for fate, _, count in present]]
-    texts += [[f"{fate.label.removeprefix('selected, ')} {count}" for fate, _, count in present]]
+    texts = [[f"{end.label} {count}" for end, _, count in present]]
+    texts += [[f"{end.label.removeprefix('selected, ')} {count}" for end, _, count in present]]
     texts += [
-        [f"{fate.short} {count}" for fate, _, count in present],
-        [fate.short for fate, _, _ in present],
+        [f"{end.short} {count}" for end, _, count in present],
+        [end.short for end, _, _ in present],
     ]
     legends = [
         _legend([(text, ink) for text, (_, ink, _) in zip(words, present, strict=True)], view)
@@ -294,7 +294,7 @@ def _group_line(group: GroupView, width: int, view: View, track: bool) -> Text:
     if group.short_cutoff:
         facts.append(Text(f"cut {group.short_cutoff}", style(view, "bright_white")))
     if cancelled:
-        facts.append(Text(f"{cancelled} cancelled", style(view, FATES["cancelled"].on_screen)))
+        facts.append(Text(f"{cancelled} cancelled", style(view, ENDS["cancelled"].on_screen)))
     facts.append(Text(f"{running} running", style(view, RUNNING.color)))
     scale = f"{_scale(group)} ▏"  # the length that a full bar stands for
     line = fitted(as_many_as_fit(facts, width - len(scale)), width - len(scale))

@@ -100,14 +100,14 @@ def plot_table(rows: Sequence[Row], path: Path) -> None:
     left.axvline(1.0, color="#1d2733", linewidth=0.8)
     left.set_xlabel(f"learner steps per second, relative to {names[0]} (range over seeds)")
     start = [0.0] * len(rows)
-    for fate, colour in (
+    for use, colour in (
         ("trained", "#12876f"),
         ("without_signal", "#7a5cc4"),
         ("discarded", "#e3a11f"),
         ("cancelled", "#9aa3ad"),
     ):
-        values = [row.get(f"tokens/{fate}", 0) / 1e6 for row in rows]
-        right.barh(names, values, left=start, color=colour, label=fate.replace("_", " "))
+        values = [row.get(f"tokens/{use}", 0) / 1e6 for row in rows]
+        right.barh(names, values, left=start, color=colour, label=use.replace("_", " "))
         start = [a + b for a, b in zip(start, values, strict=True)]
     right.set_xlabel("tokens generated, millions")
     right.legend()

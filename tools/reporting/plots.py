@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from tools.reporting.fates import FATES
+from tools.reporting.ends import ENDS
 from tools.reporting.run_directory import Row, RunDirectory, is_number
 
 INK, MUTED, GRID = "#1d2733", "#5d6b7a", "#e6eaee"
@@ -172,8 +172,8 @@ def prompts(run: RunDirectory) -> str:
         )
         axes[0].set_ylabel("sampled tokens in a response")
         handles = [
-            Line2D([], [], marker="o", linestyle="", color=fate.on_paper, label=fate.label)
-            for fate in FATES.values()
+            Line2D([], [], marker="o", linestyle="", color=end.on_paper, label=end.label)
+            for end in ENDS.values()
         ]
         _legend_above(figure, handles, [str(handle.get_label()) for handle in handles])
         return _svg(figure, "Response lengths of the first and the last groups, by end")
@@ -185,7 +185,7 @@ def tokens(run: RunDirectory) -> str:
         "trained": TEAL,
         "without_signal": VIOLET,
         "discarded": AMBER,
-        "cancelled": FATES["cancelled"].on_paper,
+        "cancelled": ENDS["cancelled"].on_paper,
     }
     columns = {kind: run.series(f"tokens/{kind}") for kind in kinds}
     steps = columns["trained"][0]
@@ -381,7 +381,7 @@ def rollouts(group: Row) -> list[Row]:
     return [
         rollout
         for rollout in group["rollouts"]
-        if rollout.get("end") in FATES and is_number(rollout.get("tokens"))
+        if rollout.get("end") in ENDS and is_number(rollout.get("tokens"))
     ]
 
 
@@ -405,7 +405,7 @@ def _draw_group(axis: Axes, place: int, group: Row) -> None:
         zorder=1,
     )
     for order, rollout in enumerate(ended):
-        color = FATES[rollout["end"]].on_paper
+        color = ENDS[rollout["end"]].on_paper
         right = is_number(rollout.get("reward")) and rollout["reward"] > 0.5
         offset = ((order % 3) - 1) * 0.17  # otherwise similar lengths would overlap
         fill = color if right else "white"

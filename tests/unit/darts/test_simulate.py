@@ -122,8 +122,8 @@ def test_the_summary_counts_every_prompt(tmp_path: Path) -> None:
     summary = simulate(made, Files(tmp_path / "run", cli.to_yaml(made)))
     ledger = RunDirectory.read(tmp_path / "run").ledger()
     assert set(ledger) <= {f"p{index:05d}" for index in range(32)}
-    for fate in ("shipped", "filled", "dropped"):
-        assert sum(counts[fate] for counts in ledger.values()) == summary["groups"][fate] > 0
+    for use in ("shipped", "filled", "dropped"):
+        assert sum(counts[use] for counts in ledger.values()) == summary["groups"][use] > 0
     assert all(
         counts["opened"] == counts["shipped"] + counts["dropped"] for counts in ledger.values()
     )

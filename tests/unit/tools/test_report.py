@@ -14,7 +14,7 @@ from tools.reporting.plots import FIGURES, compact, evaluations
 from tools.reporting.run_directory import RunDirectory
 
 STEPS, GROUPS = 8, 3
-FATE_OF_SEAT = ["selected_short", "selected_short", "selected_long", "cancelled", "truncated"]
+END_OF_SEAT = ["selected_short", "selected_short", "selected_long", "cancelled", "truncated"]
 
 
 def metrics_row(step: int) -> dict:
@@ -56,10 +56,10 @@ def group_row(group_id: int, end: str = "shipped") -> dict:
             "engine": "pool/0",
             "tokens": 20 + 9 * seat,
             "reward": float(seat % 2),
-            "end": fate,
-            "truncated": fate == "truncated",
+            "end": end,
+            "truncated": end == "truncated",
         }
-        for seat, fate in enumerate(FATE_OF_SEAT)
+        for seat, end in enumerate(END_OF_SEAT)
     ]
     return {"group_id": group_id, "prompt_id": f"prompt-{group_id}", "opened_version": 1,
             "shipped_version": 3 if end == "shipped" else -1, "budget": 5,
