@@ -1,7 +1,8 @@
-"""Shared by all tests: markers that skip with a reason, and free ports."""
+"""Shared by all tests: markers that skip with a reason, tests side by side, and free ports."""
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
 import socket
@@ -14,6 +15,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is no GPU. With `-n 2`, real engines run one after the other on
+    one worker, whose module fixtures start each engine once, and all else runs on the other.
+    """
+    for item in items:
+        if item.get_closest_marker("e2e"):
+            item.add_marker(pytest.mark.xdist_group("engines"))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests and not _has_gpu():
         for item in gpu_tests:
@@ -31,17 +38,20 @@ def _has_gpu() -> bool:
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A function that returns the first of two consecutive free ports of the loopback interface, as
-    `buffer.address` needs them.
+    `buffer.address` needs them. Each process takes its ports in an order of its own, and from below
+    those that the system hands out, so that tests side by side are not given the same.
     """
+    ports = list(range(16000, 32000, 2))
+    random.SystemRandom().shuffle(ports)
 
     def find() -> int:
-        for _ in range(100):
+        while ports:
+            port = ports.pop()
             with socket.socket() as first, socket.socket() as second:
-                first.bind(("127.0.0.1", 0))
-                port = first.getsockname()[1]
                 try:
+                    first.bind(("127.0.0.1", port))
                     second.bind(("127.0.0.1", port + 1))
-                except (OSError, OverflowError):
+                except OSError:
                     continue
                 return port
         raise RuntimeError("no two free consecutive ports on 127.0.0.1")

@@ -259,7 +259,8 @@ def test_print_config_shows_the_configuration_and_runs_nothing(
     assert capsys.readouterr().out == "inner:\n  depth: 5\nname: x\n"
 
 
-def test_help_lists_every_key_with_its_type_and_default() -> None:
+def test_help_lists_every_key_with_its_type_and_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     text = help_text("The buffer.", Config, "python -m buffer")
     assert [one.path for one in keys(Config) if f"  {one.path}  " not in text] == []
     assert "optimizer.lr  float = 1e-06  (> 0)" in text
