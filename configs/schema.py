@@ -144,8 +144,8 @@ class ModelConfig:
 class DataConfig:
     train: str = key(
         "tagged_sum",
-        "Source of the training prompts: tagged_sum, reasoning_gym:TASK, FILE.jsonl, FILE.parquet "
-        "or hf:DATASET[:SPLIT].",
+        "Source of the training prompts: tagged_sum, reasoning_gym:TASK, a .jsonl, .jsonl.gz, .csv "
+        "or .parquet file, or hf:DATASET[:SPLIT].",
         fixed=True,
     )
     eval: str = key(

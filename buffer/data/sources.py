@@ -15,11 +15,14 @@ from typing import Protocol
 import numpy as np
 
 from buffer.data.generators import ReasoningGymSource, TaggedSumSource
-from buffer.data.tables import open_table
+from buffer.data.tables import open_table, suffix_of
 from buffer.wire.messages import PromptPayload
 from configs.schema import Config
 
-FORMS = "tagged_sum, reasoning_gym:<task>, a .jsonl or .parquet file, or hf:<dataset>[:<split>]"
+FORMS = (
+    "tagged_sum, reasoning_gym:<task>, a .jsonl, .jsonl.gz, .csv or .parquet file, or "
+    "hf:<dataset>[:<split>]"
+)
 
 
 class Source(Protocol):
@@ -94,6 +97,11 @@ def make_sources(config: Config) -> Sources:
     return Sources(PromptStream(train, config.run.seed), eval_prompts)
 
 
+def is_table(form: str) -> bool:
+    """Whether a value of data.train or data.eval names a file or a dataset of the user."""
+    return form.startswith("hf:") or bool(suffix_of(form))
+
+
 def _open_source(key: str, form: str, config: Config) -> Source:
     if form == "tagged_sum":
         return TaggedSumSource(config.data.num_prompts, config.run.seed)
@@ -101,6 +109,6 @@ def _open_source(key: str, form: str, config: Config) -> Source:
         return ReasoningGymSource(
             key, form.removeprefix("reasoning_gym:"), config.data.num_prompts, config.run.seed
         )
-    if form.startswith("hf:") or form.endswith((".jsonl", ".parquet")):
+    if is_table(form):
         return open_table(key, form, config.data)
     raise ValueError(f"{key}={form!r} is no known source; it must be {FORMS}")

@@ -1,35 +1,38 @@
 """Tables: files and datasets, each row of which is a prompt. All rows are checked at once.
 
-Every error is one `ValueError` that names the file and the row, whatever a library raised. A
-table's own dependencies (pyarrow, datasets) are imported when it is opened.
+Every error is one `ValueError` that names the file and the row, whatever a library raised.
+`buffer.data.rows` knows the meaning of a row. A table's own dependencies (pyarrow, datasets) are
+imported when it is opened.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Iterator
-from decimal import Decimal
+import csv
+import gzip
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from buffer.data.identity import HELD_OUT_FRAC, hash_frac, identity, text_of
+from buffer.data.identity import HELD_OUT_FRAC, hash_frac, text_of
+from buffer.data.rows import BadRow, not_utf8, parsed, payload_of_row
 from buffer.wire.messages import PromptPayload
 from configs.errors import one_line
 from configs.extras import import_extra
 from configs.schema import DataConfig
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+MAX_BAD_ROWS = 20  # that are looked for
+Numbered = tuple[int, Any]  # the number of a row, from 1, and its value or the `BadRow` that it is
+
 
 class TableSource:
     """Rows of a file or a dataset. `name` is how errors call it."""
 
-    def __init__(self, name: str, rows: Iterable[tuple[int, Any]], data: DataConfig) -> None:
+    def __init__(self, name: str, rows: Iterable[Numbered], data: DataConfig) -> None:
         self.name = name
-        self._payloads = [
-            _payload_of_row(f"{name}, row {number}", row, data) for number, row in rows
-        ]
-        if not self._payloads:
-            raise ValueError(f"{name} holds no rows; a source needs at least one prompt")
+        self._payloads = _payloads(name, rows, data)
         self.size = len(self._payloads)
 
     def __getitem__(self, index: int) -> PromptPayload:
@@ -60,185 +63,120 @@ class TableSource:
 
 
 def open_table(key: str, form: str, data: DataConfig) -> TableSource:
-    """The table that `form`, the value of `key`, names: a .jsonl or .parquet file, or hf:..."""
+    """The table that `form`, the value of `key`, names: one of `SUFFIXES`, or hf:..."""
     if form.startswith("hf:"):
         return TableSource(f"{key}={form}", _read_dataset(key, form), data)
-    if not Path(form).is_file():
+    path = Path(form)
+    if path.is_dir():
+        raise ValueError(
+            f"{key}={form}: is a folder; name one file in it, or read all of it with hf:{form}"
+        )
+    if not path.exists():
         raise ValueError(
             f"{key}={form}: there is no such file (looked from {Path.cwd()}); give the path "
             "of an existing one"
         )
-    read = _read_jsonl if form.endswith(".jsonl") else _read_parquet
-    return TableSource(form, read(form), data)
+    return TableSource(form, READERS[suffix_of(form)](form), data)
 
 
-# Rows
-# --------------------------------------------------------------------------------------------------
+def suffix_of(form: str) -> str:
+    """The one of `SUFFIXES` with which `form` ends, or ""."""
+    return next((suffix for suffix in SUFFIXES if form.endswith(suffix)), "")
 
 
-class _BadRow(Exception):
-    """A row that is no prompt, and the fix."""
-
-
-def _payload_of_row(where: str, row: Any, data: DataConfig) -> PromptPayload:
-    try:
-        return _payload(where, row, data)
-    except _BadRow as error:
-        raise ValueError(f"{where}: {error}") from error
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: its text holds half of a surrogate pair, which is no character; fix the row"
-        ) from error
-    except Exception as error:  # of a value that only its library understands
-        raise ValueError(
-            f"{where}: cannot be read: {one_line(error, with_type=True)}; fix or remove the row"
-        ) from error
-
-
-def _payload(where: str, row: Any, data: DataConfig) -> PromptPayload:
-    if not isinstance(row, dict):
-        raise _BadRow(
-            f"expected an object with named fields, got {type(row).__name__}; write one JSON "
-            "object a line"
-        )
-    row = cast("dict[str, Any]", row)
-    prompt = _field(row, "data.prompt_field", data.prompt_field)
-    messages = [] if isinstance(prompt, str) else _messages(data.prompt_field, prompt)
-    texts = [message["content"] for message in messages] or [prompt]
-    if not any(text.strip() for text in texts):
-        raise _BadRow(f"field {data.prompt_field!r} is empty; a prompt needs text")
-    text, answer = "" if messages else prompt, _answer(row, data)
-    others = {
-        name: value
-        for name, value in row.items()
-        if name not in (data.prompt_field, data.answer_field)
-    }
-    return PromptPayload(
-        prompt_id=identity(text, messages, answer, others),
-        text=text,
-        messages=messages,
-        answer=answer,
-        metadata=json.dumps(others, default=str) if others else "",
-        source=where,
-    )
-
-
-def _field(row: dict[str, Any], key: str, name: str) -> Any:
-    """The value of a column, or of a field inside one: `reward_model.ground_truth`."""
-    value: Any = row
-    parts = [name] if name in row else name.split(".")
-    for number, part in enumerate(parts):
-        fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-        if part not in fields:
-            inside = ".".join(parts[:number])
-            has = ", ".join(map(repr, fields)) or "none"
-            raise _BadRow(
-                f"no field {name!r} ({repr(inside) if inside else 'it'} has {has}); "
-                f"name the right one with {key}=..."
-            )
-        value = fields[part]
-    if value is None:
-        raise _BadRow(
-            f"field {name!r} is null; fix or remove the row, or name another with {key}=..."
-        )
-    return value
-
-
-def _answer(row: dict[str, Any], data: DataConfig) -> str:
-    """The reference answer as text. A user's own verifier may need none, or more than one value."""
-    own_verifier = ":" in data.environment
-    try:
-        answer = _field(row, "data.answer_field", data.answer_field)
-    except _BadRow:
-        if own_verifier:
-            return ""
-        raise
-    if own_verifier and isinstance(answer, list | dict | bool):
-        return json.dumps(answer, default=str)
-    number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)
-    if number and not math.isfinite(answer):
-        raise _BadRow(f"field {data.answer_field!r} is {answer}, which no response can equal")
-    if not number and not isinstance(answer, str):
-        raise _BadRow(
-            f"field {data.answer_field!r} must be text or a number, got {type(answer).__name__}; "
-            "fix the row"
-        )
-    return str(answer)
-
-
-def _messages(name: str, prompt: Any) -> list[dict[str, str]]:
-    """Chat messages, each with its role and its text."""
-    messages = (
-        [_message(message) for message in cast("list[Any]", prompt)]
-        if isinstance(prompt, list | tuple)
-        else []
-    )
-    complete = [message for message in messages if message is not None]
-    if not complete or len(complete) < len(messages):
-        raise _BadRow(
-            f"field {name!r} must be text, or a list of chat messages, each with a text 'role' and "
-            "'content' (text, or a list of parts that are text); fix the row"
-        )
-    return complete
-
-
-def _message(message: Any) -> dict[str, str] | None:
-    if not isinstance(message, dict):
-        return None
-    fields = cast("dict[str, Any]", message)
-    role, content = fields.get("role"), fields.get("content")
-    if isinstance(content, list):
-        parts = [_text_of_part(part) for part in cast("list[Any]", content)]
-        content = None if None in parts else "".join(part or "" for part in parts)
-    if isinstance(role, str) and isinstance(content, str):
-        return {"role": role, "content": content}
-    return None
-
-
-def _text_of_part(part: Any) -> str | None:
-    """Of a part of a message: `{"type": "text", "text": ...}`. None for an image and the like."""
-    fields = cast("dict[str, Any]", part) if isinstance(part, dict) else {}
-    text = fields.get("text")
-    return text if isinstance(text, str) and fields.get("type", "text") == "text" else None
+def _payloads(name: str, rows: Iterable[Numbered], data: DataConfig) -> list[PromptPayload]:
+    payloads: list[PromptPayload] = []
+    bad: list[tuple[int, BadRow]] = []
+    for number, row in rows:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            payloads.append(payload_of_row(f"{name}, row {number}", row, data))
+        except BadRow as error:
+            bad.append((number, error))
+            if len(bad) == MAX_BAD_ROWS:
+                break
+    if bad:
+        (number, error), others = bad[0], [str(number) for number, _ in bad[1:]]
+        them = f"row{'s' if len(others) > 1 else ''} {', '.join(others)}"
+        more = f" ({them} cannot be used either)" if others else ""
+        raise ValueError(f"{name}, row {number}: {error}{more}") from error
+    if not payloads:
+        raise ValueError(f"{name} holds no rows; a source needs at least one prompt")
+    return payloads
 
 
 # Readers
 # --------------------------------------------------------------------------------------------------
 
 
-def _read_jsonl(path: str) -> Iterator[tuple[int, Any]]:
+def _read_jsonl(path: str) -> Iterator[Numbered]:
+    """Rows of a file that may be compressed. Blank lines count as rows, but hold none."""
+    number = 0
     try:
-        with open(path, "rb") as lines:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield number, _parsed(f"{path}, row {number}", line)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {one_line(error)}") from error
+                    yield number, _parsed(line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path}, row {number + 1}: cannot be read: {one_line(error)}; write the file again"
+        ) from error
 
 
-def _parsed(where: str, line: bytes) -> Any:
+def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return parsed(line)
+    except BadRow as error:
+        return error
+
+
+def _read_csv(path: str) -> Iterator[Numbered]:
+    """Rows below the header, all values being text. Row 1 is the first one below it."""
+    number = 0
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with open(path, "rb") as file:
+            lines = csv.reader((line.decode("utf-8-sig") for line in file), strict=True)
+            header = next(lines, list[str]())
+            if len(set(header)) < len(header):
+                raise ValueError(
+                    f"{path}: the header {header} must name each column once; fix the first line"
+                )
+            for number, values in enumerate(lines, start=1):
+                if len(values) == len(header):
+                    yield number, dict(zip(header, values, strict=True))
+                elif values:
+                    yield (
+                        number,
+                        BadRow(f"{len(values)} values for {len(header)} columns; fix the row"),
+                    )
     except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, row {number + 1}: {not_utf8(error)}") from error
+    except (OSError, csv.Error) as error:
         raise ValueError(
-            f"{where}: not UTF-8 text ({one_line(error)}); convert the file to UTF-8"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{where}: not valid JSON ({one_line(error, with_type=True)}); fix or remove the line"
+            f"{path}, row {number + 1}: cannot be read: {one_line(error)}; fix the row"
         ) from error
 
 
-def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
+def _read_parquet(path: str) -> Iterator[Numbered]:
     parquet = import_extra("pyarrow.parquet", path, "data")
+    number = 0
     try:
-        rows: list[Any] = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            names: list[str] = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError(f"two columns have the same name, of {', '.join(names)}")
+            for batch in file.iter_batches():
+                rows: list[Any] = batch.to_pylist()
+                for row in rows:
+                    number += 1
+                    yield number, row
     except Exception as error:  # pyarrow's own kinds, of which not all are ValueErrors
         raise ValueError(
-            f"{path}: not a readable parquet file: {one_line(error, with_type=True)}; write it "
-            "again"
+            f"{path}, at row {number + 1} or behind it: not a readable parquet file: "
+            f"{one_line(error, with_type=True)}; write it again"
         ) from error
-    yield from enumerate(rows, start=1)
 
 
 def _read_dataset(key: str, form: str) -> Iterator[tuple[int, Any]]:
@@ -266,3 +204,11 @@ def _read_dataset(key: str, form: str) -> Iterator[tuple[int, Any]]:
             f"{key}={form}, row {number + 1}: cannot be read: {one_line(error, with_type=True)}; "
             "fix or remove the row"
         ) from error
+
+
+READERS: dict[str, Callable[[str], Iterator[Numbered]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
