@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,6 +38,7 @@ from darts.checkpoint import restore, save
 from darts.config import core_config
 from darts.core import Core
 from darts.sizing.lengths import LengthStats, spread
+from darts.sizing.rewards import RewardStats
 
 MAX_LINE = 1000  # characters
 
@@ -111,7 +112,9 @@ class RunState:
         self.texts: dict[int, str] = {}  # responses of finished rollouts
         self.errors: dict[int, str] = {}  # group -> its most recent failure
         self.unusable: set[int] = set()  # groups whose prompt does not fit the context
-        self.learned: dict[str, LengthStats] = {}  # not yet in the journal
+        # Not yet in the journal.
+        self.learned: dict[str, LengthStats] = {}
+        self.learned_rewards: dict[str, RewardStats] = {}
         # (number of the record of its end, rollout)
         self._released: deque[tuple[int, int]] = deque()
         last_s = self.recovered.entries[-1][0] if self.recovered.entries else 0.0
@@ -205,18 +208,19 @@ class RunState:
             and self.core.policy_version >= 0
         ):
             drawn = self.prompts.draw(self.config.batch.groups)
-            known = self.journal.lengths(payload.prompt_id for _, payload in drawn)
-            due.append(
-                ev.PromptsDrawn(
-                    tuple(
-                        ev.Prompt(p.prompt_id, known.get(p.prompt_id), visit) for visit, p in drawn
-                    )
-                )
-            )
+            due.append(ev.PromptsDrawn(tuple(self._with_statistics(drawn))))
             num_pending += len(drawn)
         if self.store.full != self.core.admission_paused:
             due.append(ev.AdmissionPaused(self.store.full))
         return due
+
+    def _with_statistics(
+        self, drawn: Sequence[tuple[int, msg.PromptPayload]]
+    ) -> Iterator[ev.Prompt]:
+        ids = [payload.prompt_id for _, payload in drawn]
+        lengths, rewards = self.journal.lengths(ids), self.journal.rewards(ids)
+        for (visit, _), prompt_id in zip(drawn, ids, strict=True):
+            yield ev.Prompt(prompt_id, lengths.get(prompt_id), visit, rewards.get(prompt_id))
 
     # Groups that end
     # ----------------------------------------------------------------------------------------------
@@ -275,10 +279,11 @@ class RunState:
             raise RunFailed(self.skipped.refusal(self.prompts.num_drawn))
 
     def save_learned(self) -> None:
-        """Write new length statistics to the journal."""
-        if self.learned:
-            self.journal.remember_lengths(self.learned.items())
-            self.learned.clear()
+        """Write new statistics of prompts to the journal."""
+        self.journal.remember_lengths(self.learned.items())
+        self.journal.remember_rewards(self.learned_rewards.items())
+        self.learned.clear()
+        self.learned_rewards.clear()
 
     def rewind(self, step: int) -> None:
         """A learner came back with an older checkpoint: withdraw the records of later steps.

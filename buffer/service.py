@@ -160,7 +160,15 @@ class Service:
     def _record_again(self, decision: ev.Decision) -> None:
         """Make the records of an earlier process's decision again, and do nothing else."""
         if isinstance(
-            decision, (ev.Ship, ev.Close, ev.Drop, ev.CountOvershoot, ev.RememberLengths)
+            decision,
+            (
+                ev.Ship,
+                ev.Close,
+                ev.Drop,
+                ev.CountOvershoot,
+                ev.RememberLengths,
+                ev.RememberRewards,
+            ),
         ):
             self._perform(decision)
         elif isinstance(decision, ev.Evaluated):
@@ -308,6 +316,8 @@ class Service:
                 self.run.metrics.count_overshoot(decision)
             case ev.RememberLengths():
                 self.run.learned[decision.prompt_id] = decision.lengths
+            case ev.RememberRewards():
+                self.run.learned_rewards[decision.prompt_id] = decision.rewards
             case ev.OpenGroup():
                 pass  # its launches carry everything that an engine needs
         return []

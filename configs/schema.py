@@ -313,8 +313,35 @@ class SharedDarts:
         2.0,
         "Largest number of groups without signal that a step may replace, as a multiple of "
         "batch.groups. Further ones are trained on, so that a run continues if every prompt is "
-        "solved, or none. Applies to darts.uniform=drop.",
+        "solved, or none. Applies to darts.uniform=drop and darts.pilot.",
         gt=0,
+    )
+    min_spread: float = key(
+        0.0,
+        "Largest difference between the rewards of a group that still count as equal. Raise it if "
+        "rewards are not just 0 and 1 and small differences are noise.",
+        ge=0,
+    )
+    pilot: int = key(
+        0,
+        "Number of rollouts that a group launches first. It launches the others only if its "
+        "rewards will probably differ; otherwise it is stopped and another prompt takes its place. "
+        "0: launch all at once. About half of darts.group_size saves the most when many prompts "
+        "are always or never solved.",
+        ge=0,
+    )
+    min_mixed_prob: float = key(
+        0.2,
+        "Smallest probability of different rewards with which a group continues after its pilot. "
+        "Lower it if groups are stopped too often. Applies to darts.pilot.",
+        gt=0,
+        lt=1,
+    )
+    max_stops: int = key(
+        4,
+        "How many groups of a prompt in a row may be stopped after their pilots. The next one gets "
+        "its whole budget, so that no prompt is given up forever. Applies to darts.pilot.",
+        ge=0,
     )
     max_reopens: int = key(
         3, "How many times the prompt of a dropped group returns to the queue.", ge=0

@@ -18,6 +18,7 @@ from darts.events import Prompt, Purpose
 from darts.selection import Candidate, Selection
 from darts.sizing.latency import LatencyCurve, SavedCurve
 from darts.sizing.lengths import LengthStats
+from darts.sizing.rewards import RewardPool
 from darts.state.admission import HeldOut, Waiting
 from darts.state.engines import Engine
 from darts.state.groups import Group, GroupState, Planned, Rollout, RolloutState
@@ -57,6 +58,10 @@ class SavedGroup:
     long_end: LongEnd
     state: GroupState
     planned: tuple[tuple[int, int, int | None], ...]
+    pilot: int
+    num_held: int
+    mixed_prob: float | None
+    is_uniform: bool
     rollouts: tuple[SavedRollout, ...]
     truncated: tuple[int, ...]
     survivors: tuple[int, ...]
@@ -102,6 +107,7 @@ class CoreState:
     learner_version: int
     steps_left: int
     pool: LengthStats
+    reward_pool: RewardPool
     requested_step: int | None
     num_refilled: int
     admission_paused: bool
@@ -127,7 +133,8 @@ def save(core: Core) -> CoreState:
         outstanding=tuple(group.group_id for group in core.outstanding),
         learner_version=core.outstanding.learner_version,
         steps_left=core.outstanding.steps_left,
-        pool=core.pool,
+        pool=core.memory.lengths,
+        reward_pool=core.memory.rewards,
         requested_step=core.requested_step,
         num_refilled=core.num_refilled,
         admission_paused=core.admission_paused,
@@ -166,7 +173,7 @@ def restore(config: CoreConfig, state: CoreState) -> Core:
     core.outstanding.steps_left = state.steps_left
     for group_id in state.outstanding:
         core.outstanding.add(groups[group_id])
-    core.pool = state.pool
+    core.memory.lengths, core.memory.rewards = state.pool, state.reward_pool
     core.requested_step = state.requested_step
     core.num_refilled = state.num_refilled
     core.admission_paused = state.admission_paused
@@ -204,6 +211,10 @@ def _save_group(group: Group) -> SavedGroup:
             (p.index, p.attempt, p.continues.rollout_id if p.continues else None)
             for p in group.planned
         ),
+        pilot=group.pilot,
+        num_held=group.num_held,
+        mixed_prob=group.mixed_prob,
+        is_uniform=group.is_uniform,
         rollouts=tuple(_save_rollout(rollout) for rollout in group.rollouts.values()),
         truncated=tuple(candidate.rollout_id for candidate in group.truncated),
         survivors=tuple(sorted(group.survivors)),
@@ -242,6 +253,10 @@ def _restore_group(saved: SavedGroup) -> Group:
         num_long=saved.num_long,
         long_end=saved.long_end,
         planned=deque(),
+        pilot=saved.pilot,
+        num_held=saved.num_held,
+        mixed_prob=saved.mixed_prob,
+        is_uniform=saved.is_uniform,
         state=saved.state,
         review_above=saved.review_above,
         at_deadline=saved.at_deadline,

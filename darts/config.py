@@ -32,6 +32,10 @@ class CoreConfig:
     fill_truncated: bool = True
     uniform: Literal["train", "drop"] = "train"
     max_refill: float = 2.0
+    min_spread: float = 0.0
+    pilot: int = 0
+    min_mixed_prob: float = 0.2
+    max_stops: int = 4
     max_attempts: int = 3
     max_reopens: int = 3
     redundancy: Literal["none", "fixed", "paper", "marginal"] = "marginal"
@@ -45,6 +49,11 @@ class CoreConfig:
             raise ValueError(
                 f"darts.num_long={self.num_long}: must be >= 0 and < darts.group_size="
                 f"{self.group_size}; otherwise no seat is left for the shortest responses"
+            )
+        if self.pilot > self.group_size:
+            raise ValueError(
+                f"darts.pilot={self.pilot}: must be <= darts.group_size={self.group_size}; "
+                "otherwise a group would be complete before its pilot is judged"
             )
 
 
@@ -91,6 +100,10 @@ def core_config(config: CoreKeys) -> CoreConfig:
         fill_truncated=darts.fill_truncated,
         uniform=darts.uniform,
         max_refill=darts.max_refill,
+        min_spread=darts.min_spread,
+        pilot=darts.pilot,
+        min_mixed_prob=darts.min_mixed_prob,
+        max_stops=darts.max_stops,
         max_attempts=darts.max_attempts if isinstance(darts, schema.DartsConfig) else 1,
         max_reopens=darts.max_reopens,
         redundancy=redundancy.rule,

@@ -20,23 +20,23 @@ log). It keeps these rules, each of them a property in `tests/properties`:
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from random import Random
+from math import inf
 from typing import Any, ClassVar
 
 from configs.schema import LongEnd
 from darts import events as ev
 from darts.config import CoreConfig
-from darts.selection import select_dual_end, select_random
+from darts.legality import check_length, check_result
 from darts.sizing import lengths
 from darts.sizing.budgets import Budget, Budgeter
-from darts.state import survivors
+from darts.state import pilot, survivors
 from darts.state.admission import PromptQueue
 from darts.state.engines import Engine, Engines
 from darts.state.groups import Group, GroupState, Planned, Rollout, RolloutState
+from darts.state.memory import Memory
+from darts.state.seats import fill_seats, generator
 from darts.state.staleness import OutstandingGroups
 
 NOTHING: list[ev.Decision] = []
@@ -58,9 +58,9 @@ class Core:
         self.outstanding = OutstandingGroups(config.groups_per_step, config.steps_per_version)
         # Groups whose engine is gone and that no other engine can continue.
         self.orphaned: deque[Group] = deque()
-        self.pool = lengths.POOL_PRIOR
+        self.memory = Memory()
         self.requested_step: int | None = None
-        self.num_refilled = 0  # uniform groups that were replaced since the last batch
+        self.num_refilled = 0  # groups without signal that were replaced since the last batch
         self.admission_paused = False
         self.run_ended = False
         self.num_ignored_reports = 0
@@ -127,7 +127,7 @@ class Core:
     def _prompts_drawn(self, event: ev.PromptsDrawn) -> None:
         curve = next(iter(self.engines.curves.values()), None)
         self.prompts.add_window(
-            event.prompts, self._budgeter, self.pool, curve, len(self.engines.by_id)
+            event.prompts, self._budgeter, self.memory.lengths, curve, len(self.engines.by_id)
         )
         self._admit()
 
@@ -243,7 +243,7 @@ class Core:
         rollout = self._holding_slot(event.rollout_id)
         if rollout is None or not rollout.runs:
             return
-        self._check_length(rollout, event.num_tokens)
+        check_length(rollout, event.num_tokens, self.config.max_tokens)
         rollout.tokens = event.num_tokens
         group = rollout.group
         if event.num_tokens > group.review_above and event.rollout_id not in group.survivors:
@@ -253,9 +253,9 @@ class Core:
         rollout = self._holding_slot(event.rollout_id)
         if rollout is None:
             return
-        self._check_length(rollout, event.num_tokens)
+        check_length(rollout, event.num_tokens, self.config.max_tokens)
         if rollout.runs:
-            self._check_result(rollout, event)
+            check_result(rollout, event, self.policy_version)
             rollout.tokens, rollout.reward = event.num_tokens, event.reward
             rollout.oldest_version = event.oldest_version
             end = RolloutState.TRUNCATED if event.truncated else RolloutState.FINISHED
@@ -285,7 +285,7 @@ class Core:
                 f"rollout {event.rollout_id} stopped, but it is {rollout.state.value} "
                 "and was not cancelled"
             )
-        self._check_length(rollout, event.num_tokens)
+        check_length(rollout, event.num_tokens, self.config.max_tokens)
         self._count_overshoot(rollout, event.num_tokens)
         self._free(rollout)
         self._admit()
@@ -364,25 +364,6 @@ class Core:
                 f"rollout {rollout_id} was never launched (the last was {self.next_rollout - 1})"
             )
         return self.rollouts.get(rollout_id)
-
-    def _check_length(self, rollout: Rollout, num_tokens: int) -> None:
-        if not rollout.tokens <= num_tokens <= self.config.max_tokens:
-            raise ev.ProtocolError(
-                f"rollout {rollout.rollout_id} reports {num_tokens} tokens: it had "
-                f"{rollout.tokens}, and the limit is {self.config.max_tokens}"
-            )
-
-    def _check_result(self, rollout: Rollout, event: ev.RolloutFinished) -> None:
-        if not math.isfinite(event.reward):
-            raise ev.ProtocolError(
-                f"rollout {rollout.rollout_id} finished with reward {event.reward}: "
-                "rewards are finite numbers"
-            )
-        if not rollout.oldest_version <= event.oldest_version <= self.policy_version:
-            raise ev.ProtocolError(
-                f"rollout {rollout.rollout_id} claims policy version {event.oldest_version}: it "
-                f"was launched at {rollout.oldest_version} and the newest is {self.policy_version}"
-            )
 
     # Rollouts
     # ----------------------------------------------------------------------------------------------
@@ -498,16 +479,18 @@ class Core:
     def _open_training(self, prompt: ev.Prompt, budget: Budget | None, engine: Engine) -> None:
         config = self.config
         if budget is None:
-            stats = lengths.estimate(prompt.lengths, self.pool)
+            pool = self.memory.lengths
+            stats = lengths.estimate(prompt.lengths, pool)
             batch = min(engine.load + config.group_size, engine.slots)
             curve = self.engines.curves[engine.engine_type]
-            budget = self._budgeter.one(stats, self.pool, curve, batch)
+            budget = self._budgeter.one(stats, pool, curve, batch)
         long_end = config.long_end if config.policy == "darts" else "longest"
         if config.policy == "darts" and budget.saturated:
             long_end = "none"
         self._open(
             prompt, "train", engine, budget=budget.rollouts, size=config.group_size,
             num_long=0 if long_end == "none" else config.num_long, long_end=long_end,
+            pilot=config.pilot if config.pilot < budget.rollouts else 0,
         )  # fmt: skip
 
     def _open(
@@ -520,7 +503,9 @@ class Core:
         size: int,
         num_long: int,
         long_end: LongEnd,
+        pilot: int = 0,
     ) -> None:
+        first = pilot or budget
         group = Group(
             group_id=self.next_group,
             prompt=prompt,
@@ -532,7 +517,9 @@ class Core:
             group_size=size,
             num_long=num_long,
             long_end=long_end,
-            planned=deque(Planned(index) for index in range(budget)),
+            planned=deque(Planned(index) for index in range(first)),
+            pilot=pilot,
+            num_held=budget - first,
         )
         self.next_group += 1
         self.groups[group.group_id] = group
@@ -555,17 +542,40 @@ class Core:
         """React to news of an open group: cancel rollouts, and settle it once it is decided."""
         if group.state is not GroupState.OPEN:
             return
+        if group.num_held and not self._pilot_is_over(group):
+            return
         if len(group.finished) >= group.group_size:
             if group.at_deadline:
                 return self._settle(group, "deadline")
             if self._eager and group.purpose == "train":
                 return self._settle(group, "group_full")
             group.review_above = survivors.short_cutoff(group)
-            if group.review_above < math.inf:
-                for rollout in survivors.take_past_selection(group, self._rng(group)):
+            if group.review_above < inf:
+                rng = generator(group, self.config.seed)
+                for rollout in survivors.take_past_selection(group, rng):
                     self._cancel(rollout, "past_selection")
         if group.all_ended:
             self._settle(group, "past_selection")
+
+    def _pilot_is_over(self, group: Group) -> bool:
+        """Judge the pilot: launch the rest, stop the group, or go on waiting (False)."""
+        judgement = pilot.judge(group, self.config, self.memory.rewards)
+        group.mixed_prob = judgement.mixed_prob
+        if judgement.verdict is pilot.Verdict.WAIT:
+            return False
+        if judgement.verdict is pilot.Verdict.STOP and self._may_refill:
+            self.num_refilled += 1
+            self._drop(group, "no_signal", requeue=False)
+            self._ship()
+            return False
+        group.release_held()
+        self.engines.enqueue(group, first=True)
+        engine = self.engines.by_id.get(group.engine_id)
+        if engine is not None:
+            self._launch(engine)
+        elif group not in self.orphaned:
+            self.orphaned.append(group)
+        return True
 
     def _settle(self, group: Group, reason: ev.CancelReason) -> None:
         """The group is decided: launch nothing more, cancel rollouts in flight, and select."""
@@ -574,45 +584,27 @@ class Core:
             self._close(group)
             self._decisions.append(ev.Evaluated(group.record("evaluated")))
             return
-        self._select(group)
+        fill_seats(group, self.config)
         if group.selection is None:
             lost = any(r.state is RolloutState.LOST for r in group.rollouts.values())
             self._drop(group, "failed" if lost else "too_few", requeue=True)
-        elif group.is_uniform and self._may_refill:
+        elif group.is_uniform and self.config.uniform == "drop" and self._may_refill:
             self.num_refilled += 1
             self._drop(group, "uniform", requeue=False)
         else:
-            self._learn_lengths(group)
+            self._decisions += self.memory.learn(group, "shipped", self.config)
             group.move(GroupState.READY)
             self.outstanding.ready(group)
         self._ship()
 
     @property
     def _may_refill(self) -> bool:
-        """Whether a uniform group may be replaced. A bound per step lets every batch fill.
+        """Whether a group without signal may be replaced. A bound per step lets every batch fill.
 
         Source: DAPO (arXiv 2503.14476), dynamic sampling. Differs: beyond the bound such groups are
         trained, since a batch of fixed size keeps the lag bound feasible.
         """
-        config = self.config
-        bound = config.max_refill * config.groups_per_step
-        return config.uniform == "drop" and self.num_refilled < bound
-
-    def _select(self, group: Group) -> None:
-        seats = group.group_size, group.num_long, self.config.fill_truncated
-        if self.config.policy == "random":
-            group.selection = select_random(
-                group.finished, group.truncated, *seats, self._rng(group)
-            )
-        else:
-            group.selection = select_dual_end(group.finished, group.truncated, *seats)
-
-    def _rng(self, group: Group) -> Random:
-        """The generator that breaks the group's ties and draws its random control.
-
-        It depends on the prompt's visit alone, so no generator has a state that must be saved.
-        """
-        return Random(f"{self.config.seed} {group.prompt.prompt_id} {group.prompt.visit}")
+        return self.num_refilled < self.config.max_refill * self.config.groups_per_step
 
     def _cancel(self, rollout: Rollout, reason: ev.CancelReason) -> None:
         rollout.group.end(rollout, RolloutState.CANCELLED)
@@ -625,17 +617,8 @@ class Core:
             if group in self.orphaned:
                 self.orphaned.remove(group)
             self.engines.withdraw(group)
-        group.review_above = math.inf
-
-    def _learn_lengths(self, group: Group) -> None:
-        finished, bounds = group.observed_lengths()
-        if not finished and not bounds:
-            return
-        stats = lengths.update(group.prompt.lengths, finished, bounds, self.pool)
-        self.pool = lengths.update_pool(self.pool, stats)
-        self._decisions.append(ev.RememberLengths(group.prompt.prompt_id, stats))
-        self._decisions.append(ev.RememberLengths("", self.pool))
-        group.prompt = replace(group.prompt, lengths=stats)
+        group.num_held = 0
+        group.review_above = inf
 
     def _ship(self) -> None:
         """Answer the learner once a full batch is ready that contains every due group."""
@@ -655,12 +638,12 @@ class Core:
         self._stop(group, "dropped")
         if group.state is GroupState.OPEN:
             # Dropped groups are the long ones. Without them the statistics would be too short.
-            self._learn_lengths(group)
+            self._decisions += self.memory.learn(group, end, self.config)
         if group.state is not GroupState.SHIPPED:
             self.outstanding.remove(group)
         self._close(group)
         group.selection = None
-        if end == "uniform":
+        if end in ("uniform", "no_signal"):
             self.prompts.forget(group.prompt)
         requeued = (
             requeue

@@ -13,6 +13,7 @@ from typing import Literal, Union
 from configs.schema import LongEnd
 from darts.config import CoreConfig
 from darts.sizing.lengths import LengthStats
+from darts.sizing.rewards import RewardStats
 
 Purpose = Literal["train", "eval"]
 RolloutEnd = Literal[
@@ -22,6 +23,7 @@ GroupEnd = Literal[
     "shipped",
     "evaluated",
     "uniform",
+    "no_signal",
     "failed",
     "too_few",
     "deadline",
@@ -41,7 +43,7 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A task to answer. `lengths` are the journal's statistics of its response lengths, if any.
+    """A task to answer. `lengths` and `rewards` are the journal's statistics of it, if any.
 
     `visit` is the position in the prompt stream, which tells the draws of one prompt apart.
     """
@@ -49,6 +51,7 @@ class Prompt:
     prompt_id: str
     lengths: LengthStats | None = None
     visit: int = 0
+    rewards: RewardStats | None = None
 
 
 # Events
@@ -264,7 +267,9 @@ class RolloutRecord:
 class GroupRecord:
     """The story of one group: a row of the selection ledger.
 
-    `shipped_version` is -1 if the group never shipped.
+    `shipped_version` is -1 if the group never shipped. `pilot` is the number of rollouts that were
+    launched first, if not all were, and `mixed_prob` the probability on which the verdict on them
+    rested. `uniform` says that the selected rewards are all equal.
 
     Example: M = 3 with one long seat. Four rollouts started at version 4, and one was cancelled.
 
@@ -289,6 +294,9 @@ class GroupRecord:
     end: GroupEnd
     rollouts: tuple[RolloutRecord, ...]
     visit: int = 0
+    pilot: int = 0
+    mixed_prob: float | None = None
+    uniform: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,6 +398,15 @@ class RememberLengths:
     lengths: LengthStats
 
 
+@dataclass(frozen=True, slots=True)
+class RememberRewards:
+    """Keep these reward statistics for the next draw of the prompt."""
+
+    prompt_id: str
+    rewards: RewardStats
+
+
 Decision = Union[
-    OpenGroup, Launch, Cancel, Ship, Close, Drop, Evaluated, CountOvershoot, RememberLengths
-]
+    OpenGroup, Launch, Cancel, Ship, Close, Drop, Evaluated, CountOvershoot, RememberLengths,
+    RememberRewards,
+]  # fmt: skip

@@ -63,7 +63,10 @@ def _validate_group(core: Core, group: Group) -> None:
     assert group.num_survivors_chosen <= group.num_long, where
     if group.state is GroupState.OPEN:
         assert not group.all_ended and group.selection is None, where
-        assert len(group.rollouts) + len(group.planned) >= group.budget, where
+        known = len(group.rollouts) + len(group.planned) + group.num_held
+        assert known >= group.budget, where
+        # A pilot without a verdict has rollouts that have not ended.
+        assert not group.num_held or group.running or group.planned, where
     else:
         assert group.selection is not None and group.all_ended, where
         assert group.purpose == "train" and group.review_above == inf, where

@@ -9,15 +9,19 @@ import numpy as np
 from darts.events import GroupRecord
 
 
-def step_row(records: Sequence[GroupRecord], num_replaced: int) -> dict[str, float]:
+def step_row(
+    records: Sequence[GroupRecord], num_uniform: int, num_stopped: int
+) -> dict[str, float]:
     """Rewards, lengths in sampled tokens, budgets and lags of the groups that a step trained.
 
-    `num_replaced` is the number of groups dropped as uniform since the last row.
+    `num_uniform` and `num_stopped` count the groups without signal that were replaced since the
+    last row, at their end or after their pilots.
     """
     rollouts = [r for record in records for r in record.rollouts]
     selected = [r for r in rollouts if r.end.startswith("selected")]
     rewards = [r.reward for r in selected if r.reward is not None]
     lags = step_lags(records)
+    num_replaced = num_uniform + num_stopped
     return {
         "reward/mean": float(np.mean(rewards)),
         "reward/std": float(np.std(rewards)),
@@ -25,9 +29,10 @@ def step_row(records: Sequence[GroupRecord], num_replaced: int) -> dict[str, flo
         **_lengths("selected", [r.tokens for r in selected]),
         "darts/budget_mean": float(np.mean([record.budget for record in records])),
         "darts/cancelled_frac": float(np.mean([r.end == "cancelled" for r in rollouts])),
-        "darts/uniform_frac": (sum(map(_is_uniform, records)) + num_replaced)
+        "darts/uniform_frac": (sum(record.uniform for record in records) + num_replaced)
         / (len(records) + num_replaced),
         "darts/replaced_groups": num_replaced,
+        "darts/stopped_groups": num_stopped,
         "darts/pruned_frac": float(np.mean([record.long_end == "none" for record in records])),
         "lag/mean": float(np.mean(lags)),
         "lag/max": max(lags),
@@ -42,10 +47,6 @@ def step_lags(records: Sequence[GroupRecord]) -> list[int]:
         for r in record.rollouts
         if r.end.startswith("selected")
     ]
-
-
-def _is_uniform(record: GroupRecord) -> bool:
-    return len({r.reward for r in record.rollouts if r.end.startswith("selected")}) == 1
 
 
 def _lengths(name: str, tokens: list[int]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from darts import events as ev
 from darts import waiting
 from darts.config import CoreConfig
 from darts.core import Core
+from darts.sizing.rewards import RewardStats
 
 
 @dataclass
@@ -66,13 +67,20 @@ class World:
     answered: int = 0  # shipped groups of steps that are completely answered
     steps_left: int = 0
     step_pending: bool = False
-    num_replaced: int = 0  # groups dropped as uniform since the last batch
+    num_replaced: int = 0  # groups without signal that were replaced since the last batch
+    rewards: dict[str, RewardStats] = field(default_factory=dict)  # as a journal keeps them
 
     def __post_init__(self) -> None:
         self.core = Core(self.config)
 
     def draw_length(self) -> int:
         return min(self.config.max_tokens, max(1, round(self.rng.lognormvariate(2.5, 0.9))))
+
+    def reward_of(self, rollout: TrueRollout) -> float:
+        """Two prompts are never solved, one is always solved, and the others now and then."""
+        constant = {"p1": 0.0, "p3": 0.0, "p5": 1.0}
+        prompt_id = self.opened[rollout.group_id].prompt_id
+        return constant.get(prompt_id, float(rollout.length % 2))
 
     # Actions of the world ------------------------------------------------------------------------
 
@@ -102,7 +110,8 @@ class World:
 
     def draw(self, prompt_ids: list[str]) -> None:
         self.drawn.update(prompt_ids)
-        self.send(ev.PromptsDrawn(tuple(ev.Prompt(p) for p in prompt_ids)))
+        drawn = (ev.Prompt(p, rewards=self.rewards.get(p)) for p in prompt_ids)
+        self.send(ev.PromptsDrawn(tuple(drawn)))
 
     def on_engine(self, engine_id: str) -> list[TrueRollout]:
         """Rollouts that hold a slot of the engine: running, or cancelled and not yet confirmed."""
@@ -131,7 +140,7 @@ class World:
                     rollout.rollout_id,
                     rollout.tokens,
                     truncated,
-                    float(rollout.length % 2),
+                    self.reward_of(rollout),
                     rollout.oldest_version,
                 )
             )
@@ -230,9 +239,9 @@ class World:
                 )
                 assert decision.record.end not in ("shipped", "evaluated")
                 self.check_record(decision.record)
-                if decision.record.end == "uniform":
+                if decision.record.end in ("uniform", "no_signal"):
                     self.num_replaced += 1
-                    assert self.config.uniform == "drop" and not decision.requeued
+                    self.check_replaced(decision)
                     bound = math.ceil(self.config.max_refill * self.config.groups_per_step)
                     assert self.num_replaced <= bound
                 self.drops.append(decision)
@@ -245,6 +254,25 @@ class World:
                 self.count(decision.record)
             case ev.RememberLengths():
                 assert decision.lengths.var_log > 0
+            case ev.RememberRewards():
+                stats = decision.rewards
+                assert stats.num_right >= 0 and stats.num_wrong >= 0
+                assert stats.num_stops <= self.config.max_stops
+                self.rewards[decision.prompt_id] = stats
+
+    def check_replaced(self, drop: ev.Drop) -> None:
+        """A group without signal is replaced only if its rewards are equal as far as is known."""
+        record = drop.record
+        assert not drop.requeued
+        ended = [r.reward for r in record.rollouts if r.reward is not None]
+        if record.end == "uniform":
+            assert self.config.uniform == "drop"
+            return
+        assert self.config.pilot and max(ended) - min(ended) <= self.config.min_spread
+        assert record.mixed_prob is not None and record.mixed_prob < self.config.min_mixed_prob
+        # No rollout beyond the pilot was launched; lost ones were replaced.
+        assert len([r for r in record.rollouts if r.end != "lost"]) <= record.pilot
+        assert all(r.end != "cancelled" for r in record.rollouts)
 
     def check_launch(self, launch: ev.Launch) -> None:
         assert launch.rollout_id not in self.rollouts and launch.group_id not in self.ended

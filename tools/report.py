@@ -171,7 +171,13 @@ def _headline(run: RunDirectory) -> str:
             facts.append((compact(last[f"tokens/{kind}"]), f"tokens {kind}"))
     if run.trained_groups():
         facts.append((compact(len(run.trained_groups())), "groups trained"))
-    dropped = sum(group["end"] not in ("shipped", "evaluated", "run_ended") for group in run.groups)
+    ends = Counter(group["end"] for group in run.groups)
+    for end, name in (
+        ("uniform", "groups replaced, rewards equal"),
+        ("no_signal", "groups stopped after their pilots"),
+    ):
+        facts += [(compact(ends.pop(end)), name)] if ends[end] else []
+    dropped = sum(ends.values()) - ends["shipped"] - ends["evaluated"] - ends["run_ended"]
     facts += [(compact(dropped), "groups dropped")] if dropped else []
     skipped = last.get("data/skipped_prompts", 0)
     facts += [(compact(skipped), "prompts skipped")] if skipped else []

@@ -1,4 +1,4 @@
-"""Length statistics per prompt, which outlive the buffer, and the run's own id.
+"""Statistics per prompt, which outlive the buffer, and the run's own id.
 
 One SQLite file in WAL mode, without a cache. Driven by `buffer.run_state`.
 """
@@ -9,15 +9,19 @@ import secrets
 import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import msgspec
 
 from darts.sizing.lengths import LengthStats
+from darts.sizing.rewards import RewardStats
+
+Stats = TypeVar("Stats", LengthStats, RewardStats)
+TABLES: dict[type, str] = {LengthStats: "lengths", RewardStats: "rewards"}
 
 
 class Journal:
-    """Length statistics per prompt id, where "" stands for the pool of all prompts.
+    """Length and reward statistics per prompt id, where "" stands for the pool of all prompts.
 
     Each call commits once, so a kill loses at most the call under way and never damages the file.
     (A power cut may lose the last commits, since statistics are not worth an fsync each.)
@@ -33,16 +37,17 @@ class Journal:
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS lengths (prompt_id TEXT PRIMARY KEY, stats BLOB NOT "
-                "NULL) WITHOUT ROWID"
-            )
+            for table in TABLES.values():
+                self._db.execute(
+                    f"CREATE TABLE IF NOT EXISTS {table} (prompt_id TEXT PRIMARY KEY, stats BLOB "
+                    "NOT NULL) WITHOUT ROWID"
+                )
             self._db.execute("CREATE TABLE IF NOT EXISTS run (id TEXT NOT NULL)")
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise ValueError(
                 f"journal {self.path} cannot be used ({error}): move it away to start without "
-                "length statistics"
+                "statistics of prompts"
             ) from error
 
     def run_id(self) -> str:
@@ -53,12 +58,19 @@ class Journal:
 
     def remember_lengths(self, items: Iterable[tuple[str, LengthStats]]) -> None:
         """Keep the newest statistics of these prompts, in one commit."""
+        self._remember("lengths", items)
+
+    def remember_rewards(self, items: Iterable[tuple[str, RewardStats]]) -> None:
+        """Keep the newest statistics of these prompts, in one commit."""
+        self._remember("rewards", items)
+
+    def _remember(self, table: str, items: Iterable[tuple[str, object]]) -> None:
         rows = [(prompt_id, msgspec.msgpack.encode(stats)) for prompt_id, stats in items]
         if not rows:
             return
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._db.executemany("INSERT OR REPLACE INTO lengths VALUES (?, ?)", rows)
+            self._db.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", rows)
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
@@ -66,20 +78,27 @@ class Journal:
 
     def lengths(self, prompt_ids: Iterable[str]) -> dict[str, LengthStats]:
         """The statistics of these prompts. Prompts never seen are left out."""
-        found: dict[str, LengthStats] = {}
+        return self._recall(LengthStats, prompt_ids)
+
+    def rewards(self, prompt_ids: Iterable[str]) -> dict[str, RewardStats]:
+        """The statistics of these prompts. Prompts without any are left out."""
+        return self._recall(RewardStats, prompt_ids)
+
+    def _recall(self, kind: type[Stats], prompt_ids: Iterable[str]) -> dict[str, Stats]:
+        found: dict[str, Stats] = {}
         asked = list(prompt_ids)
         for start in range(0, len(asked), 500):  # SQLite limits the number of parameters
             some = asked[start : start + 500]
             marks = ",".join("?" * len(some))
             for prompt_id, stats in self._db.execute(
-                f"SELECT prompt_id, stats FROM lengths WHERE prompt_id IN ({marks})", some
+                f"SELECT prompt_id, stats FROM {TABLES[kind]} WHERE prompt_id IN ({marks})", some
             ):
-                found[prompt_id] = self._decode(stats)
+                found[prompt_id] = self._decode(kind, stats)
         return found
 
-    def _decode(self, stats: bytes) -> LengthStats:
+    def _decode(self, kind: type[Stats], stats: bytes) -> Stats:
         try:
-            return msgspec.msgpack.decode(stats, type=LengthStats)
+            return msgspec.msgpack.decode(stats, type=kind)
         except msgspec.MsgspecError as error:
             raise ValueError(
                 f"journal {self.path} was written by another version ({error}): move it away to "

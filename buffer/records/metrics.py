@@ -123,7 +123,11 @@ class Metrics:
         """The row of the step that trained `records`, for the time since the last row."""
         self.recent_lags.extend(step_lags(records))
         row = {
-            **step_row(records, num_replaced=self._dropped.pop("uniform", 0)),
+            **step_row(
+                records,
+                num_uniform=self._dropped.pop("uniform", 0),
+                num_stopped=self._dropped.pop("no_signal", 0),
+            ),
             **{
                 f"tokens/{name}": self.tokens[name]
                 for name in ("generated", "trained", "without_signal", "discarded", "cancelled")

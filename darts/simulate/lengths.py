@@ -21,6 +21,7 @@ from typing import Any
 from darts.events import Prompt
 from darts.simulate.schema import LengthKeys, PatternKeys, ShapingKeys
 from darts.sizing import lengths
+from darts.sizing.rewards import RewardStats
 
 MAX_DRAWS = 8192
 
@@ -217,6 +218,7 @@ class SimPromptStream:
         self._num_drawn = 0
         self._visits: Counter[str] = Counter()
         self._remembered: dict[str, lengths.LengthStats] = {}
+        self.rewards: dict[str, RewardStats] = {}  # the newest statistics, by prompt
 
     def draw(self, num: int) -> tuple[Prompt, ...]:
         """The next `num` prompts."""
@@ -227,7 +229,14 @@ class SimPromptStream:
                 self._rng.shuffle(self._pass)
             prompt_id = self._pass.pop()
             self._num_drawn += 1
-            drawn.append(Prompt(prompt_id, self._remembered.get(prompt_id), self._num_drawn))
+            drawn.append(
+                Prompt(
+                    prompt_id,
+                    self._remembered.get(prompt_id),
+                    self._num_drawn,
+                    self.rewards.get(prompt_id),
+                )
+            )
         return tuple(drawn)
 
     def remember(self, prompt_id: str, stats: lengths.LengthStats) -> None:

@@ -30,9 +30,11 @@ class Tally:
     def __init__(self, group_size: int, num_long: int) -> None:
         self._group_size, self._num_long = group_size, num_long
         self.tokens: Counter[str] = Counter(generated=0, trained=0, discarded=0, cancelled=0)
-        self.groups: Counter[str] = Counter(opened=0, shipped=0, filled=0, dropped=0)
+        self.groups: Counter[str] = Counter(
+            opened=0, shipped=0, filled=0, uniform=0, stopped=0, dropped=0
+        )
         self.lags: Counter[int] = Counter()
-        self._num_replaced = 0  # since the last row
+        self._num_uniform = self._num_stopped = 0  # replaced since the last row
         self.selected_lengths: list[int] = []
         self.num_compared = self.num_short_wrong = self.num_long_wrong = 0
 
@@ -53,7 +55,10 @@ class Tally:
                 self.lags[record.shipped_version - rollout.oldest_version] += 1
                 self.selected_lengths.append(rollout.tokens)
         self.groups["shipped" if record.end == "shipped" else "dropped"] += 1
-        self._num_replaced += record.end == "uniform"
+        self.groups["uniform"] += record.uniform
+        self.groups["stopped"] += record.end == "no_signal"
+        self._num_uniform += record.end == "uniform"
+        self._num_stopped += record.end == "no_signal"
         self.groups["filled"] += any(
             r.truncated and r.end.startswith("selected") for r in record.rollouts
         )
@@ -115,9 +120,10 @@ class Tally:
 
     def row(self, records: Sequence[GroupRecord]) -> Row:
         """The row of `metrics.jsonl` for the step that trained `records`."""
-        num_replaced, self._num_replaced = self._num_replaced, 0
+        replaced = self._num_uniform, self._num_stopped
+        self._num_uniform = self._num_stopped = 0
         tokens = {f"tokens/{name}": count for name, count in self.tokens.items()}
-        return step_row(records, num_replaced) | tokens
+        return step_row(records, *replaced) | tokens
 
 
 class Files:

@@ -171,6 +171,8 @@ class Simulation:
                     raise AssertionError("a simulation has no held-out prompts")
                 case ev.RememberLengths():
                     self._stream.remember(decision.prompt_id, decision.lengths)
+                case ev.RememberRewards():
+                    self._stream.rewards[decision.prompt_id] = decision.rewards
 
     # Engines
     # ----------------------------------------------------------------------------------------------

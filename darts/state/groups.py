@@ -23,6 +23,7 @@ from darts.events import (
     RolloutRecord,
 )
 from darts.selection import Candidate, Selection
+from darts.sizing.rewards import Response
 
 
 class RolloutState(Enum):
@@ -96,6 +97,9 @@ class Group:
     num_long: int
     long_end: LongEnd
     planned: deque[Planned]
+    pilot: int = 0  # rollouts that were launched first, or 0 if all were
+    num_held: int = 0  # rollouts that wait for the verdict on the pilot
+    mixed_prob: float | None = None  # at that verdict
     state: GroupState = GroupState.OPEN
     # A rollout in flight that is longer than this may have to be cancelled.
     review_above: float = inf
@@ -108,18 +112,30 @@ class Group:
     survivors: set[int] = field(default_factory=set[int])
     num_survivors_chosen: int = 0
     selection: Selection | None = None
+    is_uniform: bool = False  # the selected rewards are equal, so that all advantages are zero
 
     @property
     def all_ended(self) -> bool:
-        return not self.running and not self.planned
+        return not self.running and not self.planned and not self.num_held
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether the selected rewards are all equal, so that no advantage differs from zero."""
+    def selected_rewards(self) -> list[float]:
         chosen = self.selection
         assert chosen is not None, self.group_id
-        rollout_ids = chosen.short + chosen.long + chosen.filled
-        return len({self.rollouts[rollout_id].reward for rollout_id in rollout_ids}) == 1
+        rewards = [self.rollouts[i].reward for i in chosen.short + chosen.long + chosen.filled]
+        return [reward for reward in rewards if reward is not None]
+
+    def responses(self) -> list[Response]:
+        """The rewards of responses that ended, and the lengths of those that were cut off."""
+        return [
+            Response(r.tokens, r.reward)
+            for r in self.rollouts.values()
+            if r.reward is not None or r.state is RolloutState.CANCELLED
+        ]
+
+    def release_held(self) -> None:
+        """Plan the rollouts that waited for the verdict on the pilot."""
+        self.planned.extend(Planned(self.pilot + i) for i in range(self.num_held))
+        self.num_held = 0
 
     def move(self, state: GroupState) -> None:
         if state not in GROUP_MOVES[self.state]:
@@ -180,6 +196,9 @@ class Group:
             end=end,
             rollouts=rows,
             visit=self.prompt.visit,
+            pilot=self.pilot,
+            mixed_prob=self.mixed_prob,
+            uniform=self.is_uniform and self.selection is not None,
         )
 
 

@@ -135,10 +135,12 @@ def outcome_facts(metrics: dict[str, float], evaluations: dict[int, Evaluated]) 
 
 
 def flow_facts(snapshot: LiveState) -> list[str]:
-    """Cancellation, staleness, throughput and utilisation."""
+    """Cancellation, signal, staleness, throughput and utilisation."""
     metrics, facts = snapshot.metrics, []
     if "darts/cancelled_frac" in metrics:
         facts.append(f"{100 * metrics['darts/cancelled_frac']:.0f} % cancelled")
+    if "darts/uniform_frac" in metrics:
+        facts.append(f"{100 * metrics['darts/uniform_frac']:.0f} % without signal")
     if snapshot.lags:
         facts.append(f"lag {max(snapshot.lags)} of at most {snapshot.max_lag}")
     if snapshot.engines:

@@ -42,6 +42,7 @@ HEADER_METRICS = {
     "length": ("length/selected_mean", "{:.0f}"),
     "p99": ("length/selected_p99", "{:.0f}"),
     "cancelled": ("darts/cancelled_frac", "{:.0%}"),
+    "no signal": ("darts/uniform_frac", "{:.0%}"),
     "budget": ("darts/budget_mean", "{:.1f}"),
     "learner waits": ("wait/learner_frac", "{:.0%}"),
     "busy": ("engine/busy_frac", "{:.0%}"),

@@ -69,10 +69,14 @@ class Story:
                 reason = decision.reason.replace("_", " ")
                 yield f"cancel rollout {decision.rollout_id} at {tokens} tokens ({reason})"
             case ev.Ship(step, record) if record.group_id in self._groups:
-                yield f"ship group {record.group_id} for step {step}: {_selection(record)}"
+                yield (
+                    f"ship group {record.group_id} for step {step}: "
+                    f"{_selection(record)}{_pilot(record)}"
+                )
             case ev.Drop(record, requeued) if record.group_id in self._groups:
                 where = "its prompt is put back" if requeued else "its prompt is not tried again"
-                yield f"drop group {record.group_id} ({record.end.replace('_', ' ')}); {where}"
+                end = record.end.replace("_", " ")
+                yield f"drop group {record.group_id} ({end}{_pilot(record)}); {where}"
             case ev.Evaluated(record) if record.group_id in self._groups:
                 yield f"group {record.group_id} is evaluated"
             case ev.Close(record) if record.group_id in self._groups:
@@ -82,6 +86,13 @@ class Story:
 
     def _is_wanted(self, group_id: int, prompt_id: str) -> bool:
         return group_id == self._group_id or prompt_id == self._prompt_id
+
+
+def _pilot(record: ev.GroupRecord) -> str:
+    if record.mixed_prob is None:
+        return ""
+    chance = f"{100 * record.mixed_prob:.0f} %"
+    return f"; after a pilot of {record.pilot}, rewards differ with a probability of {chance}"
 
 
 def _selection(record: ev.GroupRecord) -> str:

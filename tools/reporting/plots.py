@@ -215,10 +215,13 @@ def tokens(run: RunDirectory) -> str:
         for key, color, label in (
             ("cancelled", RED, "rollouts cancelled"),
             ("pruned", VIOLET, "groups pruned"),
+            ("uniform", INK, "groups without signal"),
         ):
             x, y = run.series(f"darts/{key}_frac")
             fractions.plot(x, [100 * value for value in y], color=color, linewidth=1.4, label=label)
-        fractions.set(title="Cancelled and pruned", xlabel="learner step", ylabel="% of the step")
+        fractions.set(
+            title="Cancelled, pruned, without signal", xlabel="learner step", ylabel="% of the step"
+        )
         fractions.set_ylim(0, max(fractions.get_ylim()[1] * 1.3, 1))  # room for the legend
         fractions.legend(loc="upper left")
         budgets.plot(
