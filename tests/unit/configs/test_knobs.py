@@ -86,7 +86,7 @@ SIMULATION: dict[str, tuple[str, list[str]]] = {
     "darts.min_spread": ("1", ["darts.uniform=drop"]),
     "darts.pilot": ("4", []),
     "darts.min_mixed_prob": ("0.95", ["darts.pilot=2"]),
-    "darts.max_stops": ("0", ["darts.pilot=2"]),
+    "darts.max_stops": ("0", ["darts.pilot=2", "darts.min_mixed_prob=0.9"]),
     "darts.max_reopens": ("0", [*LATE, "staleness.on_deadline=drop"]),
     "redundancy.rule": ("none", []),
     "redundancy.upper": ("1.5", []),
