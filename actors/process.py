@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import sys
+import zlib
 from typing import TYPE_CHECKING
 
 from actors.environments import Environment, make_environment
@@ -63,7 +64,7 @@ def serve(config: Config, engine_id: str) -> int:
         welcome = link.connect(hello, config.buffer.connect_timeout_s)
         from actors.inference.engine import Engine  # seconds of import, and only now needed
 
-        engine = Engine(config)
+        engine = Engine(config, random_stream(config.run.seed, hello))
     except Exception as error:  # another attempt would end the same way
         fail(f"could not start: {one_line(error)}")
         return GAVE_UP
@@ -93,6 +94,11 @@ def serve(config: Config, engine_id: str) -> int:
             environment.close()
         if engine is not None:
             engine.close()
+
+
+def random_stream(run_seed: int, hello: EngineHello) -> int:
+    """The seed of one life of an engine. No other engine, and no later life, has the same."""
+    return zlib.crc32(f"{run_seed} {hello.engine_id} {hello.incarnation}".encode()) >> 1
 
 
 async def _until_shutdown(

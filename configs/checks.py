@@ -16,7 +16,17 @@ BYTES_PER_TOKEN = 12
 
 def check(config: Config) -> None:
     """Raise `ValueError` on the first combination of keys that cannot work."""
-    for rule in (_group, _upper, _context, _betas, _ranks, _attention, _addresses, _bytes_held):
+    for rule in (
+        _group,
+        _upper,
+        _context,
+        _min_step_ms,
+        _betas,
+        _ranks,
+        _attention,
+        _addresses,
+        _bytes_held,
+    ):
         rule(config)
 
 
@@ -50,6 +60,26 @@ def _context(config: Config) -> None:
         raise ValueError(
             f"sampling.max_tokens={max_tokens}: must be < model.max_context={max_context}; "
             "otherwise a prompt and its longest response do not fit into an engine"
+        )
+
+
+def _min_step_ms(config: Config) -> None:
+    curve = config.actors.min_step_ms
+    name = f"actors.min_step_ms={curve}"
+    if len(curve) > 12 or any(len(point) != 2 for point in curve):
+        raise ValueError(
+            f"{name}: must be at most 12 pairs [batch, milliseconds], such as [[1,12],[64,26]]; "
+            "otherwise a step has no duration"
+        )
+    batches = [batch for batch, _ in curve]
+    if any(batch < 1 for batch in batches) or batches != sorted(set(batches)):
+        raise ValueError(
+            f"{name}: batches must be >= 1 and ascending; otherwise the latency between them is "
+            "undefined"
+        )
+    if not all(0 < ms <= 60_000 for _, ms in curve):
+        raise ValueError(
+            f"{name}: milliseconds must be > 0 and <= 60000; otherwise the engine would not step"
         )
 
 

@@ -84,8 +84,8 @@ class SharedRun:
     name: str = key("run", "Name of the run, shown in reports. It also names the run's directory.")
     seed: int = key(
         0,
-        "Seeds the order of prompts, the sampling and the ties between responses. Change it to "
-        "repeat an experiment independently.",
+        "Seeds the order of prompts, the ties between responses and, with sampling.seeded, the "
+        "sampling. Change it to repeat an experiment independently.",
         ge=0,
         fixed=True,
     )
@@ -398,6 +398,13 @@ class SamplingConfig(SharedSampling):
         ge=0.01,
         fixed=True,
     )
+    seeded: bool = key(
+        False,
+        "Sample each response with a seed of its own, derived from run.seed, its prompt and its "
+        "place in the group, so that the same policy samples it again in a resumed run. Engines "
+        "are slower, because vLLM then draws for one response after the other.",
+        fixed=True,
+    )
 
 
 @dataclass
@@ -412,6 +419,12 @@ class ActorsConfig:
         "Largest number of rollouts in flight per engine. Raise it up to the batch size at which "
         "the latency per token starts to grow.",
         ge=1,
+    )
+    min_step_ms: list[list[float]] = key(
+        [],
+        "Least duration of a decoding step, in milliseconds, at some batch sizes, to emulate "
+        "another machine's latency on a CPU: [[1,12],[64,26]] interpolates between 12 ms for one "
+        "rollout and 26 ms for 64. Reports say emulated. Empty: as fast as this machine can.",
     )
     tensor_parallel: int = key(
         1, "Number of GPUs per engine. Raise it if the model does not fit on one.", ge=1

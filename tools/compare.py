@@ -157,8 +157,9 @@ def run(config: CompareConfig) -> None:
     rows = table(by_variant, config.margin)
     written = {"seeds": config.seeds, "variants": variants, "rows": rows, "results": by_variant}
     atomic_write(out / "table.json", json.dumps(written, indent=1) + "\n", durable=False)
+    emulated = any(result.get("emulated") for result in results)
     kind = (
-        "Real runs"
+        f"Real runs{' on emulated decode latency (actors.min_step_ms)' if emulated else ''}"
         if config.live
         else "Simulated: held-out reward is not modelled, and lengths, latencies and learning are "
         "assumptions"
@@ -169,7 +170,8 @@ def run(config: CompareConfig) -> None:
     if config.live:
         plot_curves(by_variant, out / "curves.png")
     print(markdown(rows))
-    print(f"\n{out}/table.json, table.html, table.png")
+    print("\nthe decode latency is emulated" if emulated else "")
+    print(f"{out}/table.json, table.html, table.png")
 
 
 def _chosen(config: CompareConfig) -> Variants:
@@ -271,6 +273,7 @@ def summarise(run: RunDirectory) -> Row:
     judged = [json.loads(line) for line in (run.path / EVALUATIONS).read_text().splitlines()]
     return {
         "step_s": took_s / (len(seconds) - 1),
+        "emulated": run.emulated,
         **{name: last[name] for name in last if name.startswith("tokens/")},
         "busy_frac": _mean(run, "engine/busy_frac"),
         "wait_frac": sum(run.series("wait/learner_s")[1][1:]) / took_s,

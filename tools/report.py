@@ -147,6 +147,7 @@ def _head(run: RunDirectory) -> str:
         (run.setting("run.seed"), "seed {}"),
     ]
     told = ", ".join(text.format(value) for value, text in settings if value not in (None, ""))
+    told += ", on emulated decode latency" if run.emulated else ""
     return (
         f'<header><p class="kind">Training run</p><h1>{escape(run.name)}</h1>'
         f'<p class="lead">{escape(told)}</p></header>'

@@ -16,4 +16,8 @@ def engine_device(config: Config) -> str:
 
 def engine_type(config: Config) -> str:
     """The type of the engines. Engines of one type share a latency curve."""
-    return f"{engine_device(config)}/{config.model.dtype}/tp{config.actors.tensor_parallel}"
+    curve = " ".join(f"{batch:g}:{ms:g}" for batch, ms in config.actors.min_step_ms)
+    return (
+        f"{engine_device(config)}/{config.model.dtype}/tp{config.actors.tensor_parallel}"
+        f"{f'/emulated {curve}' if curve else ''}"
+    )

@@ -27,9 +27,10 @@ from typing import Any
 from actors.inference import vllm_errors
 from actors.inference.device import engine_device
 from actors.inference.generation import BASE_VERSION, EngineDied, Generation, Measurement, Meter
+from actors.inference.step_pace import OPTION
 from actors.inference.weights import SwapFailed
 from configs.errors import one_line
-from configs.schema import Config
+from configs.schema import Config, SamplingConfig
 
 # vLLM reads these on import, here and in its processes. A user sees its errors, not its progress.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -55,8 +56,8 @@ from actors.inference.extension import FRONTEND_PID
 CLOSE_S = 7.0  # after this, vLLM's processes are killed and leave shared memory behind
 
 
-def engine_args(config: Config) -> AsyncEngineArgs:
-    """vLLM's options for one engine of this run.
+def engine_args(config: Config, seed: int = 0) -> AsyncEngineArgs:
+    """vLLM's options for one engine of this run. `seed` is that of requests without one.
 
     Raises `ValueError` if this vLLM was not built for `actors.device`.
     """
@@ -80,6 +81,7 @@ def engine_args(config: Config) -> AsyncEngineArgs:
             # generator cannot do that, so vLLM would crash.
             "enable_chunked_prefill": False,
             "scheduler_cls": "actors.inference.logprob_packing.CompactScheduler",
+            "additional_config": {OPTION: config.actors.min_step_ms},
         }  # fmt: skip
         if config.actors.tensor_parallel == 1:
             # By default, vLLM runs a CPU model in a process of its own, and both processes spin
@@ -87,6 +89,11 @@ def engine_args(config: Config) -> AsyncEngineArgs:
             # vLLM does this to set the number of threads, which we set here instead.
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
             special["distributed_executor_backend"] = UniProcExecutor
+    elif config.actors.min_step_ms:
+        raise ValueError(
+            f"actors.min_step_ms={config.actors.min_step_ms}: only CPU engines emulate the latency "
+            "of another machine; remove it on a GPU, otherwise it would not do anything"
+        )
     else:
         special = {"gpu_memory_utilization": config.actors.gpu_memory_frac}
     return AsyncEngineArgs(
@@ -101,8 +108,22 @@ def engine_args(config: Config) -> AsyncEngineArgs:
         worker_extension_cls="actors.inference.extension.SnapshotLoader",
         disable_log_stats=True,
         use_tqdm_on_load=False,
-        seed=config.run.seed,
+        seed=seed,
         **special,
+    )
+
+
+def sampling_params(sampling: SamplingConfig, max_tokens: int, seed: int) -> SamplingParams:
+    """vLLM's parameters of one response. It has a seed of its own only if `sampling.seeded`:
+    vLLM draws seeded tokens in Python, one request after the other.
+    """
+    return SamplingParams(
+        temperature=sampling.temperature,
+        max_tokens=max_tokens,
+        seed=seed if sampling.seeded else None,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
     )
 
 
@@ -113,9 +134,10 @@ class Engine:
     `version` is the policy that samples new requests, `BASE_VERSION` before the first swap.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Load `model.path`.
+    def __init__(self, config: Config, seed: int = 0) -> None:
+        """Load `model.path`. `seed` decides all samples, unless `sampling.seeded`.
 
+        Engines of one run must have different seeds; otherwise they may sample the same responses.
         Raises `ValueError` for options that cannot work, or for a model that vLLM cannot run.
         """
         if os.path.isdir(config.model.path):
@@ -128,7 +150,7 @@ class Engine:
         self._meter = Meter(config.actors.slots, time.monotonic())
         self._router = _Router(self._meter)
         self._causes = vllm_errors.Causes()
-        args = engine_args(config)
+        args = engine_args(config, seed)
         try:
             self._llm = AsyncLLM.from_engine_args(args)
         except Exception as error:  # a model can make vLLM raise anything
@@ -180,16 +202,10 @@ class Engine:
     ) -> Generation:
         """Sample at most `max_tokens` tokens after `prompt_ids`, by the keys of `sampling`.
 
+        `seed` decides the response, whatever else the engine does, but only if `sampling.seeded`.
         Returns at once, and never raises.
         """
-        params = SamplingParams(
-            temperature=self._sampling.temperature,
-            max_tokens=max_tokens,
-            seed=seed,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
+        params = sampling_params(self._sampling, max_tokens, seed)
         return self._launch(request_id, prompt_ids, params)
 
     async def score(self, token_ids: list[int]) -> array[float]:

@@ -159,6 +159,7 @@ def served(
         SLOTS,
         0.25,
     )
+    config.sampling.seeded = True
     engine = Engine(config)
     with asyncio.Runner() as runner:
         yield Served(engine, folder, tied, runner.run)

@@ -80,11 +80,12 @@ def test_a_resume_with_a_fixed_key_changed_is_refused_before_anything_starts(
 
 
 def test_every_pool_gets_the_configuration_of_the_run_and_its_own_overrides(config: Config) -> None:
-    config = replace(config, launch=replace(config.launch, pools=["actors.name=b actors.slots=32"]))
+    pool = ["actors.name=b", "actors.slots=32", "actors.min_step_ms=[[1,12],[64,26]]"]
+    config = replace(config, launch=replace(config.launch, pools=[" ".join(pool)]))
     arguments = {command.name: command.arguments for command in commands_of(config)}
     assert list(arguments) == ["buffer", "actors pool", "actors b", "learner"]
     assert arguments["actors pool"] == ("-m", "actors", "--config", CONFIG)
-    assert arguments["actors b"][-2:] == ("actors.name=b", "actors.slots=32")
+    assert list(arguments["actors b"][-3:]) == pool
 
 
 @pytest.mark.parametrize("entry", ["actors.slots=32", "actors.name=b actors.slot=3"])

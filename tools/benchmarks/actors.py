@@ -43,6 +43,7 @@ from configs.cli import to_yaml
 from configs.schema import Config
 
 BARE, ONE_POLICY, SWAPS = "bare vLLM", "one policy", "a swap each step"
+SEEDS = "other seeding"  # bare vLLM with seeds per request, or without if the run has them
 WAITED = "(waiting for a CPU)"
 NEVER = 10**6  # in learner steps
 POLL_S = 0.1
@@ -74,12 +75,13 @@ async def measure_actors(
     """The windows of each kind, one per round, and all shards that the pipeline shipped."""
     engine = Engine(config)
     bare = BareEngine(config, engine)
-    windows: dict[str, list[Window]] = {BARE: [], ONE_POLICY: [], SWAPS: []}
+    windows: dict[str, list[Window]] = {BARE: [], SEEDS: [], ONE_POLICY: [], SWAPS: []}
     shards: list[msg.Shard] = []
     try:
         for number, kind in itertools.product(range(rounds), windows):
-            if kind == BARE:
-                window = await bare.measure(seconds, warmup_s)
+            if kind in (BARE, SEEDS):
+                seeded = config.sampling.seeded != (kind == SEEDS)
+                window = await bare.measure(seconds, warmup_s, seeded)
             else:
                 window = await _pipeline(
                     config, engine, snapshot, kind == SWAPS, shards, seconds, warmup_s
@@ -152,7 +154,7 @@ class BareEngine:
     def __init__(self, config: Config, engine: Engine) -> None:
         self._config, self._tokenizer = config, engine.tokenizer
         self._llm = engine._llm
-        self._num_tokens = 0
+        self._num_tokens, self._seeded = 0, config.sampling.seeded
         self._requests = enumerate(self._draw())
         self._processor = OutputProcessor(self._tokenizer, log_stats=False)
         process_outputs = self._processor.process_outputs
@@ -186,8 +188,8 @@ class BareEngine:
                     ),
                 )
 
-    async def measure(self, seconds: float, warmup_s: float) -> Window:
-        self._num_tokens, ours = 0, self._llm.output_processor
+    async def measure(self, seconds: float, warmup_s: float, seeded: bool) -> Window:
+        self._num_tokens, self._seeded, ours = 0, seeded, self._llm.output_processor
         self._install(self._processor)
         slots = [asyncio.create_task(self._keep_busy()) for _ in range(self._config.actors.slots)]
         try:
@@ -201,7 +203,7 @@ class BareEngine:
     async def _keep_busy(self) -> None:
         while True:
             number, (prompt_ids, params) = next(self._requests)
-            params.seed = number
+            params.seed = number if self._seeded else None
             async for _ in self._llm.generate(tokens_input(prompt_ids), params, str(number)):
                 pass
 

@@ -28,7 +28,7 @@ from learner.packs.attention import PACKED_SDPA
 from learner.packs.batch import Pack, make_packs
 from learner.publish import WeightPublisher
 from learner.train import UNPUBLISHED, LearnerState, build_state, train_step
-from tools.benchmarks.actors import BARE, ONE_POLICY, SWAPS, Window, measure_actors
+from tools.benchmarks.actors import BARE, ONE_POLICY, SEEDS, SWAPS, Window, measure_actors
 
 
 @dataclass
@@ -83,9 +83,12 @@ def run(options: BenchConfig) -> None:
         f"\n{'':<28}{'bare':>10}{'pipeline':>10}{'ratio':>8}   "
         "medians of tokens/s; median ratio of paired measurements (range)"
     )
-    for name in (ONE_POLICY, SWAPS):
+    if config.actors.min_step_ms:
+        print("the decode latency of the actors is emulated (actors.min_step_ms)")
+    seeding = f"bare, {'unseeded' if config.sampling.seeded else 'seeded'}"
+    for name, label in ((SEEDS, seeding), (ONE_POLICY, ONE_POLICY), (SWAPS, SWAPS)):
         _row(
-            f"actors, {name}",
+            f"actors, {label}",
             [w.tokens_per_s for w in windows[BARE]],
             [w.tokens_per_s for w in windows[name]],
         )

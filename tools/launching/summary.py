@@ -44,6 +44,8 @@ def facts(run: RunDirectory, peaks: Mapping[str, int]) -> Iterator[tuple[str, st
         if values:
             ends = values[:: max(1, len(values) - 1)]
             yield (name, " -> ".join(f"{value:.{digits}f}" for value in ends) + unit)
+    if run.emulated:
+        yield ("decode latency", "emulated (actors.min_step_ms)")
     last = run.metrics[-1] if run.metrics else {}
     if skipped := last.get("data/skipped_prompts"):
         yield ("prompts skipped", f"{skipped:,.0f}")

@@ -75,6 +75,14 @@ class RunDirectory:
         return value
 
     @property
+    def emulated(self) -> bool:
+        """Whether engines of this run emulated the decode latency of another machine."""
+        pools = self.setting("launch.pools") or []
+        return bool(self.setting("actors.min_step_ms")) or any(
+            "actors.min_step_ms=" in str(pool) for pool in pools
+        )
+
+    @property
     def held_out(self) -> str:
         """The metric of its evaluations: accuracy if each of them has one, else the mean reward."""
         every = "eval/reward_mean"

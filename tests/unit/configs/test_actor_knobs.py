@@ -99,6 +99,18 @@ def engine_options_for_a_gpu(config: Config, _: Path) -> object:
         return engine.engine_args(config).gpu_memory_utilization
 
 
+def request_options(config: Config, _: Path) -> object:
+    from actors.inference.engine import sampling_params
+
+    return sampling_params(config.sampling, max_tokens=8, seed=3).seed
+
+
+def scheduler_options(config: Config, _: Path) -> object:
+    from actors.inference.engine import engine_args
+
+    return engine_args(config).additional_config
+
+
 MODEL, CUDA = "model.path={folder}", "actors.device=cuda"
 TURNS = {
     "actors.stream_interval": Turn("2", "3", reported, ("actors.flush_s=0.001",)),
@@ -112,6 +124,8 @@ TURNS = {
     "actors.name": Turn("a", "b", dying_pool, (MODEL, "actors.max_restarts=0")),
 }
 VLLM_TURNS = {
+    "actors.min_step_ms": Turn("[]", "[[1,12]]", scheduler_options),
+    "sampling.seeded": Turn("false", "true", request_options),
     "actors.slots": Turn("16", "32", engine_options),
     "actors.kv_cache_gib": Turn("0.5", "1", engine_options),
     "actors.gpu_memory_frac": Turn("0.5", "0.6", engine_options_for_a_gpu, (CUDA,)),

@@ -117,6 +117,7 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:
         ("optimizer.lr=fast", "expected float"),
         ("run.resume=maybe", "expected bool"),
         ("optimizer.betas=0.9", "expected list[float]"),
+        ("actors.min_step_ms=25", "expected list[list[float]]"),
     ],
 )
 def test_a_wrong_type_names_key_value_and_type(override: str, expected: str) -> None:
@@ -198,6 +199,12 @@ def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: str) -> No
         (["redundancy.upper=1.05"], ["redundancy.upper=1.05", ">= 1.0625"]),
         (["sampling.max_tokens=1024"], ["sampling.max_tokens=1024", "model.max_context=1024"]),
         (["optimizer.betas=[0.9]"], ["optimizer.betas", "two"]),
+        (["actors.min_step_ms=[[1]]"], ["actors.min_step_ms=[[1.0]]", "pairs"]),
+        (["actors.min_step_ms=[[0,9]]"], ["actors.min_step_ms=[[0.0, 9.0]]", "batches", ">= 1"]),
+        (["actors.min_step_ms=[[8,9],[1,7]]"], ["actors.min_step_ms", "ascending"]),
+        (["actors.min_step_ms=[[8,9],[8,9]]"], ["actors.min_step_ms", "ascending"]),
+        (["actors.min_step_ms=[[1,0]]"], ["actors.min_step_ms", "> 0"]),
+        (["actors.min_step_ms=[[1,nan]]"], ["actors.min_step_ms", "> 0"]),
         (
             ["batch.groups=1", "darts.group_size=2", "learner.num_ranks=3", "redundancy.upper=2"],
             ["learner.num_ranks=3", "2"],
@@ -260,7 +267,9 @@ def test_any_dataclass_is_a_schema() -> None:
 
 
 def test_a_preset_is_offered_to_the_schema_that_has_its_keys() -> None:
-    assert presets(Config) == ["demo", "qwen2.5_7b_gpu", "smollm2_cpu"]
+    assert presets(Config) == [
+        "demo", "latency/a10_7b", "latency/h100_14b", "qwen2.5_7b_gpu", "smollm2_cpu",
+    ]  # fmt: skip
     assert "simulate/cpu" in presets(SimulateConfig) and "demo" not in presets(SimulateConfig)
     assert presets(Other) == []
 

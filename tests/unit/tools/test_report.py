@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.launching.summary import facts
 from tools.report import write_report
 from tools.reporting.plots import FIGURES, compact, evaluations
 from tools.reporting.run_directory import RunDirectory
@@ -151,6 +152,26 @@ def test_samples_cannot_inject_markup(finished_page: Path) -> None:
 
 def test_the_headline_compares_the_first_evaluation_with_the_last(finished_page: Path) -> None:
     assert "50.0 %85.0 %+35.0 points" in Page(finished_page).text
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("section", "emulated"),
+    [
+        ("", False),
+        ("actors: {min_step_ms: []}", False),
+        ("actors: {min_step_ms: [[1, 12]]}", True),
+        ("launch: {pools: ['actors.name=b actors.min_step_ms=[[1,12]]']}", True),
+    ],
+)
+def test_the_report_says_that_the_latency_is_emulated(
+    run_dir: Path, section: str, emulated: bool
+) -> None:
+    with (run_dir / "config.yaml").open("a") as file:
+        file.write(section)
+    assert ("on emulated decode latency" in Page(write_report(run_dir)).text) == emulated
+    named = dict(facts(RunDirectory.read(run_dir), {}))
+    assert ("decode latency" in named) == emulated
 
 
 def test_a_half_written_last_line_is_skipped_and_counted(run_dir: Path) -> None:
