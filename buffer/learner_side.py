@@ -13,11 +13,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from buffer.advantages import group_advantages
 from buffer.peers import Peer
 from buffer.records.event_log import Learner, Policy, Trained
 from buffer.run_state import RunFailed, RunState
-from buffer.shards import balance
+from buffer.shards import make_shards
 from buffer.wire import messages as msg
+from configs.objectives import objective
 from darts import events as ev
 
 SAMPLED_GROUPS = 2  # per step, written to samples.jsonl
@@ -127,7 +129,7 @@ class LearnerSide:
         elif hello.step < run.step:
             run.rewind(hello.step)
         self.forget_step()
-        learner = Learner(hello.incarnation, hello.num_ranks, hello.vocab_size)
+        learner = Learner(hello.incarnation, hello.num_ranks, hello.vocab_size, hello.work)
         run.set_learner(learner)
         run.log.note(learner, run.now())
         run.say(f"learner joined with {hello.num_ranks} rank(s) at step {hello.step}")
@@ -175,36 +177,31 @@ class LearnerSide:
             if step == run.step and peer.rank < run.learner.num_ranks:
                 if not self._shards:
                     self._waited_s = time.monotonic() - since_s
-                    self._shards = self._make_shards(run.learner.num_ranks)
+                    self._shards = self._make_shards(run.learner)
                 del self._pulls[peer.rank]
                 run.send(peer, self._shards[peer.rank])
 
-    def _make_shards(self, num_ranks: int) -> list[msg.Shard]:
+    def _make_shards(self, learner: Learner) -> list[msg.Shard]:
         """One shard per rank. The same batch always gives the same shards."""
         run = self.run
         run.make_durable()
         selected = [t for record in self._shipped for t in self._trajectories(record)]
-        whole = run.config.loss.train_truncated
-        trajectories = [t for t in selected if whole or not t.truncated]
-        num_loss_tokens = sum(t.sampled.count(1) for t in trajectories)
-        costs = [len(t.tokens) // 4 for t in trajectories]
-        return [
-            msg.Shard(
-                step=run.step,
-                policy_version=self._shipped[0].shipped_version,
-                trajectories=[trajectories[i] for i in indices],
-                step_loss_tokens=num_loss_tokens,
-            )
-            for indices in balance(costs, num_ranks)
-        ]
+        return make_shards(
+            selected,
+            run.config.loss,
+            learner,
+            step=run.step,
+            policy_version=self._shipped[0].shipped_version,
+        )
 
     def _trajectories(self, record: ev.GroupRecord) -> list[msg.Trajectory]:
         selected = [r for r in record.rollouts if r.end.startswith("selected")]
         rewards = [r.reward for r in selected if r.reward is not None]
         assert len(rewards) == len(selected), "a selected rollout has no reward"
+        advantages = group_advantages(rewards, objective(self.run.config.loss))
         return [
-            self.run.store.trajectory(r.rollout_id, reward, r.truncated, rewards)
-            for r, reward in zip(selected, rewards, strict=True)
+            self.run.store.trajectory(r.rollout_id, reward, r.truncated, advantage)
+            for r, reward, advantage in zip(selected, rewards, advantages, strict=True)
         ]
 
     def note_trained(self, note: Trained) -> None:

@@ -1,7 +1,8 @@
-"""Assigns trajectories to ranks, in shards of nearly equal token counts.
+"""From the selected trajectories of a step to one shard per rank, of nearly equal work.
 
-Pure; driven by the buffer's service. Every rank waits for the slowest, so the largest shard
-determines the time of a step.
+Owns which trajectories leave no gradient and are dropped, the totals by which the loss is divided,
+and the balance. Pure; driven by `buffer.learner_side`. Every rank waits for the slowest, so the
+largest shard determines the time of a step.
 """
 
 from __future__ import annotations
@@ -9,8 +10,53 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+from buffer.records.event_log import Learner
+from buffer.wire.messages import Shard, Trajectory, Work
+from configs.schema import LossConfig
+
+UNITS = 1024  # of cost per token, so that costs are whole numbers
 # (total cost, number of items, items). The count puts empty parts last among zeros.
 Part = tuple[int, int, list[int]]
+
+
+def make_shards(
+    selected: Sequence[Trajectory],
+    loss: LossConfig,
+    learner: Learner,
+    *,
+    step: int,
+    policy_version: int,
+) -> list[Shard]:
+    """One shard for each rank of `learner`.
+
+    Trajectories without a gradient go to no rank: truncated ones, unless `loss.train_truncated`,
+    and those without an advantage, unless a KL penalty moves them, too. The latter still count in
+    the loss's totals, so the gradient does not change.
+    """
+    in_loss = [t for t in selected if loss.train_truncated or not t.truncated]
+    trained = [t for t in in_loss if t.advantage or loss.kl]
+    num_tokens = sum(num_sampled(t) for t in in_loss)
+    return [
+        Shard(
+            step=step,
+            policy_version=policy_version,
+            trajectories=[trained[index] for index in indices],
+            step_loss_tokens=num_tokens,
+            step_loss_responses=len(in_loss),
+        )
+        for indices in balance([cost(t, learner.work) for t in trained], learner.num_ranks)
+    ]
+
+
+def num_sampled(trajectory: Trajectory) -> int:
+    return trajectory.sampled.count(1)
+
+
+def cost(trajectory: Trajectory, work: Work) -> int:
+    """The work of a forward and a backward pass, in parts of `UNITS` of a token's."""
+    num_tokens = len(trajectory.tokens) // 4
+    head = work.per_prediction * num_sampled(trajectory)
+    return round(UNITS * (num_tokens + head + work.per_pair * num_tokens**2))
 
 
 def balance(costs: Sequence[int], num_shards: int) -> list[list[int]]:
@@ -27,7 +73,7 @@ def balance(costs: Sequence[int], num_shards: int) -> list[list[int]]:
         )
     if any(cost < 0 for cost in costs):
         raise ValueError(
-            f"costs: {min(costs)} is negative; a trajectory costs its number of tokens"
+            f"costs: {min(costs)} is negative; a trajectory's work is at least 0"
         )
     split = min(_largest_differencing(costs, num_shards), _greedy(costs, num_shards), key=_largest)
     return [sorted(items) for _, _, items in split]

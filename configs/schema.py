@@ -566,28 +566,78 @@ class WeightsConfig(SharedWeights):
 
 @dataclass
 class LossConfig:
-    kind: Literal["grpo", "dr_grpo"] = key(
-        "grpo",
-        "How advantages are computed from a group's rewards: grpo divides by their standard "
-        "deviation, dr_grpo does not. Both use the clipped surrogate, averaged over tokens.",
+    kind: Literal["dapo", "grpo", "dr_grpo", "rloo", "gspo", "cispo", "decoupled_ppo"] = key(
+        "dapo",
+        "Objective of the training, by the name of its publication. It decides every key below "
+        "that is auto or 0; docs/objectives.md has the table.",
+    )
+    ratio: Literal["auto", "token", "sequence"] = key(
+        "auto",
+        "Level of the ratio of learner to actor: of each token, or the geometric mean over its "
+        "response (sequence), which fits rewards that judge a whole response.",
+    )
+    correction: Literal["auto", "clip", "truncated", "mask", "cispo", "decoupled"] = key(
+        "auto",
+        "Use of the ratio: clip (PPO), truncated (a weight of at most loss.tis_cap), mask (no "
+        "gradient outside loss.mask_low..mask_high), cispo (a weight of at most 1 + "
+        "loss.clip_high) or decoupled (clip against the policy at the start of the step).",
+    )
+    aggregation: Literal["auto", "token_mean", "sequence_mean", "constant"] = key(
+        "auto",
+        "Weight of a token in the loss: token_mean (all tokens of a step count the same), "
+        "sequence_mean (all responses do) or constant (a response's sum divided by "
+        "sampling.max_tokens, and the mean over responses).",
+    )
+    baseline: Literal["auto", "group", "leave_one_out"] = key(
+        "auto",
+        "Reward from which an advantage is measured: the mean of the group, or of the other "
+        "responses in it (leave_one_out).",
+    )
+    scale: Literal["auto", "std", "none"] = key(
+        "auto",
+        "Divisor of advantages: the standard deviation of the group's rewards, or none. Without "
+        "it, prompts that are nearly always or nearly never solved count less.",
     )
     clip_low: float = key(
-        0.2,
-        "Policy ratios below 1 - loss.clip_low are clipped.",
-        gt=0,
+        0.0,
+        "Policy ratios below 1 - loss.clip_low are clipped. 0: as published for loss.kind.",
+        ge=0,
         lt=1,
     )
     clip_high: float = key(
-        0.28,
+        0.0,
         "Policy ratios above 1 + loss.clip_high are clipped. A value above loss.clip_low "
-        "(clip-higher) keeps exploration alive.",
-        gt=0,
+        "(clip-higher) keeps exploration alive. 0: as published for loss.kind.",
+        ge=0,
     )
     tis_cap: float = key(
         2.0,
         "Cap of the truncated importance weight that corrects for the difference between the "
         "policy that sampled a token and the learner's.",
         gt=0,
+    )
+    mask_low: float = key(
+        0.5, "Smallest ratio with a gradient. Applies to loss.correction=mask.", ge=0, lt=1
+    )
+    mask_high: float = key(
+        5.0, "Largest ratio with a gradient. Applies to loss.correction=mask.", gt=1
+    )
+    kl: float = key(
+        0.0,
+        "Weight of the KL penalty that keeps the policy near a reference. Above 0, the learner "
+        "holds a second, frozen model and trains on responses without an advantage, too.",
+        ge=0,
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = key(
+        "k3",
+        "Estimator of the KL penalty per token, with d = log policy - log reference: k1 (d, whose "
+        "gradient is zero on average), k2 (d^2 / 2) or k3 (exp(-d) - 1 + d).",
+    )
+    reference: str = key(
+        "",
+        "Folder, or name on the hub, of the reference model of the KL penalty. Empty: model.path, "
+        "the policy before training.",
+        fixed=True,
     )
     train_truncated: bool = key(
         False,

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from configs.errors import one_line
 from learner.packs.attention import PACKED_SDPA
-from learner.packs.batch import Pack, concatenate
+from learner.packs.batch import Pack, concatenate, plain_pack
 from learner.packs.boundaries import Boundaries
-from learner.packs.loss import token_logprobs
+from learner.packs.logprobs import token_logprobs
 
 LENGTHS = (23, 17, 29)  # unequal, odd, and longer than any convolution's kernel
 # Correct layouts were off by at most 1e-6 in float32 and, with experts, 0.07 in bfloat16. Wrong
@@ -300,17 +300,7 @@ def _sequence(ids: torch.Tensor, num_tokens: int, generator: torch.Generator) ->
     Its advantages are random weights of the log-probabilities.
     """
     tokens = ids[torch.randint(len(ids), (num_tokens,), generator=generator)]
-    return Pack(
-        input_ids_T=tokens[:-1],
-        position_ids_T=torch.arange(num_tokens - 1),
-        predicts_S=torch.arange(num_tokens - 1),
-        targets_S=tokens[1:],
-        actor_logprobs_S=torch.zeros(num_tokens - 1),
-        advantages_S=torch.randn(num_tokens - 1, generator=generator),
-        current_S=torch.zeros(num_tokens - 1, dtype=torch.bool),
-        fresh_S=torch.zeros(num_tokens - 1, dtype=torch.bool),
-        lengths=(num_tokens - 1,),
-    )
+    return plain_pack(tokens, torch.randn(num_tokens - 1, generator=generator))
 
 
 @contextmanager

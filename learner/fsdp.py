@@ -91,12 +91,14 @@ def process_group(
         dist.destroy_process_group()
 
 
-def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
-    """The model of `model.path`, sharded over all ranks, with float32 master weights.
+def load_sharded(
+    config: Config, device: torch.device, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model of `model.path`, sharded over all ranks, with master weights in `dtype`.
 
     Raises `ValueError` if it cannot be loaded.
     """
-    model = load_model(config.model)
+    model = load_model(config.model, dtype)
     # Evaluation mode: dropout would make the learner's log-probabilities differ from the actors'.
     model.eval()
     blocks = [
@@ -122,8 +124,8 @@ def load_sharded(config: Config, device: torch.device) -> PreTrainedModel:
     return model.to(device)  # pyright: ignore[reportArgumentType] -- moves the other buffers
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The model of `model.path` on the CPU, in float32, not sharded.
+def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of `model.path` on the CPU, in `dtype`, not sharded.
 
     Raises `ValueError` if it cannot be loaded.
     """
@@ -139,7 +141,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             config.path,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation=None if ours else config.attention,
         )
     except (OSError, ValueError, ImportError) as error:

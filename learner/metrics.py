@@ -23,7 +23,8 @@ class TokenSums:
 
     inputs: float = 0.0  # tokens that went through the model, prompts included
     trained: float = 0.0
-    loss: float = 0.0
+    loss: float = 0.0  # weighted, before the division by the step's denominator
+    kl: float = 0.0
     entropy: float = 0.0
     clipped: float = 0.0
     capped: float = 0.0
@@ -38,14 +39,20 @@ class TokenSums:
         return list(vars(self).values())
 
     def add(
-        self, pack: Pack, logprobs_S: torch.Tensor, entropy_S: torch.Tensor, surrogate: Surrogate
+        self,
+        pack: Pack,
+        logprobs_S: torch.Tensor,
+        entropy_S: torch.Tensor,
+        surrogate: Surrogate,
+        kl_S: torch.Tensor,
     ) -> None:
         if not len(pack.targets_S):
             return
         diff_S = (logprobs_S.detach() - pack.actor_logprobs_S).abs()
-        loss_S, ratio_S = surrogate.loss_S.detach(), surrogate.ratio_S
+        ratio_S = surrogate.ratio_S
         per_token = [
-            loss_S,
+            surrogate.loss_S.detach() * pack.weights_S,
+            kl_S.detach(),
             entropy_S,
             surrogate.clipped_S,
             surrogate.capped_S,
@@ -73,10 +80,10 @@ class TokenSums:
             return self.fresh_logprob_diff / self.fresh, False
         return (self.current_logprob_diff / self.current if self.current else None), True
 
-    def metrics(self, num_in_loss: int, seconds: float) -> dict[str, float]:
+    def metrics(self, denominator: int, seconds: float) -> dict[str, float]:
         """Metrics by name, given the denominator of the loss. Those not measured are missing."""
         metrics = {
-            "train/loss": self.loss / num_in_loss,
+            "train/loss": self.loss / denominator,
             "train/tokens": self.trained,
             "train/skipped": float(not self.trained),
             "train/tokens_per_s": self.inputs / seconds,
@@ -85,6 +92,7 @@ class TokenSums:
         if self.trained:
             metrics |= {
                 "train/entropy": self.entropy / self.trained,
+                "train/kl": self.kl / self.trained,
                 "train/clip_frac": self.clipped / self.trained,
                 "train/tis_clip_frac": self.capped / self.trained,
                 "train/ratio_mean": self.ratio / self.trained,

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from buffer.wire.probe import probe_sequences
 from learner import fsdp
-from learner.packs.batch import Pack
+from learner.packs.batch import plain_pack
 from learner.packs.boundaries import Boundaries
-from learner.packs.loss import token_logprobs
+from learner.packs.logprobs import token_logprobs
 
 # Share of its neighbour that is added to a weight. It is far above rounding, and harmless.
 DISTURBANCE = 0.05
@@ -31,27 +31,11 @@ def probe_logprobs(boundaries: Boundaries, device: torch.device) -> bytes:
     logprobs = [
         token_logprobs(boundaries.logits(pack), pack.targets_S, temperature=1.0)[0]
         for sequence in probe_sequences(vocab_size)
-        for pack in [_pack(sequence).to(device)]
+        for pack in [plain_pack(torch.tensor(sequence)).to(device)]
     ]
     # A forward pass without a backward pass leaves the root's parameters gathered.
     fsdp.reshard(boundaries.model)
     return torch.cat(logprobs).float().cpu().numpy().astype("<f4").tobytes()
-
-
-def _pack(sequence: list[int]) -> Pack:
-    """One sequence, in which every token after the first is predicted."""
-    num_predicted = len(sequence) - 1
-    return Pack(
-        input_ids_T=torch.tensor(sequence[:-1]),
-        position_ids_T=torch.arange(num_predicted),
-        predicts_S=torch.arange(num_predicted),
-        targets_S=torch.tensor(sequence[1:]),
-        actor_logprobs_S=torch.zeros(num_predicted),
-        advantages_S=torch.zeros(num_predicted),
-        current_S=torch.zeros(num_predicted, dtype=torch.bool),
-        fresh_S=torch.zeros(num_predicted, dtype=torch.bool),
-        lengths=(num_predicted,),
-    )
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from buffer.wire.messages import (
     Shutdown,
     SnapshotRef,
     Trained,
+    Work,
 )
 from buffer.wire.transport import TransportError
 from configs.schema import Config
@@ -60,10 +61,12 @@ class BufferSession:
         incarnation: str,
         vocab_size: int,
         stop_requested: Callable[[], bool] = lambda: False,
+        work: Work = Work(),
     ) -> None:
         self._stop_requested = stop_requested
         self._config, self._rank, self._num_ranks = config, rank, num_ranks
         self._incarnation, self._vocab_size = incarnation, vocab_size
+        self._work = work
         self._step = 0
         self._published: Published | None = None
         self.link = LearnerLink(
@@ -170,6 +173,7 @@ class BufferSession:
             incarnation=self._incarnation,
             resumed=self._config.run.resume,
             take_over=self._config.learner.take_over,
+            work=self._work,
         )
         return self.link.connect(hello, timeout_s).policy_version
 

@@ -14,8 +14,7 @@ decides when one is too stale. Rank 0 speaks for all: it publishes and acknowled
 calls every collective in the same order: micro-batch count, forward and backward, token sums,
 gradient norm, publication, checkpoint.
 
-Left out: several updates per shard, a KL penalty and its reference model, a critic, pulling the
-next shard while this one trains.
+Left out: several updates per shard, a critic, pulling the next shard while this one trains.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from transformers import PreTrainedModel
 from buffer.wire.messages import LearnerFailed, Shard
 from buffer.wire.transport import TransportError
 from configs.errors import one_line
+from configs.objectives import objective
 from configs.schema import Config
 from learner import RunStopped, checkpoint, fsdp
 from learner.agreement import Agreement
@@ -41,10 +41,13 @@ from learner.capability import Packing, probe_packing
 from learner.metrics import TokenSums, peak_bytes
 from learner.packs.batch import Pack, empty_pack, make_packs
 from learner.packs.boundaries import Boundaries
-from learner.packs.loss import clipped_surrogate, token_logprobs
+from learner.packs.logprobs import token_logprobs
+from learner.packs.loss import AGGREGATIONS, kl_penalty, surrogate
 from learner.probe import probe_logprobs
 from learner.publish import WeightPublisher
+from learner.reference import load_reference
 from learner.session import BufferSession, RunEnded
+from learner.work import training_work
 
 SURVIVOR_GRACE_S = 5.0
 UNPUBLISHED = -1  # no actor ever samples with this version
@@ -66,6 +69,7 @@ class LearnerState:
     packing: Packing
     optimizer: torch.optim.AdamW
     agreement: Agreement
+    reference: Boundaries | None = None  # the frozen model of the KL penalty, if there is one
     step: int = 0  # the next one to train
     policy_version: int = -1  # the newest published one
     saved_step: int = 0  # the step of the newest checkpoint; 0 needs none
@@ -94,9 +98,10 @@ def run_rank(
             _resume(state)
         incarnation = draw_incarnation(device, rank)
         vocab_size = state.model.config.get_text_config().vocab_size
+        work = training_work(state.model)
         with (
             BufferSession(
-                config, rank, num_ranks, incarnation, vocab_size, stop_requested
+                config, rank, num_ranks, incarnation, vocab_size, stop_requested, work
             ) as session,
             WeightPublisher(config, rank) as publisher,
         ):
@@ -151,18 +156,19 @@ def build_state(
         weight_decay=config.optimizer.weight_decay,
         fused=True,
     )
+    reference = load_reference(config, device, boundaries) if config.loss.kl else None
     return LearnerState(
-        config, device, rank, num_ranks, boundaries, packing, optimizer, Agreement(config)
+        config, device, rank, num_ranks, boundaries, packing, optimizer, Agreement(config), reference
     )
 
 
 def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
     """Make one update with this rank's shard. Returns the step's metrics, equal on every rank.
 
-    `state.step` is one higher afterwards. The loss is the sum of the surrogate over tokens, divided
-    by the number of tokens in the loss on all ranks: neither the packing nor the number of ranks
-    changes the gradient. A step in which no trajectory has an advantage leaves weights and
-    optimizer as they are, since AdamW would otherwise move on by momentum and decay. Raises
+    `state.step` is one higher afterwards. The loss is the weighted sum of the surrogate over
+    tokens, divided by a total over all ranks: neither the packing nor the number of ranks changes
+    the gradient. A step in which no trajectory has a gradient leaves weights and optimizer as they
+    are, since AdamW would otherwise move on by momentum and decay. Raises
     `FloatingPointError` if the gradient is not finite, and `Disagreement` if engines and learner do
     not have the same policy, both before the weights change.
     """
@@ -170,17 +176,21 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
     config = state.config
     current = state.policy_version if state.published else UNPUBLISHED
     capacity = state.packing.capacity(config.batch.max_tokens)
-    packs = make_packs(shard, capacity, current, config.loss.kind)
+    aggregation = AGGREGATIONS[objective(config.loss).aggregation]
+    max_tokens = config.sampling.max_tokens
+    packs = make_packs(
+        shard.trajectories, capacity, current, lambda n: aggregation.weight(n, max_tokens)
+    )
     # Ranks with fewer micro-batches take part in the others' collectives with empty ones.
     num_packs = int(fsdp.all_max(len(packs), state.device))
     packs += [empty_pack()] * (num_packs - len(packs))
-    num_in_loss = max(1, shard.step_loss_tokens)
+    denominator = max(1, aggregation.denominator(shard))
     lr = learning_rate(config, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     totals = TokenSums()
     for pack in packs:
-        micro_batch_loss(state, pack.to(state.device), num_in_loss, totals).backward()
+        micro_batch_loss(state, pack.to(state.device), denominator, totals).backward()
     sums = TokenSums(*fsdp.all_sum(totals.as_list(), state.device))
     state.agreement.judge(state.step, sums)
     grad_norm = update(state) if num_packs else 0.0
@@ -188,7 +198,7 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
         print(f"learner: step {state.step}: {NOTHING_TO_TRAIN_ON}", file=sys.stderr, flush=True)
     state.step += 1
     state.published = False
-    return sums.metrics(num_in_loss, time.monotonic() - started) | {
+    return sums.metrics(denominator, time.monotonic() - started) | {
         "train/grad_norm": grad_norm,
         "train/lr": lr,
         "memory/learner_peak_bytes": fsdp.all_max(peak_bytes(state.device), state.device),
@@ -196,20 +206,33 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
 
 
 def micro_batch_loss(
-    state: LearnerState, pack: Pack, num_in_loss: int, totals: TokenSums
+    state: LearnerState, pack: Pack, denominator: int, totals: TokenSums
 ) -> torch.Tensor:
     """This pack's part of the step's loss, as a scalar with a gradient.
 
     Its measurements are added to `totals`.
     """
-    logprobs_S, entropy_S = token_logprobs(
-        state.boundaries.logits(pack), pack.targets_S, state.config.sampling.temperature
+    loss = state.config.loss
+    logprobs_S, entropy_S = pack_logprobs(state, state.boundaries, pack)
+    policy = surrogate(logprobs_S, pack, loss)
+    kl_S = torch.zeros_like(logprobs_S)
+    if state.reference is not None:
+        with torch.no_grad():
+            reference_S, _ = pack_logprobs(state, state.reference, pack)
+        fsdp.reshard(state.reference.model)
+        kl_S = kl_penalty(logprobs_S, reference_S, loss.kl_estimator)
+    policy = policy._replace(loss_S=policy.loss_S + loss.kl * kl_S)
+    totals.add(pack, logprobs_S, entropy_S, policy, kl_S)
+    return (policy.loss_S * pack.weights_S).sum() / denominator
+
+
+def pack_logprobs(
+    state: LearnerState, boundaries: Boundaries, pack: Pack
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each predicted token, and entropy of its distribution."""
+    return token_logprobs(
+        boundaries.logits(pack), pack.targets_S, state.config.sampling.temperature
     )
-    surrogate = clipped_surrogate(
-        logprobs_S, pack.actor_logprobs_S, pack.advantages_S, state.config.loss
-    )
-    totals.add(pack, logprobs_S, entropy_S, surrogate)
-    return surrogate.loss_S.sum() / num_in_loss
 
 
 def update(state: LearnerState) -> float:

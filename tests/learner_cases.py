@@ -11,10 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
+from buffer.advantages import group_advantages
+from buffer.records.event_log import Learner
+from buffer.shards import make_shards as split_step
 from buffer.wire.messages import (
     Acknowledged,
     Heartbeat,
@@ -31,7 +35,8 @@ from buffer.wire.messages import (
     Trajectory,
 )
 from buffer.wire.transport import Router
-from configs.schema import Config
+from configs.objectives import objective
+from configs.schema import Config, LossConfig
 from learner import fsdp
 from learner.metrics import TokenSums
 from learner.packs.batch import make_packs
@@ -40,8 +45,8 @@ from learner.train import LearnerState, build_state, micro_batch_loss, train_ste
 VOCABULARY = 48
 
 
-def save_model(folder: Path, family: str = "qwen3", tied: bool = True) -> Path:
-    """Save a two-layer model with random weights, the same each time."""
+def save_model(folder: Path, family: str = "qwen3", tied: bool = True, seed: int = 0) -> Path:
+    """Save a two-layer model with random weights, the same for the same `seed`."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -54,7 +59,7 @@ def save_model(folder: Path, family: str = "qwen3", tied: bool = True) -> Path:
         "tie_word_embeddings": tied,
     }
     config: PreTrainedConfig = Qwen3Config(**sizes) if family == "qwen3" else LlamaConfig(**sizes)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     # Moves it away from the uniform distribution, so that positions and neighbours matter.
     with torch.no_grad():
@@ -82,7 +87,7 @@ def make_trajectory(
     num_prompt: int,
     num_sampled: int,
     reward: float,
-    group: list[float],
+    group_id: int = 0,
     truncated: bool = False,
     version: int = 0,
 ) -> Trajectory:
@@ -91,14 +96,14 @@ def make_trajectory(
     logprobs = np.where(sampled, -np.log(VOCABULARY) + 0.3 * rng.standard_normal(num_tokens), 0.0)
     return Trajectory(
         rollout_id=int(rng.integers(1 << 40)),
-        group_id=0,
+        group_id=group_id,
         tokens=rng.integers(0, VOCABULARY, num_tokens).astype("<i4").tobytes(),
         sampled=sampled.astype(np.uint8).tobytes(),
         actor_logprobs=logprobs.astype("<f4").tobytes(),
         versions=[(version, num_sampled)],
         reward=reward,
         truncated=truncated,
-        group_rewards=group,
+        advantage=0.0,  # until `with_advantages`
     )
 
 
@@ -107,7 +112,7 @@ def make_trajectories(
 ) -> list[Trajectory]:
     rng = np.random.default_rng(seed)
     trajectories = []
-    for _ in range(num_groups):
+    for group_id in range(num_groups):
         group = [float(reward) for reward in rng.permutation([1.0] + [0.0] * (group_size - 1))]
         for reward in group:
             trajectories.append(
@@ -116,11 +121,24 @@ def make_trajectories(
                     int(rng.integers(2, 8)),
                     int(rng.integers(3, 50)),
                     reward,
-                    group,
+                    group_id,
                     version=version,
                 )
             )
-    return trajectories
+    return with_advantages(trajectories)
+
+
+def with_advantages(
+    trajectories: list[Trajectory], loss: LossConfig = LossConfig()
+) -> list[Trajectory]:
+    """The same trajectories, with the advantages that the buffer computes for `loss`."""
+    groups: dict[int, list[float]] = {}
+    for t in trajectories:
+        groups.setdefault(t.group_id, []).append(t.reward)
+    of_group = {g: iter(group_advantages(r, objective(loss))) for g, r in groups.items()}
+    return [
+        msgspec.structs.replace(t, advantage=next(of_group[t.group_id])) for t in trajectories
+    ]
 
 
 def num_sampled(trajectories: list[Trajectory]) -> int:
@@ -130,8 +148,8 @@ def num_sampled(trajectories: list[Trajectory]) -> int:
 def make_shards(
     trajectories: list[Trajectory], step: int = 0, parts: list[int] | None = None, version: int = 0
 ) -> list[Shard]:
-    """A step's shards, one per rank. `parts` has the number of trajectories of each, in order; if
-    None, one rank takes all.
+    """A step's shards, one per rank, of all trajectories. `parts` has the number of trajectories of
+    each, in order; if None, one rank takes all.
     """
     shards, start = [], 0
     for part in parts or [len(trajectories)]:
@@ -141,10 +159,20 @@ def make_shards(
                 policy_version=version,
                 trajectories=trajectories[start : start + part],
                 step_loss_tokens=num_sampled(trajectories),
+                step_loss_responses=len(trajectories),
             )
         )
         start += part
     return shards
+
+
+def shipped(
+    trajectories: list[Trajectory], loss: LossConfig, step: int = 0, num_ranks: int = 1
+) -> list[Shard]:
+    """A step's shards as the buffer makes them, without the trajectories that have no gradient."""
+    learner = Learner("incarnation", num_ranks, VOCABULARY)
+    advised = with_advantages(trajectories, loss)
+    return split_step(advised, loss, learner, step=step, policy_version=0)
 
 
 @contextmanager
@@ -157,7 +185,7 @@ def single_rank(config: Config) -> Iterator[LearnerState]:
 def pack_gradients(state: LearnerState, max_tokens: int) -> dict[str, torch.Tensor]:
     """The gradient of a step's loss with packs of `max_tokens`."""
     shard = make_shards(make_trajectories(seed=0))[0]
-    for pack in make_packs(shard, max_tokens, 0):
+    for pack in make_packs(shard.trajectories, max_tokens, 0):
         micro_batch_loss(state, pack, shard.step_loss_tokens, TokenSums()).backward()
     gradients = {
         name: fsdp.whole(parameter.grad)

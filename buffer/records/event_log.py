@@ -20,7 +20,7 @@ from buffer.data.outstanding_prompts import Cursor
 from buffer.records.files import DISK
 from buffer.records.segment_files import Record, read_segments
 from buffer.records.segments import SegmentLog
-from buffer.wire.messages import SnapshotRef
+from buffer.wire.messages import SnapshotRef, Work
 from darts import events as ev
 from darts.checkpoint import CoreState
 from darts.config import CoreConfig
@@ -39,6 +39,7 @@ class Learner(msgspec.Struct, frozen=True, tag=True):
     incarnation: str
     num_ranks: int
     vocab_size: int
+    work: Work = Work()
 
 
 class BufferState(msgspec.Struct, frozen=True, kw_only=True):

@@ -136,7 +136,7 @@ class TrajectoryStore:
             self.ended.append(rollout_id)
 
     def trajectory(
-        self, rollout_id: int, reward: float, truncated: bool, group_rewards: list[float]
+        self, rollout_id: int, reward: float, truncated: bool, advantage: float
     ) -> Trajectory:
         """The whole rollout, in the learner's format. It stays held until it is discarded."""
         rollout = self._rollout(rollout_id)
@@ -158,7 +158,7 @@ class TrajectoryStore:
             versions=versions,
             reward=reward,
             truncated=truncated,
-            group_rewards=group_rewards,
+            advantage=advantage,
         )
 
     def _rollout(self, rollout_id: int) -> StoredRollout:

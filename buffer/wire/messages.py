@@ -311,6 +311,16 @@ EngineCommand = Union[
 # learner -> buffer --------------------------------------------------------------------------------
 
 
+class Work(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """The work of training on a trajectory, in units of one token's pass through the layers.
+
+    That is its number of tokens and the two terms below.
+    """
+
+    per_prediction: Amount = 0.0  # in the head, for each sampled token
+    per_pair: Amount = 0.0  # in attention, times the square of the number of tokens
+
+
 class LearnerHello(Message):
     """A learner rank is ready to train `step` (0 for a fresh run). Rank 0 says so after all others.
 
@@ -318,6 +328,7 @@ class LearnerHello(Message):
     resumed: it was started with run.resume, so it may continue records that exist.
     take_over: it replaces a learner that is still alive.
     vocab_size: of its model; token ids are below it.
+    work: of its model, by which trajectories are divided among the ranks.
     """
 
     rank: Whole
@@ -329,6 +340,7 @@ class LearnerHello(Message):
     resumed: bool = False
     take_over: bool = False
     run: OptionalName = ""  # as in `EngineHello`
+    work: Work = Work()
 
 
 class Pull(Message):
@@ -394,7 +406,7 @@ class Trajectory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
             rollout_id=68, group_id=17,
             tokens=int32([5, 9, 4, 4, 2]), sampled=uint8([0, 0, 1, 1, 1]),
             actor_logprobs=float32([0, 0, -0.1, -1.2, -0.3]), versions=[(4, 2), (5, 1)],
-            reward=1.0, truncated=False, group_rewards=[1.0, 0.0, 1.0],
+            reward=1.0, truncated=False, advantage=0.707,
         )
     """
 
@@ -406,24 +418,30 @@ class Trajectory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
     versions: list[tuple[int, int]]  # runs of (policy version, number of sampled tokens), in order
     reward: float
     truncated: bool
-    group_rewards: list[float]  # of the M trajectories of its group, this one included
+    advantage: float  # against the M trajectories of its group, this one included
 
 
 class Shard(Message):
-    """One rank's part of a step. Shards of a step have about equal numbers of tokens.
+    """One rank's part of a step. Shards of a step take about equal work.
 
-    Only trajectories that are trained on are in it: a truncated one, unless loss.train_truncated,
-    counts in its group's rewards alone.
+    Only trajectories with a gradient are in it. A truncated one, unless loss.train_truncated,
+    counts in its group's rewards alone. One without an advantage counts in the totals alone, unless
+    a KL penalty gives it a gradient.
 
     Example: rank 0 of 2, in a step of 2 groups of 3, of which one trajectory was truncated.
 
-        Shard(step=12, policy_version=5, trajectories=[t0, t3], step_loss_tokens=482)
+        Shard(
+            step=12, policy_version=5, trajectories=[t0, t3],
+            step_loss_tokens=482, step_loss_responses=5,
+        )
     """
 
     step: int
     policy_version: int
     trajectories: list[Trajectory]
-    step_loss_tokens: int  # sampled tokens over all ranks: the loss is a mean over these
+    # Of the loss, over all ranks, including those without an advantage.
+    step_loss_tokens: int
+    step_loss_responses: int
 
 
 class Acknowledged(Message):

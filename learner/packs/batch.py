@@ -8,15 +8,14 @@ Shapes: T tokens in a pack, S of its positions that predict a trained token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-from buffer.wire.messages import Shard, Trajectory
+from buffer.wire.messages import Trajectory
 from darts.events import ProtocolError
-from learner.packs.advantage import group_advantage
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +31,8 @@ class Pack:
     targets_S: torch.Tensor  # int64
     actor_logprobs_S: torch.Tensor  # float32
     advantages_S: torch.Tensor  # float32
+    weights_S: torch.Tensor  # float32, before the division by the step's denominator
+    response_S: torch.Tensor  # int64: the number of its sequence in the pack
     current_S: torch.Tensor  # bool: sampled by the weights that are about to be trained
     fresh_S: torch.Tensor  # bool: all tokens of its response are current
     lengths: tuple[int, ...]  # of the sequences; they sum to T
@@ -47,22 +48,20 @@ TENSORS = tuple(column.name for column in fields(Pack) if column.name != "length
 
 
 def make_packs(
-    shard: Shard, max_tokens: int, current_version: int, kind: str = "grpo"
+    trajectories: Sequence[Trajectory],
+    max_tokens: int,
+    current_version: int,
+    weight: Callable[[int], float] = lambda _: 1.0,
 ) -> list[Pack]:
     """Micro-batches of at most `max_tokens` input tokens.
 
-    Every trajectory of `shard` that has an advantage appears once; one longer than `max_tokens` has
-    a pack to itself. The others, such as those of groups whose rewards are all equal, are left out:
-    they have no gradient, and their tokens stay in the loss's denominator. For `kind`, see
-    `group_advantage`. `current_version` is the policy version whose weights the learner holds, or
-    one that no actor can have, such as -1, if it holds unpublished weights. Raises `ProtocolError`
-    for a malformed trajectory.
+    Every trajectory appears once; one longer than `max_tokens` has a pack to itself.
+    `current_version` is the policy version whose weights the learner holds, or one that no actor
+    can have, such as -1, if it holds unpublished weights. `weight` is that of a token in the loss,
+    given the number of sampled tokens in its response. Raises `ProtocolError` for a malformed
+    trajectory.
     """
-    sequences = [
-        _sequence(trajectory, advantage, current_version)
-        for trajectory in shard.trajectories
-        if (advantage := group_advantage(trajectory.reward, trajectory.group_rewards, kind))
-    ]
+    sequences = [_sequence(trajectory, current_version, weight) for trajectory in trajectories]
     bins = first_fit([len(sequence.input_ids_T) for sequence in sequences], max_tokens)
     return [concatenate(sequences[index] for index in members) for members in bins]
 
@@ -75,15 +74,36 @@ def empty_pack() -> Pack:
     nothing = torch.zeros(0)
     start = torch.zeros(2, dtype=torch.int64)
     return Pack(
-        start,
-        torch.arange(2),
-        nothing.long(),
-        nothing.long(),
-        nothing,
-        nothing,
-        nothing.bool(),
-        nothing.bool(),
-        (2,),
+        input_ids_T=start,
+        position_ids_T=torch.arange(2),
+        predicts_S=nothing.long(),
+        targets_S=nothing.long(),
+        actor_logprobs_S=nothing,
+        advantages_S=nothing,
+        weights_S=nothing,
+        response_S=nothing.long(),
+        current_S=nothing.bool(),
+        fresh_S=nothing.bool(),
+        lengths=(2,),
+    )
+
+
+def plain_pack(tokens: torch.Tensor, advantages_S: torch.Tensor | None = None) -> Pack:
+    """One sequence in which every token but the first is predicted, for a probe."""
+    num_predicted = len(tokens) - 1
+    nothing = torch.zeros(num_predicted)
+    return Pack(
+        input_ids_T=tokens[:-1],
+        position_ids_T=torch.arange(num_predicted),
+        predicts_S=torch.arange(num_predicted),
+        targets_S=tokens[1:],
+        actor_logprobs_S=nothing,
+        advantages_S=nothing if advantages_S is None else advantages_S,
+        weights_S=nothing,
+        response_S=nothing.long(),
+        current_S=nothing.bool(),
+        fresh_S=nothing.bool(),
+        lengths=(num_predicted,),
     )
 
 
@@ -106,7 +126,9 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _sequence(trajectory: Trajectory, advantage: float, current_version: int) -> Pack:
+def _sequence(
+    trajectory: Trajectory, current_version: int, weight: Callable[[int], float]
+) -> Pack:
     tokens_T = np.frombuffer(trajectory.tokens, dtype="<i4")
     sampled_T = np.frombuffer(trajectory.sampled, dtype=np.uint8).astype(bool)
     logprobs_T = np.frombuffer(trajectory.actor_logprobs, dtype="<f4")
@@ -121,7 +143,9 @@ def _sequence(trajectory: Trajectory, advantage: float, current_version: int) ->
         predicts_S=torch.from_numpy(predicts_S),
         targets_S=torch.from_numpy(tokens_T[predicts_S + 1].astype(np.int64)),
         actor_logprobs_S=torch.from_numpy(logprobs_T[predicts_S + 1].copy()),
-        advantages_S=torch.full((len(predicts_S),), advantage),
+        advantages_S=torch.full((len(predicts_S),), trajectory.advantage),
+        weights_S=torch.full((len(predicts_S),), weight(len(predicts_S))),
+        response_S=torch.zeros(len(predicts_S), dtype=torch.int64),
         current_S=torch.from_numpy(current_S),
         fresh_S=torch.from_numpy(current_S & current_S.all()),
         lengths=(len(tokens_T) - 1,),
@@ -164,5 +188,8 @@ def concatenate(sequences: Iterable[Pack]) -> Pack:
     columns = {name: torch.cat([getattr(member, name) for member in members]) for name in TENSORS}
     columns["predicts_S"] = torch.cat(
         [member.predicts_S + int(start) for member, start in zip(members, starts, strict=True)]
+    )
+    columns["response_S"] = torch.cat(
+        [member.response_S + number for number, member in enumerate(members)]
     )
     return Pack(**columns, lengths=lengths)

@@ -1,74 +1,26 @@
-"""Log-probabilities and the clipped surrogate, as pure functions of tensors.
+"""The objectives: what each token adds to the loss, as pure functions of tensors.
 
-Never reads a message, owns no parameter and reduces nothing: sums and denominators belong to
-`learner.train`, its only driver.
+Owns the table of objectives: the level of the ratio (`RATIOS`), its use (`CORRECTIONS`), the
+weights of tokens (`AGGREGATIONS`) and the estimators of the KL penalty (`KL_ESTIMATORS`). Never
+reads a message and reduces nothing: sums and denominators belong to `learner.train`, its only
+driver. docs/objectives.md has the formulas.
 
-Shapes: S positions of a pack that predict a trained token, V vocabulary.
+Shapes: S positions of a pack that predict a trained token.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
+from buffer.wire.messages import Shard
+from configs.objectives import objective
 from configs.schema import LossConfig
+from learner.packs.batch import Pack
 
-CHUNK_ELEMENTS = 2**24  # float32 elements of logits held at once: 64 MiB
 MAX_LOG_RATIO = 20.0  # keeps the mean ratio finite; every rule below acts far earlier
-
-
-class _ChunkedLogprobs(torch.autograd.Function):
-    """Log-probabilities and entropies, computed a chunk of rows at a time.
-
-    Forward and backward convert only one chunk to float32, so that logits never exist twice.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_SV: torch.Tensor,
-        targets_S: torch.Tensor,
-        temperature: float,
-        chunk_rows: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs_S = torch.empty(len(targets_S), dtype=torch.float32, device=logits_SV.device)
-        entropy_S = torch.empty_like(logprobs_S)
-        for start in range(0, len(targets_S), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logprobs_CV = torch.log_softmax(logits_SV[rows].float() / temperature, dim=-1)
-            logprobs_S[rows] = logprobs_CV.gather(1, targets_S[rows, None])[:, 0]
-            entropy_S[rows] = -(logprobs_CV.exp() * logprobs_CV).sum(-1)
-        ctx.save_for_backward(logits_SV, targets_S)
-        ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
-        ctx.mark_non_differentiable(entropy_S)
-        return logprobs_S, entropy_S
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits_SV, targets_S = ctx.saved_tensors
-        grad_logits_SV = torch.empty_like(logits_SV)
-        for start in range(0, len(targets_S), ctx.chunk_rows):
-            rows = slice(start, start + ctx.chunk_rows)
-            grad_CV = torch.softmax(logits_SV[rows].float() / ctx.temperature, dim=-1).neg_()
-            grad_CV.scatter_add_(1, targets_S[rows, None], torch.ones_like(grad_CV[:, :1]))
-            grad_logits_SV[rows] = grad_CV.mul_(grads[0][rows, None] / ctx.temperature).to(
-                logits_SV.dtype
-            )
-        return grad_logits_SV, None, None, None
-
-
-def token_logprobs(
-    logits_SV: torch.Tensor, targets_S: torch.Tensor, temperature: float, chunk_rows: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target [S] and entropy of its distribution [S], both float32 in nats.
-
-    `temperature` divides the logits, as in the engine, so the results are comparable with
-    `actor_logprobs`. Gradients flow through the log-probabilities only. `chunk_rows` is the number
-    of rows per chunk; 0 derives it from `CHUNK_ELEMENTS`.
-    """
-    rows = chunk_rows or max(1, CHUNK_ELEMENTS // logits_SV.shape[1])
-    return _ChunkedLogprobs.apply(logits_SV, targets_S, temperature, rows)  # type: ignore[no-any-return]
 
 
 class Surrogate(NamedTuple):
@@ -77,16 +29,80 @@ class Surrogate(NamedTuple):
     loss_S: torch.Tensor
     ratio_S: torch.Tensor
     clipped_S: torch.Tensor  # bool: no gradient, since the policy has moved far enough
-    capped_S: torch.Tensor  # bool: weight cut at tis_cap
+    capped_S: torch.Tensor  # bool: ratio above tis_cap
 
 
-def clipped_surrogate(
-    learner_logprobs_S: torch.Tensor,
-    actor_logprobs_S: torch.Tensor,
-    advantages_S: torch.Tensor,
-    config: LossConfig,
-) -> Surrogate:
-    """The token-level surrogate of a single update: r = learner/actor, A = advantage.
+class Terms(NamedTuple):
+    """Per token [S], without a gradient. Ratios and log-probabilities are of the chosen level."""
+
+    ratio_S: torch.Tensor  # learner/actor
+    to_proximal_S: torch.Tensor  # learner/proximal policy
+    proximal_S: torch.Tensor  # proximal policy/actor
+    logprobs_S: torch.Tensor
+    advantages_S: torch.Tensor
+
+
+class Weights(NamedTuple):
+    """Per token [S]: the loss is -A x value, its gradient -A x gradient x grad(logprob)."""
+
+    value_S: torch.Tensor
+    gradient_S: torch.Tensor
+    clipped_S: torch.Tensor
+
+
+def surrogate(logprobs_S: torch.Tensor, pack: Pack, loss: LossConfig) -> Surrogate:
+    """The loss of each token of `pack`, with a gradient through `logprobs_S`.
+
+    The actor is the policy that sampled a token. The proximal policy is the learner's at the start
+    of the step, hence the present one in the first update.
+    """
+    rules = objective(loss)
+    level = RATIOS[rules.ratio]
+    levelled_S, actor_S = level(logprobs_S, pack), level(pack.actor_logprobs_S, pack)
+    now_S = levelled_S.detach()
+    terms = Terms(
+        ratio_S=_ratio(now_S - actor_S),
+        to_proximal_S=torch.ones_like(now_S),
+        proximal_S=_ratio(now_S - actor_S),
+        logprobs_S=now_S,
+        advantages_S=pack.advantages_S,
+    )
+    weights = CORRECTIONS[rules.correction](terms, loss)
+    # The difference of log-probabilities is zero: it adds the gradient, not a value.
+    loss_S = -pack.advantages_S * (weights.value_S + weights.gradient_S * (levelled_S - now_S))
+    return Surrogate(loss_S, terms.ratio_S, weights.clipped_S, terms.ratio_S > loss.tis_cap)
+
+
+def _ratio(log_ratio_S: torch.Tensor) -> torch.Tensor:
+    return log_ratio_S.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+# Level of the ratio -------------------------------------------------------------------------------
+
+
+def _token(values_S: torch.Tensor, pack: Pack) -> torch.Tensor:
+    return values_S
+
+
+def _sequence(values_S: torch.Tensor, pack: Pack) -> torch.Tensor:
+    """The mean over the response of each token. Source: GSPO (arXiv 2507.18071), equation 7."""
+    zeros = values_S.new_zeros(len(pack.lengths))
+    sums = zeros.index_add(0, pack.response_S, values_S)
+    counts = zeros.index_add(0, pack.response_S, torch.ones_like(values_S)).clamp(min=1)
+    return (sums / counts)[pack.response_S]
+
+
+RATIOS: dict[str, Callable[[torch.Tensor, Pack], torch.Tensor]] = {
+    "token": _token,
+    "sequence": _sequence,
+}
+
+
+# Use of the ratio ---------------------------------------------------------------------------------
+
+
+def _clip(terms: Terms, loss: LossConfig) -> Weights:
+    """PPO's min(rA, clip(r)A), with r = learner/actor.
 
     ==========  ====================  ==============  ===========================
     A           r                     loss            gradient
@@ -96,31 +112,125 @@ def clipped_surrogate(
     any         otherwise             -min(r, cap)A    -min(r, cap) A grad(logprob)
     ==========  ====================  ==============  ===========================
 
-    The clip is PPO's min(rA, clip(r)A), with `clip_high` above `clip_low` (clip-higher). That min
-    leaves r unbounded if A is negative, so a token that a stale or mismatched actor found
+    That min leaves r unbounded if A is negative, so a token that a stale or mismatched actor found
     improbable would outweigh the whole batch. The importance weight is therefore truncated at
     `tis_cap` and taken as a constant: such a token still contributes, with a bounded weight. (If A
-    is positive, the cap acts only if it is below 1 + clip_high.) The old policy is the actor's own
-    distribution. With one update per shard, the learner's policy at the start of the step equals
-    the current one, and a ratio to it would always be 1.
+    is positive, the cap acts only if it is below 1 + clip_high.)
 
-    Source: PPO (arXiv 1707.06347), DAPO (arXiv 2503.14476) for clip-higher and the token-level
-    mean, and IMPALA (arXiv 1802.01561) for truncated importance sampling.
+    Source: PPO (arXiv 1707.06347), DAPO (arXiv 2503.14476) for `clip_high` above `clip_low`, and
+    IMPALA (arXiv 1802.01561) for truncated importance sampling.
     """
-    log_ratio_S = (learner_logprobs_S.detach() - actor_logprobs_S).clamp(
-        -MAX_LOG_RATIO, MAX_LOG_RATIO
-    )
-    ratio_S = log_ratio_S.exp()
-    high_S = (advantages_S > 0) & (ratio_S > 1 + config.clip_high)
-    low_S = (advantages_S < 0) & (ratio_S < 1 - config.clip_low)
+    return _clipped(terms.ratio_S, terms.advantages_S, loss, cap=loss.tis_cap)
+
+
+def _clipped(
+    ratio_S: torch.Tensor, advantages_S: torch.Tensor, loss: LossConfig, cap: float
+) -> Weights:
+    rules = objective(loss)
+    high_S = (advantages_S > 0) & (ratio_S > 1 + rules.clip_high)
+    low_S = (advantages_S < 0) & (ratio_S < 1 - rules.clip_low)
     clipped_S = high_S | low_S
-    weight_S = ratio_S.clamp(max=config.tis_cap)
+    weight_S = ratio_S.clamp(max=cap)
     value_S = torch.where(
-        clipped_S, ratio_S.clamp(1 - config.clip_low, 1 + config.clip_high), weight_S
+        clipped_S, ratio_S.clamp(1 - rules.clip_low, 1 + rules.clip_high), weight_S
     )
-    gradient_weight_S = torch.where(clipped_S, 0.0, weight_S)
-    # The difference of log-probabilities is zero: it adds the gradient, not a value.
-    loss_S = -advantages_S * (
-        value_S + gradient_weight_S * (learner_logprobs_S - learner_logprobs_S.detach())
-    )
-    return Surrogate(loss_S, ratio_S, clipped_S, ratio_S > config.tis_cap)
+    return Weights(value_S, torch.where(clipped_S, 0.0, weight_S), clipped_S)
+
+
+def _truncated(terms: Terms, loss: LossConfig) -> Weights:
+    """A weight of min(r, tis_cap), and no clip. Source: IMPALA (arXiv 1802.01561)."""
+    weight_S = terms.ratio_S.clamp(max=loss.tis_cap)
+    return Weights(weight_S, weight_S, torch.zeros_like(weight_S, dtype=torch.bool))
+
+
+def _mask(terms: Terms, loss: LossConfig) -> Weights:
+    """A weight of r inside mask_low..mask_high, and nothing outside.
+
+    Source: IcePop, in Ring-1T (arXiv 2510.18855).
+    """
+    outside_S = (terms.ratio_S < loss.mask_low) | (terms.ratio_S > loss.mask_high)
+    weight_S = torch.where(outside_S, 0.0, terms.ratio_S)
+    return Weights(weight_S, weight_S, outside_S)
+
+
+def _cispo(terms: Terms, loss: LossConfig) -> Weights:
+    """The loss -min(r, 1 + clip_high) A logprob, with the weight as a constant.
+
+    Every token keeps a gradient. Source: MiniMax-M1 (arXiv 2506.13585), equation 4, without a
+    lower bound, as in its experiments.
+    """
+    highest = 1 + objective(loss).clip_high
+    weight_S = terms.ratio_S.clamp(max=highest)
+    return Weights(weight_S * terms.logprobs_S, weight_S, terms.ratio_S > highest)
+
+
+def _decoupled(terms: Terms, loss: LossConfig) -> Weights:
+    """Clip against the proximal policy, with a weight of min(proximal/actor, tis_cap).
+
+    Source: Hilton et al. (arXiv 2110.00641), and AReaL (arXiv 2505.24298). Differs: the weight is
+    truncated, where AReaL's implementation leaves a token out.
+    """
+    behaviour_S = terms.proximal_S.clamp(max=loss.tis_cap)
+    clip = _clipped(terms.to_proximal_S, terms.advantages_S, loss, cap=loss.tis_cap)
+    return Weights(behaviour_S * clip.value_S, behaviour_S * clip.gradient_S, clip.clipped_S)
+
+
+CORRECTIONS: dict[str, Callable[[Terms, LossConfig], Weights]] = {
+    "clip": _clip,
+    "truncated": _truncated,
+    "mask": _mask,
+    "cispo": _cispo,
+    "decoupled": _decoupled,
+}
+
+
+# Weights of tokens --------------------------------------------------------------------------------
+
+
+class Aggregation(NamedTuple):
+    """The weight of a token in the step's loss is `weight / denominator`."""
+
+    # Of the number of sampled tokens in its response, and of `sampling.max_tokens`.
+    weight: Callable[[int, int], float]
+    denominator: Callable[[Shard], int]
+
+
+AGGREGATIONS = {
+    # DAPO (arXiv 2503.14476): a long response weighs more than a short one.
+    "token_mean": Aggregation(lambda _, __: 1.0, lambda shard: shard.step_loss_tokens),
+    # GRPO (arXiv 2402.03300): the tokens of a long response weigh less than those of a short one.
+    "sequence_mean": Aggregation(
+        lambda num_sampled, _: 1 / num_sampled, lambda shard: shard.step_loss_responses
+    ),
+    # Dr. GRPO (arXiv 2503.20783): a token's weight depends on no length.
+    "constant": Aggregation(
+        lambda _, max_tokens: 1 / max_tokens, lambda shard: shard.step_loss_responses
+    ),
+}
+
+
+# KL penalty ---------------------------------------------------------------------------------------
+
+
+def kl_penalty(
+    logprobs_S: torch.Tensor, reference_logprobs_S: torch.Tensor, estimator: str
+) -> torch.Tensor:
+    """An estimate of KL(policy, reference) for each token, with a gradient.
+
+    Source: J. Schulman, Approximating KL Divergence (2020). GRPO (arXiv 2402.03300) uses k3. On
+    tokens that the policy sampled, the gradient of k1 is zero on average, and that of k2 is the
+    gradient of the divergence.
+    """
+    return KL_ESTIMATORS[estimator](logprobs_S - reference_logprobs_S)
+
+
+def _k3(d: torch.Tensor) -> torch.Tensor:
+    d = d.clamp(min=-MAX_LOG_RATIO)
+    return (-d).exp() - 1 + d
+
+
+KL_ESTIMATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "k1": lambda d: d,
+    "k2": lambda d: d.square() / 2,
+    "k3": _k3,
+}

@@ -66,6 +66,7 @@ class Script:
                 "eval.num_prompts=1", f"batch.groups={GROUPS}", f"darts.group_size={SIZE}",
                 "redundancy.rule=fixed",
                 "redundancy.upper=1.5", "sampling.max_tokens=40", "data.num_prompts=50",
+                "loss.kl=1",  # so that every response has a gradient
                 "staleness.max_lag=2", "buffer.segment_bytes=9000", "buffer.fsync_s=1000",
             ]
         )  # fmt: skip

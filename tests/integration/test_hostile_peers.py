@@ -356,9 +356,15 @@ def test_a_large_message_travels_in_parts_and_arrives_whole(router: Router) -> N
     tokens = os.urandom(4 * PART_BYTES)
     trajectory = Trajectory(
         rollout_id=1, group_id=1, tokens=tokens, sampled=b"", actor_logprobs=b"", versions=[],
-        reward=0.0, truncated=False, group_rewards=[],
+        reward=0.0, truncated=False, advantage=0.0,
     )  # fmt: skip
-    shard = Shard(step=0, policy_version=0, trajectories=[trajectory], step_loss_tokens=1)
+    shard = Shard(
+        step=0,
+        policy_version=0,
+        trajectories=[trajectory],
+        step_loss_tokens=1,
+        step_loss_responses=1,
+    )
     parts = list(transport._parts(encode(shard)))
     assert len(parts) == 5 and max(map(len, parts)) < PART_BYTES + 100
     with RawPeer(router.address) as peer:

@@ -295,13 +295,14 @@ def test_a_learner_gets_its_shard(router):
     trajectory = Trajectory(
         rollout_id=1, group_id=2, tokens=b"\1\0\0\0" * 500_000, sampled=b"\1" * 500_000,
         actor_logprobs=b"\0" * 2_000_000, versions=[(3, 500_000)], reward=1.0, truncated=False,
-        group_rewards=[1.0, 0.0],
+        advantage=1.0,
     )  # fmt: skip
     shard = Shard(
         step=0,
         policy_version=3,
         trajectories=[trajectory] * 4,
         step_loss_tokens=1,
+        step_loss_responses=1,
     )
     with Serving(router) as serving, LearnerLink(router.address, "learner/0") as link:
         assert link.connect(

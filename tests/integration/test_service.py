@@ -147,24 +147,30 @@ def test_evaluations_run_before_during_and_after_training(finished: Any) -> None
     )
 
 
-def test_shards_hold_whole_groups_of_sampled_tokens(finished: Any) -> None:
-    for shard in finished[1].shards:
-        assert len(shard.trajectories) == GROUPS * SIZE
-        by_group: dict[int, list[float]] = {}
+def test_shards_hold_the_whole_groups_that_have_signal(finished: Any) -> None:
+    """Rewards are 0 or 1, so a group with different ones gives each response an advantage."""
+    shipped = [row for row in rows(finished[0], "groups.jsonl") if row["end"] == "shipped"]
+    for step, shard in enumerate(finished[1].shards):
+        by_group: dict[int, list[msg.Trajectory]] = {}
         for t in shard.trajectories:
-            by_group.setdefault(t.group_id, []).append(t.reward)
+            by_group.setdefault(t.group_id, []).append(t)
             mask = np.frombuffer(t.sampled, np.uint8)
-            assert (
-                mask[:3].sum() == 0
-                and mask[3:].all()
-                and len(t.tokens) == 4 * len(mask) == len(t.actor_logprobs)
-            )
+            assert mask[:3].sum() == 0 and mask[3:].all()
+            assert len(t.tokens) == 4 * len(mask) == len(t.actor_logprobs)
             assert sum(n for _, n in t.versions) == mask.sum()
-        assert all(len(rewards) == SIZE for rewards in by_group.values())
-        assert all(
-            sorted(t.group_rewards) == sorted(by_group[t.group_id]) for t in shard.trajectories
-        )
-        assert shard.step_loss_tokens == sum(t.sampled.count(1) for t in shard.trajectories)
+            assert t.advantage != 0
+        selected = {
+            row["group_id"]: [r for r in row["rollouts"] if r["end"].startswith("selected")]
+            for row in shipped[step * GROUPS : (step + 1) * GROUPS]
+        }
+        mixed = {g for g, of_group in selected.items() if len({r["reward"] for r in of_group}) > 1}
+        assert by_group.keys() == mixed
+        for group in by_group.values():
+            assert len(group) == SIZE
+            assert sum(t.advantage for t in group) == pytest.approx(0, abs=1e-9)
+        everything = [r for of_group in selected.values() for r in of_group]
+        assert shard.step_loss_tokens == sum(r["tokens"] for r in everything)
+        assert shard.step_loss_responses == len(everything)
 
 
 def test_ledger_has_each_group_once_with_selected_rollouts(finished: Any) -> None:

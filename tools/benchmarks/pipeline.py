@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from statistics import median
 from typing import NoReturn
 
@@ -68,9 +68,11 @@ def run(options: BenchConfig) -> None:
     config.learner.num_ranks = 1
     check(config)
     bench = options.bench
+    # With a KL penalty, the buffer ships responses without an advantage, too.
+    with_all = replace(config, loss=replace(config.loss, kl=1.0))
     windows, shards = asyncio.run(
         measure_actors(
-            config, _initial_snapshot(config), bench.seconds, bench.warmup_s, bench.rounds
+            with_all, _initial_snapshot(config), bench.seconds, bench.warmup_s, bench.rounds
         )
     )
     if len(shards) < 2:
@@ -169,13 +171,9 @@ def measure_learner(config: Config, shards: Sequence[Shard]) -> list[LearnerStep
 
 
 def _with_signal(shard: Shard) -> Shard:
-    """The same trajectories with alternating rewards; groups of equal rewards would be skipped."""
+    """The same trajectories with advantages of alternating sign."""
     trajectories = [
-        msgspec.structs.replace(
-            trajectory,
-            reward=float(index % 2),
-            group_rewards=[float(i % 2) for i in range(len(trajectory.group_rewards))],
-        )
+        msgspec.structs.replace(trajectory, advantage=(-1.0) ** index)
         for index, trajectory in enumerate(shard.trajectories)
     ]
     return msgspec.structs.replace(shard, trajectories=trajectories)
@@ -185,12 +183,7 @@ def _measure_step(
     state: LearnerState, publisher: WeightPublisher, shard: Shard, bare_first: bool
 ) -> LearnerStep:
     def pack() -> list[Pack]:
-        return make_packs(
-            shard,
-            state.config.batch.max_tokens,
-            UNPUBLISHED,
-            state.config.loss.kind,
-        )
+        return make_packs(shard.trajectories, state.config.batch.max_tokens, UNPUBLISHED)
 
     packs = pack()
     measured: dict[str, Callable[[], object]] = {

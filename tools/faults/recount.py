@@ -127,14 +127,20 @@ def _step_faults(config: Config, groups: list[Row], trained: dict[int, Row]) -> 
         expected = {
             rollout["rollout_id"]
             for row in shipped[step * per_step : (step + 1) * per_step]
-            for rollout in row["rollouts"]
-            if rollout["end"].startswith("selected") and not rollout["truncated"]
+            for rollout in _with_signal(row)
+            if not rollout["truncated"]
         }
         found = [t["rollout_id"] for t in trained.get(step, {}).get("trajectories", [])]
         yield from _repeated(f"step {step}: rollout", found)
         yield from _listed(f"rollouts of step {step} were not trained", expected - set(found))
         sentence = f"rollouts were trained in step {step} and are not in its groups"
         yield from _listed(sentence, set(found) - expected)
+
+
+def _with_signal(row: Row) -> list[Row]:
+    """The selected rollouts of a group, or none if their rewards, 0 or 1, are all equal."""
+    selected = [r for r in row["rollouts"] if r["end"].startswith("selected")]
+    return selected if len({r["reward"] for r in selected}) > 1 else []
 
 
 def _token_faults(config: Config, step: int, row: Row, history: History) -> Iterator[str]:

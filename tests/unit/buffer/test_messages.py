@@ -27,6 +27,7 @@ VERIFIER = {
     "num_workers": 1, "num_waiting": 0, "num_busy": 0, "num_verified": 0, "num_failed": 0,
     "num_timeouts": 0, "queue_s": 0.5, "time_s": 0.5, "longest_s": 0.5,
 }  # fmt: skip
+WORK = {"per_prediction": 0.5, "per_pair": 0.5}
 VALID: dict[str, dict[str, Any]] = {
     "EngineHello": {
         "engine_id": "pool b/0", "engine_type": "cpu/float32/tp1", "slots": 1,
@@ -45,7 +46,7 @@ VALID: dict[str, dict[str, Any]] = {
     "Leaving": {},
     "LearnerHello": {
         "rank": 0, "num_ranks": 1, "step": 0, "pid": 1, "vocab_size": 100, "incarnation": "a",
-        "resumed": False, "take_over": False, "run": "r",
+        "resumed": False, "take_over": False, "run": "r", "work": WORK,
     },
     "Pull": {"rank": 0, "step": 0},
     "Trained": {"step": 0, "num_tokens": 1, "metrics": {"train/loss": 0.5}},
@@ -84,6 +85,7 @@ HARMLESS = {  # by field: values that are hostile elsewhere but allowed here
     "reward": {"minus one", "minus two", "a half"},
     "fetch_s": {"a half"}, "pause_s": {"a half"}, "seconds": {"a half"}, "batch": {"a half"},
     "ms_per_token": {"a half"}, "tokens_per_s": {"a half"}, "busy_frac": {"a half"},
+    "per_prediction": {"a half"}, "per_pair": {"a half"},
     "queue_s": {"a half"}, "time_s": {"a half"}, "longest_s": {"a half"},
     "engine_id": {"number as text", "parent folder"},
     "engine_type": {"number as text", "parent folder"},
@@ -109,7 +111,7 @@ def places() -> Iterator[tuple[str, str, str]]:
         for field, value in fields.items():
             yield name, "", field
             inner = value[0] if field == "chunks" else value
-            if inner in (CHUNK, POLICY, VERIFIER):
+            if inner in (CHUNK, POLICY, VERIFIER, WORK):
                 for part in inner:
                     yield name, field, part
 
@@ -136,6 +138,7 @@ def test_every_message_and_every_field_is_tried() -> None:
         assert fields.keys() == {f.name for f in msgspec.structs.fields(TYPES[name])}
     assert CHUNK.keys() == {f.name for f in msgspec.structs.fields(msg.Chunk)}
     assert VERIFIER.keys() == {f.name for f in msgspec.structs.fields(msg.VerifierReport)}
+    assert WORK.keys() == {f.name for f in msgspec.structs.fields(msg.Work)}
     assert POLICY.keys() == {f.name for f in msgspec.structs.fields(msg.SnapshotRef)}
 
 

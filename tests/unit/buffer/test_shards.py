@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buffer.shards import balance
+from buffer.records.event_log import Learner
+from buffer.shards import balance, cost, make_shards
+from buffer.wire.messages import Trajectory, Work
+from configs.schema import LossConfig
 
 COSTS = st.lists(st.integers(0, 5000), max_size=60)
 
@@ -86,3 +89,86 @@ def test_invalid_arguments_are_refused():
         balance([1], 0)
     with pytest.raises(ValueError, match="-3"):
         balance([1, -3], 2)
+
+
+# The shards of a step ----------------------------------------------------------------------------
+
+
+def trajectory(number: int, num_tokens: int, advantage: float, truncated: bool = False):
+    """A prompt of two tokens, and `num_tokens` sampled ones."""
+    marks = b"\0\0" + b"\1" * num_tokens
+    return Trajectory(
+        rollout_id=number,
+        group_id=0,
+        tokens=b"\1\0\0\0" * len(marks),
+        sampled=marks,
+        actor_logprobs=bytes(4 * len(marks)),
+        versions=[(0, num_tokens)],
+        reward=0.0,
+        truncated=truncated,
+        advantage=advantage,
+    )
+
+
+SELECTED = [
+    trajectory(0, 10, 1.0),
+    trajectory(1, 20, 0.0),
+    trajectory(2, 40, -1.0),
+    trajectory(3, 80, 0.5, truncated=True),
+]
+
+
+def shards_of(loss, num_ranks=2, selected=SELECTED, work=Work()):
+    learner = Learner("i", num_ranks, 100, work)
+    return make_shards(selected, loss, learner, step=3, policy_version=5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "rollouts", "num_tokens", "num_responses"),
+    [
+        (LossConfig(), [0, 2], 70, 3),
+        (LossConfig(train_truncated=True), [0, 2, 3], 150, 4),
+        (LossConfig(kl=0.1), [0, 1, 2], 70, 3),
+        (LossConfig(kl=0.1, train_truncated=True), [0, 1, 2, 3], 150, 4),
+    ],
+    ids=["default", "train_truncated", "kl", "both"],
+)
+def test_trajectories_without_a_gradient_count_in_the_totals_alone(
+    loss, rollouts, num_tokens, num_responses
+):
+    shards = shards_of(loss)
+    assert sorted(t.rollout_id for shard in shards for t in shard.trajectories) == rollouts
+    for shard in shards:
+        assert (shard.step, shard.policy_version) == (3, 5)
+        assert (shard.step_loss_tokens, shard.step_loss_responses) == (num_tokens, num_responses)
+
+
+def test_those_without_a_gradient_leave_no_rank_idle():
+    """With eight of them beside two others, each of two ranks gets one of the others."""
+    mute = [trajectory(10 + i, 50, 0.0) for i in range(8)]
+    shards = shards_of(LossConfig(), selected=[*mute[:4], SELECTED[0], *mute[4:], SELECTED[2]])
+    assert [len(shard.trajectories) for shard in shards] == [1, 1]
+
+
+def test_a_step_without_a_gradient_gives_empty_shards():
+    shards = shards_of(LossConfig(), selected=[SELECTED[1]] * 3)
+    assert [(s.trajectories, s.step_loss_tokens) for s in shards] == [([], 60)] * 2
+
+
+def test_the_work_of_a_trajectory_is_that_of_layers_head_and_attention():
+    assert cost(SELECTED[0], Work()) == 1024 * 12
+    assert cost(SELECTED[0], Work(per_prediction=0.5, per_pair=0.25)) == 1024 * (12 + 5 + 36)
+
+
+def test_long_trajectories_weigh_more_with_attention():
+    """One of 32 tokens against three of 12: the same tokens, but not the same pairs."""
+    selected = [trajectory(0, 30, 1.0), *(trajectory(i, 10, 1.0) for i in (1, 2, 3))]
+
+    def lengths(work):
+        return [
+            sorted(len(t.sampled) for t in shard.trajectories)
+            for shard in shards_of(LossConfig(), selected=[*selected, trajectory(4, 2, 1.0)], work=work)
+        ]
+
+    assert lengths(Work()) == [[4, 32], [12, 12, 12]]
+    assert lengths(Work(per_pair=1.0)) == [[4, 12, 12, 12], [32]]

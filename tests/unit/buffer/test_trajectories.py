@@ -54,7 +54,7 @@ def sampled_chunk(rollout_id, tokens, version=0, logprobs=None):
 
 
 def finish(store, rollout_id):
-    return store.trajectory(rollout_id, reward=1.0, truncated=False, group_rewards=[1.0, 0.0])
+    return store.trajectory(rollout_id, reward=1.0, truncated=False, advantage=0.5)
 
 
 @pytest.fixture
@@ -85,10 +85,10 @@ def test_a_trajectory_holds_its_chunks_in_order(store):
     ]
     assert trajectory.versions == [(3, 4), (4, 1)]
     assert (trajectory.rollout_id, trajectory.group_id) == (1, 9)
-    assert (trajectory.reward, trajectory.truncated, trajectory.group_rewards) == (
+    assert (trajectory.reward, trajectory.truncated, trajectory.advantage) == (
         1.0,
         False,
-        [1.0, 0.0],
+        0.5,
     )
     assert store.num_sampled(1) == 5
     assert np.frombuffer(store.prefix(1), "<i4").tolist() == [7, 8, 9, 11, 12]

@@ -25,6 +25,7 @@ from tests.learner_cases import (
     make_shards,
     make_trajectories,
     save_model,
+    shipped,
     single_rank,
 )
 
@@ -35,7 +36,7 @@ def weights(config: Config, own: Path) -> object:
     """All weights after two steps on the same trajectories."""
     with single_rank(config) as state:
         for step in range(2):
-            train_step(state, make_shards(make_trajectories(seed=step), step)[0])
+            train_step(state, shipped(make_trajectories(seed=step), config.loss, step)[0])
         parameters = [fsdp.whole(p.detach()).flatten() for p in state.model.parameters()]
         return torch.cat(parameters).tolist()
 
@@ -132,12 +133,24 @@ FILES = (*MODEL, "weights.transport=file")
 KEEP_ALL = (*FILES, "learner.keep_checkpoints=9")
 EVERY_STEP = (*FILES, "learner.checkpoint_every=1")
 SERVED = (*MODEL, "weights.address=tcp://127.0.0.1:{port}")
+MASK = (*MODEL, "loss.correction=mask")
+PENALTY = (*MODEL, "loss.kl=1")
 TURNS = {
     "learner.take_over": Turn("false", "true", asks_to_take_over, MODEL),
-    "loss.kind": Turn("grpo", "dr_grpo", weights, MODEL),
+    "loss.kind": Turn("dapo", "dr_grpo", weights, MODEL),
+    "loss.ratio": Turn("token", "sequence", weights, MODEL),
+    "loss.correction": Turn("truncated", "mask", weights, (*MODEL, "loss.mask_high=1.1")),
+    "loss.aggregation": Turn("sequence_mean", "constant", weights, MODEL),
+    "loss.baseline": Turn("group", "leave_one_out", weights, MODEL),
+    "loss.scale": Turn("std", "none", weights, MODEL),
     "loss.clip_low": Turn("0.2", "0.01", weights, MODEL),
     "loss.clip_high": Turn("0.28", "0.01", weights, MODEL),
     "loss.tis_cap": Turn("2", "0.5", weights, MODEL),
+    "loss.mask_low": Turn("0.5", "0.9", weights, MASK),
+    "loss.mask_high": Turn("5", "1.1", weights, MASK),
+    "loss.kl": Turn("0", "1", weights, MODEL),
+    "loss.kl_estimator": Turn("k2", "k3", weights, PENALTY),
+    "loss.reference": Turn('""', "{folder}/other", weights, PENALTY),
     "optimizer.lr": Turn("1e-3", "1e-2", weights, MODEL),
     "optimizer.betas": Turn("[0.9,0.95]", "[0.5,0.5]", weights, MODEL),
     "optimizer.weight_decay": Turn("0", "0.1", weights, MODEL),
@@ -165,6 +178,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for family in ("qwen3", "llama"):
         save_model(folder / family, family)
+    save_model(folder / "other", seed=1)
     return folder
 
 

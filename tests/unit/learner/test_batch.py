@@ -10,7 +10,7 @@ import torch
 from buffer.wire.messages import Trajectory
 from darts.events import ProtocolError
 from learner.packs.batch import empty_pack, first_fit, make_packs
-from tests.learner_cases import make_shards, make_trajectories, num_sampled
+from tests.learner_cases import make_trajectories, num_sampled
 
 
 def trajectory(
@@ -26,19 +26,20 @@ def trajectory(
         versions=versions,
         reward=reward,
         truncated=False,
-        group_rewards=[1.0, 0.0],
+        advantage=2 * reward - 1,
     )
 
 
 def test_two_trajectories_in_one_row() -> None:
     first = trajectory([10, 11, 12, 13], [0, 0, 1, 1], [(4, 1), (5, 1)])
     second = trajectory([20, 21, 22], [0, 1, 1], [(5, 2)], reward=0.0)
-    (pack,) = make_packs(make_shards([first, second])[0], max_tokens=5, current_version=5)
+    (pack,) = make_packs([first, second], max_tokens=5, current_version=5)
     assert pack.input_ids_T.tolist() == [10, 11, 12, 20, 21]
     assert pack.position_ids_T.tolist() == [0, 1, 2, 0, 1]
     assert pack.lengths == (3, 2)
     assert pack.predicts_S.tolist() == [1, 2, 3, 4]
     assert pack.targets_S.tolist() == [12, 13, 21, 22]
+    assert pack.response_S.tolist() == [0, 0, 1, 1]
     assert pack.actor_logprobs_S.tolist() == pytest.approx([-0.2, -0.3, -0.1, -0.2])
     assert pack.advantages_S.tolist() == pytest.approx([1, 1, -1, -1], abs=1e-5)
     assert pack.current_S.tolist() == [False, True, True, True]
@@ -46,7 +47,7 @@ def test_two_trajectories_in_one_row() -> None:
 
 def test_given_tokens_between_turns_are_only_context() -> None:
     turns = trajectory([10, 11, 12, 13, 14], [0, 1, 0, 0, 1], [(0, 2)])
-    (pack,) = make_packs(make_shards([turns])[0], 64, 0)
+    (pack,) = make_packs([turns], 64, 0)
     assert pack.input_ids_T.tolist() == [10, 11, 12, 13]
     assert pack.targets_S.tolist() == [11, 14]
     assert pack.predicts_S.tolist() == [0, 3]
@@ -55,26 +56,10 @@ def test_given_tokens_between_turns_are_only_context() -> None:
 @pytest.mark.parametrize("max_tokens", [16, 48, 100, 10_000])
 def test_every_sampled_token_is_trained_once_within_the_limit(max_tokens: int) -> None:
     trajectories = make_trajectories(seed=1)
-    packs = make_packs(make_shards(trajectories)[0], max_tokens, 0)
+    packs = make_packs(trajectories, max_tokens, 0)
     assert sum(len(pack.targets_S) for pack in packs) == num_sampled(trajectories)
     for pack in packs:
         assert len(pack.input_ids_T) <= max_tokens or (pack.position_ids_T == 0).sum() == 1
-
-
-def test_trajectories_without_an_advantage_are_omitted() -> None:
-    """The trajectories of a uniform group, and one whose reward is its group's mean."""
-    group = [
-        msgspec.structs.replace(
-            trajectory([token, 2, 3], [0, 1, 1], [(0, 2)]), reward=reward, group_rewards=rewards
-        )
-        for token, reward, rewards in [
-            (1, 0.1, [0.1] * 3),
-            (4, 0.5, [0.0, 0.5, 1.0]),
-            (5, 1.0, [0.0, 0.5, 1.0]),
-        ]
-    ]
-    (pack,) = make_packs(make_shards(group)[0], 64, 0)
-    assert pack.input_ids_T.tolist() == [5, 2]
 
 
 def test_first_fit_is_longest_first_and_packs_an_oversized_one_alone() -> None:
@@ -111,12 +96,11 @@ def test_an_empty_pack_trains_nothing() -> None:
 )
 def test_a_malformed_trajectory_is_refused_by_name(broken: Trajectory) -> None:
     with pytest.raises(ProtocolError, match="rollout 7 of group 3"):
-        make_packs(make_shards([broken])[0], 64, 0)
+        make_packs([broken], 64, 0)
 
 
-def test_loss_kind_reaches_the_advantages() -> None:
-    shard = make_shards(make_trajectories(seed=1))[0]
-    grpo, dr_grpo = (
-        make_packs(shard, 10_000, 0, kind)[0].advantages_S for kind in ("grpo", "dr_grpo")
-    )
-    assert not torch.equal(grpo, dr_grpo) and torch.equal(grpo.sign(), dr_grpo.sign())
+def test_weights_depend_on_the_length_of_the_response() -> None:
+    first = trajectory([10, 11, 12, 13], [0, 0, 1, 1], [(4, 2)])
+    second = trajectory([20, 21], [0, 1], [(5, 1)])
+    (pack,) = make_packs([first, second], 64, 0, weight=lambda num_sampled: 1 / num_sampled)
+    assert pack.weights_S.tolist() == [0.5, 0.5, 1.0]

@@ -40,7 +40,7 @@ def drawn_trajectories() -> list[Trajectory]:
     """
     mixed = make_trajectories(seed=0, num_groups=2)
     uniform = make_trajectories(seed=1, num_groups=1)
-    uniform = [msgspec.structs.replace(t, reward=0.1, group_rewards=[0.1] * 4) for t in uniform]
+    uniform = [msgspec.structs.replace(t, reward=0.1, group_id=2) for t in uniform]
     rng = np.random.default_rng(2)
     far = []
     for t in [*uniform, *mixed]:

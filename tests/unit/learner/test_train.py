@@ -28,6 +28,7 @@ from tests.learner_cases import (
     make_trajectories,
     pack_gradients,
     save_model,
+    shipped,
     single_rank,
 )
 
@@ -110,15 +111,16 @@ def test_a_step_without_signal_changes_no_weight(
 ) -> None:
     """Neither momentum nor weight decay moves the weights, and no token counts as trained."""
     mute = [
-        msgspec.structs.replace(t, reward=1.0, group_rewards=[1.0] * 4)
-        for t in make_trajectories(seed=0)
-        if signal != "all truncated"  # the buffer ships none of those
+        msgspec.structs.replace(
+            t, truncated=signal == "all truncated", reward=float(signal == "all truncated") * i
+        )
+        for i, t in enumerate(make_trajectories(seed=0))
     ]
     config = make_config(model_path, tmp_path / "run", optimizer__weight_decay=0.1)
     with single_rank(config) as state:
         assert train_step(state, make_shards(make_trajectories(seed=1))[0])["train/skipped"] == 0.0
         before = weights(state)
-        metrics = train_step(state, make_shards(mute)[0])
+        metrics = train_step(state, shipped(mute, config.loss, step=1)[0])
         assert metrics["train/loss"] == metrics["train/grad_norm"] == metrics["train/tokens"] == 0.0
         assert metrics["train/skipped"] == 1.0
         assert "train/entropy" not in metrics
@@ -153,7 +155,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     model_path: Path, tmp_path: Path
 ) -> None:
     trajectory = make_trajectories(seed=0)[0]
-    broken = msgspec.structs.replace(trajectory, reward=float("inf"))
+    broken = msgspec.structs.replace(trajectory, advantage=float("inf"))
     with single_rank(make_config(model_path, tmp_path / "run")) as state:
         before = weights(state)
         with pytest.raises(FloatingPointError, match="step 0"):
