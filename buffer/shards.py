@@ -44,7 +44,7 @@ def make_shards(
             step_loss_tokens=num_tokens,
             step_loss_responses=len(in_loss),
         )
-        for indices in balance([cost(t, learner.work) for t in trained], learner.num_ranks)
+        for indices in balance([training_cost(t, learner.work) for t in trained], learner.num_ranks)
     ]
 
 
@@ -52,7 +52,7 @@ def num_sampled(trajectory: Trajectory) -> int:
     return trajectory.sampled.count(1)
 
 
-def cost(trajectory: Trajectory, work: Work) -> int:
+def training_cost(trajectory: Trajectory, work: Work) -> int:
     """The work of a forward and a backward pass, in parts of `UNITS` of a token's."""
     num_tokens = len(trajectory.tokens) // 4
     head = work.per_prediction * num_sampled(trajectory)
@@ -72,9 +72,7 @@ def balance(costs: Sequence[int], num_shards: int) -> list[list[int]]:
             f"num_shards={num_shards}: at least 1 is needed, one shard per learner rank"
         )
     if any(cost < 0 for cost in costs):
-        raise ValueError(
-            f"costs: {min(costs)} is negative; a trajectory's work is at least 0"
-        )
+        raise ValueError(f"costs: {min(costs)} is negative; a trajectory's work is at least 0")
     split = min(_largest_differencing(costs, num_shards), _greedy(costs, num_shards), key=_largest)
     return [sorted(items) for _, _, items in split]
 

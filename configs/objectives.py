@@ -38,9 +38,7 @@ PRESETS = {
         correction="truncated", aggregation="constant", baseline="leave_one_out", scale="none"
     ),
     # GSPO (arXiv 2507.18071), section 5.1.
-    "gspo": Objective(
-        ratio="sequence", aggregation="sequence_mean", clip_low=3e-4, clip_high=4e-4
-    ),
+    "gspo": Objective(ratio="sequence", aggregation="sequence_mean", clip_low=3e-4, clip_high=4e-4),
     # CISPO, in MiniMax-M1 (arXiv 2506.13585), with the bound of ScaleRL (arXiv 2510.13786).
     "cispo": Objective(correction="cispo", clip_high=4.0),
     # Decoupled PPO (arXiv 2110.00641), as in AReaL (arXiv 2505.24298).

@@ -38,6 +38,7 @@ from learner import BufferLost, RunStopped
 
 POLL_S = 1.0
 RETRY_S = 0.5
+BY_TOKENS = Work()
 AnswerT = TypeVar("AnswerT", bound=Shard | Acknowledged)
 
 
@@ -61,7 +62,7 @@ class BufferSession:
         incarnation: str,
         vocab_size: int,
         stop_requested: Callable[[], bool] = lambda: False,
-        work: Work = Work(),
+        work: Work = BY_TOKENS,
     ) -> None:
         self._stop_requested = stop_requested
         self._config, self._rank, self._num_ranks = config, rank, num_ranks

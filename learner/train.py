@@ -158,7 +158,15 @@ def build_state(
     )
     reference = load_reference(config, device, boundaries) if config.loss.kl else None
     return LearnerState(
-        config, device, rank, num_ranks, boundaries, packing, optimizer, Agreement(config), reference
+        config,
+        device,
+        rank,
+        num_ranks,
+        boundaries,
+        packing,
+        optimizer,
+        Agreement(config),
+        reference,
     )
 
 

@@ -129,16 +129,15 @@ def make_trajectories(
 
 
 def with_advantages(
-    trajectories: list[Trajectory], loss: LossConfig = LossConfig()
+    trajectories: list[Trajectory], loss: LossConfig | None = None
 ) -> list[Trajectory]:
     """The same trajectories, with the advantages that the buffer computes for `loss`."""
     groups: dict[int, list[float]] = {}
     for t in trajectories:
         groups.setdefault(t.group_id, []).append(t.reward)
-    of_group = {g: iter(group_advantages(r, objective(loss))) for g, r in groups.items()}
-    return [
-        msgspec.structs.replace(t, advantage=next(of_group[t.group_id])) for t in trajectories
-    ]
+    rules = objective(loss or LossConfig())
+    of_group = {g: iter(group_advantages(r, rules)) for g, r in groups.items()}
+    return [msgspec.structs.replace(t, advantage=next(of_group[t.group_id])) for t in trajectories]
 
 
 def num_sampled(trajectories: list[Trajectory]) -> int:

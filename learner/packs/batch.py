@@ -126,9 +126,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _sequence(
-    trajectory: Trajectory, current_version: int, weight: Callable[[int], float]
-) -> Pack:
+def _sequence(trajectory: Trajectory, current_version: int, weight: Callable[[int], float]) -> Pack:
     tokens_T = np.frombuffer(trajectory.tokens, dtype="<i4")
     sampled_T = np.frombuffer(trajectory.sampled, dtype=np.uint8).astype(bool)
     logprobs_T = np.frombuffer(trajectory.actor_logprobs, dtype="<f4")

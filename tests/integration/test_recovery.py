@@ -38,7 +38,7 @@ def make_config(folder: Path, port: int, *overrides: str) -> Config:
             f"run.dir={folder}", "run.name=r", f"buffer.address=tcp://127.0.0.1:{port}",
             f"batch.groups={GROUPS}", f"darts.group_size={SIZE}", "redundancy.rule=fixed",
             "loss.kl=1",  # so that every response has a gradient
-           
+
             "redundancy.upper=1.5", "sampling.max_tokens=64", "eval.every=4", "eval.num_prompts=3",
             f"staleness.max_lag={LAG}", "buffer.peer_timeout_s=3", "data.num_prompts=500",
             "run.trackers=[]", *overrides,

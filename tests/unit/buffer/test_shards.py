@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buffer.records.event_log import Learner
-from buffer.shards import balance, cost, make_shards
+from buffer.shards import balance, make_shards, training_cost
 from buffer.wire.messages import Trajectory, Work
 from configs.schema import LossConfig
 
@@ -118,7 +118,10 @@ SELECTED = [
 ]
 
 
-def shards_of(loss, num_ranks=2, selected=SELECTED, work=Work()):
+BY_TOKENS = Work()
+
+
+def shards_of(loss, num_ranks=2, selected=SELECTED, work=BY_TOKENS):
     learner = Learner("i", num_ranks, 100, work)
     return make_shards(selected, loss, learner, step=3, policy_version=5)
 
@@ -156,19 +159,20 @@ def test_a_step_without_a_gradient_gives_empty_shards():
 
 
 def test_the_work_of_a_trajectory_is_that_of_layers_head_and_attention():
-    assert cost(SELECTED[0], Work()) == 1024 * 12
-    assert cost(SELECTED[0], Work(per_prediction=0.5, per_pair=0.25)) == 1024 * (12 + 5 + 36)
+    assert training_cost(SELECTED[0], Work()) == 1024 * 12
+    assert training_cost(SELECTED[0], Work(per_prediction=0.5, per_pair=0.25)) == 1024 * (
+        12 + 5 + 36
+    )
 
 
 def test_long_trajectories_weigh_more_with_attention():
     """One of 32 tokens against three of 12: the same tokens, but not the same pairs."""
     selected = [trajectory(0, 30, 1.0), *(trajectory(i, 10, 1.0) for i in (1, 2, 3))]
+    selected.append(trajectory(4, 2, 1.0))
 
     def lengths(work):
-        return [
-            sorted(len(t.sampled) for t in shard.trajectories)
-            for shard in shards_of(LossConfig(), selected=[*selected, trajectory(4, 2, 1.0)], work=work)
-        ]
+        shards = shards_of(LossConfig(), selected=selected, work=work)
+        return sorted(sorted(len(t.sampled) for t in shard.trajectories) for shard in shards)
 
     assert lengths(Work()) == [[4, 32], [12, 12, 12]]
     assert lengths(Work(per_pair=1.0)) == [[4, 12, 12, 12], [32]]

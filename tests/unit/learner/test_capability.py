@@ -18,7 +18,6 @@ from learner.packs.boundaries import Boundaries
 from tests.families import FAMILIES, save_family
 from tests.learner_cases import (
     make_config,
-    make_shards,
     make_trajectories,
     pack_gradients,
     single_rank,
@@ -66,7 +65,7 @@ def test_a_leak_without_a_leaking_layer_is_packed_one_by_one(tmp_path: Path) -> 
         assert packing.one_per_pack and packing.split_kinds == ()
         assert packing.unaided.logprob > 0.1
         assert packing.difference.logprob < 1e-5
-        packs = make_packs(make_shards(make_trajectories(seed=0))[0], packing.capacity(64), 0)
+        packs = make_packs(make_trajectories(seed=0), packing.capacity(64), 0)
         assert {len(pack.lengths) for pack in packs} == {1}
         assert "forward and a backward pass per response" in str(packing)
 

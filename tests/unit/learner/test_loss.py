@@ -5,15 +5,23 @@ hand.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from configs.schema import LossConfig
-from learner.packs.advantage import group_advantage
-from learner.packs.loss import clipped_surrogate, token_logprobs
+from learner.packs.batch import Pack, plain_pack
+from learner.packs.logprobs import token_logprobs
+from learner.packs.loss import surrogate
 
 LOSS = LossConfig(clip_low=0.2, clip_high=0.28, tis_cap=2.0)
+
+
+def pack_of(actor_logprobs: list[float], advantages: list[float]) -> Pack:
+    """One response of tokens with the given log-probabilities of the actor."""
+    pack = plain_pack(torch.zeros(len(advantages) + 1, dtype=torch.int64), torch.tensor(advantages))
+    return replace(pack, actor_logprobs_S=torch.tensor(actor_logprobs))
 
 
 def surrogate_of(
@@ -21,15 +29,14 @@ def surrogate_of(
 ) -> tuple[float, float, bool, bool]:
     """For one token: loss, gradient with respect to the learner's logprob, clipped, capped."""
     logprob = torch.tensor([-1.0], requires_grad=True)
-    actor = torch.tensor([-1.0 - math.log(ratio)])
-    surrogate = clipped_surrogate(logprob, actor, torch.tensor([advantage]), config)
-    surrogate.loss_S.sum().backward()
+    made = surrogate(logprob, pack_of([-1.0 - math.log(ratio)], [advantage]), config)
+    made.loss_S.sum().backward()
     assert logprob.grad is not None
     return (
-        surrogate.loss_S.item(),
+        made.loss_S.item(),
         logprob.grad.item(),
-        bool(surrogate.clipped_S),
-        bool(surrogate.capped_S),
+        bool(made.clipped_S),
+        bool(made.capped_S),
     )
 
 
@@ -68,23 +75,11 @@ def test_a_cap_below_the_clip_also_bounds_positive_advantages() -> None:
 
 def test_an_absurd_ratio_stays_finite() -> None:
     logprob = torch.tensor([0.0, 0.0], requires_grad=True)
-    surrogate = clipped_surrogate(
-        logprob, torch.tensor([-500.0, -500.0]), torch.tensor([1.0, -1.0]), LOSS
-    )
-    surrogate.loss_S.sum().backward()
+    made = surrogate(logprob, pack_of([-500.0, -500.0], [1.0, -1.0]), LOSS)
+    made.loss_S.sum().backward()
     assert logprob.grad is not None
     assert logprob.grad.tolist() == pytest.approx([0.0, 2.0])
-    assert torch.isfinite(surrogate.ratio_S).all()
-
-
-def test_advantage_by_hand() -> None:
-    # mean 1/4, population standard deviation sqrt(3)/4
-    assert group_advantage(1.0, [1.0, 0.0, 0.0, 0.0]) == pytest.approx(math.sqrt(3), abs=1e-4)
-    assert group_advantage(0.0, [1.0, 0.0, 0.0, 0.0]) == pytest.approx(-1 / math.sqrt(3), abs=1e-4)
-
-
-def test_equal_rewards_give_no_advantage() -> None:
-    assert group_advantage(0.1, [0.1] * 8) == 0.0
+    assert torch.isfinite(made.ratio_S).all()
 
 
 def test_logprobs_and_entropy_by_hand() -> None:
@@ -125,7 +120,3 @@ def test_no_tokens_give_no_loss_and_a_zero_gradient() -> None:
     logprobs_S, _ = token_logprobs(logits_SV, torch.zeros(0, dtype=torch.int64), 1.0)
     logprobs_S.sum().backward()
     assert logits_SV.grad is not None and logits_SV.grad.shape == (0, 5)
-
-
-def test_dr_grpo_does_not_divide_by_the_spread() -> None:
-    assert group_advantage(1.0, [1.0, 0.0, 0.0, 0.0], "dr_grpo") == pytest.approx(0.75)
