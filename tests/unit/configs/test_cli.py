@@ -136,7 +136,7 @@ def test_a_wrong_type_names_key_value_and_type(override: str, expected: str) -> 
         ("optimizer.lr=nan", "must be > 0"),
         ("redundancy.upper=9", "must be >= 1 and <= 8"),
         ("sampling.temperature=0.009", "must be >= 0.01"),
-        ("loss.clip_low=1.1", "must be > 0 and < 1"),
+        ("loss.clip_low=1.1", "must be >= 0 and < 1"),
         ("optimizer.betas=[0.9,1.0]", "must be >= 0 and < 1"),
         ("darts.policy=dart", "must be one of darts, plain, first_finished, random"),
     ],
