@@ -147,7 +147,7 @@ def test_the_messages_of_a_run_have_the_right_order(reference: FakeBuffer) -> No
         *("train/loss", "train/grad_norm", "train/entropy", "train/clip_frac", "train/ratio_mean"),
         *("train/tis_clip_frac", "train/tokens_per_s", "train/lr", "train/tokens", "train/skipped"),
         *("train/logprob_diff", "train/logprob_diff_all", "train/step_s", "publish/seconds"),
-        *("publish/bytes", "memory/learner_peak_bytes", "wait/pull_s"),
+        *("publish/bytes", "memory/learner_peak_bytes", "wait/pull_s", "train/kl"),
     }
     assert all(set(metrics) == expected for metrics in reference.trained.values())
 
