@@ -1,26 +1,62 @@
 """`python -m tools.check key=value ...`: check that a run would train on the right numbers.
 
-Shows a few prompts as the model receives them, then compares learner and engine on the model
-itself. This takes less than a minute for a small model. Exits with status 1 if the model is
-refused. Run by hand; a run makes the same comparisons itself and stops at the first that fails.
+First the data, before any engine is loaded: the rows, a few prompts as the model receives them,
+their lengths, and the rewards of responses whose worth is known. Then the model itself: learner and
+engine are compared on it, which takes less than a minute for a small model. Exits with status 1 if
+anything is wrong. Run by hand; `tools.launch` runs the quick part of it for data of the user, and a
+run makes the same comparisons of the model itself.
 """
 
 from __future__ import annotations
 
 import time
-from typing import NoReturn
+from dataclasses import dataclass
+from typing import Literal, NoReturn
 
 from configs.command import run_command
-from configs.schema import Config
+from configs.errors import ExitStatus
+from configs.schema import Config, key
+from tools.checking.data import check_data
+from tools.checking.findings import Finding
 from tools.checking.gate import Refused, checks
-from tools.checking.prompts import PromptRefused, describe_prompts
+from tools.checking.prompts import PromptRefused
 
 WIDTH = 35
 
 
-def run(config: Config) -> None:
-    for line in describe_prompts(config):
-        print(line, flush=True)
+@dataclass
+class CheckConfig(Config):
+    depth: Literal["quick", "data", "all"] = key(
+        "all",
+        "How much is checked. all: the data, then the model on an engine. data: only the data, "
+        "without loading a model. quick: only a few rows of the data, which takes seconds; "
+        "suspicions are printed but do not fail.",
+    )
+
+
+def run(config: CheckConfig) -> int:
+    quick = config.depth == "quick"
+    bad = [finding for finding in _shown(config, quick) if not finding.good]
+    failed = [finding for finding in bad if finding.verdict == "FAILED"]
+    if failed:
+        raise Refused(f"{failed[0].subject}: {failed[0].result}")
+    if config.depth == "all" and not bad:
+        check_model(config)
+    return ExitStatus.FAILED if bad and not quick else ExitStatus.OK
+
+
+def _shown(config: CheckConfig, quick: bool) -> list[Finding]:
+    """The findings on the data, printed as they come; of a quick check, only the bad ones."""
+    findings: list[Finding] = []
+    for line in check_data(config, quick):
+        if isinstance(line, Finding):
+            findings.append(line)
+        if not quick or (isinstance(line, Finding) and line.verdict == "SUSPECT"):
+            print(line, flush=True)
+    return findings
+
+
+def check_model(config: Config) -> None:
     print(f"\n{config.model.path} in {config.model.dtype}:", flush=True)
     started = time.monotonic()
     for verdict in checks(config):
@@ -30,11 +66,12 @@ def run(config: Config) -> None:
 
 def main() -> NoReturn:
     run_command(
-        "Check before a run that learner and engine compute the same log-probabilities for the "
-        "model of this configuration, also after new weights have been loaded, and show a few "
-        "prompts as tokens.",
+        "Check before a run that its data can be trained on and that its verifier tells answers "
+        "from nonsense, and show a few prompts as tokens. Then check that learner and engine "
+        "compute the same log-probabilities for the model of this configuration, also after new "
+        "weights have been loaded.",
         run,
-        schema=Config,
+        schema=CheckConfig,
         errors=(Refused, PromptRefused),
     )
 

@@ -26,6 +26,7 @@ from configs.command import run_command
 from configs.errors import ExitStatus
 from configs.extras import import_extra
 from configs.schema import Config
+from tools.launching.data_check import check_data
 from tools.launching.processes import Command, LocalHost
 from tools.launching.progress import make_view
 from tools.launching.run_plan import commands_of, has_ended, prepare, share_gpus, visible_gpus
@@ -41,6 +42,8 @@ def run_all(config: Config) -> int:
         return ExitStatus.OK
     config = prepare(config)
     commands = commands_of(config)
+    if config.launch.launcher == "local":
+        check_data(config)
     host: AbstractContextManager[Host]
     if config.launch.launcher == "ray":
         import_extra("ray", "launch.launcher=ray", "ray")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from actors.environments import make_environment
-from actors.prompts import PromptTooLong, response_limit, uses_template
-from buffer.data.sources import make_sources
+from actors.environments import Environment
+from actors.prompts import uses_template
+from buffer.data.sources import PromptStream
 from configs.errors import one_line
 from configs.schema import Config
 
@@ -19,31 +19,21 @@ class PromptRefused(Exception):
     """No run could train on this prompt. One line that gives the reason."""
 
 
-def describe_prompts(config: Config) -> Iterator[str]:
+def describe_prompts(
+    config: Config, stream: PromptStream, environment: Environment, tokenizer: Any
+) -> Iterator[str]:
     """Lines that show the first prompts of the run. Raises `PromptRefused`."""
-    from transformers import AutoTokenizer  # here, so that --help need not wait for it
-
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     if uses_template(tokenizer, config.data):
         form = "with the tokenizer's chat template"
     else:
         form = "as plain text"
     yield f"{config.data.train}, {form}; {tokenizer.eos_token!r} ends a response"
-    stream = make_sources(config).train
-    environment = make_environment(config)
-    try:
-        for number, prompt in enumerate(stream.draw(min(NUM_PROMPTS, stream.source.size)), start=1):
-            try:
-                ids = environment.render(prompt, tokenizer)
-            except Exception as error:  # a template or tokenizer may raise anything
-                raise PromptRefused(f"{prompt.name}: {one_line(error)}") from error
-            yield from _describe(number, ids, tokenizer, config)
-            try:
-                response_limit(prompt, len(ids), config)
-            except PromptTooLong as error:
-                yield f"warning: a run skips this prompt: {error}"
-    finally:
-        environment.close()
+    for number, prompt in enumerate(stream.draw(min(NUM_PROMPTS, stream.source.size)), start=1):
+        try:
+            ids = environment.render(prompt, tokenizer)
+        except Exception as error:  # a template or tokenizer may raise anything
+            raise PromptRefused(f"{prompt.name}: {one_line(error)}") from error
+        yield from _describe(number, ids, tokenizer, config)
     if uses_template(tokenizer, config.data) and not _asks_for_an_answer(tokenizer):
         yield (
             "warning: the chat template does not open the assistant's turn, so the model may "
