@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 PACKAGES = ("actors", "buffer", "configs", "darts", "learner", "tools")
-TOP_LEVEL = (*PACKAGES, "tests", "docs", "requirements")
+TOP_LEVEL = (*PACKAGES, "tests", "docs", "examples", "requirements")
 
 
 def blocks(page: Path, language: str) -> list[str]:

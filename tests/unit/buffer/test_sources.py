@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import buffer.data.generators
+from actors.verifiers import INLINE
 from buffer.data.generators import TaggedSumSource
 from buffer.data.sources import make_sources
 from buffer.data.tables import TableSource
@@ -440,3 +441,20 @@ def test_importing_sources_loads_no_model_or_data_library() -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("through_datasets", [True, False])
+def test_rows_of_the_shape_of_gsm8k_are_read(through_datasets: bool, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    answer = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 1,072"
+    path = write_jsonl(tmp_path / "set" / "train.jsonl", [{"question": "How?", "answer": answer}])
+    if through_datasets:
+        pytest.importorskip("datasets")
+        path = f"hf:{tmp_path / 'set'}:train"
+    config = config_of(path, prompt_field="question")
+    config.eval.every = 0
+    (payload,) = make_sources(config).train.draw(1)
+    assert (payload.text, payload.answer, payload.metadata) == ("How?", answer, "")
+    verify = INLINE["numeric_or_exact"]
+    assert verify(payload.text, "so \\boxed{1072}", payload.answer, {}) == 1
+    assert verify(payload.text, "so \\boxed{24}", payload.answer, {}) == 0

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from actors.environments import make_environment
+from buffer.data.sources import make_sources
 from configs import cli
 from configs.schema import Config
 from tests.families import byte_tokenizer
@@ -31,13 +34,19 @@ def make_config(folder: Path, rows: list[Any], template: str | None, *overrides:
     )
 
 
+def described(config: Config) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    stream = make_sources(config).train
+    return list(describe_prompts(config, stream, make_environment(config), tokenizer))
+
+
 def row(prompt: str) -> dict[str, str]:
     return {"prompt": prompt, "answer": "4"}
 
 
 def test_prompts_are_shown_as_text_and_tokens_with_their_length(tmp_path: Path) -> None:
     config = make_config(tmp_path, [row("2+2?")], TEMPLATE, "sampling.max_tokens=100")
-    lines = list(describe_prompts(config))
+    lines = described(config)
     assert lines[0].endswith("with the tokenizer's chat template; '<eos>' ends a response")
     assert lines[1] == (
         "prompt 1: 26 of model.max_context=1024 tokens, and up to 100 for the response"
@@ -48,37 +57,29 @@ def test_prompts_are_shown_as_text_and_tokens_with_their_length(tmp_path: Path) 
 
 
 def test_plain_text_is_reported_as_plain(tmp_path: Path) -> None:
-    lines = list(describe_prompts(make_config(tmp_path, [row("2+2?")], None)))
+    lines = described(make_config(tmp_path, [row("2+2?")], None))
     assert "as plain text" in lines[0]
     assert lines[2] == "  text    '2+2?'"
 
 
 def test_at_most_three_prompts_and_eighty_tokens_are_shown(tmp_path: Path) -> None:
     rows = [row(f"{number}" + "x" * 99) for number in range(5)]
-    lines = list(describe_prompts(make_config(tmp_path, rows, None)))
+    lines = described(make_config(tmp_path, rows, None))
     assert sum(line.startswith("prompt ") for line in lines) == 3
     assert lines[3].endswith("... and 20 more")
 
 
 def test_a_template_that_does_not_open_the_answer_is_reported(tmp_path: Path) -> None:
     template = TEMPLATE.replace("<|assistant|>", "")
-    lines = list(describe_prompts(make_config(tmp_path, [row("2+2?")], template)))
+    lines = described(make_config(tmp_path, [row("2+2?")], template))
     assert lines[-1].startswith("warning: the chat template does not open the assistant's turn")
 
 
 def test_a_template_that_refuses_a_prompt_is_named_with_its_row(tmp_path: Path) -> None:
     config = make_config(tmp_path, [row("2+2?")], "{{ raise_exception('no such role') }}")
     with pytest.raises(PromptRefused, match=r", row 1\): no such role") as refused:
-        list(describe_prompts(config))
+        described(config)
     assert "\n" not in str(refused.value)
-
-
-def test_a_prompt_that_is_too_long_is_reported_with_its_row(tmp_path: Path) -> None:
-    limits = ["model.max_context=64", "sampling.max_tokens=32"]
-    config = make_config(tmp_path, [row("x" * 60)], None, *limits)
-    warning = list(describe_prompts(config))[-1]
-    assert warning.startswith("warning: a run skips this prompt: prompt ")
-    assert ", row 1) has 60 tokens and leaves 4 for a response in model.max_context=64" in warning
 
 
 def test_a_refusal_names_model_check_numbers_and_remedy() -> None:
