@@ -40,7 +40,7 @@ from configs.schema import Config
 
 TEXT_CHARS = 4000  # of a response, for samples.jsonl
 REPORT_S = 1.0
-FETCH_ATTEMPTS, FETCH_RETRY_S = 3, 1.0  # of the first policy
+FETCH_RETRY_S = 1.0  # of the first policy
 ABORT_S = 5.0  # for the last aborts, when the worker ends
 RECEIVE_S = 1.0
 RECONNECT_S = 0.5  # between the loss of a link and the next attempt
@@ -442,7 +442,8 @@ class Worker:
 
     async def _follow_policy(self) -> None:
         """Load the newest policy as soon as there is one; versions in between are skipped."""
-        num_failed = 0
+        limit_s = self._config.buffer.rejoin_timeout_s
+        deadline: float | None = None  # for the first policy, once it could not be had
         while True:
             await self._published.wait()
             self._published.clear()
@@ -455,20 +456,28 @@ class Worker:
             except SnapshotGoneError:
                 continue  # a newer one has replaced it, and its publication is on the way
             except (TransportError, ValueError) as error:
-                num_failed += 1
+                now = time.monotonic()
                 if self._engine.version >= 0:
                     print(
                         f"actors: goes on with policy {self._engine.version} until the next one: "
                         f"{one_line(error)}",
                         file=sys.stderr,
                     )
-                elif num_failed < FETCH_ATTEMPTS:
-                    await asyncio.sleep(FETCH_RETRY_S)
-                    self._published.set()
-                else:
+                    continue
+                # Its learner may be gone, and the next one takes a while to start.
+                if deadline is None:
+                    deadline = now + limit_s
+                    print(
+                        f"actors: {self._hello.engine_id}: tries for {limit_s:g} s to get its "
+                        f"first policy: {one_line(error)}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                if now >= deadline:
                     raise PolicyUnavailable(one_line(error)) from error
+                await asyncio.sleep(FETCH_RETRY_S)
+                self._published.set()
             else:
-                num_failed = 0
                 self._loaded = loaded
                 self._send(loaded)
                 await self._probe()

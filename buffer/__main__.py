@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from buffer.processes.stop_request import AGAIN, StopRequest
 from buffer.service import Service
 from buffer.wire.transport import TransportError
 from configs.command import run_command
+from configs.errors import writing_to
 from configs.schema import Config
 
 CLOSE_S = 5.0  # time to tell the peers and close the files, after the learner's time is up
 
 
 def run(config: Config) -> int:
-    service = Service(config)
+    with writing_to(Path(config.run.dir) / config.run.name):
+        service = Service(config)
 
-    def answer() -> None:
-        print(f"stopping: {service.stop()}; {AGAIN}", file=sys.stderr, flush=True)
+        def answer() -> None:
+            print(f"stopping: {service.stop()}; {AGAIN}", file=sys.stderr, flush=True)
 
-    with StopRequest(answer, config.run.stop_s + CLOSE_S):
-        return service.serve()
+        with StopRequest(answer, config.run.stop_s + CLOSE_S):
+            return service.serve()
 
 
 if __name__ == "__main__":

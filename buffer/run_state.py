@@ -388,13 +388,14 @@ class RunState:
             self.say(self.skipped.summary(self.prompts.num_drawn))
         for peer in self.peers.by_identity.values():
             self.send(peer, msg.Shutdown(error=error))
-        self.save_learned()
-        self.log.close()
-        if self.store.log is not None:
-            self.store.log.close()
-        self.files.close()
-        self.journal.close()
-        self.router.close()
-        self.publisher.close()
-        self._disk_thread.shutdown()
-        self.lock.release()
+        with ExitStack() as closing:  # in reverse, and each of them although another one fails
+            closing.callback(self.lock.release)
+            closing.callback(self._disk_thread.shutdown)
+            closing.callback(self.publisher.close)
+            closing.callback(self.router.close)
+            closing.callback(self.journal.close)
+            closing.callback(self.files.close)
+            if self.store.log is not None:
+                closing.callback(self.store.log.close)
+            closing.callback(self.log.close)
+            self.save_learned()

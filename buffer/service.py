@@ -35,6 +35,7 @@ from buffer.run_state import RunFailed, RunState
 from buffer.wire import messages as msg
 from buffer.wire.limits import ENGINE_TYPES, PEERS
 from buffer.wire.transport import Violation
+from configs.errors import one_line, writing_to
 from configs.schema import Config
 from darts import events as ev
 
@@ -67,25 +68,33 @@ class Service:
         run = self.run
         run.say(f"listening on {run.router.address}, run directory {run.folder}")
         try:
-            self._recover()
-            while run.phase != "done" and not self._stopped():
-                for identity, message in run.router.receive(POLL_S):
-                    self._receive(identity, message)
-                self._apply(self._begin_training())
-                self._apply(run.due_events())
-                self._apply(self.engines.flush())
-                run.save_learned()
-                run.poll_disk()
-                self._tick(time.monotonic())
+            with writing_to(run.folder):
+                self._recover()
+                while run.phase != "done" and not self._stopped():
+                    self._turn()
         except RunFailed as error:
             self.error = str(error)
             print(f"error: {self.error}", file=sys.stderr, flush=True)
+        except Exception as error:  # a full disk, or a mistake of ours: the peers learn of it
+            self.error = f"the buffer failed: {one_line(error, with_type=True)}"
+            raise
         finally:
             if run.phase != "done":
                 self.error = self.error or "the buffer was stopped"
             run.publisher.publish(b"state", live_state(run))
             run.close(self.error)
         return 130 if self._stopping and run.phase != "done" else int(bool(self.error))
+
+    def _turn(self) -> None:
+        run = self.run
+        for identity, message in run.router.receive(POLL_S):
+            self._receive(identity, message)
+        self._apply(self._begin_training())
+        self._apply(run.due_events())
+        self._apply(self.engines.flush())
+        run.save_learned()
+        run.poll_disk()
+        self._tick(time.monotonic())
 
     def stop(self) -> str:
         """Make `serve` end the run. May be called from any thread.

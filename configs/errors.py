@@ -6,9 +6,13 @@ Imports nothing of ours, so that every layer can use it. Driven by `configs.comm
 from __future__ import annotations
 
 import errno
+from collections.abc import Generator
+from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 
 MAX_CHARS = 1000
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ExitStatus(IntEnum):
@@ -41,6 +45,20 @@ def one_line(error: BaseException, with_type: bool = False) -> str:
 
 def advice(error: BaseException) -> str:
     """The remedy for an error that the system reports, "" if none is known."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return "; free some space, or write elsewhere with run.dir=FOLDER"
     return ""
+
+
+@contextmanager
+def writing_to(folder: Path) -> Generator[None]:
+    """Have the error of a full disk name `folder`, unless it names a file.
+
+    A failed write knows no name, and a run may write to several disks.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM and error.filename is None:
+            error.filename = str(folder)
+        raise

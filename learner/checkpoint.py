@@ -39,7 +39,8 @@ def save(
     """Write the checkpoint of `meta["step"]` and point `latest` at it. A collective.
 
     All but the newest `keep` are removed. The checkpoint gets its name once it is complete and
-    durable, so a kill or a power cut at any moment leaves the previous one intact.
+    durable, so a kill or a power cut at any moment leaves the previous one intact. If a rank cannot
+    write (full disk), all ranks raise its `OSError`.
     """
     name = f"step_{meta['step']:06d}"
     partial = folder / f".{name}{UNFINISHED}"
@@ -51,10 +52,13 @@ def save(
     dist.barrier()
     # Sharded safetensors: torch.distributed.checkpoint's default format keeps its metadata as a
     # pickle.
-    dcp.save(
-        _tensors(model, optimizer),
-        storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
-    )
+    try:
+        dcp.save(
+            _tensors(model, optimizer),
+            storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+        )
+    except dcp.CheckpointException as error:  # every rank gets it, whichever one has failed
+        raise next(cause for cause, _ in error.failures.values()) from None
     dist.barrier()
     if leads:
         (partial / "meta.json").write_text(json.dumps(meta) + "\n")

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from buffer.wire.messages import LearnerFailed, Shard
 from buffer.wire.transport import TransportError
-from configs.errors import one_line
+from configs.errors import one_line, writing_to
 from configs.objectives import objective
 from configs.schema import Config
 from learner import RunStopped, checkpoint, fsdp
@@ -335,13 +335,11 @@ def save(state: LearnerState) -> None:
         return
     state.saved_step = state.step
     meta = {"step": state.step, "policy_version": state.policy_version}
-    checkpoint.save(
-        _checkpoints(state.config),
-        state.model,
-        state.optimizer,
-        meta,
-        state.config.learner.keep_checkpoints,
-    )
+    folder = _checkpoints(state.config)
+    with writing_to(folder):
+        checkpoint.save(
+            folder, state.model, state.optimizer, meta, state.config.learner.keep_checkpoints
+        )
 
 
 def _resume(state: LearnerState) -> None:

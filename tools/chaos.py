@@ -21,7 +21,7 @@ from typing import Literal, NoReturn
 from configs.command import run_command
 from configs.errors import ExitStatus
 from configs.schema import Config, key
-from tools.faults import schedule
+from tools.faults import schedule, small_disk
 from tools.faults.cluster import Cluster
 from tools.faults.fuzzing import Attack
 from tools.faults.recount import recount
@@ -37,8 +37,9 @@ class ChaosConfig:
     engines: int = key(2, "Number of engines per run.", ge=1)
     faults: int = key(10, "Number of faults per run. 0 runs the same processes undisturbed.", ge=0)
     kinds: list[str] = key(
-        list(schedule.KINDS),
-        "Kinds of faults to draw from. Name fewer to find the one that breaks a run.",
+        [],
+        "Kinds of faults to draw from. Name fewer to find the one that breaks a run. Empty: every "
+        "kind that this machine allows; full disks need root, or namespaces for users.",
         choices=schedule.KINDS,
     )
     learner: Literal["standin", "real"] = key(
@@ -51,10 +52,10 @@ class ChaosConfig:
     out: str = key("", "Folder in which all runs are kept. Empty: a temporary folder.")
 
 
-def run_config(folder: Path, model: Path, seed: int, steps: int) -> Config:
+def run_config(model: Path, seed: int, steps: int) -> Config:
     """A run of small steps and timeouts of seconds, in a mode that is drawn from its seed."""
     config, rng = Config(), random.Random(f"run {seed}")
-    config.run.dir, config.run.name = str(folder), "run"
+    config.run.name = "run"
     config.run.seed, config.run.steps, config.run.trackers = seed, steps, []
     config.run.stop_s = 10.0
     config.model.path, config.model.max_context = str(model), 256
@@ -90,7 +91,25 @@ def hold(chaos: ChaosConfig, config: Config, folder: Path) -> list[str]:
     return [", ".join(map(str, faults)) or "no faults", *found]
 
 
+def choose_kinds(chaos: ChaosConfig) -> None:
+    """Fill in `kinds`, and prepare this process for full disks. Raises `ValueError`."""
+    reason = small_disk.why_not()
+    if not chaos.kinds:
+        on_disk = schedule.ON_DISK if reason else ()
+        chaos.kinds = [kind for kind in schedule.KINDS if kind not in on_disk]
+        if reason:
+            print(f"full disks are left out, since no disk can be mounted here: {reason}")
+    elif reason and set(chaos.kinds) & set(schedule.ON_DISK):
+        raise ValueError(
+            f"kinds={chaos.kinds}: full disks need a mount namespace, which this machine refuses: "
+            f"{reason}; run as root, or leave out {', '.join(schedule.ON_DISK)}"
+        )
+    if set(chaos.kinds) & set(schedule.ON_DISK):
+        small_disk.enter_namespace("tools.chaos", sys.argv[1:])
+
+
 def run(chaos: ChaosConfig) -> int:
+    choose_kinds(chaos)
     out = Path(chaos.out or tempfile.mkdtemp(prefix="chaos-"))
     model = out / "model"
     if chaos.learner == "real":
@@ -102,7 +121,7 @@ def run(chaos: ChaosConfig) -> int:
         folder = out / f"seed-{seed}"
         folder.mkdir(parents=True)
         started = time.monotonic()
-        plan, *found = hold(chaos, run_config(folder, model, seed, chaos.steps), folder)
+        plan, *found = hold(chaos, run_config(model, seed, chaos.steps), folder)
         print(
             f"seed {seed}: {'; '.join(found) or 'held'} "
             f"({time.monotonic() - started:.0f} s in {folder}; {plan})",
@@ -131,7 +150,7 @@ class FuzzConfig:
 def fuzz(chaos: FuzzConfig) -> int:
     """One undisturbed run beside hostile peers; its last step waits for the last frame."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    config = run_config(folder, folder, chaos.seed, steps=8)
+    config = run_config(folder, chaos.seed, steps=8)
     config.buffer.peer_timeout_s = 15.0
     cluster = Cluster(config, folder, 2)
     hold = folder / HOLD

@@ -5,9 +5,12 @@ One SQLite file in WAL mode, without a cache. Driven by `buffer.run_state`.
 
 from __future__ import annotations
 
+import errno
+import os
 import secrets
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -45,6 +48,8 @@ class Journal:
             self._db.execute("CREATE TABLE IF NOT EXISTS run (id TEXT NOT NULL)")
         except sqlite3.DatabaseError as error:
             self._db.close()
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise _no_room(self.path) from error
             raise ValueError(
                 f"journal {self.path} cannot be used ({error}): move it away to start without "
                 "statistics of prompts"
@@ -53,7 +58,8 @@ class Journal:
     def run_id(self) -> str:
         """A random name from the creation of this journal, which stays the same across resumes."""
         if self._db.execute("SELECT id FROM run").fetchone() is None:
-            self._db.execute("INSERT INTO run VALUES (?)", (secrets.token_hex(8),))
+            with self._whole():
+                self._db.execute("INSERT INTO run VALUES (?)", (secrets.token_hex(8),))
         return self._db.execute("SELECT id FROM run").fetchone()[0]
 
     def remember_lengths(self, items: Iterable[tuple[str, LengthStats]]) -> None:
@@ -65,16 +71,14 @@ class Journal:
         self._remember("rewards", items)
 
     def _remember(self, table: str, items: Iterable[tuple[str, object]]) -> None:
+        """Raises `OSError` if the disk is full; none of `items` is kept then."""
         rows = [(prompt_id, msgspec.msgpack.encode(stats)) for prompt_id, stats in items]
         if not rows:
             return
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._whole():
+            self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", rows)
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+            self._db.execute("COMMIT")
 
     def lengths(self, prompt_ids: Iterable[str]) -> dict[str, LengthStats]:
         """The statistics of these prompts. Prompts never seen are left out."""
@@ -96,6 +100,18 @@ class Journal:
                 found[prompt_id] = self._decode(kind, stats)
         return found
 
+    @contextmanager
+    def _whole(self) -> Generator[None]:
+        """A transaction that leaves nothing behind if it fails."""
+        try:
+            yield
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise _no_room(self.path) from error
+            raise
+
     def _decode(self, kind: type[Stats], stats: bytes) -> Stats:
         try:
             return msgspec.msgpack.decode(stats, type=kind)
@@ -114,3 +130,8 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _no_room(path: Path) -> OSError:
+    """The error of a full disk, as any other file raises it."""
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

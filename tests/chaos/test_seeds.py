@@ -46,9 +46,9 @@ def copy(runs: Path, tmp_path: Path) -> Path:
 
 
 def count_again(folder: Path) -> list[str]:
-    config = cli.load(["--config", str(folder / "run" / "config.yaml")])
+    config = cli.load(["--config", str(folder / "disk" / "run" / "config.yaml")])
     assert isinstance(config, Config)
-    return recount(folder / "run", config, folder / "trained.jsonl")
+    return recount(folder / "disk" / "run", config, folder / "trained.jsonl")
 
 
 def rewrite(path: Path, change: Callable[[list[Row]], list[Row]]) -> None:
@@ -76,9 +76,9 @@ def test_seeds_hold_and_a_second_count_agrees(runs: Path) -> None:
         ("trained.jsonl", lambda rows: rows[:-1], "were not trained"),
         ("trained.jsonl", lambda rows: repeat(rows), "occurs 2 times"),
         ("trained.jsonl", lambda rows: later(rows), "its lag is"),
-        ("run/metrics.jsonl", lambda rows: rows[1:], "has the steps"),
-        ("run/groups.jsonl", lambda rows: [*rows, rows[-1]], "occurs 2 times"),
-        ("run/groups.jsonl", lambda rows: without_shipped(rows), "neither trained, dropped"),
+        ("disk/run/metrics.jsonl", lambda rows: rows[1:], "has the steps"),
+        ("disk/run/groups.jsonl", lambda rows: [*rows, rows[-1]], "occurs 2 times"),
+        ("disk/run/groups.jsonl", lambda rows: without_shipped(rows), "neither trained, dropped"),
     ],
 )
 def test_a_falsified_record_is_detected(

@@ -1,11 +1,13 @@
 """The processes of one run on this machine, under the launcher's supervision and under faults.
 
-Owns a buffer, a learner and fake engines, with each peer behind its own proxy, and the time of each
-fault. `tools.launching.supervision` restarts the processes, as in any run. Driven by `tools.chaos`.
+Owns a buffer, a learner and fake engines, with each peer behind its own proxy, the disk of the
+run's folder, and the time of each fault. `tools.launching.supervision` restarts the processes, as
+in any run. A run that a full disk has ended is resumed once there is room. Driven by `tools.chaos`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -25,7 +27,9 @@ from buffer.wire.transport import next_port
 from configs import cli
 from configs.schema import Config
 from tools.faults.proxy import Proxy
-from tools.faults.schedule import BYTES_PER_S, DELAY_S, Fault
+from tools.faults.recount import read_history
+from tools.faults.schedule import BYTES_PER_S, DELAY_S, DISK, Fault
+from tools.faults.small_disk import SmallDisk
 from tools.launching.processes import CONFIG, Command, LocalProcess, Role
 from tools.launching.supervision import Run
 
@@ -85,7 +89,7 @@ class View:
 
 @dataclass
 class Cluster:
-    """`folder` holds the run's directory, its logs and its configuration files."""
+    """`folder` holds the run's disk, its logs and its configuration files."""
 
     config: Config
     folder: Path
@@ -129,27 +133,56 @@ class Cluster:
 
         `each_turn` of the launcher's loop is given its run, and may return why that cannot go on.
         """
-        port = self.port
+        self.config.run.dir = str(self.folder / DISK)
         with ExitStack() as stack:
-            ports = {BUFFER: port}
+            ports = {BUFFER: self.port}
             for name in list(self.targets())[1:]:
-                self.proxies[name] = stack.enter_context(Proxy(free_port(), port))
+                self.proxies[name] = stack.enter_context(Proxy(free_port(), self.port))
                 ports[name] = self.proxies[name].port
-            link = stack.enter_context(MonitorLink(next_port(f"tcp://127.0.0.1:{port}")))
+            disk = None
+            if any(fault.target == DISK for fault in faults):
+                disk = stack.enter_context(SmallDisk(Path(self.config.run.dir)))
             view = View(self.folder / "launcher.log")
-            run = Run(self.config, view, link)
-            storm = Storm(run, view, self.proxies, faults, time.monotonic() + deadline_s)
-            stack.enter_context(run.request)
-            stack.enter_context(private_folder(self.config.run.stop_s))
+            storm = Storm(view, self.proxies, disk, faults, time.monotonic() + deadline_s)
+            while True:
+                error = self._conduct(view, ports, storm, each_turn)
+                if not error or disk is None or not disk.was_full:
+                    return error
+                view.say(f"the run ended while the disk was full: {error}")
+                disk.reset()
+                if found := self._resumable(error):
+                    return found
+
+    def _conduct(
+        self, view: View, ports: Mapping[str, int], storm: Storm, each_turn: Callable[[Run], str]
+    ) -> str:
+        """Run until the run ends, once. Returns the reason why it failed, or ""."""
+        with (
+            MonitorLink(next_port(f"tcp://127.0.0.1:{self.port}")) as link,
+            (run := Run(self.config, view, link)).request,
+            private_folder(self.config.run.stop_s),
+        ):
             try:
                 run.start(Host(self.config, self.folder, ports), self.commands())
-                run.watch(lambda: each_turn(run) or storm.turn())
+                run.watch(lambda: each_turn(run) or storm.turn(run))
             finally:
-                storm.end()
+                storm.end(run)
                 run.stop()
         if run.request.requested:
             raise KeyboardInterrupt
         return run.error
+
+    def _resumable(self, error: str) -> str:
+        """Have the next start resume a run that a full disk has ended.
+
+        Returns the promise that its end has broken, or "".
+        """
+        if os.strerror(errno.ENOSPC) not in error or "\n" in error:
+            return f"the disk was full, and the run ended without a line that says so: {error}"
+        if differences := read_history(self.run_folder / "events").differences:
+            return "after the disk was full, " + "; ".join(differences)
+        self.config.run.resume = (self.run_folder / "config.yaml").exists()
+        return ""
 
 
 class Storm:
@@ -157,17 +190,19 @@ class Storm:
 
     def __init__(
         self,
-        run: Run,
         view: View,
         proxies: Mapping[str, Proxy],
+        disk: SmallDisk | None,
         faults: Sequence[Fault],
         deadline: float,
     ) -> None:
-        self._run, self._view, self._proxies, self._deadline = run, view, proxies, deadline
+        self._view, self._proxies, self._disk, self._deadline = view, proxies, disk, deadline
         self._waiting = list(faults)
         self._due: list[tuple[float, Action]] = []
+        self._run: Run
 
-    def turn(self) -> str:
+    def turn(self, run: Run) -> str:
+        self._run = run
         now = time.monotonic()
         while self._waiting and self._waiting[0].step <= self._view.step:
             self._due += self._actions(self._waiting.pop(0), now)
@@ -176,10 +211,14 @@ class Storm:
             self._due.pop(0)[1]()
         return self._states() if now > self._deadline else ""
 
-    def end(self) -> None:
-        """Continue every process that a fault has stopped."""
-        for member in self._run.members:
-            self._signal(member.process.name, signal.SIGCONT)
+    def end(self, run: Run) -> None:
+        """End every fault that lasts, except that of the disk."""
+        self._run = run
+        self._due.clear()
+        for proxy in self._proxies.values():
+            proxy.shape()
+        for member in run.members:
+            self._signal(member.command.name, signal.SIGCONT)
 
     def _states(self) -> str:
         told = [f"{self._view.step} steps were taken when the deadline passed"]
@@ -208,6 +247,10 @@ class Storm:
                 (at, lambda: self._signal(target, signal.SIGSTOP)),
                 (over, lambda: self._signal(target, signal.SIGCONT)),
             ]
+        say = (at, lambda: self._view.say(f"{fault}"))
+        if fault.kind == "full":
+            assert self._disk is not None
+            return [say, (at, self._disk.fill), (over, self._disk.free)]
         proxy = self._proxies[target]
         begin: dict[str, Action] = {
             "reset": proxy.reset,
@@ -215,10 +258,7 @@ class Storm:
             "delay": lambda: proxy.shape(delay_s=DELAY_S),
             "slow": lambda: proxy.shape(bytes_per_s=BYTES_PER_S),
         }
-        actions: list[tuple[float, Action]] = [
-            (at, lambda: self._view.say(f"{fault}")),
-            (at, begin[fault.kind]),
-        ]
+        actions: list[tuple[float, Action]] = [say, (at, begin[fault.kind])]
         return [*actions, (over, proxy.shape)] if fault.kind in ("delay", "slow") else actions
 
 

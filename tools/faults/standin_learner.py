@@ -41,7 +41,7 @@ class StandIn:
 
     def __init__(self, config: Config, path: Path) -> None:
         self._config, self._record = config, path
-        self._checkpoint = path.with_name("checkpoint.json")
+        self._checkpoint = Path(config.run.dir) / config.run.name / "checkpoint.json"
         self._hold = path.with_name(HOLD)
         self._step, self._version = 0, -1
         if config.run.resume and self._checkpoint.exists():

@@ -578,13 +578,30 @@ def test_a_policy_that_is_gone_is_skipped_for_the_next_one() -> None:
 
 def test_an_unavailable_first_policy_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actors.worker.FETCH_RETRY_S", 0.001)
+    config = quick_config()
+    config.buffer.rejoin_timeout_s = 0.1
 
     async def script(scene: Scene) -> None:
         scene.fetch_error = TransportError("no answer from tcp://x")
         await asyncio.sleep(10)
 
     with pytest.raises(PolicyUnavailable, match="no answer from tcp://x"):
-        play(script, policy=snapshot(0))
+        play(script, policy=snapshot(0), config=config)
+
+
+def test_an_engine_waits_for_the_first_policy_of_a_learner_that_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("actors.worker.FETCH_RETRY_S", 0.001)
+
+    async def script(scene: Scene) -> None:
+        scene.fetch_error = TransportError("no answer from tcp://x")  # the former learner's address
+        await scene.until(lambda: len(scene.fetched) > 5)
+        scene.fetch_error = None
+        scene.link.incoming.put(PolicyPublished(policy=snapshot(1)))
+        await scene.until(lambda: bool(scene.engine.swapped))
+
+    assert play(script, policy=snapshot(0)).engine.swapped[-1] == (1, b"weights of 1")
 
 
 def test_an_unavailable_later_policy_leaves_the_engine_running() -> None:
