@@ -2,6 +2,7 @@
 kills.
 """
 
+import errno
 import os
 import signal
 import sqlite3
@@ -403,3 +404,18 @@ def test_a_journal_of_another_version_is_refused(tmp_path):
     database.close()
     with Journal(path) as journal, pytest.raises(ValueError, match="another version"):
         journal.lengths(["a"])
+
+
+def test_a_full_disk_keeps_the_journal_as_it_was(tmp_path: Path) -> None:
+    path, kept = tmp_path / "journal.sqlite", LengthStats(1.0, 2.0, 3.0)
+    with Journal(path) as journal:
+        journal.remember_lengths([("a", kept)])
+        pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
+        journal._db.execute(f"PRAGMA max_page_count={pages}")
+        with pytest.raises(OSError, match="No space left") as caught:
+            journal.remember_lengths([("a" * 9000, kept), ("b", kept)])
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+        assert journal.lengths(["a", "b"]) == {"a": kept}
+        journal._db.execute("PRAGMA max_page_count=1000000")
+        journal.remember_lengths([("b", kept)])
+        assert set(journal.lengths(["a", "b"])) == {"a", "b"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import os
 import runpy
 import signal
@@ -20,7 +21,7 @@ import pytest
 from configs import command
 from configs.cli import keys
 from configs.command import help_text, run_command
-from configs.errors import one_line
+from configs.errors import one_line, writing_to
 from configs.schema import Config, key
 
 ROOT = Path(__file__).parents[3]
@@ -296,3 +297,10 @@ def test_a_closed_pipe_ends_a_command_quietly() -> None:
 )
 def test_an_error_is_reported_in_one_line(error: Exception, with_type: bool, line: str) -> None:
     assert one_line(error, with_type) == line
+
+
+def test_a_full_disk_is_named_by_its_folder_unless_the_error_names_a_file() -> None:
+    for name, expected in ((None, "/runs/a"), ("/runs/a/b", "/runs/a/b")):
+        with pytest.raises(OSError) as caught, writing_to(Path("/runs/a")):
+            raise OSError(errno.ENOSPC, "No space left on device", name)
+        assert caught.value.filename == expected

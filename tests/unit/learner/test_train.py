@@ -4,6 +4,7 @@ disk and on the wire.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
@@ -341,3 +342,23 @@ def test_a_snapshot_has_the_dtype_of_the_engines(model_path: Path, tmp_path: Pat
     assert {
         tensor.dtype for tensor in safetensors.torch.load(Path(snapshot.path).read_bytes()).values()
     } == {torch.bfloat16}
+
+
+def test_a_checkpoint_on_a_full_disk_names_it_and_leaves_the_one_before(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = make_config(model_path, tmp_path / "run")
+    folder = Path(config.run.dir) / config.run.name / "checkpoints"
+    with single_rank(config) as state:
+        train_step(state, make_shards(make_trajectories(seed=0))[0])
+        save(state)
+        before = (folder / "latest").read_text()
+        state.step += 1
+        monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            save(state)
+        assert caught.value.filename == str(folder)
+        assert (folder / "latest").read_text() == before
