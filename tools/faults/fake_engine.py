@@ -113,7 +113,9 @@ class FakeEngine:
 def main(argv: list[str]) -> int:
     """Run `actors.process`, which imports `actors.inference.engine` late, with the fake engine."""
     module = ModuleType("actors.inference.engine")
-    module.__dict__["Engine"] = lambda config: FakeEngine(config, f"{config.actors.name}/{argv[0]}")
+    module.__dict__["Engine"] = lambda config, _seed: FakeEngine(
+        config, f"{config.actors.name}/{argv[0]}"
+    )
     sys.modules[module.__name__] = module
     return process.main(argv)
 
