@@ -66,7 +66,13 @@ class Sampler(Protocol):
     @property
     def died(self) -> asyncio.Event: ...
     def launch(
-        self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        max_tokens: int,
+        *,
+        seed: int,
+        num_continued: int,
     ) -> Generation: ...
     async def abort(self, request_ids: list[str]) -> None: ...
     async def swap(self, path: str, version: int) -> float: ...
@@ -255,7 +261,11 @@ class Worker:
             generation.end("stop" if prefix[-1] in self._engine.eos_ids else "length")
         else:
             generation = self._engine.launch(
-                request_id, [*prompt_ids, *prefix], left, launched.seed
+                request_id,
+                [*prompt_ids, *prefix],
+                left,
+                seed=launched.seed,
+                num_continued=len(prefix),
             )
         rollout = self._rollouts[launched.rollout_id] = Rollout(
             launched.rollout_id, prompt, array("i", prompt_ids), prefix, generation

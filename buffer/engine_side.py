@@ -219,7 +219,7 @@ class EngineSide:
         rollouts = [
             msg.LaunchedRollout(
                 rollout_id=launch.rollout_id,
-                seed=sampling_seed(run.config.run.seed, launch, len(prefix) // 4),
+                seed=sampling_seed(run.config.run.seed, launch),
                 prefix=prefix,
             )
             for launch, prefix in zip(launches, prefixes, strict=True)
@@ -301,7 +301,7 @@ class EngineSide:
                     f"but {num_tokens} were sent"
                 )
             oldest = run.store.oldest_version(rollout_id)
-            run.texts[rollout_id] = message.text
+            run.store.finish(rollout_id, message.text)
         self._settle(peer, rollout_id)
         return [
             ev.RolloutFinished(
@@ -368,17 +368,7 @@ class EngineSide:
         return [ev.LatencyReported(peer.engine_id, message.batch, message.ms_per_token)]
 
 
-def sampling_seed(run_seed: int, launch: ev.Launch, num_tokens: int) -> int:
-    """Of the prompt's visit, not of the rollout's number: a resumed run draws the same responses.
-
-    `num_tokens` of the prefix: an engine that continues a rollout must not draw as at its start.
-    """
-    place = (
-        run_seed,
-        launch.prompt_id,
-        launch.visit,
-        launch.index,
-        launch.attempt,
-        num_tokens,
-    )
+def sampling_seed(run_seed: int, launch: ev.Launch) -> int:
+    """Of the prompt's visit, not of the rollout's number: a resumed run samples the same again."""
+    place = (run_seed, launch.prompt_id, launch.visit, launch.index, launch.draw)
     return zlib.crc32(repr(place).encode()) >> 1

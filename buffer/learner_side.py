@@ -1,6 +1,6 @@
 """The buffer's side of the learner: pulls become shards, and trained steps become records.
 
-    consumes       LearnerHello, Pull, Trained, Published, LearnerFailed
+    consumes       LearnerHello, Pull, Trained, Published, LearnerFailed, Leaving
     waits for      a full batch of ready groups, which the core ships
     unblocked by   the core's `Ship`, and `Close` once the learner says that it has trained
 
@@ -37,6 +37,7 @@ class LearnerSide:
             msg.Trained: self._trained,
             msg.Published: self._published,
             msg.LearnerFailed: self._failed,
+            msg.Leaving: self._leaving,
         }
         self._pulls: dict[int, tuple[int, float]] = {}  # rank -> requested step, and since when
         self._shipped: list[ev.GroupRecord] = []  # groups of the step that the learner has
@@ -148,11 +149,13 @@ class LearnerSide:
     def restore(self) -> list[ev.Event]:
         """After a restart of the buffer, keep the groups that the learner still has.
 
-        If some of them were closed, the learner had reported their step, so the others close, too.
+        If the learner had reported their step, those that are still open close now.
         """
-        groups = self.run.core.groups
-        self._shipped = [record for record in self._shipped if record.group_id in groups]
-        return [ev.GroupTrained(r.group_id) for r in self._shipped] if self._closed else []
+        run = self.run
+        self._shipped = [r for r in self._shipped if r.group_id in run.core.groups]
+        if run.reported_step < run.step:
+            return []
+        return [ev.GroupTrained(record.group_id) for record in self._shipped]
 
     # Decisions
     # ----------------------------------------------------------------------------------------------
@@ -182,10 +185,15 @@ class LearnerSide:
                 run.send(peer, self._shards[peer.rank])
 
     def _make_shards(self, learner: Learner) -> list[msg.Shard]:
-        """One shard per rank. The same batch always gives the same shards."""
+        """One shard per rank. The same batch always gives the same shards.
+
+        Its order is that of the visits, and of the responses to each. Groups and rollouts have
+        other numbers after a restart, and sums of floating-point numbers depend on their order.
+        """
         run = self.run
         run.make_durable()
-        selected = [t for record in self._shipped for t in self._trajectories(record)]
+        records = sorted(self._shipped, key=lambda record: record.visit)
+        selected = [t for record in records for t in self._trajectories(record)]
         return make_shards(
             selected,
             run.config.loss,
@@ -196,6 +204,7 @@ class LearnerSide:
 
     def _trajectories(self, record: ev.GroupRecord) -> list[msg.Trajectory]:
         selected = [r for r in record.rollouts if r.end.startswith("selected")]
+        selected.sort(key=lambda rollout: rollout.index)
         rewards = [r.reward for r in selected if r.reward is not None]
         assert len(rewards) == len(selected), "a selected rollout has no reward"
         advantages = group_advantages(rewards, objective(self.run.config.loss))
@@ -206,20 +215,19 @@ class LearnerSide:
 
     def note_trained(self, note: Trained) -> None:
         """Take the learner's report about the step whose groups are about to close."""
+        self.run.reported_step = note.step
         self._num_trained, self._trained_metrics = note.num_tokens, note.metrics
 
     def group_trained(self, record: ev.GroupRecord) -> dict[str, Any] | None:
         """Record a group that was trained. Returns the row of its step after the last group."""
         run = self.run
-        if len(self._closed) < SAMPLED_GROUPS and not run.replaying:
-            self._write_samples(record)
         self._closed.append(record)
         run.forget(record)
         run.prompts.done(record.visit)
         run.record(record)
         if len(self._closed) < run.config.batch.groups:
             return None
-        records, self._closed = self._closed, []
+        records, self._closed = sorted(self._closed, key=lambda record: record.visit), []
         return self._finish_step(records)
 
     def _finish_step(self, records: list[ev.GroupRecord]) -> dict[str, Any]:
@@ -246,14 +254,13 @@ class LearnerSide:
         payload = self.run.prompts.payload(record.visit)
         prompt = payload.text or "\n".join(f"{m['role']}: {m['content']}" for m in payload.messages)
         for r in record.rollouts:
-            # A restart of the buffer loses the texts of responses that finished before.
-            if r.end.startswith("selected") and r.rollout_id in self.run.texts:
+            if r.end.startswith("selected"):
                 self.run.files.sample(
                     {
                         "step": self.run.step,
                         "prompt_id": record.prompt_id,
                         "prompt": prompt,
-                        "response": self.run.texts[r.rollout_id],
+                        "response": self.run.store.text(r.rollout_id),
                         "tokens": r.tokens,
                         "reward": r.reward,
                         "end": r.end,
@@ -328,6 +335,14 @@ class LearnerSide:
         return [ev.GroupTrained(record.group_id) for record in records]
 
     def _log_trained(self, note: Trained) -> None:
+        """Record the report, and samples of its step before it.
+
+        After a restart, a step that the log records has its samples, and those of a later step are
+        cut.
+        """
+        for record in self._shipped[:SAMPLED_GROUPS]:
+            self._write_samples(record)
+        self.run.files.flush()
         self.note_trained(note)
         self.run.log.note(note, self.run.now())
 
@@ -338,6 +353,11 @@ class LearnerSide:
         if rank0 is not None and not run.replaying:
             run.make_durable()
             run.send(rank0, msg.Acknowledged(step=step))
+
+    def _leaving(self, peer: Peer, message: msg.Leaving) -> list[ev.Event]:
+        self.run.peers.remove(peer)
+        self.run.say(f"{peer.name} has left; a learner with run.resume=true may take its place")
+        return []
 
     def _failed(self, peer: Peer, message: msg.LearnerFailed) -> list[ev.Event]:
         raise RunFailed(f"learner rank {message.rank} failed: {message.error}")

@@ -64,7 +64,7 @@ def launch_again(rollout: Rollout) -> ev.Launch:
         prompt_id=group.prompt.prompt_id,
         visit=group.prompt.visit,
         index=rollout.index,
-        attempt=rollout.attempt,
+        draw=rollout.draw,
         purpose=group.purpose,
         engine_id=rollout.engine_id,
         continues=None,

@@ -83,6 +83,7 @@ class RunState:
             opened.pop_all()  # from here on, `close` closes them
         state = self.recovered.checkpoint.buffer
         self.step = state.step if state else 0
+        self.reported_step = -1  # the newest step whose report by the learner is logged
         self.policy: msg.SnapshotRef | None = state.policy if state else None
         self.learner: Learner | None = None
         self.prompts = OutstandingPrompts(sources.train, state.cursor if state else None)
@@ -109,7 +110,6 @@ class RunState:
         self.replaying = False  # during recovery: record, and send nothing
         self._rows_again: dict[int, dict[str, Any]] = {}  # rows of metrics made during recovery
         self.last_row: dict[str, Any] = self.rows[-1] if self.rows else {}
-        self.texts: dict[int, str] = {}  # responses of finished rollouts
         self.errors: dict[int, str] = {}  # group -> its most recent failure
         self.unusable: set[int] = set()  # groups whose prompt does not fit the context
         # Not yet in the journal.
@@ -201,18 +201,20 @@ class RunState:
     def due_events(self) -> list[ev.Event]:
         """Events that are due by themselves: windows of prompts, pauses while the store is full."""
         due: list[ev.Event] = []
-        num_pending = self.core.num_pending
-        while (
-            num_pending < self.config.batch.groups
-            and not self.core.run_ended
-            and self.core.policy_version >= 0
-        ):
-            drawn = self.prompts.draw(self.config.batch.groups)
-            due.append(ev.PromptsDrawn(tuple(self._with_statistics(drawn))))
-            num_pending += len(drawn)
+        num_pending, window = self.core.num_pending, self.config.batch.groups
+        if not self.core.run_ended and self.core.policy_version >= 0:
+            while drawn := self.prompts.draw_again(window):
+                due.append(self._prompts_drawn(drawn))
+                num_pending += len(drawn)
+            while num_pending < window:
+                due.append(self._prompts_drawn(self.prompts.draw(window)))
+                num_pending += window
         if self.store.full != self.core.admission_paused:
             due.append(ev.AdmissionPaused(self.store.full))
         return due
+
+    def _prompts_drawn(self, drawn: Sequence[tuple[int, msg.PromptPayload]]) -> ev.PromptsDrawn:
+        return ev.PromptsDrawn(tuple(self._with_statistics(drawn)))
 
     def _with_statistics(
         self, drawn: Sequence[tuple[int, msg.PromptPayload]]
@@ -238,7 +240,6 @@ class RunState:
         """Free everything that is held for a closed group's rollouts."""
         for rollout in record.rollouts:
             self.store.discard(rollout.rollout_id)
-            self.texts.pop(rollout.rollout_id, None)
 
     def drop(self, drop: ev.Drop) -> None:
         record = drop.record
@@ -321,12 +322,13 @@ class RunState:
         self.metrics.tokens.update(note.tokens)
         self.skipped.num_skipped = note.num_skipped
         self.prompts.put_back(note.visits)
-        self.step = note.step
+        self.step, self.reported_step = note.step, -1
 
     def cut_rows(self) -> None:
-        """Cut metrics and samples back to the steps done."""
+        """Cut metrics back to the steps done, and samples to the steps reported."""
         self.files.close()
-        self.rows = run_files.withdraw_rows(self.folder, self.step)
+        num_reported = max(self.step, self.reported_step + 1)
+        self.rows = run_files.withdraw_rows(self.folder, self.step, num_reported)
         self.files = run_files.RunFiles(self.folder, self._trackers)
         self.last_row = self.rows[-1] if self.rows else {}
 

@@ -344,7 +344,10 @@ class SharedDarts:
         ge=0,
     )
     max_reopens: int = key(
-        3, "How many times the prompt of a dropped group returns to the queue.", ge=0
+        3,
+        "How many times the prompt of a failed or overdue group returns to the queue. Returns "
+        "after a restart do not count.",
+        ge=0,
     )
 
 

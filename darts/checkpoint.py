@@ -32,6 +32,7 @@ class SavedRollout:
     index: int
     engine_id: str
     attempt: int
+    draw: int
     tokens: int
     oldest_version: int
     state: RolloutState
@@ -43,7 +44,7 @@ class SavedRollout:
 class SavedGroup:
     """A `darts.state.groups.Group`.
 
-    `planned` holds (index, attempt, rollout to continue, if any).
+    `planned` holds (index, attempt, draw, rollout to continue, if any).
     """
 
     group_id: int
@@ -57,7 +58,7 @@ class SavedGroup:
     num_long: int
     long_end: LongEnd
     state: GroupState
-    planned: tuple[tuple[int, int, int | None], ...]
+    planned: tuple[tuple[int, int, int, int | None], ...]
     pilot: int
     num_held: int
     mixed_prob: float | None
@@ -208,7 +209,7 @@ def _save_group(group: Group) -> SavedGroup:
         long_end=group.long_end,
         state=group.state,
         planned=tuple(
-            (p.index, p.attempt, p.continues.rollout_id if p.continues else None)
+            (p.index, p.attempt, p.draw, p.continues.rollout_id if p.continues else None)
             for p in group.planned
         ),
         pilot=group.pilot,
@@ -232,6 +233,7 @@ def _save_rollout(rollout: Rollout) -> SavedRollout:
         index=rollout.index,
         engine_id=rollout.engine_id,
         attempt=rollout.attempt,
+        draw=rollout.draw,
         tokens=rollout.tokens,
         oldest_version=rollout.oldest_version,
         state=rollout.state,
@@ -272,6 +274,7 @@ def _restore_group(saved: SavedGroup) -> Group:
             index=row.index,
             engine_id=row.engine_id,
             attempt=row.attempt,
+            draw=row.draw,
             tokens=row.tokens,
             oldest_version=row.oldest_version,
             state=row.state,
@@ -286,7 +289,7 @@ def _restore_group(saved: SavedGroup) -> Group:
     )
     group.truncated = [Candidate(group.rollouts[i].tokens, i) for i in saved.truncated]
     group.planned.extend(
-        Planned(index, attempt, None if continues is None else group.rollouts[continues])
-        for index, attempt, continues in saved.planned
+        Planned(index, attempt, draw, None if continues is None else group.rollouts[continues])
+        for index, attempt, draw, continues in saved.planned
     )
     return group

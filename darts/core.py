@@ -41,6 +41,7 @@ from darts.state.staleness import OutstandingGroups
 
 NOTHING: list[ev.Decision] = []
 FIXED = ("groups_per_step", "steps_per_version", "group_size", "max_tokens", "seed")
+BY_RESTART = ("stale", "tokens_lost")  # ends of groups that no fault of their prompts causes
 # Ids skipped after a restart: more than could have been launched without being recorded.
 SKIPPED_IDS = 1_000_000
 
@@ -211,7 +212,7 @@ class Core:
         for rollout in engine.in_flight.values():
             del self.rollouts[rollout.rollout_id]
             if rollout.runs:
-                self._lose(rollout, event.keep_tokens, event.left)
+                self._lose(rollout, event.keep_tokens, handed_over=event.left)
         self.orphaned.extend(
             group for group in groups.values() if group.state is GroupState.OPEN and group.planned
         )
@@ -271,7 +272,7 @@ class Core:
         if rollout is None:
             return
         if rollout.runs:
-            self._lose(rollout, keep_tokens=False)
+            self._lose(rollout, keep_tokens=False, failed=True)
         self._free(rollout)
         self._review(rollout.group)
         self._admit()
@@ -368,10 +369,13 @@ class Core:
     # Rollouts
     # ----------------------------------------------------------------------------------------------
 
-    def _lose(self, rollout: Rollout, keep_tokens: bool, handed_over: bool = False) -> None:
+    def _lose(
+        self, rollout: Rollout, keep_tokens: bool, handed_over: bool = False, failed: bool = False
+    ) -> None:
         """A rollout in flight ended without a result: plan another attempt if any is left.
 
-        A rollout that was handed over continues in the same attempt.
+        A rollout that was handed over continues in the same attempt. One that failed by itself
+        would fail in the same way again, so it is drawn again.
         """
         group = rollout.group
         group.end(rollout, RolloutState.LOST)
@@ -380,7 +384,8 @@ class Core:
         survivors.lose_survivor(group, rollout, replaced)
         if replaced:
             continues = rollout if keep_tokens and rollout.tokens else None
-            group.planned.appendleft(Planned(rollout.index, attempt, continues))
+            draw = rollout.draw + failed
+            group.planned.appendleft(Planned(rollout.index, attempt, draw, continues))
             self.engines.enqueue(group, first=True)
 
     def _count_overshoot(self, rollout: Rollout, num_tokens: int) -> None:
@@ -411,6 +416,7 @@ class Core:
                 index=planned.index,
                 engine_id=engine.engine_id,
                 attempt=planned.attempt,
+                draw=planned.draw,
                 tokens=before.tokens if before else 0,
                 oldest_version=before.oldest_version if before else engine.version,
             )
@@ -428,7 +434,7 @@ class Core:
                     prompt_id=group.prompt.prompt_id,
                     visit=group.prompt.visit,
                     index=rollout.index,
-                    attempt=rollout.attempt,
+                    draw=rollout.draw,
                     purpose=group.purpose,
                     engine_id=engine.engine_id,
                     continues=before.rollout_id if before else None,
@@ -645,11 +651,11 @@ class Core:
         group.selection = None
         if end in ("uniform", "no_signal"):
             self.prompts.forget(group.prompt)
-        requeued = (
-            requeue
-            and not self.run_ended
-            and self.prompts.put_back(group.prompt, self.config.max_reopens)
-        )
+        requeued = requeue and not self.run_ended
+        if requeued and end in BY_RESTART:
+            self.prompts.put_back(group.prompt)
+        elif requeued:
+            requeued = self.prompts.reopen(group.prompt, self.config.max_reopens)
         self._decisions.append(ev.Drop(group.record(end), requeued))
 
     def _close(self, group: Group) -> None:

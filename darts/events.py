@@ -251,6 +251,7 @@ class RolloutRecord:
         number last reported.
     truncated: whether its length limit ended it. It may have been selected all the same.
     overshoot: number of tokens sampled between the decision to cancel it and its engine's stop.
+    index: which response of its group it is. A rollout that continues a lost one has its index.
     """
 
     rollout_id: int
@@ -261,6 +262,7 @@ class RolloutRecord:
     oldest_version: int
     truncated: bool = False
     overshoot: int = 0
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,8 +320,9 @@ class OpenGroup:
 class Launch:
     """Start a rollout. `continues` names a lost rollout whose tokens so far are its beginning.
 
-    `visit`, `index` (of the response in its group) and `attempt` seed its sampling, so that a
-    resumed run draws the same response again.
+    `visit`, `index` (of the response in its group) and `draw` seed its sampling. `draw` is 1, and
+    one more after each failure of the rollout. A rollout that lost its engine keeps its draw, so
+    that a resumed run samples the same response again.
     """
 
     rollout_id: int
@@ -327,7 +330,7 @@ class Launch:
     prompt_id: str
     visit: int
     index: int
-    attempt: int
+    draw: int
     purpose: Purpose
     engine_id: str
     continues: int | None

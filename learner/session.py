@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Self, TypeVar
 
 from buffer.wire.client import LearnerLink, Refused
@@ -24,6 +25,7 @@ from buffer.wire.messages import (
     Acknowledged,
     LearnerHello,
     LearnerMessage,
+    Leaving,
     Published,
     Pull,
     Shard,
@@ -116,6 +118,11 @@ class BufferSession:
                 self._receive(Shard, -1)
             except TransportError as error:
                 self._reconnect(error)
+
+    def leave(self) -> None:
+        """Tell the buffer that this rank ends, so that it does not wait for its heartbeat."""
+        with suppress(TransportError):  # then the buffer knows already, or is gone itself
+            self.link.send(Leaving())
 
     def _ask(self, request: LearnerMessage, answer: type[AnswerT], step: int) -> AnswerT:
         """Send `request` until it is answered, however often the connection breaks."""

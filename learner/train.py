@@ -310,6 +310,7 @@ def _until_told_to_stop(state: LearnerState, session: BufferSession) -> Iterator
         return
     except RunStopped:
         save(state)  # every rank is at the same step and waits for its shard
+        session.leave()
         raise
     except TransportError:
         raise  # the buffer cannot be reached

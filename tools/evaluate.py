@@ -113,7 +113,7 @@ async def _answer(
                 f"{step}/{number}",
                 ids,
                 response_limit(prompt, len(ids), config),
-                config.run.seed * 1_000_003 + number,
+                seed=config.run.seed * 1_000_003 + number,
             )
             await generation.finished
             text = engine.tokenizer.decode(

@@ -19,6 +19,7 @@ import asyncio
 import logging
 import os
 import time
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
@@ -198,13 +199,24 @@ class Engine:
         return self._llm.model_config.get_vocab_size()
 
     def launch(
-        self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        max_tokens: int,
+        *,
+        seed: int,
+        num_continued: int = 0,
     ) -> Generation:
         """Sample at most `max_tokens` tokens after `prompt_ids`, by the keys of `sampling`.
 
         `seed` decides the response, whatever else the engine does, but only if `sampling.seeded`.
+        `prompt_ids` ends with the first `num_continued` tokens of the response, which another
+        engine sampled. vLLM cannot advance a seeded generator to their end, and starting it again
+        would repeat the draws that made them, so the rest is drawn from a generator of its own.
         Returns at once, and never raises.
         """
+        if num_continued:
+            seed = zlib.crc32(f"{seed} {num_continued}".encode()) >> 1
         params = sampling_params(self._sampling, max_tokens, seed)
         return self._launch(request_id, prompt_ids, params)
 

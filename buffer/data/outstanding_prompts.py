@@ -39,16 +39,17 @@ class OutstandingPrompts:
             self.put_back(cursor.again)
 
     def draw(self, num_prompts: int) -> list[tuple[int, PromptPayload]]:
-        """The next window, as (visit, payload). Prompts that were put back come first."""
-        drawn: list[tuple[int, PromptPayload]] = []
-        for _ in range(num_prompts):
-            if self._again:
-                visit = heapq.heappop(self._again)
-                self._payloads[visit] = self._at(visit)
-            else:
-                visit = self._stream.position
-                self._payloads[visit] = self._stream.draw(1)[0]
-            drawn.append((visit, self._payloads[visit]))
+        """The next window, as (visit, payload)."""
+        first = self._stream.position
+        drawn = list(enumerate(self._stream.draw(num_prompts), first))
+        self._payloads.update(drawn)
+        return drawn
+
+    def draw_again(self, most: int) -> list[tuple[int, PromptPayload]]:
+        """At most this many of the prompts that were put back, the oldest visits first."""
+        visits = [heapq.heappop(self._again) for _ in range(min(most, len(self._again)))]
+        drawn = [(visit, self._at(visit)) for visit in visits]
+        self._payloads.update(drawn)
         return drawn
 
     def restore(self, visits: Iterable[int]) -> None:

@@ -98,12 +98,15 @@ def cut_groups(folder: Path, num_bytes: int) -> None:
         os.truncate(groups, num_bytes)
 
 
-def withdraw_rows(folder: Path, num_steps: int) -> list[Row]:
-    """Cut metrics and samples back to the first `num_steps` steps. Returns the rows of metrics."""
+def withdraw_rows(folder: Path, num_steps: int, num_sampled: int) -> list[Row]:
+    """Cut metrics back to the first `num_steps` steps, and samples to the first `num_sampled`.
+
+    Returns the rows of metrics.
+    """
     kept: dict[str, list[Row]] = {}
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name, most in (("metrics.jsonl", num_steps), ("samples.jsonl", num_sampled)):
         rows = _read(folder / name)
-        kept[name] = [row for row in rows if row["step"] < num_steps]
+        kept[name] = [row for row in rows if row["step"] < most]
         if len(kept[name]) < len(rows):
             _rewrite(folder / name, kept[name])
     return kept["metrics.jsonl"]

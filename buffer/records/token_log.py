@@ -1,6 +1,7 @@
 """The tokens of outstanding rollouts on disk, from which a restarted buffer fills its store.
 
-Owns `tokens/`, a segmented log with one record per stored chunk. A record belongs to one rollout
+Owns `tokens/`, a segmented log with one record per stored chunk, and one for the text of each
+response that has finished. A record belongs to one rollout
 and contains its place in it, so records may be in any order. Compaction moves those of outstanding
 rollouts from the oldest segments to the newest, and drops the rest. Disk use is therefore
 proportional to the outstanding tokens. Decides nothing: its owner says which rollouts are wanted at
@@ -22,8 +23,8 @@ from buffer.records.segment_files import FRAME_BYTES, read_segment, read_segment
 from buffer.records.segments import SegmentLog
 from buffer.wire.messages import Chunk
 
-_BEGIN, _CHUNK = range(2)
-_HEAD = struct.Struct("<B?qQQ")  # kind, sampled, version, rollout, offset or group
+_BEGIN, _CHUNK, _TEXT = range(3)
+_HEAD = struct.Struct("<B?qQQ")  # kind, sampled, version, rollout, offset or group or 0
 _SLACK_SEGMENTS = 4  # amount of garbage below which no live record is moved
 _MOVED_SEGMENTS = 2  # per rotation: moving is faster than writing, and no rotation takes long
 
@@ -36,6 +37,7 @@ class StoredRollout:
     tokens: bytearray = field(default_factory=bytearray)  # int32
     logprobs: bytearray = field(default_factory=bytearray)  # float32, 0 for given tokens
     runs: list[tuple[bool, int, int]] = field(default_factory=list[tuple[bool, int, int]])
+    text: str = ""  # once it has finished
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +82,7 @@ class Pieces:
 
     group_id: int | None = None  # None before its first record
     by_offset: dict[int, Piece] = field(default_factory=dict[int, Piece])
+    text: str = ""
 
 
 class TokenLog:
@@ -147,6 +150,11 @@ class TokenLog:
         version = chunk.version if chunk.sampled else -1
         head = _HEAD.pack(_CHUNK, chunk.sampled, version, chunk.rollout_id, chunk.offset)
         return self._append(head + chunk.tokens + chunk.logprobs, chunk.rollout_id, time_s)
+
+    def finish(self, rollout_id: int, text: str, time_s: float) -> None:
+        """Append the text of a response that has finished."""
+        head = _HEAD.pack(_TEXT, False, -1, rollout_id, 0)
+        self._append(head + text.encode(), rollout_id, time_s)
 
     def discard(self, rollout_id: int) -> None:
         """Allow the removal of a rollout's records. No-op if the rollout is not outstanding.
@@ -233,7 +241,7 @@ class TokenLog:
     def _join(self, rollout_id: int, pieces: Pieces) -> StoredRollout:
         if pieces.group_id is None:
             raise self._damage(rollout_id, "lacks its first record")
-        rollout = StoredRollout(group_id=pieces.group_id)
+        rollout = StoredRollout(group_id=pieces.group_id, text=pieces.text)
         for offset, piece in sorted(pieces.by_offset.items()):
             if offset != rollout.num_tokens:
                 reason = f"has {rollout.num_tokens} tokens before token {offset}"
@@ -258,6 +266,9 @@ def _add(payload: bytes, pieces: Pieces) -> bool:
         pieces.group_id = number
         return True
     data = payload[_HEAD.size :]
+    if kind == _TEXT:
+        pieces.text = data.decode()
+        return True
     half = len(data) // 2 if flag else len(data)
     logprobs = data[half:] if flag else bytes(half)
     piece = Piece(sampled=flag, version=version, tokens=data[:half], logprobs=logprobs)

@@ -98,6 +98,17 @@ class TrajectoryStore:
         rollout.append(Piece.of(chunk))
         self.bytes_held += 2 * len(chunk.tokens)
 
+    def finish(self, rollout_id: int, text: str) -> None:
+        """Keep the text of a response that has finished, for `samples.jsonl`."""
+        rollout = self._rollout(rollout_id)
+        if self.log is not None:
+            self.log.finish(rollout_id, text, 0.0)
+        rollout.text = text
+
+    def text(self, rollout_id: int) -> str:
+        """The text of a response that has finished."""
+        return self._rollout(rollout_id).text
+
     def restore(self, rollouts: dict[int, StoredRollout]) -> None:
         """Load the tokens that the log held when the buffer restarted."""
         self._rollouts |= rollouts

@@ -222,8 +222,8 @@ class Probed(Message):
 
 
 class Leaving(Message):
-    """The engine was told to leave. It has sent all its tokens, and other engines continue its
-    rollouts.
+    """The speaker was told to leave. An engine has sent all its tokens, and other engines continue
+    its rollouts. A learner rank has saved its checkpoint, and another learner may take its place.
     """
 
 
@@ -254,7 +254,10 @@ class PromptPayload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
 
 
 class LaunchedRollout(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """One rollout to start; `prefix` holds the tokens already paid for on an engine that died."""
+    """One rollout to start; `prefix` holds the tokens already paid for on an engine that died.
+
+    `seed` is that of the whole response, whichever engine samples which part of it.
+    """
 
     rollout_id: int
     seed: int
@@ -379,7 +382,7 @@ class LearnerFailed(Message):
         self._cut("error", LINE_CHARS)
 
 
-LearnerMessage = Union[LearnerHello, Pull, Trained, Published, LearnerFailed]
+LearnerMessage = Union[LearnerHello, Pull, Trained, Published, LearnerFailed, Leaving]
 
 
 # buffer -> learner --------------------------------------------------------------------------------

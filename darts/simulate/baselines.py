@@ -179,7 +179,7 @@ class Rounds:
                     prompt_id=group.prompt.prompt_id,
                     visit=group.prompt.visit,
                     index=0,
-                    attempt=1,
+                    draw=1,
                     purpose="train",
                     engine_id=engine_id,
                     continues=before,

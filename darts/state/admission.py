@@ -1,7 +1,9 @@
 """Prompts that wait to be opened, with the budgets that a window gave them.
 
-Held-out prompts go first and are bound to a policy version. A dropped group's prompt returns to the
-head of the queue, a bounded number of times. Driven by `darts.core.Core`.
+Held-out prompts go first and are bound to a policy version. Training prompts go in the order of
+their visits: a prompt that returns stands before all that were drawn after it. So a synchronous run
+trains each window in its own step, even if a restart returns some of it. Driven by
+`darts.core.Core`.
 """
 
 from __future__ import annotations
@@ -52,28 +54,44 @@ class PromptQueue:
         """Queue the prompts by expected length, longest first.
 
         The longest ones thus start before slots run out. Only prompts of one window are reordered,
-        so none starves.
+        so none starves. Prompts of a step that was withdrawn are drawn again; they go to their
+        places among those that wait.
         """
         stats = [lengths.estimate(prompt.lengths, pool) for prompt in prompts]
         budgets: Sequence[Budget | None] = [None] * len(prompts)
         if budgeter.by_window:
             budgets = budgeter.window(stats, pool, curve, max(1, num_engines))
         order = sorted(range(len(prompts)), key=lambda i: -stats[i].mean_log)
-        self.training.extend(Waiting(prompts[i], budgets[i]) for i in order)
+        newest = max((waiting.prompt.visit for waiting in self.training), default=0)
+        for i in order:
+            if prompts[i].visit >= newest:
+                self.training.append(Waiting(prompts[i], budgets[i]))
+            else:
+                self._insert(Waiting(prompts[i], budgets[i]))
 
     def add_evaluation(self, event: EvaluationRequested) -> None:
         self.held_out.extend(
             HeldOut(prompt, event.samples, event.min_version) for prompt in event.prompts
         )
 
-    def put_back(self, prompt: Prompt, max_reopens: int) -> bool:
-        """Return a dropped group's prompt to the head. False if it has no reopening left."""
+    def put_back(self, prompt: Prompt) -> None:
+        """Return the prompt of a group that was dropped because of a restart."""
+        self._insert(Waiting(prompt, None))
+
+    def reopen(self, prompt: Prompt, max_reopens: int) -> bool:
+        """Return the prompt of a group that failed. False if it has no reopening left."""
         reopens = self.reopens.pop(prompt.prompt_id, 0)
         if reopens >= max_reopens:
             return False
         self.reopens[prompt.prompt_id] = reopens + 1
-        self.training.appendleft(Waiting(prompt, None))
+        self.put_back(prompt)
         return True
+
+    def _insert(self, new: Waiting) -> None:
+        """Put a prompt before the first one that was drawn later."""
+        visits = (waiting.prompt.visit for waiting in self.training)
+        later = (place for place, visit in enumerate(visits) if visit >= new.prompt.visit)
+        self.training.insert(next(later, len(self.training)), new)
 
     def forget(self, prompt: Prompt) -> None:
         """Forget the reopenings of a prompt whose group has ended for good."""

@@ -62,6 +62,7 @@ class Rollout:
     index: int  # of the response in its group
     engine_id: str
     attempt: int
+    draw: int  # see `darts.events.Launch`
     tokens: int
     oldest_version: int
     state: RolloutState = RolloutState.RUNNING
@@ -79,6 +80,7 @@ class Planned:
 
     index: int
     attempt: int = 1
+    draw: int = 1
     continues: Rollout | None = None
 
 
@@ -183,6 +185,7 @@ class Group:
                 oldest_version=r.oldest_version,
                 truncated=r.state is RolloutState.TRUNCATED,
                 overshoot=r.overshoot,
+                index=r.index,
             )
             for r in self.rollouts.values()
         )

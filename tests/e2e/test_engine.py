@@ -126,7 +126,7 @@ class Served:
     request_ids: Iterator[int] = field(default_factory=lambda: iter(range(10**6)))
 
     def launch(self, max_tokens: int, seed: int = 0) -> Generation:
-        return self.engine.launch(str(next(self.request_ids)), PROMPT, max_tokens, seed)
+        return self.engine.launch(str(next(self.request_ids)), PROMPT, max_tokens, seed=seed)
 
     def write(self, model: Qwen3ForCausalLM) -> str:
         """Writes a snapshot and returns its path. As in a checkpoint, a tied head is omitted."""
@@ -221,7 +221,7 @@ def test_prompts_longer_than_a_step_are_sampled_with_their_seeds(
     async def generate() -> list[list[int]]:
         prompts = [[5 + (7 * i + j) % 50 for j in range(900)] for i in range(SLOTS + 1)]
         running = [
-            served.engine.launch(str(next(served.request_ids)), prompt, 10, seed)
+            served.engine.launch(str(next(served.request_ids)), prompt, 10, seed=seed)
             for seed, prompt in enumerate(prompts)
         ]
         assert [await generation.finished for generation in running] == ["length"] * len(running)

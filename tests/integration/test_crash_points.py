@@ -162,7 +162,7 @@ class Script:
             self.chunk(rollout_id, 2 + done, sampled=True, count=length - done)
         finished = msg.Finished(
             rollout_id=rollout_id, num_tokens=length, truncated=False,
-            reward=float(rollout_id % 2), text="t",
+            reward=float(rollout_id % 2), text=f"response of {length} tokens",
         )  # fmt: skip
         self.cancelled.discard(rollout_id)
         self.service._receive(ENGINE, finished)
@@ -225,6 +225,7 @@ def check(folder: Path, trained: dict[int, set[int]]) -> None:
             if rollout["end"].startswith("selected")
         }
         assert selected == trained[step], step
+    check_samples(shipped, rows(folder, "samples.jsonl"))
     drawn, outstanding = set[int](), set[int]()
     for session in read_sessions(folder / "r" / "events"):
         logged = list(session.events)
@@ -237,6 +238,19 @@ def check(folder: Path, trained: dict[int, set[int]]) -> None:
     assert set(first) <= {row["visit"] for row in shipped} | outstanding
     generated = [row["tokens/generated"] for row in metrics]
     assert generated == sorted(generated) and generated[0] > 0
+
+
+def check_samples(shipped: list[dict[str, Any]], samples: list[dict[str, Any]]) -> None:
+    """The selected rollouts of all groups, as two groups per step are sampled."""
+    expected = [
+        (place // GROUPS, row["prompt_id"], rollout["tokens"], rollout["reward"])
+        for place, row in enumerate(shipped)
+        for rollout in row["rollouts"]
+        if rollout["end"].startswith("selected")
+    ]
+    found = [(row["step"], row["prompt_id"], row["tokens"], row["reward"]) for row in samples]
+    assert sorted(found) == sorted(expected)
+    assert all(row["response"] == f"response of {row['tokens']} tokens" for row in samples)
 
 
 @dataclass

@@ -25,7 +25,9 @@ from configs.schema import Config
 from darts import events as ev
 from learner import BufferLost, RunStopped
 from learner.session import BufferSession, RunEnded
+from learner.train import run_rank
 from tests.fakes import FakeEngine, fake_probe
+from tests.learner_cases import save_model
 from tools.replay import replay
 
 ROOT = Path(__file__).parents[2]
@@ -253,3 +255,27 @@ def test_a_second_learner_is_refused_while_the_first_is_alive(
     assert buffer.process.wait(60) == 0
     first.join(10)
     assert first.outcome == "ended well"
+
+
+@pytest.mark.slow
+def test_a_learner_that_was_asked_to_stop_frees_its_place_at_once(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """Its heartbeat would hold it for `buffer.peer_timeout_s`, and refuse its successor."""
+    model = save_model(tmp_path / "model")
+    options = f"model.path={model}", "buffer.peer_timeout_s=60", "learner.device=cpu"
+    config = make_config(tmp_path, free_port(), "run.steps=4", *options)
+    buffer = Buffer(tmp_path, config)
+    joined = threading.Event()
+
+    def stop_requested() -> bool:
+        joined.set()
+        return True  # asked first once it has joined and waits for a shard
+
+    with pytest.raises(RunStopped, match="was asked to stop"):
+        run_rank(config, stop_requested=stop_requested)
+    assert joined.is_set()
+    config.run.resume = True
+    with BufferSession(config, 0, 1, "b", 100) as successor:
+        assert successor.join(0) == 0  # `Refused` otherwise
+    buffer.kill()

@@ -64,6 +64,7 @@ class TokenMachine(RuleBasedStateMachine):
         self.at_fuse: random.Random | None = None
         self.store = TrajectoryStore(max_bytes=1 << 30, max_context=1 << 20)
         self.promised: dict[int, int] = {}
+        self.texts: dict[int, str] = {}  # those that are durable, by rollout
         self.log, found = TokenLog.open(FOLDER, set(), segment_bytes=SEGMENT_BYTES, disk=self.disk)
         assert found == {}
 
@@ -93,6 +94,15 @@ class TokenMachine(RuleBasedStateMachine):
         new = chunk(rollout_id, sampled, version, num_tokens, start, offset)
         self.store.append(new)
         self.attempt(lambda: self.log.append(new, 0.0))
+
+    @precondition(lambda self: self.outstanding)
+    @rule(data=st.data(), text=st.text(max_size=20))
+    def finish(self, data, text: str) -> None:
+        rollout_id = data.draw(st.sampled_from(self.outstanding))
+        if self.store.text(rollout_id):
+            return  # a rollout finishes once
+        self.store.finish(rollout_id, text)
+        self.attempt(lambda: self.log.finish(rollout_id, text, 0.0))
 
     @precondition(lambda self: self.outstanding)
     @rule(data=st.data())
@@ -146,6 +156,7 @@ class TokenMachine(RuleBasedStateMachine):
         else:
             if self.log.log.synced_seq == self.log.log.next_seq - 1:
                 self.promised = {r: len(content(self.store, r).tokens) for r in self.outstanding}
+                self.texts = {r: self.store.text(r) for r in self.outstanding}
 
     def stop(self) -> None:
         """The store is lost, and the log fills another one."""
@@ -158,6 +169,10 @@ class TokenMachine(RuleBasedStateMachine):
             whole = content(self.store, rollout_id)
             assert is_beginning(rollout, whole)
             assert len(rollout.tokens) >= self.promised.get(rollout_id, 0)
+            texts = {self.store.text(rollout_id)}
+            if rng is not None:
+                texts.add(self.texts.get(rollout_id, ""))
+            assert rollout.text in texts
             if len(rollout.tokens) == len(whole.tokens) and rng is None:
                 assert rollout.runs == whole.runs
         restored = TrajectoryStore(max_bytes=1 << 30, max_context=1 << 20)
@@ -165,6 +180,7 @@ class TokenMachine(RuleBasedStateMachine):
             restored.open(rollout_id, rollout.group_id, None)
             held = restored._rollouts[rollout_id]
             held.tokens, held.logprobs, held.runs = rollout.tokens, rollout.logprobs, rollout.runs
+            held.text = rollout.text
         self.store = restored
 
     @invariant()

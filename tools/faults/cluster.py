@@ -95,6 +95,7 @@ class Cluster:
     folder: Path
     num_engines: int
     learner: str = "tools.faults.standin_learner"  # its module
+    engine: str = "tools.faults.fake_engine"  # its module
     proxies: dict[str, Proxy] = field(default_factory=dict)
     port: int = field(default_factory=lambda: free_port())  # the buffer's
 
@@ -120,7 +121,7 @@ class Cluster:
         return {command.name: command.role for command in self.commands()}
 
     def _engine(self, index: int) -> Command:
-        command = ("-m", "tools.faults.fake_engine", str(index), CONFIG)
+        command = ("-m", self.engine, str(index), CONFIG)
         return Command("actors", f"{self.config.actors.name}/{index}", command)
 
     def run(

@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,25 +56,39 @@ class FakeEngine:
         self._running: dict[str, tuple[Generation, asyncio.Task[None]]] = {}
 
     def launch(
-        self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        max_tokens: int,
+        *,
+        seed: int,
+        num_continued: int,
     ) -> Generation:
-        drawn = random.Random(f"{seed} {len(prompt_ids)}")
-        length = max(1, round(drawn.lognormvariate(MEDIAN_LOG_LENGTH, SPREAD)))
-        generation = Generation(request_id)
-        task = asyncio.create_task(self._decode(generation, len(prompt_ids), length, max_tokens))
-        self._running[request_id] = (generation, task)
+        length = max(1, draw_length(f"{seed} {num_continued}"))
+        life = Life(int(request_id), self._engine_id)
+
+        def sample(place: int) -> int:
+            return token(life, len(prompt_ids) + place, self.version)
+
+        return self._start(Generation(request_id), sample, length, max_tokens)
+
+    def _start(
+        self, generation: Generation, sample: Callable[[int], int], length: int, max_tokens: int
+    ) -> Generation:
+        """Decode `length` tokens, of which `sample` gives those before the last, by their place."""
+        task = asyncio.create_task(self._decode(generation, sample, length, max_tokens))
+        self._running[generation.request_id] = (generation, task)
         self._meter.occupy(len(self._running), time.monotonic())
         return generation
 
     async def _decode(
-        self, generation: Generation, start: int, length: int, max_tokens: int
+        self, generation: Generation, sample: Callable[[int], int], length: int, max_tokens: int
     ) -> None:
-        life = Life(int(generation.request_id), self._engine_id)
         end = min(length, max_tokens)
         while (done := len(generation.tokens)) < end:
             await asyncio.sleep(TICK_S)
             stop = min(end, done + TOKENS_PER_TICK)
-            ids = [token(life, start + place, self.version) for place in range(done, stop)]
+            ids = [sample(place) for place in range(done, stop)]
             if stop == length:
                 ids[-1] = END
             generation.extend(self.version, ids, map(logprob, ids))
@@ -110,10 +125,14 @@ class FakeEngine:
         """Does nothing, because no resource outside this process is held."""
 
 
-def main(argv: list[str]) -> int:
+def draw_length(seed: str) -> int:
+    return round(random.Random(seed).lognormvariate(MEDIAN_LOG_LENGTH, SPREAD))
+
+
+def main(argv: list[str], engine: type[FakeEngine] = FakeEngine) -> int:
     """Run `actors.process`, which imports `actors.inference.engine` late, with the fake engine."""
     module = ModuleType("actors.inference.engine")
-    module.__dict__["Engine"] = lambda config, _seed: FakeEngine(
+    module.__dict__["Engine"] = lambda config, _seed: engine(
         config, f"{config.actors.name}/{argv[0]}"
     )
     sys.modules[module.__name__] = module

@@ -69,15 +69,21 @@ class FakeEngine:
         self.tokenizer, self.eos_ids, self.version = FakeTokenizer(), frozenset([EOS]), -1
         self.died, self.cause = asyncio.Event(), ""
         self.model_type, self.vocab_size = "fake", 64
-        self.launched: dict[str, tuple[list[int], int, int]] = {}
+        self.launched: dict[str, tuple[list[int], int, int, int]] = {}
         self.generations: dict[str, Generation] = {}
         self.swapped: list[tuple[int, bytes]] = []
         self.aborted: list[str] = []
 
     def launch(
-        self, request_id: str, prompt_ids: list[int], max_tokens: int, seed: int
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        max_tokens: int,
+        *,
+        seed: int,
+        num_continued: int,
     ) -> Generation:
-        self.launched[request_id] = (prompt_ids, max_tokens, seed)
+        self.launched[request_id] = (prompt_ids, max_tokens, seed, num_continued)
         self.generations[request_id] = Generation(request_id)
         return self.generations[request_id]
 
@@ -289,7 +295,7 @@ def test_a_rollout_is_launched_streamed_scored_and_finished() -> None:
         await scene.answered(1)
 
     scene = play(script)
-    assert scene.engine.launched["7"] == ([1, 2], 20, 107)
+    assert scene.engine.launched["7"] == ([1, 2], 20, 107, 0)
     given = scene.chunks(7)[0]
     assert (given.sampled, array("i", given.tokens).tolist(), given.logprobs) == (
         False,
@@ -439,7 +445,7 @@ def test_a_prefix_is_continued_and_scored_but_not_sent_again() -> None:
         await scene.answered(1)
 
     scene = play(script)
-    assert scene.engine.launched["1"] == ([1, 2, 3, 4], 18, 101)
+    assert scene.engine.launched["1"] == ([1, 2, 3, 4], 18, 101, 2)
     assert scene.sampled(1) == [(-1, [5, EOS])]
     assert scene.environment.scored == ["3 4 5"]
 

@@ -95,7 +95,7 @@ def test_messages_about_a_finished_rollout_change_nothing(service: Service) -> N
     ):
         service._receive(b"b", forged)
     assert service.run.store.num_sampled(mine) == 3
-    assert service.run.texts[mine] == "mine"
+    assert service.run.store.text(mine) == "mine"
 
 
 def test_tokens_of_an_engine_that_broke_the_protocol_are_not_continued(service: Service) -> None:

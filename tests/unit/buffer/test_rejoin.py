@@ -137,7 +137,7 @@ def test_rollouts_that_are_over_are_forgotten(scene: Scene) -> None:
     assert (b"1", msg.Settled(rollout_ids=[mine])) in scene.sent
     assert scene.hello(b"2", mine, 10**9).forget == [mine, 10**9]
     scene.service._receive(b"2", finished)  # repeated, which changes nothing
-    assert scene.run.texts[mine] == "" and "e" in scene.run.core.engines.by_id
+    assert scene.run.store.text(mine) == "" and "e" in scene.run.core.engines.by_id
 
 
 def test_a_policy_loaded_while_the_link_was_down_is_known(scene: Scene) -> None:

@@ -22,7 +22,7 @@ class FakeEngine:
         def decode(tokens: Any, skip_special_tokens: bool) -> str:
             return "yes"
 
-    def launch(self, request_id: str, ids: list[int], max_tokens: int, seed: int) -> Generation:
+    def launch(self, request_id: str, ids: list[int], max_tokens: int, *, seed: int) -> Generation:
         generation = Generation(request_id)
         generation.extend(0, [1, 2], [-0.1, -0.2])
         generation.end("stop")
