@@ -20,6 +20,7 @@ from actors.environments import Environment, make_environment
 from actors.inference.device import engine_type
 from actors.inference.generation import BASE_VERSION, EngineDied
 from actors.inference.weights import SwapFailed
+from actors.loop_watch import LoopWatch
 from actors.worker import PolicyUnavailable, Worker
 from buffer.processes.child import ERROR
 from buffer.wire.client import EngineLink
@@ -121,7 +122,10 @@ async def _until_shutdown(
         worker.hand_over()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leave)
-    return await worker.run(welcome)
+    limit_s = config.buffer.rollout_timeout_s
+    blocked = f"its event loop was blocked for {limit_s:g} s (buffer.rollout_timeout_s)"
+    with LoopWatch(limit_s, DIED, f"{ERROR}{blocked}"):
+        return await worker.run(welcome)
 
 
 def _stop_while_loading(number: int, frame: object) -> None:
