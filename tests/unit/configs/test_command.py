@@ -30,6 +30,7 @@ PRODUCT = ("actors", "buffer", "configs", "darts", "learner", "tools")
 INTERNAL = {
     "actors.process", "actors.verifier_process", "buffer.processes.janitor",
     "tools.faults.fake_engine", "tools.faults.real_learner", "tools.faults.standin_learner",
+    "tools.faults.repeatable_engine",
 }  # fmt: skip
 
 
