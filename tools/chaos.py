@@ -21,10 +21,11 @@ from typing import Literal, NoReturn
 from configs.command import run_command
 from configs.errors import ExitStatus
 from configs.schema import Config, key
-from tools.faults import schedule, small_disk
+from tools.faults import schedule
 from tools.faults.cluster import Cluster
 from tools.faults.fuzzing import Attack
 from tools.faults.recount import recount
+from tools.faults.small_disk import enter_namespace, why_not
 from tools.faults.standin_learner import HOLD
 
 LEARNERS = {"standin": "tools.faults.standin_learner", "real": "tools.faults.real_learner"}
@@ -52,10 +53,10 @@ class ChaosConfig:
     out: str = key("", "Folder in which all runs are kept. Empty: a temporary folder.")
 
 
-def run_config(model: Path, seed: int, steps: int) -> Config:
+def run_config(folder: Path, model: Path, seed: int, steps: int) -> Config:
     """A run of small steps and timeouts of seconds, in a mode that is drawn from its seed."""
     config, rng = Config(), random.Random(f"run {seed}")
-    config.run.name = "run"
+    config.run.dir, config.run.name = str(folder / schedule.DISK), "run"
     config.run.seed, config.run.steps, config.run.trackers = seed, steps, []
     config.run.stop_s = 10.0
     config.model.path, config.model.max_context = str(model), 256
@@ -93,7 +94,7 @@ def hold(chaos: ChaosConfig, config: Config, folder: Path) -> list[str]:
 
 def choose_kinds(chaos: ChaosConfig) -> None:
     """Fill in `kinds`, and prepare this process for full disks. Raises `ValueError`."""
-    reason = small_disk.why_not()
+    reason = why_not()
     if not chaos.kinds:
         on_disk = schedule.ON_DISK if reason else ()
         chaos.kinds = [kind for kind in schedule.KINDS if kind not in on_disk]
@@ -105,7 +106,7 @@ def choose_kinds(chaos: ChaosConfig) -> None:
             f"{reason}; run as root, or leave out {', '.join(schedule.ON_DISK)}"
         )
     if set(chaos.kinds) & set(schedule.ON_DISK):
-        small_disk.enter_namespace("tools.chaos", sys.argv[1:])
+        enter_namespace("tools.chaos", sys.argv[1:])
 
 
 def run(chaos: ChaosConfig) -> int:
@@ -121,7 +122,7 @@ def run(chaos: ChaosConfig) -> int:
         folder = out / f"seed-{seed}"
         folder.mkdir(parents=True)
         started = time.monotonic()
-        plan, *found = hold(chaos, run_config(model, seed, chaos.steps), folder)
+        plan, *found = hold(chaos, run_config(folder, model, seed, chaos.steps), folder)
         print(
             f"seed {seed}: {'; '.join(found) or 'held'} "
             f"({time.monotonic() - started:.0f} s in {folder}; {plan})",
@@ -150,7 +151,7 @@ class FuzzConfig:
 def fuzz(chaos: FuzzConfig) -> int:
     """One undisturbed run beside hostile peers; its last step waits for the last frame."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    config = run_config(folder, chaos.seed, steps=8)
+    config = run_config(folder, folder, chaos.seed, steps=8)
     config.buffer.peer_timeout_s = 15.0
     cluster = Cluster(config, folder, 2)
     hold = folder / HOLD

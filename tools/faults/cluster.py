@@ -89,7 +89,7 @@ class View:
 
 @dataclass
 class Cluster:
-    """`folder` holds the run's disk, its logs and its configuration files."""
+    """`folder` holds the logs and the configuration files. `run.dir` is the disk that can be full."""
 
     config: Config
     folder: Path
@@ -134,7 +134,6 @@ class Cluster:
 
         `each_turn` of the launcher's loop is given its run, and may return why that cannot go on.
         """
-        self.config.run.dir = str(self.folder / DISK)
         with ExitStack() as stack:
             ports = {BUFFER: self.port}
             for name in list(self.targets())[1:]:
