@@ -89,7 +89,7 @@ class View:
 
 @dataclass
 class Cluster:
-    """`folder` holds the logs and the configuration files. `run.dir` is the disk that can be full."""
+    """`folder` holds logs and configuration files, and `run.dir` is the disk that can be full."""
 
     config: Config
     folder: Path
