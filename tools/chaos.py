@@ -5,6 +5,7 @@ or the real one on a tiny model. Each seed prints one line, and the last line is
 that held. The folder of a seed that failed is kept, and the same seed repeats the same schedule.
 
 `python -m tools.chaos fuzz frames=100000` runs without faults beside peers that send anything.
+`python -m tools.chaos soak steps=20000` runs many small steps, and measures the buffer's growth.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Literal, NoReturn
 from configs.command import run_command
 from configs.errors import ExitStatus
 from configs.schema import Config, key
-from tools.faults import schedule
+from buffer.wire.client import MonitorLink
+from buffer.wire.transport import next_port
+from tools.faults import schedule, soak
 from tools.faults.cluster import Cluster
 from tools.faults.fuzzing import Attack
 from tools.faults.recount import recount
@@ -169,7 +172,81 @@ def fuzz(chaos: FuzzConfig) -> int:
     return ExitStatus.OK
 
 
+@dataclass
+class SoakConfig:
+    steps: int = key(20_000, "Number of learner steps. At least 100.", ge=100)
+    engines: int = key(2, "Number of engines.", ge=1)
+    most_memory_bytes: int = key(
+        20 << 20,
+        "Largest growth of the buffer's resident memory from the first tenth of the steps to the "
+        "last, in bytes.",
+        ge=0,
+    )
+    most_descriptors: int = key(
+        4, "Largest growth of the buffer's number of open descriptors between these tenths.", ge=0
+    )
+    most_disk_bytes: int = key(
+        20 << 20,
+        "Largest growth of the run's files between these tenths, in bytes. metrics.jsonl is not "
+        "counted, since it has a line per step.",
+        ge=0,
+    )
+    deadline_s: float = key(
+        3600.0, "Seconds after which a run that has not ended counts as stuck.", gt=0
+    )
+
+
+def soak_config(folder: Path, num_steps: int) -> Config:
+    """The smallest steps that a run can have, and logs that reach their bounds at once."""
+    config = run_config(folder, folder, 0, num_steps)
+    config.pipeline.mode, config.staleness.max_lag = "async", 4
+    config.batch.groups, config.darts.group_size = 2, 2
+    config.weights.publish_every, config.learner.checkpoint_every = 4, 10
+    config.sampling.max_tokens = 32
+    config.actors.slots, config.eval.every = 64, 500
+    config.buffer.peer_timeout_s = 15.0
+    config.buffer.segment_bytes, config.buffer.keep_event_bytes = 500_000, 2_000_000
+    return config
+
+
+def run_soak(chaos: SoakConfig) -> int:
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    config = soak_config(folder, chaos.steps)
+    cluster = Cluster(config, folder, chaos.engines, "tools.faults.fast_learner")
+    started = time.monotonic()
+    with MonitorLink(next_port(f"tcp://127.0.0.1:{cluster.port}")) as link:
+        watch = soak.Soak(cluster.run_folder, link)
+        error = cluster.run([], chaos.deadline_s, watch.turn)
+    if error:
+        found = [error]
+    else:
+        limits = soak.Limits(
+            memory_bytes=chaos.most_memory_bytes,
+            descriptors=chaos.most_descriptors,
+            disk_bytes=chaos.most_disk_bytes,
+        )
+        tenths = soak.tenths(watch.samples, chaos.steps)
+        print(soak.table(tenths))
+        found = soak.missing_steps(cluster.run_folder, chaos.steps) + soak.growth(tenths, limits)
+    took_s = time.monotonic() - started
+    print(f"{chaos.steps:,} steps in {took_s:,.0f} s: {'; '.join(found) or 'held'}")
+    if found:
+        print(f"its records are in {folder}")
+        return ExitStatus.FAILED
+    shutil.rmtree(folder)
+    return ExitStatus.OK
+
+
 def main() -> NoReturn:
+    if sys.argv[1:2] == ["soak"]:
+        run_command(
+            "Run many small steps, and compare the buffer's memory, descriptors and files in the "
+            "first tenth of them with those in the last.",
+            run_soak,
+            schema=SoakConfig,
+            argv=sys.argv[2:],
+            program="python -m tools.chaos soak",
+        )
     if sys.argv[1:2] == ["fuzz"]:
         run_command(
             "Have strangers and joined peers send anything to the buffer of a run, and count it.",
