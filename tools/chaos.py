@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from buffer.wire.client import MonitorLink
+from buffer.wire.transport import next_port
 from configs.command import run_command
 from configs.errors import ExitStatus
 from configs.schema import Config, key
-from buffer.wire.client import MonitorLink
-from buffer.wire.transport import next_port
 from tools.faults import schedule, soak
 from tools.faults.cluster import Cluster
 from tools.faults.fuzzing import Attack
@@ -187,8 +187,8 @@ class SoakConfig:
     )
     most_disk_bytes: int = key(
         20 << 20,
-        "Largest growth of the run's files between these tenths, in bytes. metrics.jsonl is not "
-        "counted, since it has a line per step.",
+        "Largest growth of the run's files between these tenths, in bytes. metrics.jsonl, "
+        "groups.jsonl and samples.jsonl are not counted, since they have lines for each step.",
         ge=0,
     )
     deadline_s: float = key(

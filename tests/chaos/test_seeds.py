@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from darts.state.memory import Memory
 from tools.faults import schedule
 from tools.faults.recount import recount
 from tools.faults.sampled import Life, faults_of, logprob, score, text, token
+from tools.faults.soak import Limits, Sample, growth, tenths
 
 ROOT = Path(__file__).parents[2]
 SEEDS = [0, 1, 2]
@@ -150,3 +152,19 @@ def test_a_row_must_follow_the_order_of_the_lives_of_its_rollout() -> None:
 def test_a_run_beside_hostile_peers_ends_well() -> None:
     command = [sys.executable, "-m", "tools.chaos", "fuzz", "frames=4000", "deadline_s=100"]
     assert subprocess.run(command, cwd=ROOT, timeout=200).returncode == 0
+
+
+def test_a_long_run_does_not_grow() -> None:
+    command = [sys.executable, "-m", "tools.chaos", "soak", "steps=300", "deadline_s=150"]
+    assert subprocess.run(command, cwd=ROOT, timeout=200).returncode == 0
+
+
+def test_growth_above_its_limit_is_named() -> None:
+    samples = [Sample(step, 100 + step, 5 + step // 50, step, 10 * step) for step in range(101)]
+    found = tenths(samples, 100)
+    allowed = Limits(memory_bytes=1000, descriptors=5, disk_bytes=1000)
+    assert growth(found, allowed) == []
+    for name in ("memory", "descriptors", "files"):
+        field = {"memory": "memory_bytes", "descriptors": "descriptors", "files": "disk_bytes"}
+        [fault] = growth(found, replace(allowed, **{field[name]: 0}))
+        assert name in fault

@@ -21,8 +21,8 @@ from tools.faults.cluster import LoggedProcess
 from tools.launching.supervision import Run
 
 SAMPLE_S = 1.0
-# These files hold a line per step by design, so their growth is a rate and not a leak.
-PER_STEP = ("metrics.jsonl",)
+# The run's lasting records have lines for each step, so their growth is a rate, which is printed.
+PER_STEP = ("metrics.jsonl", "groups.jsonl", "samples.jsonl")
 
 
 class Sample(NamedTuple):
@@ -140,7 +140,7 @@ def table(found: Tenths) -> str:
             f"{last.resident_bytes / mib:>14,.1f}",
             f"{'descriptors':<22}{first.num_descriptors:>14}{last.num_descriptors:>14}",
             f"{'files, MiB':<22}{first.other_bytes / mib:>14,.1f}{last.other_bytes / mib:>14,.1f}",
-            f"{', '.join(PER_STEP)} grows by {per_step:,.0f} bytes per step",
+            f"{', '.join(PER_STEP)} grow by {per_step:,.0f} bytes per step, without a bound",
         ]
     )
 
