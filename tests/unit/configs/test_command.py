@@ -29,8 +29,8 @@ PRODUCT = ("actors", "buffer", "configs", "darts", "learner", "tools")
 # Started only by other processes of ours, with pipes.
 INTERNAL = {
     "actors.process", "actors.verifier_process", "buffer.processes.janitor",
-    "tools.faults.fake_engine", "tools.faults.real_learner", "tools.faults.standin_learner",
-    "tools.faults.repeatable_engine",
+    "tools.faults.fake_engine", "tools.faults.fast_learner", "tools.faults.real_learner",
+    "tools.faults.repeatable_engine", "tools.faults.standin_learner",
 }  # fmt: skip
 
 
