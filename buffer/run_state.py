@@ -62,7 +62,6 @@ class RunState:
         self.config = config
         self.folder = Path(config.run.dir) / config.run.name
         sources = make_sources(config)
-        self._trackers = run_files.load_trackers(config.run.trackers)
         self._changed: list[Change] = []  # settings that this resume changes
         keys, most_bytes = config.buffer.keys, largest_message(config.model.max_context)
         with ExitStack() as opened:
@@ -95,7 +94,7 @@ class RunState:
         if state and state.learner:
             self.set_learner(state.learner)
         self.rows = run_files.repair(self.folder, state.groups_bytes if state else 0)
-        self.files = run_files.RunFiles(self.folder, self._trackers)
+        self.files = run_files.RunFiles(self.folder)
         self.metrics = Metrics()
         self.metrics.tokens.update(state.tokens if state else {})
         checkpoint = self.recovered.checkpoint
@@ -317,7 +316,7 @@ class RunState:
         """Take the ledger, the sums and the prompts back to the step of `note`."""
         self.files.close()
         run_files.cut_groups(self.folder, note.groups_bytes)
-        self.files = run_files.RunFiles(self.folder, self._trackers)
+        self.files = run_files.RunFiles(self.folder)
         self.metrics.tokens.clear()
         self.metrics.tokens.update(note.tokens)
         self.skipped.num_skipped = note.num_skipped
@@ -329,7 +328,7 @@ class RunState:
         self.files.close()
         num_reported = max(self.step, self.reported_step + 1)
         self.rows = run_files.withdraw_rows(self.folder, self.step, num_reported)
-        self.files = run_files.RunFiles(self.folder, self._trackers)
+        self.files = run_files.RunFiles(self.folder)
         self.last_row = self.rows[-1] if self.rows else {}
 
     def write_row(self, row: dict[str, Any]) -> None:

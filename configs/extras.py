@@ -6,9 +6,17 @@ The extras are listed in `pyproject.toml`. Used for every package that is not a 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from typing import Any
 
 from configs.errors import one_line
+
+
+def check_extra(module: str, needed_by: str, extra: str) -> None:
+    """Raises `ValueError` if an optional top-level module is not installed. Does not import it."""
+    if sys.modules.get(module, module) is None or importlib.util.find_spec(module) is None:
+        raise ValueError(_missing(module, needed_by, extra, "it is not installed"))
 
 
 def import_extra(module: str, needed_by: str, extra: str) -> Any:
@@ -20,7 +28,11 @@ def import_extra(module: str, needed_by: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(
-            f"{needed_by}: needs the optional package {module.partition('.')[0]}, which cannot be "
-            f"imported ({one_line(error)}); install it with: pip install 'darts-rl[{extra}]'"
-        ) from error
+        raise ValueError(_missing(module, needed_by, extra, one_line(error))) from error
+
+
+def _missing(module: str, needed_by: str, extra: str, reason: str) -> str:
+    return (
+        f"{needed_by}: needs the optional package {module.partition('.')[0]}, which cannot be "
+        f"imported ({reason}); install it with: pip install 'darts-rl[{extra}]'"
+    )

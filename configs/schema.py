@@ -102,9 +102,14 @@ class RunConfig(SharedRun):
     )
     trackers: list[str] = key(
         ["tensorboard"],
-        "Experiment trackers that get every row of metrics: tensorboard writes to <run>/tb and "
-        "needs the extra trackers. [] turns them off.",
-        choices=["tensorboard"],
+        "Experiment trackers: tensorboard (writes to <run>/tb), wandb, mlflow and trackio. "
+        "tools.launch feeds them through `python -m tools.track`, which can also be run by hand, "
+        "and needs the extra trackers. [] turns them off.",
+        choices=["tensorboard", "wandb", "mlflow", "trackio"],
+    )
+    project: str = key(
+        "darts",
+        "Project of the run in Weights & Biases and Trackio, and its experiment in MLflow.",
     )
     stop_s: float = key(
         30.0,

@@ -1,4 +1,4 @@
-"""The buffer's files in a run's directory: metrics, ledger, samples, TensorBoard.
+"""The buffer's files in a run's directory: metrics, ledger, samples.
 
 One writer appends whole lines and flushes them at each step. After a kill, `repair` makes the files
 whole again. The checkpoints beside them belong to the learner, and `report.html` to `tools.report`.
@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from buffer.records.files import atomic_write, cut_torn_line
-from configs.extras import import_extra
 from darts.events import GroupRecord
 
 Row = dict[str, Any]
-Tracker = Callable[[str], Any]  # opens a writer in a folder
 
 
 class RunFiles:
-    """Appends to the files of one run. `folder` must exist; `load_trackers` makes `trackers`."""
+    """Appends to the files of one run. `folder` must exist."""
 
-    def __init__(self, folder: Path, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._metrics = (folder / "metrics.jsonl").open("a")
         self._groups = (folder / "groups.jsonl").open("a")
         self._samples = (folder / "samples.jsonl").open("a")
-        self._trackers = [open_tracker(str(folder / "tb")) for open_tracker in trackers]
 
     def group(self, record: GroupRecord) -> None:
         row = asdict(record)
@@ -43,10 +39,6 @@ class RunFiles:
 
     def metrics(self, row: Row) -> None:
         _write(self._metrics, row)
-        for name, value in row.items():
-            if "/" in name:
-                for tracker in self._trackers:
-                    tracker.add_scalar(name, value, row["step"])
         self.flush()
 
     def groups_bytes(self) -> int:
@@ -55,23 +47,13 @@ class RunFiles:
         return self._groups.tell()
 
     def flush(self) -> None:
-        for file in (self._metrics, self._groups, self._samples):
+        """A reader that sees the row of a step sees its groups and samples too."""
+        for file in (self._groups, self._samples, self._metrics):
             file.flush()
 
     def close(self) -> None:
         for file in (self._metrics, self._groups, self._samples):
             file.close()
-        for tracker in self._trackers:
-            tracker.close()
-
-
-def load_trackers(names: Sequence[str]) -> list[Tracker]:
-    """The constructors of the trackers in `run.trackers`.
-
-    Raises `ValueError` if a package is missing.
-    """
-    needed_by = "run.trackers=[tensorboard] ([] turns it off)"
-    return [import_extra("tensorboard.summary", needed_by, "trackers").Writer for _ in names]
 
 
 def repair(folder: Path, groups_bytes: int) -> list[Row]:

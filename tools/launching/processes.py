@@ -22,7 +22,7 @@ import psutil
 from buffer.processes.child import Child
 from buffer.processes.private_folder import private_folder
 
-Role = Literal["buffer", "actors", "learner"]
+Role = Literal["buffer", "actors", "learner", "tracker"]
 CONFIG = "{config}"  # in a command: the file that holds the run's configuration
 SMALL_BYTES = 30 << 20  # helpers of the Python runtime, which are not worth a line
 

@@ -186,6 +186,7 @@ class RayCluster:
             self._check_gpus()
             roles: tuple[Role, ...] = ("buffer", "learner", "actors")
             self._places = {role: self._node_of(role) for role in roles}
+            self._places["tracker"] = self._places["buffer"]  # it reads the buffer's files
             self._exit = opened.pop_all()
         return self
 

