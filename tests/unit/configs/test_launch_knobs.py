@@ -17,7 +17,7 @@ import pytest
 from buffer.wire.client import MonitorLink
 from configs.schema import Config
 from tests.knobs import Turn, check_turn
-from tools import launch
+from tools import launch, track
 from tools.launching.processes import Command
 from tools.launching.progress import make_view
 from tools.launching.run_plan import commands_of
@@ -70,6 +70,17 @@ def view(config: Config, own: Path) -> object:
     with patch.object(launch, "make_view", make_view), pytest.raises(Stop):
         launch.conduct(config, None, [])  # type: ignore[arg-type]
     return chosen
+
+
+def project(config: Config, own: Path) -> object:
+    """The project under which a tracker opens the run."""
+    opened: list[str] = []
+    (own / track.STATES).mkdir()
+    with patch.dict(track.TRACKERS, tensorboard=lambda run: opened.append(run.project)):
+        mirror = track.Mirror("tensorboard", own, config)
+        mirror.finish.set()
+        assert mirror.has_ended(20)
+    return opened
 
 
 # A run of scripted processes ----------------------------------------------------------------------
@@ -161,6 +172,8 @@ TURNS = {
     "launch.max_restarts": Turn("0", "2", restarts),
     "launch.restart_window_s": Turn("600", "0.001", restarts, ("launch.max_restarts=1",)),
     "run.stop_s": Turn("0.1", "20", patience),
+    "run.trackers": Turn("[]", "[tensorboard]", plan),
+    "run.project": Turn("a", "b", project),
 }
 
 
