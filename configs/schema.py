@@ -409,8 +409,8 @@ class SamplingConfig(SharedSampling):
     seeded: bool = key(
         False,
         "Sample each response with a seed of its own, derived from run.seed, its prompt and its "
-        "place in the group, so that the same policy samples it again in a resumed run. Engines "
-        "are slower, because vLLM then draws for one response after the other.",
+        "place in the group, so that the same policy samples it again in a resumed run. vLLM "
+        "then draws for one response after the other, which may slow large batches down.",
         fixed=True,
     )
 

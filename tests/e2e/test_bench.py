@@ -44,7 +44,7 @@ def test_it_prints_the_ratio_of_both_actors_and_learner(tmp_path: Path) -> None:
     rows = re.findall(
         r"^(actors|learner).*? ([\d,]+) +([\d,]+) +(\d\.\d{3}) ", done.stdout, re.MULTILINE
     )
-    assert [name for name, *_ in rows] == ["actors", "actors", "learner"], done.stdout
+    assert [name for name, *_ in rows] == ["actors", "actors", "actors", "learner"], done.stdout
     for _, bare, pipeline, ratio in rows:
         assert int(bare.replace(",", "")) > 0 and int(pipeline.replace(",", "")) > 0
         # Both sides do the same amount of work; the factor allows for a busy machine.
