@@ -18,6 +18,8 @@ def check(config: Config) -> None:
     """Raise `ValueError` on the first combination of keys that cannot work."""
     for rule in (
         _group,
+        _pilot,
+        _rank,
         _upper,
         _context,
         _min_step_ms,
@@ -37,6 +39,24 @@ def _group(config: Config) -> None:
             f"darts.num_long={darts.num_long}: must be < darts.group_size={darts.group_size}; "
             "otherwise no seat is left for the shortest responses (darts.long_end=none trains on "
             "only the shortest)"
+        )
+
+
+def _pilot(config: Config) -> None:
+    darts = config.darts
+    if darts.pilot > darts.group_size:
+        raise ValueError(
+            f"darts.pilot={darts.pilot}: must be <= darts.group_size={darts.group_size}; "
+            "otherwise a group would be complete before its pilot is judged"
+        )
+
+
+def _rank(config: Config) -> None:
+    darts = config.darts
+    if darts.rank == "reward_per_token" and darts.long_end != "none":
+        raise ValueError(
+            f"darts.rank=reward_per_token: needs darts.long_end=none, not {darts.long_end}; "
+            "otherwise seats for the longest responses would contradict the ranking"
         )
 
 

@@ -298,6 +298,20 @@ class SharedDarts:
         "the longest running rollouts finish and cancel the rest) or longest (wait for every "
         "rollout, as published).",
     )
+    rank: Literal["length", "reward_per_token"] = key(
+        "length",
+        "Order in which responses take the seats that are not long: length (shortest first) or "
+        "reward_per_token (highest first, with rewards limited to 0..1, as in GFPO; needs "
+        "darts.long_end=none).",
+    )
+    audit: float = key(
+        0.0,
+        "Share of the groups in which no rollout is cancelled, so that the ledger shows the "
+        "outcome of responses that are cancelled elsewhere. About 0.05 measures the bias of the "
+        "selection during a run. A group at its deadline is not waited for.",
+        ge=0,
+        le=1,
+    )
     cancel: Literal["exact", "eager"] = key(
         "exact",
         "Which rollouts are cancelled: exact (only those that provably cannot be selected) or "

@@ -62,6 +62,7 @@ class SavedGroup:
     pilot: int
     num_held: int
     mixed_prob: float | None
+    audit: bool
     is_uniform: bool
     rollouts: tuple[SavedRollout, ...]
     truncated: tuple[int, ...]
@@ -215,6 +216,7 @@ def _save_group(group: Group) -> SavedGroup:
         pilot=group.pilot,
         num_held=group.num_held,
         mixed_prob=group.mixed_prob,
+        audit=group.audit,
         is_uniform=group.is_uniform,
         rollouts=tuple(_save_rollout(rollout) for rollout in group.rollouts.values()),
         truncated=tuple(candidate.rollout_id for candidate in group.truncated),
@@ -258,6 +260,7 @@ def _restore_group(saved: SavedGroup) -> Group:
         pilot=saved.pilot,
         num_held=saved.num_held,
         mixed_prob=saved.mixed_prob,
+        audit=saved.audit,
         is_uniform=saved.is_uniform,
         state=saved.state,
         review_above=saved.review_above,

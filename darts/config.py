@@ -28,6 +28,8 @@ class CoreConfig:
     group_size: int = 8
     num_long: int = 1
     long_end: schema.LongEnd = "survivor"
+    rank: Literal["length", "reward_per_token"] = "length"
+    audit: float = 0.0
     cancel: Literal["exact", "eager"] = "exact"
     fill_truncated: bool = True
     uniform: Literal["train", "drop"] = "train"
@@ -43,6 +45,11 @@ class CoreConfig:
     price: float = 0.3
     max_tokens: int = 512
     seed: int = 0
+
+    @property
+    def by_efficiency(self) -> bool:
+        """Whether seats go by reward per token."""
+        return self.policy == "darts" and self.rank == "reward_per_token"
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_long < self.group_size:
@@ -96,6 +103,8 @@ def core_config(config: CoreKeys) -> CoreConfig:
         group_size=darts.group_size,
         num_long=0 if darts.long_end == "none" else darts.num_long,
         long_end=darts.long_end,
+        rank=darts.rank,
+        audit=darts.audit,
         cancel=darts.cancel,
         fill_truncated=darts.fill_truncated,
         uniform=darts.uniform,

@@ -36,7 +36,7 @@ from darts.state.admission import PromptQueue
 from darts.state.engines import Engine, Engines
 from darts.state.groups import Group, GroupState, Planned, Rollout, RolloutState
 from darts.state.memory import Memory
-from darts.state.seats import fill_seats, generator
+from darts.state.seats import fill_seats, generator, is_audited
 from darts.state.staleness import OutstandingGroups
 
 NOTHING: list[ev.Decision] = []
@@ -493,10 +493,14 @@ class Core:
         long_end = config.long_end if config.policy == "darts" else "longest"
         if config.policy == "darts" and budget.saturated:
             long_end = "none"
+        if config.by_efficiency:
+            long_end = "none"
+        audit = is_audited(prompt, config)
         self._open(
             prompt, "train", engine, budget=budget.rollouts, size=config.group_size,
             num_long=0 if long_end == "none" else config.num_long, long_end=long_end,
-            pilot=config.pilot if config.pilot < budget.rollouts else 0,
+            pilot=config.pilot if config.pilot < budget.rollouts and not audit else 0,
+            audit=audit,
         )  # fmt: skip
 
     def _open(
@@ -510,6 +514,7 @@ class Core:
         num_long: int,
         long_end: LongEnd,
         pilot: int = 0,
+        audit: bool = False,
     ) -> None:
         first = pilot or budget
         group = Group(
@@ -526,6 +531,7 @@ class Core:
             planned=deque(Planned(index) for index in range(first)),
             pilot=pilot,
             num_held=budget - first,
+            audit=audit,
         )
         self.next_group += 1
         self.groups[group.group_id] = group
@@ -553,9 +559,9 @@ class Core:
         if len(group.finished) >= group.group_size:
             if group.at_deadline:
                 return self._settle(group, "deadline")
-            if self._eager and group.purpose == "train":
+            if self._eager and group.purpose == "train" and not group.audit:
                 return self._settle(group, "group_full")
-            group.review_above = survivors.short_cutoff(group)
+            group.review_above = survivors.short_cutoff(group, self.config)
             if group.review_above < inf:
                 rng = generator(group, self.config.seed)
                 for rollout in survivors.take_past_selection(group, rng):

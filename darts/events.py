@@ -271,7 +271,8 @@ class GroupRecord:
 
     `shipped_version` is -1 if the group never shipped. `pilot` is the number of rollouts that were
     launched first, if not all were, and `mixed_prob` the probability on which the verdict on them
-    rested. `uniform` says that the selected rewards are all equal.
+    rested. `uniform` says that the selected rewards are all equal, and `audit` that
+    nothing was cancelled before the deadline.
 
     Example: M = 3 with one long seat. Four rollouts started at version 4, and one was cancelled.
 
@@ -299,6 +300,7 @@ class GroupRecord:
     pilot: int = 0
     mixed_prob: float | None = None
     uniform: bool = False
+    audit: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,13 @@ valid responses may be filled with truncated ones, so that no hard prompt starve
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+# Bounds are a little too large rather than too small, so that rounding never cancels a tie.
+ROUNDING = 1.0 + 1e-12
 
 
 class Candidate(NamedTuple):
@@ -47,6 +51,44 @@ def select_dual_end(
     short = tuple(c.rollout_id for c in valid[:num_short])
     long = tuple(c.rollout_id for c in valid[len(valid) - num_long :])
     return Selection(short, long)
+
+
+def select_efficient(
+    finished: Sequence[Candidate],
+    truncated: Sequence[Candidate],
+    group_size: int,
+    fill_truncated: bool,
+    rewards: Mapping[int, float],
+) -> Selection | None:
+    """The M of `finished` with the highest reward per token.
+
+    Source: GFPO (arXiv 2508.09726), token efficiency. Differs: rewards are limited to 0..1, which
+    makes `efficiency_cutoff` a proof, and ties go to the shorter response.
+    """
+    best = _by_efficiency(finished, rewards)[:group_size]
+    return select_dual_end(best, truncated, group_size, 0, fill_truncated)
+
+
+def efficiency_cutoff(
+    finished: Sequence[Candidate], group_size: int, rewards: Mapping[int, float]
+) -> float:
+    """The length above which a rollout in flight cannot be selected by `select_efficient`.
+
+    A response of c tokens scores at most 1/c. No bound follows if fewer than M have a reward.
+    """
+    if len(finished) < group_size:
+        return math.inf
+    last = _by_efficiency(finished, rewards)[group_size - 1]
+    reward = _limited(rewards[last.rollout_id])
+    return last.tokens / reward * ROUNDING if reward > 0 else math.inf
+
+
+def _by_efficiency(finished: Sequence[Candidate], rewards: Mapping[int, float]) -> list[Candidate]:
+    return sorted(finished, key=lambda c: (-_limited(rewards[c.rollout_id]) / max(1, c.tokens), c))
+
+
+def _limited(reward: float) -> float:
+    return min(max(reward, 0.0), 1.0)
 
 
 def select_random(

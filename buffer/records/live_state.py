@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from buffer.records.metrics import HISTOGRAM_EDGES
 from buffer.wire import messages as msg
 from darts import waiting
+from darts.config import CoreConfig
 from darts.state.engines import Engine
 from darts.state.groups import Group
 from darts.state.survivors import short_cutoff
@@ -39,7 +40,8 @@ def live_state(run: RunState) -> msg.LiveState:
         lags=list(run.metrics.recent_lags),
         metrics={k: float(v) for k, v in run.last_row.items()},
         groups=[
-            _group(g) for g in islice((g for g in core.groups.values() if g.running), SHOWN_GROUPS)
+            _group(g, core.config)
+            for g in islice((g for g in core.groups.values() if g.running), SHOWN_GROUPS)
         ],
         engines=[_engine(e, run) for e in core.engines.by_id.values()],
         prompts=list(run.metrics.latest.prompts),
@@ -76,8 +78,8 @@ def _waiting(run: RunState) -> str:
     )
 
 
-def _group(group: Group) -> msg.GroupView:
-    cutoff = short_cutoff(group)
+def _group(group: Group, config: CoreConfig) -> msg.GroupView:
+    cutoff = short_cutoff(group, config)
     return msg.GroupView(
         group_id=group.group_id,
         prompt_id=group.prompt.prompt_id,

@@ -102,6 +102,7 @@ class Group:
     pilot: int = 0  # rollouts that were launched first, or 0 if all were
     num_held: int = 0  # rollouts that wait for the verdict on the pilot
     mixed_prob: float | None = None  # at that verdict
+    audit: bool = False  # nothing is cancelled before the deadline
     state: GroupState = GroupState.OPEN
     # A rollout in flight that is longer than this may have to be cancelled.
     review_above: float = inf
@@ -125,6 +126,10 @@ class Group:
         assert chosen is not None, self.group_id
         rewards = [self.rollouts[i].reward for i in chosen.short + chosen.long + chosen.filled]
         return [reward for reward in rewards if reward is not None]
+
+    def rewards(self) -> dict[int, float]:
+        """Rollout -> reward, for rollouts that ended by themselves."""
+        return {i: r.reward for i, r in self.rollouts.items() if r.reward is not None}
 
     def responses(self) -> list[Response]:
         """The rewards of responses that ended, and the lengths of those that were cut off."""
@@ -201,6 +206,7 @@ class Group:
             visit=self.prompt.visit,
             pilot=self.pilot,
             mixed_prob=self.mixed_prob,
+            audit=self.audit,
             uniform=self.is_uniform and self.selection is not None,
         )
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from random import Random
 
 from darts.config import CoreConfig
-from darts.selection import select_dual_end, select_random
+from darts.events import Prompt
+from darts.selection import select_dual_end, select_efficient, select_random
 from darts.sizing.rewards import has_signal
 from darts.state.groups import Group
 
@@ -20,10 +21,24 @@ def fill_seats(group: Group, config: CoreConfig) -> None:
     if config.policy == "random":
         rng = generator(group, config.seed)
         group.selection = select_random(group.finished, group.truncated, *seats, rng)
+    elif config.by_efficiency:
+        group.selection = select_efficient(
+            group.finished,
+            group.truncated,
+            group.group_size,
+            config.fill_truncated,
+            group.rewards(),
+        )
     else:
         group.selection = select_dual_end(group.finished, group.truncated, *seats)
     if group.selection is not None:
         group.is_uniform = not has_signal(group.selected_rewards(), config.min_spread)
+
+
+def is_audited(prompt: Prompt, config: CoreConfig) -> bool:
+    """Whether nothing is cancelled in the group of this visit, drawn by the seed."""
+    draw = Random(f"audit {config.seed} {prompt.prompt_id} {prompt.visit}").random()
+    return draw < config.audit
 
 
 def generator(group: Group, seed: int) -> Random:

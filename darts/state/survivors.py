@@ -11,11 +11,20 @@ from __future__ import annotations
 from math import inf
 from random import Random
 
+from darts.config import CoreConfig
+from darts.selection import efficiency_cutoff
 from darts.state.groups import Group, Rollout
 
 
-def short_cutoff(group: Group) -> float:
-    """The length above which a rollout in flight cannot take a short seat; inf while unknown."""
+def short_cutoff(group: Group, config: CoreConfig) -> float:
+    """The length above which a rollout in flight cannot take a short seat; inf while unknown.
+
+    It is always inf in an audited group, which cancels nothing.
+    """
+    if group.audit:
+        return inf
+    if config.by_efficiency and group.purpose == "train":
+        return efficiency_cutoff(group.finished, group.group_size, group.rewards())
     num_short = group.group_size
     if group.long_end != "none":
         num_short -= group.num_long

@@ -55,8 +55,14 @@ def qwen(folder: Path) -> list[str]:
     ]
 
 
+def gfpo(folder: Path) -> list[str]:
+    """More groups, since in two of them all rewards may be equal."""
+    return ["sampling.max_tokens=200", "batch.groups=8"]
+
+
 REDUCED: dict[str, Callable[[Path], list[str]] | None] = {
     "demo": None,
+    "gfpo": gfpo,
     "qwen2.5_7b_gpu": qwen,
     "smollm2_cpu": smollm2,
 }

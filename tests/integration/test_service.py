@@ -192,8 +192,9 @@ def test_ledger_has_each_group_once_with_selected_rollouts(finished: Any) -> Non
             "rollouts",
             "visit",
             "pilot",
-            "uniform",
             "mixed_prob",
+            "uniform",
+            "audit",
         }
 
 

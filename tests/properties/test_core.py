@@ -19,7 +19,7 @@ from darts import events as ev
 from darts.config import CoreConfig
 from darts.core import Core
 from darts.invariants import validate_state
-from darts.selection import Candidate, select_dual_end
+from darts.selection import Candidate, select_dual_end, select_efficient
 from tests.fakes import World
 
 CONFIGS = st.builds(
@@ -34,6 +34,8 @@ CONFIGS = st.builds(
     num_long=st.integers(0, 2),
     long_end=st.sampled_from(["none", "survivor", "longest"]),
     cancel=st.sampled_from(["exact", "eager"]),
+    rank=st.sampled_from(["length", "length", "reward_per_token"]),
+    audit=st.sampled_from([0.0, 0.0, 0.5]),
     fill_truncated=st.booleans(),
     uniform=st.sampled_from(["train", "drop"]),
     max_refill=st.sampled_from([0.5, 1.0, 2.0]),
@@ -304,6 +306,57 @@ def test_online_selection_equals_the_offline_rule(long_end: str, seed: int) -> N
     assert expected is not None
     kept = {r.rollout_id for r in world.ships[0].record.rollouts if r.end.startswith("selected")}
     assert kept == set(expected.short + expected.long + expected.filled)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_online_selection_by_reward_per_token_equals_the_offline_rule(seed: int) -> None:
+    """A cancelled rollout could not have been selected, whatever its reward."""
+    rng = random.Random(seed)
+    config = CoreConfig(
+        1,
+        group_size=3,
+        num_long=0,
+        long_end="none",
+        rank="reward_per_token",
+        redundancy="fixed",
+        upper=4.0,
+        max_tokens=100_000,
+    )
+    world = World(config, rng)
+    world.publish()
+    world.join("e", 64, 0)
+    world.draw(["p"])
+    while world.running():
+        world.advance(rng.choice(world.running()), rng.randint(1, 5))
+    world.request()
+    truth = world.rollouts.values()
+    rewards = {r.rollout_id: world.reward_of(r) for r in truth}
+    every = [Candidate(r.length, r.rollout_id) for r in truth]
+    expected = select_efficient(every, [], 3, True, rewards)
+    assert expected is not None
+    record = world.ships[0].record
+    assert {r.rollout_id for r in record.rollouts if r.end.startswith("selected")} == set(
+        expected.short
+    )
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_an_audited_group_cancels_nothing(seed: int) -> None:
+    rng = random.Random(seed)
+    config = CoreConfig(
+        1, group_size=3, redundancy="fixed", upper=2.0, audit=0.5, max_tokens=1000, pilot=2,
+        cancel=rng.choice(["exact", "eager"]), max_lag=3,
+    )  # fmt: skip
+    world = World(config, rng)
+    world.publish()
+    world.join("e", 64, 0)
+    world.draw([f"p{i}" for i in range(4)] * 2)
+    world.finish_everything()
+    records = [g.record("shipped") for g in world.core.groups.values()]
+    records += [s.record for s in world.ships]
+    audited = [r for r in records if r.audit]
+    assert all(len(r.rollouts) == r.budget for r in audited)
+    assert all(row.end != "cancelled" for r in audited for row in r.rollouts)
 
 
 @pytest.mark.parametrize("seed", range(30))

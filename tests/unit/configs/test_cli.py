@@ -214,6 +214,8 @@ def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: str) -> No
             ["model.attention=flash_attention_2", "model.dtype=bfloat16", "learner.device=cpu"],
             ["model.attention", "learner.device"],
         ),
+        (["darts.pilot=9"], ["darts.pilot=9", "darts.group_size=8"]),
+        (["darts.rank=reward_per_token"], ["darts.rank", "darts.long_end"]),
         (["buffer.address=localhost:5577"], ["buffer.address=localhost:5577", "tcp://"]),
         (["buffer.address=tcp://127.0.0.1:65535"], ["buffer.address", "65534"]),
         (["weights.address=tcp://127.0.0.1"], ["weights.address", "tcp://HOST:*"]),
@@ -268,7 +270,7 @@ def test_any_dataclass_is_a_schema() -> None:
 
 def test_a_preset_is_offered_to_the_schema_that_has_its_keys() -> None:
     assert presets(Config) == [
-        "demo", "latency/a10_7b", "latency/h100_14b", "qwen2.5_7b_gpu", "smollm2_cpu",
+        "demo", "gfpo", "latency/a10_7b", "latency/h100_14b", "qwen2.5_7b_gpu", "smollm2_cpu",
     ]  # fmt: skip
     assert "simulate/cpu" in presets(SimulateConfig) and "demo" not in presets(SimulateConfig)
     assert presets(Other) == []

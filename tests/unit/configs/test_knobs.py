@@ -83,6 +83,8 @@ SIMULATION: dict[str, tuple[str, list[str]]] = {
     "darts.fill_truncated": ("false", TRUNCATING),
     "darts.uniform": ("drop", []),
     "darts.max_refill": ("0.1", ["darts.uniform=drop", "darts.group_size=2"]),
+    "darts.rank": ("reward_per_token", ["darts.long_end=none"]),
+    "darts.audit": ("0.5", []),
     "darts.min_spread": ("1", ["darts.uniform=drop"]),
     "darts.pilot": ("4", []),
     "darts.min_mixed_prob": ("0.95", ["darts.pilot=2"]),
@@ -181,6 +183,8 @@ CORE: dict[str, str] = {
     "darts.max_attempts": "1",
     "darts.uniform": "drop",
     "darts.max_refill": "1",
+    "darts.rank": "reward_per_token",
+    "darts.audit": "0.5",
     "darts.min_spread": "1",
     "darts.pilot": "4",
     "darts.min_mixed_prob": "0.5",
@@ -196,7 +200,9 @@ CORE: dict[str, str] = {
 @pytest.mark.parametrize("path", CORE)
 def test_a_key_reaches_the_core(path: str) -> None:
     """The simulations above show the effect of these keys, except one, which is tested below."""
-    assert core_config(cli.load([f"{path}={CORE[path]}"])) != core_config(Config())
+    given = ["darts.long_end=none"] if path == "darts.rank" else []
+    changed = cli.load([*given, f"{path}={CORE[path]}"])
+    assert core_config(changed) != core_config(cli.load(given))
 
 
 def launches_until_given_up(**changes: Any) -> int:
