@@ -605,7 +605,7 @@ def test_an_engine_waits_for_the_first_policy_of_a_learner_that_starts(
         await scene.until(lambda: len(scene.fetched) > 5)
         scene.fetch_error = None
         scene.link.incoming.put(PolicyPublished(policy=snapshot(1)))
-        await scene.until(lambda: bool(scene.engine.swapped))
+        await scene.until(lambda: scene.engine.version == 1)
 
     assert play(script, policy=snapshot(0)).engine.swapped[-1] == (1, b"weights of 1")
 
