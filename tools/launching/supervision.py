@@ -24,7 +24,7 @@ from tools.launching.progress import View, stopping
 POLL_S = 0.1
 MEASURE_S = 1.0
 LEAVE_S = 20.0  # for the other processes to end by themselves once the buffer has ended the run
-SETTLE_S = 5.0  # for the buffer to end the run once the learner or the last pool has ended well
+SETTLE_S = 20.0  # for the buffer, which may be stopped, to end the run once others have ended well
 
 
 class Host(Protocol):
