@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from configs.command import run_command
 from configs.schema import Config
 from tools.export import load_checkpoint, run_config, steps_saved
 from tools.reporting.run_directory import EVALUATIONS, Row
+
+if TYPE_CHECKING:
+    from actors.inference.engine import Engine
 
 
 def evaluate(run: Path, samples: int | None = None) -> list[Row]:
@@ -100,7 +103,11 @@ def _judge(config: Config, run: Path, steps: list[int]) -> Iterator[Row]:
 
 
 async def _answer(
-    config: Config, engine: Any, environment: Environment, prompts: list[PromptPayload], step: int
+    config: Config,
+    engine: Engine,
+    environment: Environment,
+    prompts: list[PromptPayload],
+    step: int,
 ) -> Row:
     """Answer every prompt `eval.samples_per_prompt` times, with the same seeds at every step."""
 

@@ -12,7 +12,7 @@ import gc
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.inference import weights
 from actors.inference.generation import EngineDied
@@ -31,6 +31,10 @@ from buffer.wire.probe import (
 from buffer.wire.snapshots import fetch
 from configs.errors import one_line
 from configs.schema import Config
+
+if TYPE_CHECKING:
+    from actors.inference.engine import Engine
+
 
 FETCH_TIMEOUT_S = 60.0
 
@@ -139,7 +143,7 @@ async def _next(verdicts: AsyncIterator[Verdict]) -> Verdict | None:
 
 
 async def _engine_checks(
-    config: Config, engine: Any, learner: LearnerSide
+    config: Config, engine: Engine, learner: LearnerSide
 ) -> AsyncIterator[Verdict]:
     compare = partial(_compare, config, learner.model_type)
     base = await probe(engine)
@@ -170,17 +174,17 @@ def _compare(
     return Verdict(check, numbers, most)
 
 
-async def _decode(engine: Any) -> tuple[bytes, bytes]:
+async def _decode(engine: Engine) -> tuple[bytes, bytes]:
     """The log-probabilities of a response: from decoding it, and from scoring it afterwards."""
     prompt = probe_sequences(engine.vocab_size)[0][: NUM_TOKENS // 2]
-    generation = engine.launch("decoded", prompt, NUM_TOKENS // 2, 0)
+    generation = engine.launch("decoded", prompt, NUM_TOKENS // 2, seed=0)
     await generation.finished
     decoded = b"".join(run.logprobs.tobytes() for run in generation.take())
     scored = await engine.score([*prompt, *generation.tokens])
     return decoded, scored[len(prompt) - 1 :].tobytes()
 
 
-async def _load(engine: Any, learner: LearnerSide, version: int) -> None:
+async def _load(engine: Engine, learner: LearnerSide, version: int) -> None:
     """Load a version as an engine does in a run."""
     snapshot = learner.snapshots[version]
     try:
