@@ -19,7 +19,7 @@ demo: setup  ## train the embedded default on this machine; prints the path of i
 	@$(PYTHON_IN) -m tools.launch --config configs/demo.yaml $(ARGS)
 
 test: setup  ## run all CPU tests, with real engines (minutes); prints coverage of darts and buffer
-	@$(PYTHON_IN) -m pytest -n 2 -m "not gpu" --cov $(PYTEST)
+	@$(PYTHON_IN) -m pytest -m "not gpu" --cov $(PYTEST)
 
 check: lint  ## run `lint`, then the fast tests
 	@$(PYTHON_IN) -m pytest -q -n 2 -m "not gpu and not e2e and not slow" tests/unit tests/properties \

@@ -14,6 +14,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip GPU tests where there is no GPU. With `-n 2`, real engines run one after the other on
     one worker, whose module fixtures start each engine once, and all else runs on the other.
