@@ -83,9 +83,14 @@ def test_every_pool_gets_the_configuration_of_the_run_and_its_own_overrides(conf
     pool = ["actors.name=b", "actors.slots=32", "actors.min_step_ms=[[1,12],[64,26]]"]
     config = replace(config, launch=replace(config.launch, pools=[" ".join(pool)]))
     arguments = {command.name: command.arguments for command in commands_of(config)}
-    assert list(arguments) == ["buffer", "actors pool", "actors b", "learner"]
+    assert list(arguments) == ["buffer", "actors pool", "actors b", "learner", "tracker"]
     assert arguments["actors pool"] == ("-m", "actors", "--config", CONFIG)
     assert list(arguments["actors b"][-3:]) == pool
+    assert arguments["tracker"][1:] == (
+        "tools.track",
+        f"{config.run.dir}/{config.run.name}",
+        "--follow",
+    )
 
 
 @pytest.mark.parametrize("entry", ["actors.slots=32", "actors.name=b actors.slot=3"])
