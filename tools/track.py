@@ -19,6 +19,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -32,7 +33,7 @@ from configs.errors import ExitStatus, one_line
 from configs.schema import Config
 from tools.export import run_config
 from tools.reporting.run_directory import Row, is_number
-from tools.reporting.trackers import TRACKERS, Identity, Step
+from tools.reporting.trackers import TRACKERS, Identity, Step, Tracker
 
 POLL_S = 1.0
 RETRY_S = 10.0
@@ -164,17 +165,21 @@ class Mirror:
         tracker = TRACKERS[self.name](
             Identity(self._folder, run.project, run.name, cast(dict[str, Any], settings), known)
         )
-        say(f"{self.name}: logging to {tracker.where}")
         steps = NewSteps(self._folder, self._config.batch.groups, state.get("next_step", 0))
-        last = False
-        while not last:
-            last = self.finish.wait(POLL_S)
-            for step in steps.read():
-                tracker.log(step)
-                steps.next_step = step.number + 1
-                state = {"known": tracker.known, "next_step": steps.next_step}
-                atomic_write(self._state, json.dumps(state))
-        tracker.close()
+        with closing(tracker):
+            self._remember(tracker, steps)
+            say(f"{self.name}: logging to {tracker.where}")
+            last = False
+            while not last:
+                last = self.finish.wait(POLL_S)
+                for step in steps.read():
+                    tracker.log(step)
+                    steps.next_step = step.number + 1
+                    self._remember(tracker, steps)
+
+    def _remember(self, tracker: Tracker, steps: NewSteps) -> None:
+        state = {"known": tracker.known, "next_step": steps.next_step}
+        atomic_write(self._state, json.dumps(state))
 
 
 def track(folder: Path, names: Sequence[str], follow: bool) -> int:

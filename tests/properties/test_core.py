@@ -355,6 +355,7 @@ def test_an_audited_group_cancels_nothing(seed: int) -> None:
     records = [g.record("shipped") for g in world.core.groups.values()]
     records += [s.record for s in world.ships]
     audited = [r for r in records if r.audit]
+    assert audited
     assert all(len(r.rollouts) == r.budget for r in audited)
     assert all(row.end != "cancelled" for r in audited for row in r.rollouts)
 

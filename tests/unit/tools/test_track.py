@@ -183,17 +183,21 @@ class Flaky:
     known, where = "id", "memory"
     failed = False
     logged: list[int] = []
+    opened: list[str] = []  # under which name of the tracker's own
+    num_closed = 0
 
     def __init__(self, run: Identity) -> None:
         assert run.project == Config().run.project
+        Flaky.opened.append(run.known)
 
     def log(self, step: Step) -> None:
-        if step.number == 1 and not Flaky.failed:
+        if step.number == 0 and not Flaky.failed:
             Flaky.failed = True
             raise OSError("no network")
         Flaky.logged.append(step.number)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        Flaky.num_closed += 1
 
 
 class Hangs(Flaky):
@@ -206,7 +210,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(track, "RETRY_S", 0.05)
     monkeypatch.setattr(track, "POLL_S", 0.02)
     monkeypatch.setattr(track, "CLOSE_S", 1.0)
-    Flaky.failed, Flaky.logged = False, []
+    Flaky.failed, Flaky.logged, Flaky.opened, Flaky.num_closed = False, [], [], 0
     return iter([None])
 
 
@@ -226,6 +230,7 @@ def test_a_tracker_that_fails_gets_the_same_step_again(
     mirror.finish.set()
     assert mirror.has_ended(20)
     assert Flaky.logged == [0, 1, 2] and mirror.complaint == ""
+    assert Flaky.opened == ["", "id"] and Flaky.num_closed == 2  # one run of the tracker
 
 
 def test_a_tracker_that_hangs_does_not_hold_the_others_or_the_end(
