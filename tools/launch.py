@@ -28,7 +28,7 @@ from configs.extras import import_extra
 from configs.schema import Config
 from tools.launching.data_check import check_data
 from tools.launching.processes import Command, LocalHost
-from tools.launching.progress import make_view
+from tools.launching.progress import clock, make_view
 from tools.launching.run_plan import commands_of, has_ended, prepare, share_gpus, visible_gpus
 from tools.launching.summary import print_summary, resume_hint
 from tools.launching.supervision import Host, Run
@@ -37,8 +37,7 @@ from tools.launching.supervision import Host, Run
 def run_all(config: Config) -> int:
     """Start all processes, watch them, end them and report the outcome. Returns the exit status."""
     if has_ended(config):
-        print(f"run {config.run.name} has already ended, after {config.run.steps} steps")
-        print_summary(Path(config.run.dir) / config.run.name, {}, 0.0)
+        print_summary(Path(config.run.dir) / config.run.name, "had ended already", {})
         return ExitStatus.OK
     config = prepare(config)
     commands = commands_of(config)
@@ -84,7 +83,8 @@ def conduct(config: Config, host: AbstractContextManager[Host], commands: Sequen
             file=sys.stderr,
         )
         return 1
-    print_summary(run_dir, run.peaks(), time.monotonic() - started_s)
+    took = clock(time.monotonic() - started_s)
+    print_summary(run_dir, f"ended well, {took} after this start", run.peaks())
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tools.launching.progress import clock
 from tools.reporting.run_directory import RunDirectory, is_number
 
 HELD_OUT = {  # metric -> name, factor, unit
@@ -19,17 +18,15 @@ HELD_OUT = {  # metric -> name, factor, unit
 }
 
 
-def print_summary(run_dir: Path, peaks: Mapping[str, int], wall_s: float) -> None:
+def print_summary(run_dir: Path, ended: str, peaks: Mapping[str, int]) -> None:
     """Print the outcome and the cost of a run; the last line is the path of its report.
 
-    `peaks` maps a process to its peak memory in bytes.
+    `ended` completes "run <name>". `peaks` maps a process to its peak memory in bytes.
     """
     from tools.report import write_report  # here, because importing matplotlib takes a second
 
     run = RunDirectory.read(run_dir)
-    print(
-        f"run {run.name} ended well: {len(run.metrics)} steps in {clock(wall_s)}, from start to end"
-    )
+    print(f"run {run.name} {ended}: {len(run.metrics)} steps")
     for name, value in facts(run, peaks):
         print(f"  {name:<22} {value}")
     print(f"Report: {write_report(run_dir)}")

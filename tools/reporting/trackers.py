@@ -115,7 +115,8 @@ class WandB:
         self._run.define_metric("*", step_metric="step")
         self.known = self._run.id
         folder = Path(self._run.dir).parent
-        self.where = self._run.url or f"{folder} (wandb sync {folder} uploads it)"
+        offline = f"{folder} (wandb sync {folder} uploads it)"
+        self.where = offline if self._run.offline else str(self._run.url)
 
     def log(self, step: Step) -> None:
         content: dict[str, Any] = {"step": step.number, **step.values}
