@@ -106,14 +106,18 @@ def _lengths(
     unusable = SkippedPrompts(config.data.max_skipped_frac)
     too_long: list[str] = []
     failures: list[str] = []
+    unknown: list[str] = []
     num_short = 0
     for prompt in prompts:
         try:
-            length = len(environment.render(prompt, tokenizer))
+            ids = environment.render(prompt, tokenizer)
         except Exception as error:  # a template or tokenizer may raise anything
             failures.append(f"{prompt.name}: {one_line(error)}")
             continue
+        length = len(ids)
         lengths.append(length)
+        if tokenizer.unk_token_id in ids:
+            unknown.append(prompt.name)
         try:
             num_short += response_limit(prompt, length, config) < config.sampling.max_tokens
         except PromptTooLong as error:
@@ -131,6 +135,13 @@ def _lengths(
             "lengths",
             f"prompts have {min(lengths)} to {max(lengths)} tokens, median {median(lengths):g}, "
             f"of model.max_context={config.model.max_context} ({len(lengths):,} of them looked at)",
+        )
+    if unknown:
+        yield Finding(
+            "note",
+            "unknown text",
+            f"{len(unknown)} of {len(prompts)} prompts hold characters for which the tokenizer has "
+            f"no token, such as {unknown[0]}; the model cannot tell them apart",
         )
     if too_long:
         ends = unusable.too_many(len(prompts)) or len(too_long) == len(prompts)

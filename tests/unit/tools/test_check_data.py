@@ -21,6 +21,7 @@ from tools.checking.data import check_data
 from tools.checking.findings import Finding
 from tools.checking.gate import Refused
 from tools.launching import data_check
+from tools.warm_start import build_tokenizer
 
 RIGHT = "return float(bool(answer) and response.strip() == answer)"
 
@@ -48,6 +49,14 @@ def with_verifier(
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands run in the folder of the verifier."""
     monkeypatch.chdir(tmp_path)
+
+
+def test_text_without_tokens_is_named(tmp_path: Path) -> None:
+    given = [{"prompt": "A4B2=", "answer": "1"}, {"prompt": "A4B2√=", "answer": "1"}]
+    config = make_config(tmp_path, given, None)
+    build_tokenizer().save_pretrained(config.model.path)
+    found = findings(config)
+    assert found["note", "unknown text"].startswith("1 of 2 prompts hold characters")
 
 
 @pytest.mark.parametrize(
