@@ -221,6 +221,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "trackers",
         nargs="*",
+        default=[],  # so that it is not called required
         help=f"some of {', '.join(TRACKERS)} (default: run.trackers of the run)",
     )
     parser.add_argument(

@@ -59,6 +59,7 @@ VALID = {
     "tools.report": ["RUN"],
     "tools.smollm2": ["FOLDER"],
     "tools.tail_monitor": ["--once"],
+    "tools.track": ["RUN"],
     "tools.warm_start": ["FOLDER"],
 }
 # Arguments that name a missing file or folder.
@@ -70,6 +71,7 @@ MISSING = {
     "tools.replay": ["no/such/run"],
     "tools.report": ["no/such/run"],
     "tools.tail_monitor": ["--once", "--play", "no/such/run"],
+    "tools.track": ["no/such/run"],
 }
 
 
