@@ -6,10 +6,10 @@ ARGS ?=
 PYTEST ?=
 UPGRADE ?=
 
-.PHONY: help setup demo test check lint format lock clean
+.PHONY: help setup demo test gpu-check check lint format docs lock clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 setup:  ## install the pinned packages into .venv (the other targets do this first)
 	@sh requirements/install.sh
@@ -19,7 +19,10 @@ demo: setup  ## train the embedded default on this machine; prints the path of i
 	@$(PYTHON_IN) -m tools.launch --config configs/demo.yaml $(ARGS)
 
 test: setup  ## run all CPU tests, with real engines (minutes); prints coverage of darts and buffer
-	@$(PYTHON_IN) -m pytest -m "not gpu" --cov $(PYTEST)
+	@GPU_CHECK_DEVICE=cpu $(PYTHON_IN) -m pytest -m "not gpu" --cov --durations=40 $(PYTEST)
+
+gpu-check:  ## test learner, engine and a run on a GPU, in minutes; prints a table
+	@python -m pytest -q -m gpu tests/gpu $(PYTEST)
 
 check: lint  ## run `lint`, then the fast tests
 	@$(PYTHON_IN) -m pytest -q -n 2 -m "not gpu and not e2e and not slow" tests/unit tests/properties \
@@ -36,6 +39,9 @@ format: setup  ## format the code and apply the linters' fixes
 	@$(PYTHON_IN) -m ruff check --fix .
 	@$(PYTHON_IN) -m ruff format .
 
+docs: setup  ## build the documentation as a site, in site/
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON_IN) -m mkdocs build
+
 lock: setup  ## pin the packages of pyproject.toml; UPGRADE=--upgrade takes the newest versions
 	@cp requirements/cpu.txt requirements/cpu.new
 	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$$(echo "$$PIP_FIND_LINKS" | tr ' ' ',')}" \
@@ -46,5 +52,5 @@ lock: setup  ## pin the packages of pyproject.toml; UPGRADE=--upgrade takes the 
 	@mv requirements/cpu.lock requirements/cpu.txt && rm requirements/cpu.new
 
 clean:  ## remove caches (not .venv, models or runs)
-	@rm -rf .coverage .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build
+	@rm -rf site .coverage .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -11,17 +11,23 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-from actors.prompts import tokenise
-from actors.verifier_load import VerifierFailure, VerifierLoad
+from actors.prompts import observation_ids, tokenise
+from actors.verifier_load import Step, VerifierFailure, VerifierLoad
 from actors.verifier_workers import WorkerPool, prompt_text
 from actors.verifiers import INLINE, finite
+from buffer.data.public_environments import PREFIX, environment_of
 from buffer.wire.messages import PromptPayload, VerifierReport
 from configs.errors import one_line
 from configs.schema import Config
 
-NAMES = "auto, exact, numeric, math_verify, reasoning_gym, or module:function"
+NAMES = (
+    "auto, exact, numeric, math_verify, reasoning_gym, verifiers:environment, module:function or "
+    "module:Class"
+)
 
 
 class EnvironmentFailure(Exception):
@@ -29,16 +35,43 @@ class EnvironmentFailure(Exception):
 
 
 class Environment(Protocol):
-    """Turns prompts into tokens and responses into rewards."""
+    """Turns prompts into tokens and responses into rewards, and into observations between turns."""
 
     keep_special_tokens: bool  # the response's text must show them
+    has_turns: bool  # else the first step ends the rollout
 
     def render(self, prompt: PromptPayload, tokenizer: Any) -> list[int]:
         """The prompt's token ids, for a `transformers` tokenizer."""
         ...
 
+    def render_observation(self, observation: str, last_token: int, tokenizer: Any) -> list[int]:
+        """The tokens between a response that ended with `last_token` and the next one."""
+        ...
+
+    async def step(self, prompt: PromptPayload, response_text: str, state: str = "") -> Step:
+        """Answer a response; `state` is that of the step before, "" at first.
+
+        Raises `EnvironmentFailure`; safe to cancel.
+        """
+        ...
+
+    async def finish(self, prompt: PromptPayload, state: str) -> float:
+        """The last reward of a rollout that a limit has ended after a step that gave `state`.
+
+        Raises `EnvironmentFailure`; safe to cancel.
+        """
+        ...
+
+    def abandon(self, state: str) -> None:
+        """Close the environment of a rollout that has ended after a step that gave `state`, neither
+        by itself nor by `finish`. Does not wait.
+
+        A step or a `finish` that fails or is cancelled has closed it.
+        """
+        ...
+
     async def score(self, prompt: PromptPayload, response_text: str) -> float:
-        """A finite reward. Raises `EnvironmentFailure`; safe to cancel."""
+        """The reward of the first step."""
         ...
 
     def measure(self) -> VerifierReport:
@@ -55,11 +88,11 @@ def make_environment(config: Config) -> Environment:
 
     ValueError when there is none, or its verifier cannot be imported.
     """
-    return SingleTurn(config)
+    return VerifierEnvironment(config)
 
 
-class SingleTurn:
-    """One response to one prompt: it only scores."""
+class VerifierEnvironment:
+    """A verifier, which ends a rollout with its first response, or a user's class with turns."""
 
     def __init__(self, config: Config) -> None:
         self.data = config.data
@@ -67,17 +100,41 @@ class SingleTurn:
         self.keep_special_tokens = self.verifier == "tagged_sum"
         self._inline = VerifierLoad(num_workers=1)
         self._workers = None if self.verifier in INLINE else _start_workers(config, self.verifier)
+        self.has_turns = self._workers is not None and self._workers.has_turns
 
     def render(self, prompt: PromptPayload, tokenizer: Any) -> list[int]:
         """See `actors.prompts.tokenise`."""
         messages = prompt.messages or [{"role": "user", "content": prompt.text}]
         return tokenise(messages, tokenizer, self.data)
 
+    def render_observation(self, observation: str, last_token: int, tokenizer: Any) -> list[int]:
+        """See `actors.prompts.observation_ids`."""
+        return observation_ids(observation, last_token, tokenizer, self.data)
+
     async def score(self, prompt: PromptPayload, response_text: str) -> float:
-        try:
+        return (await self.step(prompt, response_text)).reward
+
+    async def step(self, prompt: PromptPayload, response_text: str, state: str = "") -> Step:
+        with self._failures_on(prompt):
             if self._workers is not None:
-                return await self._workers.score(prompt, response_text)
-            return self._score_inline(prompt, response_text)
+                return await self._workers.step(prompt, response_text, state)
+            return Step(self._score_inline(prompt, response_text))
+
+    async def finish(self, prompt: PromptPayload, state: str) -> float:
+        if self._workers is None or not self._workers.has_finish:
+            self.abandon(state)
+            return 0.0
+        with self._failures_on(prompt):
+            return (await self._workers.step(prompt, None, state)).reward
+
+    def abandon(self, state: str) -> None:
+        if self._workers is not None:
+            self._workers.close_environment(state)
+
+    @contextmanager
+    def _failures_on(self, prompt: PromptPayload) -> Iterator[None]:
+        try:
+            yield
         except VerifierFailure as failure:
             raise EnvironmentFailure(
                 f"verifier {self.verifier} on {prompt.name}: {failure}"
@@ -117,7 +174,7 @@ def _verifier_name(config: Config) -> str:
     if config.data.environment != "auto":
         name = config.data.environment
         if name not in (*INLINE, "math_verify", "reasoning_gym") and not re.fullmatch(
-            r"[\w.]+:\w+", name
+            r"verifiers:[\w./-]+|[\w.]+:\w+", name
         ):
             raise ValueError(f"data.environment={name!r} is no known verifier; it must be {NAMES}")
         return name
@@ -135,6 +192,8 @@ def _verifier_name(config: Config) -> str:
 
 
 def _verifier_of_source(form: str) -> str:
+    if form.startswith(PREFIX):
+        return environment_of(form)
     return (
         form.partition(":")[0]
         if form.startswith(("tagged_sum", "reasoning_gym:"))

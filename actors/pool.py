@@ -9,22 +9,23 @@ its model, which tells the buffer that its predecessor's rollouts are lost. Driv
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-from actors.inference.device import engine_device
+from actors.inference.device import check_cache, engine_device
+from actors.inference.vllm_options import check_options
 from actors.process import DONE, GAVE_UP, RUN_FAILED
 from buffer.processes.child import Child, forward, given_reason, stop
 from buffer.processes.restarts import Restarts
 from buffer.processes.stop_request import AGAIN, StopRequest
 from configs import cli
 from configs.errors import ExitStatus
+from configs.model_path import check_model
 from configs.schema import Config
 
+ENGINE = ("-m", "actors.process")  # of `sys.executable`
 # An engine that ended with one of these statuses is not restarted.
 FINAL = (DONE, GAVE_UP, RUN_FAILED, ExitStatus.INTERRUPTED)
 POLL_S = 0.1
@@ -72,9 +73,11 @@ class Pool:
         """Run the engines until the run ends.
 
         Returns 0 if it ended well, and 130 if the pool or its last engine was asked to stop. Raises
-        `EngineFailed`, or `ValueError` for `model.path`.
+        `EngineFailed`, or `ValueError` for `model.path` or `actors.vllm`.
         """
         check_model(self._config.model.path)
+        check_options(self._config)
+        check_cache(self._config)
         with (
             StopRequest(self._answer) as request,
             tempfile.NamedTemporaryFile("w", suffix=".yaml") as file,
@@ -142,7 +145,7 @@ class Pool:
         return Child(f"engine {index}", self._command(index), gpus)
 
     def _command(self, index: int) -> list[str]:
-        return [sys.executable, "-m", "actors.process", str(index), self._config_file]
+        return [sys.executable, *ENGINE, str(index), self._config_file]
 
 
 def say(line: str) -> None:
@@ -166,23 +169,3 @@ def engine_gpus(config: Config, index: int, visible: str) -> dict[str, str]:
             f"GPUs, but CUDA_VISIBLE_DEVICES={visible} names {len(gpus)}: start fewer engines here"
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index * size : (index + 1) * size])}
-
-
-def check_model(path: str) -> None:
-    """Raise `ValueError` if `path` is no folder of a model and cannot be a name on the hub."""
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"model.path={path}: this folder holds no model (no config.json); give the folder "
-                "of a Hugging Face model"
-            )
-    elif (
-        folder.parent.is_dir()
-        or not re.fullmatch(r"[\w.-]+/[\w.-]+", path)
-        or path.startswith(("models/", "runs/"))
-    ):
-        raise ValueError(
-            f"model.path={path}: no such folder; give the folder of a Hugging Face model, or its "
-            "name on the hub. The embedded default is made by `make demo`"
-        )

@@ -8,7 +8,6 @@ Started by `actors.pool` as `python -m actors.process`, and ends with it.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import secrets
 import signal
@@ -18,14 +17,15 @@ from typing import TYPE_CHECKING
 
 from actors.environments import Environment, make_environment
 from actors.inference.device import engine_type
+from actors.inference.fetching import SnapshotReader
 from actors.inference.generation import BASE_VERSION, EngineDied
 from actors.inference.weights import SwapFailed
 from actors.loop_watch import LoopWatch
 from actors.worker import PolicyUnavailable, Worker
+from buffer.processes import by_hand
 from buffer.processes.child import ERROR
 from buffer.wire.client import EngineLink
-from buffer.wire.messages import EngineHello, Shutdown, SnapshotRef, Welcome
-from buffer.wire.snapshots import fetch
+from buffer.wire.messages import EngineHello, Shutdown, Welcome
 from buffer.wire.transport import TransportError
 from configs import cli
 from configs.errors import ExitStatus, one_line
@@ -33,10 +33,6 @@ from configs.schema import Config
 
 if TYPE_CHECKING:
     from actors.inference.engine import Engine
-
-# Before vLLM has configured its logging, and in vLLM's own processes too, which import this module
-# as they start.
-logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
 
 # How this process ends, for its pool. GAVE_UP: another attempt would end the same way.
 DONE, DIED, RUN_FAILED, GAVE_UP = 0, 1, 3, 4
@@ -63,9 +59,12 @@ def serve(config: Config, engine_id: str) -> int:
     try:
         environment = make_environment(config)
         welcome = link.connect(hello, config.buffer.connect_timeout_s)
+        joined = f"{engine_id} joined the run at {config.buffer.address}"
+        by_hand.tell(f"actors: {joined}, and loads {config.model.path}")
         from actors.inference.engine import Engine  # seconds of import, and only now needed
 
         engine = Engine(config, random_stream(config.run.seed, hello))
+        by_hand.tell(f"actors: {engine_id} serves, with up to {config.actors.slots} rollouts")
     except Exception as error:  # another attempt would end the same way
         fail(f"could not start: {one_line(error)}")
         return GAVE_UP
@@ -110,12 +109,9 @@ async def _until_shutdown(
     environment: Environment,
     welcome: Welcome,
 ) -> Shutdown:
-    def fetch_policy(policy: SnapshotRef) -> bytes:
-        return fetch(policy, config.buffer.keys, config.buffer.peer_timeout_s)
-
     task = asyncio.current_task()
     assert task is not None
-    worker = Worker(config, engine, link, environment, fetch_policy, hello=hello)
+    worker = Worker(config, engine, link, environment, SnapshotReader(config), hello=hello)
 
     def leave() -> None:
         task.cancel()

@@ -13,6 +13,7 @@ from configs.schema import Config, DataConfig
 
 LEAST_ROOM = 16  # least tokens left for a response, unless sampling.max_tokens is smaller
 Message = dict[str, str]
+_MARK = "a response 7c1e"  # whose surroundings in the template are looked up
 
 
 def tokenise(messages: list[Message], tokenizer: Any, data: DataConfig) -> list[int]:
@@ -38,6 +39,34 @@ def tokenise(messages: list[Message], tokenizer: Any, data: DataConfig) -> list[
     if not ids:
         raise ValueError("it has no tokens, but a response needs at least one before it")
     return ids
+
+
+def observation_ids(
+    observation: str, last_token: int, tokenizer: Any, data: DataConfig
+) -> list[int]:
+    """The tokens between a response that ended with `last_token` and the next response.
+
+    Only this new text is turned into tokens, never that of the turns before it. With a chat
+    template it is a user's message, and what the template writes around it.
+
+    Raises `ValueError` if the template writes earlier messages differently before later ones.
+    """
+    if not uses_template(tokenizer, data):
+        return list(tokenizer.encode(observation, add_special_tokens=False))
+    asked = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
+    told = [*asked, {"role": "user", "content": observation}]
+    before = tokenizer.apply_chat_template(asked, add_generation_prompt=False, tokenize=False)
+    after, (_, found, end) = _apply(tokenizer, told), before.rpartition(_MARK)
+    if not found or not after.startswith(before):
+        raise ValueError(
+            "the chat template writes earlier messages differently once others follow, so a second "
+            "turn cannot continue the sampled tokens; set data.chat_template=never, or use another "
+            "model"
+        )
+    new = end + after[len(before) :]
+    ends = (tokenizer.decode([last_token]), tokenizer.eos_token)
+    sampled = next((text for text in ends if text and new.startswith(text)), "")
+    return list(tokenizer.encode(new[len(sampled) :], add_special_tokens=False))
 
 
 class PromptTooLong(ValueError):

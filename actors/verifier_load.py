@@ -1,13 +1,30 @@
 """The load of one engine's verifier, for the engine's report: times, failures and the queue.
 
-Counts the verifications that ended since the last report. Safe to use from the verifying threads.
+Counts the verifications that ended since the last report, and keeps the longest one that succeeded,
+from which the deadline follows. Safe to use from the verifying threads.
 """
 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 from buffer.wire.messages import VerifierReport
+
+PATIENCE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The answer to one response.
+
+    observation: text before the next response, None if the rollout has ended.
+    state: the environment after it, for the next step; only its own process reads it.
+    """
+
+    reward: float
+    observation: str | None = None
+    state: str = ""
 
 
 class VerifierFailure(Exception):
@@ -15,7 +32,7 @@ class VerifierFailure(Exception):
 
 
 class VerifierTimeout(VerifierFailure):
-    """A verification exceeded its deadline, `data.verifier_timeout_s`."""
+    """A verification exceeded its deadline (`VerifierLoad.deadline_s`)."""
 
 
 class VerifierLoad:
@@ -24,7 +41,18 @@ class VerifierLoad:
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
         self._lock = threading.Lock()
+        self._longest_rewarded_s = 0.0
         self._clear()
+
+    def deadline_s(self, least_s: float) -> float:
+        """`least_s`, or `PATIENCE` times the longest verification that gave a reward if longer."""
+        with self._lock:
+            return max(least_s, PATIENCE * self._longest_rewarded_s)
+
+    def rewarded(self, time_s: float) -> None:
+        """A verification that took `time_s` gave a reward."""
+        with self._lock:
+            self._longest_rewarded_s = max(self._longest_rewarded_s, time_s)
 
     def ended(self, queue_s: float, time_s: float, failure: VerifierFailure | None) -> None:
         """A verification took `time_s`, after it had waited `queue_s` for a worker."""

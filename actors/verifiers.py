@@ -13,7 +13,9 @@ import re
 from collections.abc import Callable
 from typing import Any, SupportsFloat, cast
 
+from actors.turns import Turns, turns_of
 from buffer.data import tagged_sum
+from buffer.data.public_environments import PREFIX
 from buffer.wire.messages import MAX_REWARD
 from configs.extras import import_extra
 
@@ -104,8 +106,8 @@ INLINE: dict[str, Verifier] = {
 }
 
 
-def load_verifier(name: str) -> Verifier:
-    """The function behind a verifier that runs in a worker process.
+def load_verifier(name: str) -> Verifier | Turns:
+    """The function or environment behind a name, which runs in a worker process.
 
     Raises any error of the import that it needs.
     """
@@ -139,8 +141,15 @@ def load_verifier(name: str) -> Verifier:
             return float(score_answer(final_answer(response), metadata))
 
         return score_entry
+    if name.startswith(PREFIX):
+        import_extra("verifiers.envs.multiturn_env", f"data.environment={name}", "verifiers")
+        from actors.public.turns import turns_of_environment  # it needs the package
+
+        return turns_of_environment(name.removeprefix(PREFIX))
     module, _, function = name.partition(":")
     verifier = getattr(importlib.import_module(module), function)
+    if isinstance(verifier, type):
+        return turns_of(verifier)
     if not callable(verifier):
         raise TypeError(f"{function} is a {type(verifier).__name__}, not a function")
     return cast(Verifier, verifier)

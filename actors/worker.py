@@ -27,9 +27,10 @@ import msgspec
 
 from actors.environments import Environment, EnvironmentFailure
 from actors.inference import weights
-from actors.inference.generation import BASE_VERSION, EngineDied, Generation, Measurement
+from actors.inference.generation import BASE_VERSION, EngineDied, Measurement
 from actors.inference.probing import probe
-from actors.prompts import PromptTooLong, response_limit
+from actors.playing import Opening, Player, Sampler
+from actors.prompts import PromptTooLong
 from actors.rollouts import Rollout
 from buffer.wire import messages as msg
 from buffer.wire.client import LinkLost
@@ -38,7 +39,6 @@ from buffer.wire.transport import TransportError
 from configs.errors import one_line
 from configs.schema import Config
 
-TEXT_CHARS = 4000  # of a response, for samples.jsonl
 REPORT_S = 1.0
 FETCH_RETRY_S = 1.0  # of the first policy
 ABORT_S = 5.0  # for the last aborts, when the worker ends
@@ -50,11 +50,9 @@ CROWDED_BYTES = (
 )  # a Progress larger than this says that the buffer had better hear from us less often
 
 
-class Sampler(Protocol):
+class Engine(Sampler, Protocol):
     """The part of `actors.inference.engine.Engine` that a worker uses; tests pass a fake."""
 
-    tokenizer: Any
-    eos_ids: frozenset[int]
     version: int
 
     @property
@@ -63,17 +61,6 @@ class Sampler(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def cause(self) -> str: ...
-    @property
-    def died(self) -> asyncio.Event: ...
-    def launch(
-        self,
-        request_id: str,
-        prompt_ids: list[int],
-        max_tokens: int,
-        *,
-        seed: int,
-        num_continued: int,
-    ) -> Generation: ...
     async def abort(self, request_ids: list[str]) -> None: ...
     async def swap(self, path: str, version: int) -> float: ...
     async def score(self, token_ids: list[int]) -> array[float]: ...
@@ -102,7 +89,7 @@ class Worker:
     def __init__(
         self,
         config: Config,
-        engine: Sampler,
+        engine: Engine,
         link: Link,
         environment: Environment,
         fetch: weights.Fetch,
@@ -116,6 +103,7 @@ class Worker:
             environment,
             fetch,
         )
+        self._player = Player(config, engine, environment)
         self._hello = hello
         self._joined = True  # else the link is down, and nothing is sent
         self._loaded: msg.PolicyLoaded | None = None  # the newest, in case that the link breaks
@@ -220,56 +208,25 @@ class Worker:
                 raise command
 
     def _launch(self, command: msg.Launch) -> None:
-        prompt = command.prompt
         try:
-            prompt_ids = self._environment.render(prompt, self._engine.tokenizer)
-        except Exception as error:  # a template or tokenizer that cannot take this prompt
-            line = (
-                f"{prompt.name} cannot be turned into tokens: {one_line(error)}; "
-                "see its row, or data.chat_template"
-            )
-            self._fail(command.rollouts, line)
-            return
-        try:
-            max_tokens = response_limit(prompt, len(prompt_ids), self._config)
-        except PromptTooLong as error:
-            self._fail(command.rollouts, str(error), unusable=True)
+            opening = self._player.opening(command.prompt)
+        except (EnvironmentFailure, PromptTooLong) as error:
+            unusable = isinstance(error, PromptTooLong)
+            for rollout in command.rollouts:
+                failed = msg.Failed(
+                    rollout_id=rollout.rollout_id, error=str(error), unusable=unusable
+                )
+                self._send(failed)
             return
         launched = [r for r in command.rollouts if r.rollout_id not in self._rollouts]
-        self._send_progress([self._start(r, prompt, prompt_ids, max_tokens) for r in launched])
+        self._send_progress([self._start(r, opening) for r in launched])
 
-    def _fail(
-        self, rollouts: Iterable[msg.LaunchedRollout], error: str, unusable: bool = False
-    ) -> None:
-        for launched in rollouts:
-            failed = msg.Failed(rollout_id=launched.rollout_id, error=error, unusable=unusable)
-            self._send(failed)
-
-    def _start(
-        self,
-        launched: msg.LaunchedRollout,
-        prompt: msg.PromptPayload,
-        prompt_ids: list[int],
-        max_tokens: int,
-    ) -> Rollout:
+    def _start(self, launched: msg.LaunchedRollout, opening: Opening) -> Rollout:
         prefix = array("i", launched.prefix)
-        request_id, left = str(launched.rollout_id), max_tokens - len(prefix)
-        if prefix and (
-            prefix[-1] in self._engine.eos_ids or left <= 0
-        ):  # it had ended, and its engine died before it could say so
-            generation = Generation(request_id)
-            generation.end("stop" if prefix[-1] in self._engine.eos_ids else "length")
-        else:
-            generation = self._engine.launch(
-                request_id,
-                [*prompt_ids, *prefix],
-                left,
-                seed=launched.seed,
-                num_continued=len(prefix),
-            )
-        rollout = self._rollouts[launched.rollout_id] = Rollout(
-            launched.rollout_id, prompt, array("i", prompt_ids), prefix, generation
+        rollout = self._player.start(
+            opening, launched.rollout_id, seed=launched.seed, prefix=prefix
         )
+        self._rollouts[launched.rollout_id] = rollout
         rollout.follower = self._spawn(self._follow(rollout))
         return rollout
 
@@ -277,7 +234,7 @@ class Worker:
         """Stop decoding them, or waiting for their rewards. Answered ones are left alone."""
         found = [self._rollouts[i] for i in rollout_ids if i in self._rollouts]
         for rollout in found:
-            if not rollout.decodes and rollout.answer is None:
+            if rollout.waits:
                 self._stop_scoring(rollout)
         decoding = [rollout for rollout in found if rollout.decodes]
         for rollout in decoding:
@@ -289,12 +246,12 @@ class Worker:
         assert rollout.follower is not None
         rollout.follower.cancel()
         self._send_progress([rollout])
-        rollout.answer = msg.Stopped(rollout_id=rollout.rollout_id, num_tokens=rollout.num_tokens)
+        rollout.answer = self._player.stopped(rollout)
         self._send(rollout.answer)
 
     async def _abort(self, rollouts: list[Rollout]) -> None:
         if rollouts:
-            await self._engine.abort([rollout.generation.request_id for rollout in rollouts])
+            await self._engine.abort([rollout.turn.generation.request_id for rollout in rollouts])
 
     # Joining again --------------------------------------------------------------------------------
 
@@ -353,59 +310,24 @@ class Worker:
     # A rollout's end ------------------------------------------------------------------------------
 
     async def _follow(self, rollout: Rollout) -> None:
-        answer = await self._answer(rollout)
+        answer = await self._player.play(rollout, lambda: self._send_progress([rollout]))
         if answer is not None:
             rollout.answer = answer
             self._send(answer)
 
-    async def _answer(self, rollout: Rollout) -> msg.Finished | msg.Failed | msg.Stopped | None:
-        """Return the final message for the buffer, after sending the last tokens.
-
-        None if the whole engine is lost.
-        """
-        try:
-            outcome = await rollout.generation.finished
-        except Exception as error:  # of this request alone, unless the engine is gone
-            line = (
-                f"the engine did not accept a rollout of {rollout.prompt.name}: {one_line(error)}"
-            )
-            return (
-                None
-                if self._engine.died.is_set()
-                else msg.Failed(rollout_id=rollout.rollout_id, error=line)
-            )
-        self._send_progress([rollout])
-        if outcome == "abort" and rollout.cancelled:
-            return msg.Stopped(rollout_id=rollout.rollout_id, num_tokens=rollout.num_tokens)
-        if outcome not in ("stop", "length"):
-            line = f"the engine gave up on a rollout of {rollout.prompt.name}, saying {outcome!r}"
-            return msg.Failed(rollout_id=rollout.rollout_id, error=line)
-        response = [*rollout.prefix, *rollout.generation.tokens]
-        text = self._engine.tokenizer.decode(
-            response, skip_special_tokens=not self._environment.keep_special_tokens
-        )
-        try:
-            reward = await self._environment.score(rollout.prompt, text)
-        except EnvironmentFailure as failure:
-            return msg.Failed(rollout_id=rollout.rollout_id, error=str(failure))
-        return msg.Finished(
-            rollout_id=rollout.rollout_id,
-            num_tokens=rollout.num_tokens,
-            truncated=outcome == "length",
-            reward=reward,
-            text=text[:TEXT_CHARS],
-        )
-
     # Reports --------------------------------------------------------------------------------------
 
     def _send_progress(self, rollouts: Iterable[Rollout]) -> int:
-        """Everything these have sampled since their last chunk, as one message.
+        """Everything these have sampled since their last chunk, as one message, which also says
+        which of them wait for their environment.
 
         Returns its payload bytes.
         """
+        rollouts = list(rollouts)
         chunks = [chunk for rollout in rollouts for chunk in rollout.take_chunks()]
-        if chunks:
-            self._send(msg.Progress(chunks=chunks))
+        waits = [r.rollout_id for r in rollouts if self._environment.has_turns and r.waits]
+        if chunks or waits:
+            self._send(msg.Progress(chunks=chunks, waits=waits))
         return sum(len(chunk.tokens) + len(chunk.logprobs) for chunk in chunks)
 
     async def _flush_often(self) -> None:
@@ -417,7 +339,7 @@ class Worker:
             due = [
                 r
                 for r in self._rollouts.values()
-                if r.generation.num_pending >= self._config.actors.stream_interval
+                if r.num_pending >= self._config.actors.stream_interval
             ]
             interval_s = next_flush_s(interval_s, fastest_s, late_s, self._send_progress(due))
 

@@ -1,4 +1,7 @@
-"""Group-relative advantages. Pure; never sees tokens. Driven by `buffer.learner_side`."""
+"""Group-relative advantages, and the penalty of responses that come near the length limit.
+
+Pure; never sees tokens. Driven by `buffer.learner_side`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from configs.objectives import Objective
+from configs.schema import LossConfig
 
 EPSILON = 1e-6
 
@@ -33,3 +37,14 @@ def group_advantages(rewards: Sequence[float], objective: Objective) -> list[flo
         # reward - (sum - reward) / (n - 1)
         scale *= (len(rewards) - 1) / len(rewards)
     return [(reward - mean) / scale for reward in rewards]
+
+
+def overlong_penalty(num_tokens: int, max_tokens: int, loss: LossConfig) -> float:
+    """Addend to the reward of a response of `num_tokens`: 0, or negative near `max_tokens`.
+
+    Source: DAPO (arXiv 2503.14476), equation 13, with `loss.overlong_factor` in place of 1.
+    """
+    if not loss.overlong_buffer:
+        return 0.0
+    excess = num_tokens - (max_tokens - loss.overlong_buffer)
+    return -loss.overlong_factor * min(max(excess / loss.overlong_buffer, 0.0), 1.0)

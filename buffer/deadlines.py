@@ -37,6 +37,15 @@ class _Wait(NamedTuple):
     since_s: float
 
 
+class Standing(NamedTuple):
+    """The longest wait of one kind at present, and its deadline."""
+
+    what: str
+    waited_s: float
+    limit_s: float
+    key: str
+
+
 class Deadlines:
     """`look` at a core, as often as wanted, at times that never go back."""
 
@@ -51,29 +60,53 @@ class Deadlines:
         self._clock_s = 0.0  # counts only time in which this process ran
         self._looked_s: float | None = None
 
-    def look(self, core: Core, now_s: float, learner_is_there: bool) -> list[Overdue]:
-        """Everything that is overdue now, at most one line per engine."""
+    def look(
+        self, core: Core, now_s: float, learner_is_there: bool, offered_version: int
+    ) -> list[Overdue]:
+        """Everything that is overdue now, at most one line per engine.
+
+        `offered_version` is the newest policy that engines can fetch.
+        """
         if self._looked_s is not None:
             self._clock_s += min(now_s - self._looked_s, LONGEST_TICK_S)
         self._looked_s = now_s
         before, self._waits = self._waits, {}
         overdue: list[Overdue] = []
         for engine in core.engines.by_id.values():
-            problem = next(self._of_engine(core, engine, before), "")
+            problem = next(self._of_engine(engine, before, offered_version), "")
             if problem:
                 overdue.append(Overdue(engine.engine_id, problem))
-        if learner_is_there and (problem := self._of_learner(core, before)):
+        if learner_is_there and (problem := self._of_learner(core, before, offered_version)):
             overdue.append(Overdue("", problem))
         return overdue
 
+    def longest(self) -> list[Standing]:
+        """The longest wait of each kind at the last look."""
+        longest: dict[Kind, Standing] = {}
+        for (kind, of), wait in self._waits.items():
+            waited_s = self._clock_s - wait.since_s
+            if kind in longest and longest[kind].waited_s >= waited_s:
+                continue
+            what = {
+                "rollout": f"news of rollout {of}",
+                "policy load": f"{of} to load a policy",
+                "learner step": f"the learner's {of or 'step'}",
+            }[kind]
+            limit_s = self._limit_s(kind)
+            longest[kind] = Standing(what, waited_s, limit_s, self._least_s[kind][0])
+        return list(longest.values())
+
+    def _limit_s(self, kind: Kind) -> float:
+        return max(self._least_s[kind][1], PATIENCE * self._longest_s[kind])
+
     def _of_engine(
-        self, core: Core, engine: Engine, before: dict[tuple[Kind, Hashable], _Wait]
+        self, engine: Engine, before: dict[tuple[Kind, Hashable], _Wait], offered_version: int
     ) -> Iterator[str]:
         loading = self._stands("policy load", engine.engine_id, engine.version, before)
-        if engine.version == core.policy_version:
+        if engine.version >= offered_version:
             del self._waits["policy load", engine.engine_id]
         elif loading:
-            yield f"has not loaded policy version {core.policy_version} for {loading}"
+            yield f"has not loaded policy version {offered_version} for {loading}"
         for rollout in list(engine.in_flight.values()):
             value = rollout.tokens, rollout.state
             if standing := self._stands("rollout", rollout.rollout_id, value, before):
@@ -88,8 +121,16 @@ class Deadlines:
                         f"for {standing}"
                     )
 
-    def _of_learner(self, core: Core, before: dict[tuple[Kind, Hashable], _Wait]) -> str:
-        """It owes something from the shipment of a batch until it asks for the next."""
+    def _of_learner(
+        self, core: Core, before: dict[tuple[Kind, Hashable], _Wait], offered_version: int
+    ) -> str:
+        """It owes something from the shipment of a batch until it asks for the next, and the
+        snapshot of a new policy.
+        """
+        if offered_version < core.policy_version:
+            standing = self._stands("learner step", "snapshot", core.policy_version, before)
+            if standing:
+                return f"has not offered policy version {core.policy_version} for {standing}"
         if core.policy_version < 0 or core.requested_step is not None or core.run_ended:
             return ""
         num_shipped = sum(g.state is GroupState.SHIPPED for g in core.groups.values())
@@ -113,7 +154,7 @@ class Deadlines:
         self._waits[kind, key] = wait
         name, least_s = self._least_s[kind]
         waited_s = self._clock_s - wait.since_s
-        if waited_s <= max(least_s, PATIENCE * self._longest_s[kind]):
+        if waited_s <= self._limit_s(kind):
             return ""
         return (
             f"{waited_s:.0f} s ({name}={least_s:g}; longest so far {self._longest_s[kind]:.0f} s)"

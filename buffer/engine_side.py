@@ -133,14 +133,11 @@ class EngineSide:
 
     def lose(self, peer: Peer, reason: str, keep_tokens: bool = True) -> list[ev.Event]:
         """Its rollouts continue elsewhere; from its tokens only if those can be trusted."""
-        in_flight = self._forget(peer)
+        in_flight = self._forget(peer, keep_tokens)
         self.run.warn(
             f"{peer.name} is lost ({reason}); "
             f"the {len(in_flight)} rollouts that it had in flight are launched again"
         )
-        if not keep_tokens:
-            for rollout_id in in_flight:
-                self.run.store.discard(rollout_id)
         return [ev.EngineLost(peer.engine_id, keep_tokens)]
 
     def _leaving(self, peer: Peer, message: msg.Leaving) -> list[ev.Event]:
@@ -148,11 +145,13 @@ class EngineSide:
         self.run.say(f"{peer.name} has left; other engines continue its {len(in_flight)} rollouts")
         return [ev.EngineLost(peer.engine_id, left=True)]
 
-    def _forget(self, peer: Peer) -> list[int]:
+    def _forget(self, peer: Peer, keep_tokens: bool = True) -> list[int]:
         """Returns the rollouts that the engine had in flight."""
         in_flight = self.run.core.engines.by_id[peer.engine_id].in_flight
-        for rollout_id in in_flight:
+        for rollout_id, rollout in in_flight.items():
             self._cancelled_s.pop(rollout_id, None)
+            if rollout.has_waited or not keep_tokens:
+                self.run.store.discard(rollout_id)  # it begins again
         self._outboxes.pop(peer.engine_id, None)
         self.run.peers.remove(peer)
         self.run.probes.forget(peer.engine_id)
@@ -254,6 +253,8 @@ class EngineSide:
     def _progress(self, peer: Peer, message: msg.Progress) -> list[ev.Event]:
         store, num_sampled, ends = self.run.store, dict[int, int](), dict[int, int]()
         chunks: list[msg.Chunk] = []
+        waited: list[int] = []
+        waits = [i for i in message.waits if self._running(peer, i) is not None]
         for chunk in message.chunks:
             rollout_id = chunk.rollout_id
             rollout = self._running(peer, rollout_id)
@@ -265,13 +266,18 @@ class EngineSide:
                 continue
             chunks.append(new)
             ends[rollout_id] = new.offset + num_new
+            before = num_sampled.get(rollout_id, store.num_sampled(rollout_id))
+            if before and not new.sampled:  # an observation: it decodes again
+                if not rollout.has_waited:
+                    waited.append(rollout_id)  # the news was lost with a link
+                num_sampled[rollout_id] = before
             if new.sampled:
-                before = num_sampled.get(rollout_id, store.num_sampled(rollout_id))
                 num_sampled[rollout_id] = before + num_new
                 self._check_sampled(rollout, new, num_sampled[rollout_id])
         for chunk in chunks:
             store.append(chunk)
-        return [ev.RolloutProgressed(i, store.num_sampled(i)) for i in num_sampled]
+        progressed = [ev.RolloutProgressed(i, store.num_sampled(i)) for i in num_sampled]
+        return [*map(ev.RolloutWaits, waited), *progressed, *map(ev.RolloutWaits, waits)]
 
     def _check_sampled(self, rollout: Rollout, chunk: msg.Chunk, num_tokens: int) -> None:
         core = self.run.core
@@ -326,6 +332,8 @@ class EngineSide:
     def _stopped(self, peer: Peer, message: msg.Stopped) -> list[ev.Event]:
         self._running(peer, message.rollout_id)
         self._check_length(message.rollout_id, message.num_tokens)
+        if (rollout := self.run.core.rollouts.get(message.rollout_id)) is not None:
+            self.run.cancelled_texts.keep(rollout, message.text)
         self._settle(peer, message.rollout_id)
         return [ev.RolloutStopped(message.rollout_id, message.num_tokens)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from buffer.data.skipped_prompts import SkippedPrompts
 from buffer.run_state import RunFailed, RunState
+from buffer.wire.messages import Evaluated
 from darts import events as ev
 
 
@@ -37,6 +38,13 @@ class Evaluation:
         samples = run.config.eval.samples_per_prompt
         return [ev.EvaluationRequested(prompts, samples, run.core.policy_version)]
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """(prompts done, prompts) of the evaluation under way, (0, 0) without one."""
+        if self.step is None:
+            return 0, 0
+        return len(self._records), len(self.run.eval_payloads)
+
     def requested(self, step: int) -> None:
         """Take a request that recovery found in the log."""
         self.step, self.newest = step, step
@@ -59,10 +67,12 @@ class Evaluation:
         step, self.step = self.step, None
         records, self._records = self._records, []
         skipped, self._skipped = self._skipped, self._none_skipped()
-        result = run.metrics.evaluated(records, step)
+        kinds = {i: payload.kind for i, payload in run.eval_payloads.items()}
+        result = run.metrics.evaluated(records, step, kinds)
         if not run.replaying and (skipped.too_many(len(records)) or not result["eval/responses"]):
             raise RunFailed(f"evaluation after {step} steps: {skipped.refusal(len(records))}")
         if result["eval/responses"]:
+            run.evaluated = Evaluated(step=step, reward_mean=result["eval/reward_mean"])
             run.say(
                 f"after {step} steps: mean reward {result['eval/reward_mean']:.3f}, "
                 f"mean length {result['eval/length_mean']:.1f}"

@@ -1,6 +1,6 @@
 """The buffer's side of the learner: pulls become shards, and trained steps become records.
 
-    consumes       LearnerHello, Pull, Trained, Published, LearnerFailed, Leaving
+    consumes       LearnerHello, Pull, Trained, NewPolicy, Published, LearnerFailed, Leaving
     waits for      a full batch of ready groups, which the core ships
     unblocked by   the core's `Ship`, and `Close` once the learner says that it has trained
 
@@ -11,16 +11,19 @@ Owns the step that is being shipped: the time of its request, its groups and its
 from __future__ import annotations
 
 import time
+from statistics import fmean
 from typing import Any
 
-from buffer.advantages import group_advantages
+from buffer.advantages import group_advantages, overlong_penalty
 from buffer.peers import Peer
 from buffer.records.event_log import Learner, Policy, Trained
+from buffer.records.signal_watch import SignalWatch
 from buffer.run_state import RunFailed, RunState
 from buffer.shards import make_shards
 from buffer.wire import messages as msg
 from configs.objectives import objective
 from darts import events as ev
+from darts.state.groups import GroupState
 
 SAMPLED_GROUPS = 2  # per step, written to samples.jsonl
 # A publication may skip versions that were lost with an earlier buffer, but not more than this.
@@ -35,10 +38,12 @@ class LearnerSide:
         self._handlers: dict[type, Any] = {
             msg.Pull: self._pull,
             msg.Trained: self._trained,
+            msg.NewPolicy: self._new_policy,
             msg.Published: self._published,
             msg.LearnerFailed: self._failed,
             msg.Leaving: self._leaving,
         }
+        self._signal = SignalWatch(run.config.run.steps)
         self._pulls: dict[int, tuple[int, float]] = {}  # rank -> requested step, and since when
         self._shipped: list[ev.GroupRecord] = []  # groups of the step that the learner has
         self._shards: list[msg.Shard] = []  # of that step by rank, once a rank asked for them
@@ -78,9 +83,20 @@ class LearnerSide:
                 events += self._new_learner(hello)
             peer = Peer(identity, time.monotonic(), incarnation=hello.incarnation, rank=hello.rank)
             run.peers.add(peer)
-        version = run.core.policy_version
-        run.router.send(identity, msg.LearnerWelcome(policy_version=version, run=run.run_id))
+        welcome = msg.LearnerWelcome(
+            policy_version=run.core.policy_version,
+            offered_version=run.offered_version,
+            run=run.run_id,
+            evaluated=run.evaluated if hello.rank == 0 else None,
+        )
+        run.router.send(identity, welcome)
         return events
+
+    def tell_evaluated(self) -> None:
+        """Send the newest evaluation to the rank that keeps or removes checkpoints."""
+        leader = self.run.peers.rank(0)
+        if leader is not None and self.run.evaluated is not None:
+            self.run.send(leader, self.run.evaluated)
 
     def _check_hello(self, hello: msg.LearnerHello, is_same: bool) -> None:
         run = self.run
@@ -102,6 +118,12 @@ class LearnerSide:
             raise ev.ProtocolError(
                 f"this learner has trained {hello.step} steps, but {run.folder} records "
                 f"{run.step}: its checkpoint is from another folder, or the folder is an older copy"
+            )
+        if hello.step < (first := run.files.first_rewind(run.step)):
+            raise ev.ProtocolError(
+                f"this learner resumes at step {hello.step}, but the records of {run.folder} allow "
+                f"that only from step {first} on: buffer.keep_row_bytes="
+                f"{run.config.buffer.keep_row_bytes} bounds them. Resume from a newer checkpoint"
             )
         if run.core.run_ended and hello.step < run.step:
             raise ev.ProtocolError(
@@ -147,12 +169,17 @@ class LearnerSide:
         return []
 
     def restore(self) -> list[ev.Event]:
-        """After a restart of the buffer, keep the groups that the learner still has.
+        """After a restart of the buffer, keep the groups that the learner still has, or may pull.
 
-        If the learner had reported their step, those that are still open close now.
+        If the learner had reported their step, those that are still open close now. There are none
+        if tokens of the step were lost.
         """
-        run = self.run
-        self._shipped = [r for r in self._shipped if r.group_id in run.core.groups]
+        run, groups = self.run, self.run.core.groups
+        self._shipped = [
+            record
+            for record in self._shipped
+            if (group := groups.get(record.group_id)) and group.state is GroupState.SHIPPED
+        ]
         if run.reported_step < run.step:
             return []
         return [ev.GroupTrained(record.group_id) for record in self._shipped]
@@ -193,9 +220,12 @@ class LearnerSide:
         run = self.run
         run.make_durable()
         records = sorted(self._shipped, key=lambda record: record.visit)
-        selected = [t for record in records for t in self._trajectories(record)]
+        size = len(records) // run.config.batch.updates
         return make_shards(
-            selected,
+            [
+                [t for record in records[start : start + size] for t in self._trajectories(record)]
+                for start in range(0, len(records), size)
+            ],
             run.config.loss,
             learner,
             step=run.step,
@@ -207,11 +237,18 @@ class LearnerSide:
         selected.sort(key=lambda rollout: rollout.index)
         rewards = [r.reward for r in selected if r.reward is not None]
         assert len(rewards) == len(selected), "a selected rollout has no reward"
-        advantages = group_advantages(rewards, objective(self.run.config.loss))
+        shaped = [
+            reward + self._overlong_penalty(r) for r, reward in zip(selected, rewards, strict=True)
+        ]
+        advantages = group_advantages(shaped, objective(self.run.config.loss))
         return [
             self.run.store.trajectory(r.rollout_id, reward, r.truncated, advantage)
             for r, reward, advantage in zip(selected, rewards, advantages, strict=True)
         ]
+
+    def _overlong_penalty(self, rollout: ev.RolloutRecord) -> float:
+        config = self.run.config
+        return overlong_penalty(rollout.tokens, config.sampling.max_tokens, config.loss)
 
     def note_trained(self, note: Trained) -> None:
         """Take the learner's report about the step whose groups are about to close."""
@@ -223,8 +260,8 @@ class LearnerSide:
         run = self.run
         self._closed.append(record)
         run.forget(record)
-        run.prompts.done(record.visit)
         run.record(record)
+        run.prompts.done(record.visit)
         if len(self._closed) < run.config.batch.groups:
             return None
         records, self._closed = sorted(self._closed, key=lambda record: record.visit), []
@@ -240,11 +277,20 @@ class LearnerSide:
         run.metrics.trained(self._num_trained)
         # The learner's metrics come first, so that none of them can replace one of the buffer's.
         row = self._trained_metrics | row | run.metrics.row(records) | run.probes.row()
+        row["reward/overlong_mean"] = fmean(
+            self._overlong_penalty(rollout)
+            for record in records
+            for rollout in record.rollouts
+            if rollout.end.startswith("selected")
+        )
         row["wait/learner_s"] = self._waited_s
         row["wait/learner_frac"] = min(1.0, self._waited_s / max(1e-9, now - self._row_s))
         row["data/skipped_prompts"] = run.skipped.num_skipped
         row["engine/ignored_reports"] = run.core.num_ignored_reports
         row["wire/refused_frames"] = run.router.num_rejected
+        line = self._signal.look(row)
+        if line and not run.replaying:
+            run.warn(line)
         self._row_s = now
         self._shipped = []
         run.step += 1
@@ -253,14 +299,17 @@ class LearnerSide:
     def _write_samples(self, record: ev.GroupRecord) -> None:
         payload = self.run.prompts.payload(record.visit)
         prompt = payload.text or "\n".join(f"{m['role']}: {m['content']}" for m in payload.messages)
+        cancelled = self.run.cancelled_texts.of(record)
         for r in record.rollouts:
-            if r.end.startswith("selected"):
-                self.run.files.sample(
+            selected = r.end.startswith("selected")
+            if selected or r.rollout_id in cancelled:
+                text = self.run.store.text(r.rollout_id) if selected else cancelled[r.rollout_id]
+                self.run.files.samples.append(
                     {
                         "step": self.run.step,
                         "prompt_id": record.prompt_id,
                         "prompt": prompt,
-                        "response": self.run.store.text(r.rollout_id),
+                        "response": text,
                         "tokens": r.tokens,
                         "reward": r.reward,
                         "end": r.end,
@@ -292,20 +341,35 @@ class LearnerSide:
             return [ev.ShardsRequested(message.step)]
         return []
 
-    def _published(self, peer: Peer, message: msg.Published) -> list[ev.Event]:
-        run, version = self.run, message.policy.version
-        newest = run.core.policy_version
-        if not newest < version <= newest + MAX_VERSIONS_AHEAD:
+    def _new_policy(self, peer: Peer, message: msg.NewPolicy) -> list[ev.Event]:
+        """Count from now on with the learner's new version. A repeated message changes nothing."""
+        newest, version = self.run.core.policy_version, message.version
+        if not newest <= version <= newest + MAX_VERSIONS_AHEAD:
             raise ev.ProtocolError(
-                f"{peer.name} published version {version} after {newest}: versions must grow, by "
-                f"at most {MAX_VERSIONS_AHEAD}"
+                f"{peer.name} has version {version} after {newest}: versions must grow, by at "
+                f"most {MAX_VERSIONS_AHEAD}"
+            )
+        return [ev.PolicyPublished(version)] if version > newest else []
+
+    def _published(self, peer: Peer, message: msg.Published) -> list[ev.Event]:
+        """Tell engines of a snapshot. A repeated message changes nothing.
+
+        After a restart of the buffer it may come before the `NewPolicy` of its version.
+        """
+        run, version = self.run, message.policy.version
+        events = self._new_policy(peer, msg.NewPolicy(version=version))
+        if run.policy == message.policy:
+            return []
+        if version <= run.offered_version:
+            raise ev.ProtocolError(
+                f"{peer.name} published another snapshot of version {version}: a version has one"
             )
         run.policy = message.policy
         run.log.note(Policy(message.policy), run.now())
         run.probes.published(version, message.probe)
         for engine in run.peers.engines():
             run.send(engine, msg.PolicyPublished(policy=message.policy))
-        return [ev.PolicyPublished(version)]
+        return events
 
     def _trained(self, peer: Peer, message: msg.Trained) -> list[ev.Event]:
         run = self.run
@@ -342,7 +406,7 @@ class LearnerSide:
         """
         for record in self._shipped[:SAMPLED_GROUPS]:
             self._write_samples(record)
-        self.run.files.flush()
+        self.run.files.sync()
         self.note_trained(note)
         self.run.log.note(note, self.run.now())
 

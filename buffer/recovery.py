@@ -41,10 +41,11 @@ def replay(
             case Rewound():
                 run.withdraw(entry)
             case _:
-                if isinstance(entry, ev.PolicyPublished):
-                    run.policy = announced
                 _replay_event(run, entry, perform)
                 replayed(entry)
+        # An entry without the event of its version was lost with the process that logged it.
+        if announced is not None and announced.version <= run.core.policy_version:
+            run.policy = announced
     run.end_replay()
     run.recovered.entries.clear()
 

@@ -23,13 +23,13 @@ from buffer.data.sources import make_sources
 from buffer.peers import Peer, Peers
 from buffer.probes import Probes
 from buffer.records import run_files, settings
+from buffer.records.cancelled_texts import CancelledTexts
 from buffer.records.event_log import BufferState, Checkpoint, EventLog, Learner, Rewound
 from buffer.records.files import RunLock
 from buffer.records.journal import Journal
 from buffer.records.metrics import Metrics
 from buffer.records.trajectories import TrajectoryStore
 from buffer.wire import messages as msg
-from buffer.wire.limits import largest_message
 from buffer.wire.transport import Publisher, Router, next_port
 from configs.cli import Change
 from configs.schema import Config
@@ -41,6 +41,7 @@ from darts.sizing.lengths import LengthStats, spread
 from darts.sizing.rewards import RewardStats
 
 MAX_LINE = 1000  # characters
+SHOWN_WARNINGS = 8  # in a monitor, the newest ones
 
 
 def printable(line: str) -> str:
@@ -63,14 +64,12 @@ class RunState:
         self.folder = Path(config.run.dir) / config.run.name
         sources = make_sources(config)
         self._changed: list[Change] = []  # settings that this resume changes
-        keys, most_bytes = config.buffer.keys, largest_message(config.model.max_context)
+        keys = config.buffer.keys
         with ExitStack() as opened:
-            self.router = opened.enter_context(
-                Router(config.buffer.address, msg.SPEAKERS, keys, max_message_bytes=most_bytes)
-            )
+            self.router = opened.enter_context(Router(config.buffer.address, msg.SPEAKERS, keys))
             self.publisher = opened.enter_context(Publisher(next_port(self.router.address), keys))
             self._disk_thread = ThreadPoolExecutor(1, "fsync")
-            self.lock = self._open_folder()
+            self.lock = self._open_folder(sources.digests)
             self.journal = Journal(self.folder / "journal.sqlite")
             self.run_id = self.journal.run_id()
             self.log, self.recovered = EventLog.open(
@@ -85,16 +84,19 @@ class RunState:
         self.reported_step = -1  # the newest step whose report by the learner is logged
         self.policy: msg.SnapshotRef | None = state.policy if state else None
         self.learner: Learner | None = None
+        self.warnings: deque[tuple[float, str]] = deque(maxlen=SHOWN_WARNINGS)
         self.prompts = OutstandingPrompts(sources.train, state.cursor if state else None)
         self.skipped = SkippedPrompts(
             config.data.max_skipped_frac, state.num_skipped if state else 0
         )
         self.eval_payloads = {p.prompt_id: p for p in sources.eval_prompts}
         self.store = TrajectoryStore(config.buffer.max_bytes, config.model.max_context)
+        self.cancelled_texts = CancelledTexts()
         if state and state.learner:
             self.set_learner(state.learner)
-        self.rows = run_files.repair(self.folder, state.groups_bytes if state else 0)
         self.files = run_files.RunFiles(self.folder)
+        self.files.groups.cut(self.step)  # a replay of the event log writes the rest
+        self.evaluated: msg.Evaluated | None = None  # the newest evaluation
         self.metrics = Metrics()
         self.metrics.tokens.update(state.tokens if state else {})
         checkpoint = self.recovered.checkpoint
@@ -108,7 +110,7 @@ class RunState:
         self.phase = "starting"
         self.replaying = False  # during recovery: record, and send nothing
         self._rows_again: dict[int, dict[str, Any]] = {}  # rows of metrics made during recovery
-        self.last_row: dict[str, Any] = self.rows[-1] if self.rows else {}
+        self.last_row = self.files.metrics.last_row()
         self.errors: dict[int, str] = {}  # group -> its most recent failure
         self.unusable: set[int] = set()  # groups whose prompt does not fit the context
         # Not yet in the journal.
@@ -119,7 +121,7 @@ class RunState:
         last_s = self.recovered.entries[-1][0] if self.recovered.entries else 0.0
         self.started_s = time.monotonic() - max(last_s, self.last_row.get("time_s", 0.0))
 
-    def _open_folder(self) -> RunLock:
+    def _open_folder(self, digests: dict[str, str]) -> RunLock:
         """Create the run's folder, or continue in it. One buffer at a time may use it."""
         exists = (self.folder / "config.yaml").exists()
         if self.config.run.resume and not exists:
@@ -131,9 +133,10 @@ class RunState:
             )
         if exists:
             self._changed = settings.changes(self.folder, self.config)
+            settings.check_data(self.folder, self.config, digests)
         lock = RunLock(self.folder)
         if not exists:
-            settings.write(self.folder, self.config)
+            settings.write(self.folder, self.config, digests)
         return lock
 
     def change_settings(self) -> list[ev.Event]:
@@ -185,17 +188,25 @@ class RunState:
         if self.log.log.segment_bytes < self.config.buffer.segment_bytes:
             return
         self.save_learned()
+        self.files.sync()  # a restart from the checkpoint does not write their rows again
         state = BufferState(
             step=self.step,
             cursor=self.prompts.cursor,
             tokens=dict(self.metrics.tokens),
             num_skipped=self.skipped.num_skipped,
-            groups_bytes=self.files.groups_bytes(),
             policy=self.policy,
             learner=self.learner,
         )
         checkpoint = Checkpoint(config=self.core.config, core=save(self.core), buffer=state)
         self.log.rotate(checkpoint, self.now(), self.config.buffer.keep_event_bytes)
+
+    def rotate_rows(self) -> None:
+        """Begin new files of rows if the present ones are large. For the end of a step."""
+        learner, buffer = self.config.learner, self.config.buffer
+        # Its newest checkpoint may not be complete, and it may come back to any that is kept.
+        newest = max(0, self.step - 1) // learner.checkpoint_every
+        oldest = max(0, newest - learner.keep_checkpoints) * learner.checkpoint_every
+        self.files.rotate(buffer.segment_bytes, buffer.keep_row_bytes, oldest)
 
     def due_events(self) -> list[ev.Event]:
         """Events that are due by themselves: windows of prompts, pauses while the store is full."""
@@ -228,17 +239,19 @@ class RunState:
 
     def record(self, record: ev.GroupRecord) -> None:
         """Add a training group that has ended for good to the ledger and the sums."""
-        self.files.group(record)
+        self.files.group(record, self.step)
         self.metrics.closed(record)
         known = self.learned.get(record.prompt_id) or self.journal.lengths([record.prompt_id]).get(
             record.prompt_id
         )
-        self.metrics.latest.closed(record, spread(known) if known else 0.0)
+        text = self.prompts.payload(record.visit).beginning
+        self.metrics.latest.closed(record, spread(known) if known else 0.0, text)
 
     def forget(self, record: ev.GroupRecord) -> None:
         """Free everything that is held for a closed group's rollouts."""
         for rollout in record.rollouts:
             self.store.discard(rollout.rollout_id)
+        self.cancelled_texts.forget(record)
 
     def drop(self, drop: ev.Drop) -> None:
         record = drop.record
@@ -290,15 +303,12 @@ class RunState:
 
         Their prompts are drawn again before anything new.
         """
-        self.files.flush()
-        per_step = self.config.batch.groups
-        groups_bytes, visits = run_files.groups_after(self.folder, step, per_step)
         sums = Metrics()
-        row = run_files.read_rows(self.folder)[step - 1] if step else {}
+        row = next(self.files.metrics.rows_from(step - 1)) if step else {}
         sums.restore(row)
+        visits = self.files.visits_from(step)
         note = Rewound(
             step=step,
-            groups_bytes=groups_bytes,
             tokens=dict(sums.tokens),
             visits=visits,
             num_skipped=int(row.get("data/skipped_prompts", 0)),
@@ -314,9 +324,7 @@ class RunState:
 
     def withdraw(self, note: Rewound) -> None:
         """Take the ledger, the sums and the prompts back to the step of `note`."""
-        self.files.close()
-        run_files.cut_groups(self.folder, note.groups_bytes)
-        self.files = run_files.RunFiles(self.folder)
+        self.files.groups.cut(note.step)
         self.metrics.tokens.clear()
         self.metrics.tokens.update(note.tokens)
         self.skipped.num_skipped = note.num_skipped
@@ -325,25 +333,34 @@ class RunState:
 
     def cut_rows(self) -> None:
         """Cut metrics back to the steps done, and samples to the steps reported."""
-        self.files.close()
-        num_reported = max(self.step, self.reported_step + 1)
-        self.rows = run_files.withdraw_rows(self.folder, self.step, num_reported)
-        self.files = run_files.RunFiles(self.folder)
-        self.last_row = self.rows[-1] if self.rows else {}
+        self.files.metrics.cut(self.step)
+        self.files.samples.cut(max(self.step, self.reported_step + 1))
+        self.last_row = self.files.metrics.last_row()
+
+    @property
+    def offered_version(self) -> int:
+        """The newest policy that engines can fetch, -1 before the first."""
+        return self.policy.version if self.policy else -1
+
+    @property
+    def num_rows(self) -> int:
+        """Number of steps whose row of metrics was written, even if it was removed since."""
+        return self.last_row["step"] + 1 if self.last_row else 0
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Write a row, or keep it during recovery, as the file may have it or lose it again."""
         if self.replaying:
             self._rows_again[row["step"]] = row
         else:
-            self.files.metrics(row)
+            self.files.metrics.append(row)
+            self.files.flush()
             self.last_row = row
 
     def end_replay(self) -> None:
         """Write the rows that were lost in a kill."""
         self.replaying = False
         self.cut_rows()
-        for step in range(len(self.rows), self.step):
+        for step in range(self.num_rows, self.step):
             if step in self._rows_again:  # the last one waits for the last evaluation
                 self.write_row(self._rows_again[step])
         self._rows_again.clear()
@@ -381,6 +398,7 @@ class RunState:
         print(f"buffer: {printable(line)}", flush=True)
 
     def warn(self, line: str) -> None:
+        self.warnings.append((self.now(), printable(line)))
         print(f"buffer: {printable(line)}", file=sys.stderr, flush=True)
 
     def close(self, error: str) -> None:

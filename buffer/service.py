@@ -81,7 +81,7 @@ class Service:
         finally:
             if run.phase != "done":
                 self.error = self.error or "the buffer was stopped"
-            run.publisher.publish(b"state", live_state(run))
+            self._publish_state()
             run.close(self.error)
         return 130 if self._stopping and run.phase != "done" else int(bool(self.error))
 
@@ -132,7 +132,12 @@ class Service:
             self._watch_progress(now_s)
         if now_s >= self._next_live_state_s:
             self._next_live_state_s = now_s + LIVE_STATE_S
-            self.run.publisher.publish(b"state", live_state(self.run))
+            self._publish_state()
+
+    def _publish_state(self) -> None:
+        waits = [msg.WaitView(**wait._asdict()) for wait in self.deadlines.longest()]
+        state = live_state(self.run, waits, self.evaluation.progress)
+        self.run.publisher.publish(b"state", state)
 
     # Recovery
     # ----------------------------------------------------------------------------------------------
@@ -186,7 +191,7 @@ class Service:
     def _finish_again(self) -> list[ev.Event]:
         """The last step is done: the run ends once its evaluation is complete."""
         run = self.run
-        if len(run.rows) == self.config.run.steps:
+        if run.num_rows == self.config.run.steps:
             run.phase = "done"
             return []
         run.phase = "evaluating"
@@ -294,7 +299,9 @@ class Service:
     def _watch_progress(self, now_s: float) -> None:
         """Restart an engine that makes no progress, and fail the run if the learner makes none."""
         run = self.run
-        for overdue in self.deadlines.look(run.core, now_s, bool(run.peers.ranks())):
+        for overdue in self.deadlines.look(
+            run.core, now_s, bool(run.peers.ranks()), run.offered_version
+        ):
             if not overdue.engine_id:
                 raise RunFailed(f"the learner {overdue.problem}")
             peer = run.peers.engine(overdue.engine_id)
@@ -347,12 +354,15 @@ class Service:
         run.write_row(row)
         if run.replaying:
             return []
+        run.rotate_rows()
         if self.evaluation.step is None:
             run.rotate_log()
         return self.evaluation.request() if self.evaluation.due_after(run.step) else []
 
     def _held_out_group_ended(self, record: ev.GroupRecord) -> list[ev.Event]:
         step = self.evaluation.group_ended(record)
+        if step is not None:
+            self.learner.tell_evaluated()
         if step is None or self._final_row is None:
             return []
         if step < self.config.run.steps:  # it was under way when the last step ended

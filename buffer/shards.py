@@ -10,8 +10,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+from buffer.prompts import common_prompt
 from buffer.records.event_log import Learner
-from buffer.wire.messages import Shard, Trajectory, Work
+from buffer.wire.messages import Minibatch, Shard, Trajectory, Work
 from configs.schema import LossConfig
 
 UNITS = 1024  # of cost per token, so that costs are whole numbers
@@ -20,43 +21,83 @@ Part = tuple[int, int, list[int]]
 
 
 def make_shards(
-    selected: Sequence[Trajectory],
+    minibatches: Sequence[Sequence[Trajectory]],
     loss: LossConfig,
     learner: Learner,
     *,
     step: int,
     policy_version: int,
 ) -> list[Shard]:
-    """One shard for each rank of `learner`.
+    """One shard for each rank of `learner`, given the selected trajectories of each update.
 
     Trajectories without a gradient go to no rank: truncated ones, unless `loss.train_truncated`,
     and those without an advantage, unless a KL penalty moves them, too. The latter still count in
     the loss's totals, so the gradient does not change.
     """
-    in_loss = [t for t in selected if loss.train_truncated or not t.truncated]
-    trained = [t for t in in_loss if t.advantage or loss.kl]
-    num_tokens = sum(num_sampled(t) for t in in_loss)
-    return [
-        Shard(
-            step=step,
-            policy_version=policy_version,
-            trajectories=[trained[index] for index in indices],
-            step_loss_tokens=num_tokens,
-            step_loss_responses=len(in_loss),
-        )
-        for indices in balance([training_cost(t, learner.work) for t in trained], learner.num_ranks)
+    shards = [
+        Shard(step=step, policy_version=policy_version, trajectories=[], minibatches=[])
+        for _ in range(learner.num_ranks)
     ]
+    for selected in minibatches:
+        in_loss = [t for t in selected if loss.train_truncated or not t.truncated]
+        trained = [t for t in in_loss if t.advantage or loss.kl]
+        parts = balance_groups(trained, learner.work, learner.num_ranks)
+        for shard, indices in zip(shards, parts, strict=True):
+            shard.trajectories.extend(trained[index] for index in indices)
+            shard.minibatches.append(
+                Minibatch(
+                    num_trajectories=len(indices),
+                    loss_tokens=sum(num_sampled(t) for t in in_loss),
+                    loss_responses=len(in_loss),
+                )
+            )
+    return shards
 
 
 def num_sampled(trajectory: Trajectory) -> int:
     return trajectory.sampled.count(1)
 
 
-def training_cost(trajectory: Trajectory, work: Work) -> int:
-    """The work of a forward and a backward pass, in parts of `UNITS` of a token's."""
-    num_tokens = len(trajectory.tokens) // 4
-    head = work.per_prediction * num_sampled(trajectory)
-    return round(UNITS * (num_tokens + head + work.per_pair * num_tokens**2))
+def balance_groups(
+    trajectories: Sequence[Trajectory], work: Work, num_shards: int
+) -> list[list[int]]:
+    """Split the indices of `trajectories` into `num_shards` ascending lists of nearly equal work.
+
+    If the learner shares prompts, the responses of a group stay together unless splitting each
+    group into 2, 4, ... parts makes the largest shard smaller. Every part repeats the prompt.
+    """
+    whole: dict[int, list[int]] = {}
+    for index, trajectory in enumerate(trajectories):
+        whole.setdefault(trajectory.group_id if work.shares_prompts else index, []).append(index)
+    size = max(map(len, whole.values()), default=1)
+    best: tuple[int, list[list[int]]] | None = None
+    while best is None or size > 1:
+        size = size if best is None else (size + 1) // 2
+        pieces = [
+            members[start : start + size]
+            for members in whole.values()
+            for start in range(0, len(members), size)
+        ]
+        costs = [training_cost([trajectories[i] for i in piece], work) for piece in pieces]
+        split = balance(costs, num_shards)
+        largest = max(sum(costs[number] for number in part) for part in split)
+        if best is None or largest < best[0]:
+            best = largest, [sorted(i for number in part for i in pieces[number]) for part in split]
+    return best[1]
+
+
+def training_cost(trajectories: Sequence[Trajectory], work: Work) -> int:
+    """The work of a forward and a backward pass, in parts of `UNITS` of a token's.
+
+    The tokens of a shared prompt are passed once for all `trajectories`, which are of one group.
+    """
+    prompt = common_prompt(trajectories) if work.shares_prompts else 0
+    cost = prompt + work.per_pair * prompt**2
+    for trajectory in trajectories:
+        num_tokens = len(trajectory.tokens) // 4
+        cost += num_tokens - prompt + work.per_pair * (num_tokens**2 - prompt**2)
+        cost += work.per_prediction * num_sampled(trajectory)
+    return round(UNITS * cost)
 
 
 def balance(costs: Sequence[int], num_shards: int) -> list[list[int]]:

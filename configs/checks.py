@@ -12,6 +12,7 @@ from configs.schema import Config, largest_budget
 
 # A token is an int32 and its log-probability a float32. The other records take 4 bytes.
 BYTES_PER_TOKEN = 12
+LOOPBACK = re.compile(r"tcp://(127\.|localhost:|\[::1\])")
 
 
 def check(config: Config) -> None:
@@ -20,13 +21,17 @@ def check(config: Config) -> None:
         _group,
         _pilot,
         _rank,
+        _updates,
         _upper,
         _context,
+        _overlong,
         _min_step_ms,
         _betas,
         _ranks,
         _attention,
         _addresses,
+        _deltas,
+        _reach,
         _bytes_held,
     ):
         rule(config)
@@ -60,6 +65,16 @@ def _rank(config: Config) -> None:
         )
 
 
+def _updates(config: Config) -> None:
+    batch = config.batch
+    if batch.groups % batch.updates:
+        raise ValueError(
+            f"batch.updates={batch.updates}: must divide batch.groups={batch.groups}; otherwise "
+            "some groups would be left over, since each update takes whole groups and all take "
+            "equally many"
+        )
+
+
 def _upper(config: Config) -> None:
     upper, group_size = config.redundancy.upper, config.darts.group_size
     if (
@@ -80,6 +95,15 @@ def _context(config: Config) -> None:
         raise ValueError(
             f"sampling.max_tokens={max_tokens}: must be < model.max_context={max_context}; "
             "otherwise a prompt and its longest response do not fit into an engine"
+        )
+
+
+def _overlong(config: Config) -> None:
+    zone, max_tokens = config.loss.overlong_buffer, config.sampling.max_tokens
+    if zone > max_tokens:
+        raise ValueError(
+            f"loss.overlong_buffer={zone}: must be <= sampling.max_tokens={max_tokens}; otherwise "
+            "even an empty response would be penalised"
         )
 
 
@@ -112,11 +136,15 @@ def _betas(config: Config) -> None:
 
 
 def _ranks(config: Config) -> None:
-    ranks, trajectories = config.learner.num_ranks, config.batch.groups * config.darts.group_size
-    if ranks > trajectories:
+    per_node, nodes = config.learner.num_ranks, config.cluster.learner.num_nodes
+    trajectories = config.batch.groups // config.batch.updates * config.darts.group_size
+    if per_node * nodes > trajectories:
         raise ValueError(
-            f"learner.num_ranks={ranks}: must be <= batch.groups x darts.group_size = "
-            f"{trajectories}; otherwise a rank has nothing to train on"
+            f"learner.num_ranks={per_node}"
+            + (f", cluster.learner.num_nodes={nodes}" if nodes > 1 else "")
+            + ": must be <= batch.groups / batch.updates x darts.group_size = "
+            + f"{trajectories}{' in total' if nodes > 1 else ''}; otherwise a rank has nothing to "
+            "train on"
         )
 
 
@@ -148,6 +176,27 @@ def _addresses(config: Config) -> None:
         raise ValueError(
             f"weights.address={config.weights.address}: must be tcp://HOST:PORT, or tcp://HOST:* "
             "for a free port; otherwise no engine finds the weights"
+        )
+
+
+def _deltas(config: Config) -> None:
+    if config.weights.deltas and config.weights.transport == "file":
+        raise ValueError(
+            "weights.deltas=true: needs weights.transport=zmq; a folder holds whole snapshots, so "
+            "engines would keep a copy of the weights for nothing"
+        )
+
+
+def _reach(config: Config) -> None:
+    """Engines on other machines reach the buffer and the weights, or neither."""
+    weights = config.weights
+    if LOOPBACK.match(config.buffer.address) or not LOOPBACK.match(weights.address):
+        return
+    if weights.transport == "zmq":
+        raise ValueError(
+            f"weights.address={weights.address}: must not be on the loopback interface if "
+            f"buffer.address={config.buffer.address} is not; otherwise engines on other machines "
+            "join and cannot fetch weights (tcp://0.0.0.0:* takes the learner's own address)"
         )
 
 

@@ -240,7 +240,7 @@ def _from_overrides(
 def _assign(
     config: DictConfig, known: Mapping[str, Key], path: str, value: Any, where: str
 ) -> None:
-    if path not in known:
+    if path not in known and not _inside_table(path, known):
         if (new := RENAMED.get(path)) in known:
             raise ValueError(f"{path} ({where}): is now called {new}; use that name")
         if path in REFUSED:
@@ -257,9 +257,15 @@ def _assign(
     try:
         OmegaConf.update(config, path, value)
     except OmegaConfBaseException:
-        key = known[path]
+        key = known.get(path) or known[_inside_table(path, known)]
         expected = f"must be {key.allowed()}" if key.choices else f"expected {type_name(key.type)}"
         raise ValueError(f"{_shown(path, value)} ({where}): {expected}") from None
+
+
+def _inside_table(path: str, known: Mapping[str, Key]) -> str:
+    """The key of a dict with entries of any name that `path` names an entry of, or ""."""
+    tables = [key for key in known if typing.get_origin(known[key].type) is dict]
+    return next((table for table in tables if path.startswith(f"{table}.")), "")
 
 
 def _plain(config: Any) -> Any:

@@ -25,7 +25,8 @@ class Objective:
 
 
 # Every ratio is that of the learner to the policy that sampled the token, which may be older than
-# the policy at the start of the step. `loss.tis_cap` bounds it for every kind.
+# the policy at the start of the step. Its weight is bounded by `loss.tis_cap` for the corrections
+# clip, truncated and decoupled, by `loss.clip_high` for cispo, and by `loss.mask_high` for mask.
 PRESETS = {
     # DAPO (arXiv 2503.14476). Its dynamic sampling is darts.uniform=drop.
     "dapo": Objective(clip_high=0.28),

@@ -8,7 +8,9 @@ whole run. `configs.cli.load` turns files and `key=value` overrides into a check
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
 T = TypeVar("T")
@@ -73,9 +75,8 @@ def key(
     metadata |= {name: bound for name, bound in bounds.items() if bound is not None}
     if choices:
         metadata["choices"] = choices
-    if isinstance(default, list):
-        items = list(default)
-        return cast(T, field(default_factory=lambda: list(items), metadata=metadata))
+    if isinstance(default, list | dict):
+        return cast(T, field(default_factory=partial(copy, default), metadata=metadata))
     return cast(T, field(default=default, metadata=metadata))
 
 
@@ -102,10 +103,18 @@ class RunConfig(SharedRun):
     )
     trackers: list[str] = key(
         ["tensorboard"],
-        "Experiment trackers: tensorboard (writes to <run>/tb), wandb, mlflow and trackio. "
-        "tools.launch feeds them through `python -m tools.track`, which can also be run by hand, "
-        "and needs the extra trackers. [] turns them off.",
-        choices=["tensorboard", "wandb", "mlflow", "trackio"],
+        "Experiment trackers: tensorboard (writes to <run>/tb), wandb, mlflow, trackio, and "
+        "prometheus, which serves the newest step (run.prometheus_port). tools.launch feeds them "
+        "through `python -m tools.track`, which can also be run by hand, and needs the extra "
+        "trackers. [] turns them off.",
+        choices=["tensorboard", "wandb", "mlflow", "trackio", "prometheus"],
+    )
+    prometheus_port: int = key(
+        9464,
+        "Port of http://127.0.0.1:PORT/metrics, which exists if run.trackers has prometheus. "
+        "Change it if another run on this machine has it.",
+        ge=1,
+        le=65535,
     )
     project: str = key(
         "darts",
@@ -116,6 +125,30 @@ class RunConfig(SharedRun):
         "Seconds after Ctrl-C in which the learner finishes and saves its step and the other "
         "processes end. After that, all are killed. Raise it if a step takes longer.",
         gt=0,
+    )
+
+
+@dataclass
+class LoraConfig:
+    rank: int = key(
+        0,
+        "Rank of the adapters that are trained in place of the model's own weights; 0 trains all "
+        "weights. Use 8 to 64 if the optimizer's state of all weights does not fit into memory.",
+        ge=0,
+        fixed=True,
+    )
+    alpha: int = key(
+        32,
+        "Scale of the adapters, which count alpha / rank times. Adapters need a learning rate of "
+        "about ten times that of all weights.",
+        ge=1,
+        fixed=True,
+    )
+    targets: list[str] = key(
+        ["all-linear"],
+        "Names of the linear layers with an adapter, such as [q_proj,v_proj]. all-linear: all of "
+        "them except the head.",
+        fixed=True,
     )
 
 
@@ -132,6 +165,12 @@ class ModelConfig:
         "master weights are always float32, and with float16 it computes in float32.",
         fixed=True,
     )
+    head_dtype: Literal["model", "float32"] = key(
+        "model",
+        "Number type of the logits, in engines and learner: that of model.dtype, or float32, which "
+        "makes their log-probabilities agree better in bfloat16.",
+        fixed=True,
+    )
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = key(
         "sdpa",
         "Attention implementation of the learner. Engines choose their own.",
@@ -143,14 +182,16 @@ class ModelConfig:
         ge=16,
         fixed=True,
     )
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
 class DataConfig:
     train: str = key(
         "tagged_sum",
-        "Source of the training prompts: tagged_sum, reasoning_gym:TASK, a .jsonl, .jsonl.gz, .csv "
-        "or .parquet file, or hf:DATASET[:SPLIT].",
+        "Source of the training prompts: tagged_sum, reasoning_gym:TASK, "
+        "verifiers:ENVIRONMENT[:SPLIT], a .jsonl, .jsonl.gz, .csv or .parquet file, or "
+        "hf:DATASET[:SPLIT].",
         fixed=True,
     )
     eval: str = key(
@@ -162,7 +203,15 @@ class DataConfig:
     environment: str = key(
         "auto",
         "Verifier that scores a response: auto (the one that belongs to the source), exact, "
-        "numeric, math_verify, reasoning_gym, or MODULE:FUNCTION for your own.",
+        "numeric, math_verify, reasoning_gym, verifiers:ENVIRONMENT for one of that package, "
+        "MODULE:FUNCTION for your own, or MODULE:CLASS for an environment with turns.",
+        fixed=True,
+    )
+    max_turns: int = key(
+        8,
+        "Largest number of responses in one rollout of an environment with turns. The last one "
+        "ends it with the rewards so far; raise it for long games.",
+        ge=1,
         fixed=True,
     )
     prompt_field: str = key(
@@ -199,7 +248,8 @@ class DataConfig:
     verifier_timeout_s: float = key(
         10.0,
         "Time limit of one verification, in seconds. A verifier that exceeds it has failed; raise "
-        "it for verifiers that run programs.",
+        "it for verifiers that run programs. On each engine it grows to five times the longest "
+        "verification that gave a reward.",
         gt=0,
     )
     verifier_memory_mb: int = key(
@@ -253,11 +303,26 @@ class SharedBatch:
 
 @dataclass
 class BatchConfig(SharedBatch):
+    updates: int = key(
+        1,
+        "Number of optimizer updates in one learner step. Each takes its share of the groups, so "
+        "it must divide batch.groups. Above 1 the learner first computes the log-probabilities of "
+        "the whole batch, and loss.correction=decoupled clips against them. Raise it for large "
+        "batches: a step then moves the policy further.",
+        ge=1,
+    )
     max_tokens: int = key(
         4096,
         "Largest packed micro-batch of one rank, in tokens. It changes memory and speed but not "
         "the gradient: raise it until the memory is used.",
         ge=16,
+    )
+    share_prompts: bool = key(
+        True,
+        "Whether the learner forwards the prompt of a group once for all its responses in a "
+        "micro-batch. The gradient is the same up to rounding. Before the first step the learner "
+        "compares the results on its model; if they differ, or if the model has layers without "
+        "plain causal attention, it says so and repeats the prompts. Set it to false to compare.",
     )
 
 
@@ -269,10 +334,13 @@ class StalenessConfig:
         "it minus that of its oldest token. Raise it if the learner waits for long responses.",
         ge=0,
     )
-    on_deadline: Literal["wait", "drop"] = key(
+    on_deadline: Literal["wait", "drop", "complete"] = key(
         "wait",
-        "Treatment of a group that is about to exceed staleness.max_lag with too few responses: "
-        "wait (the learner waits for it) or drop (its prompt returns to the queue).",
+        "Treatment of a group that must be in the next batch because of staleness.max_lag. wait: "
+        "the learner waits until darts.group_size responses have finished, and selects from those. "
+        "drop: a group with fewer is given up, and its prompt returns to the queue. complete: the "
+        "learner waits until the rule of selection is satisfied, which keeps the long responses of "
+        "a tight bound, and takes longer.",
     )
 
 
@@ -324,9 +392,10 @@ class SharedDarts:
     )
     uniform: Literal["train", "drop"] = key(
         "train",
-        "What happens to a group whose selected rewards are all equal, so that it has no gradient: "
-        "train (ship it with the others) or drop (replace it by a group of another prompt, as in "
-        "DAPO). Drop if many prompts are always or never solved; a step then costs more tokens.",
+        "What happens to a group whose selected rewards are all equal, so that it has no gradient "
+        "(but for an overlong penalty): train (ship it with the others) or drop (replace it by a "
+        "group of another prompt, as in DAPO). Drop if many prompts are always or never solved; a "
+        "step then costs more tokens.",
     )
     max_refill: float = key(
         2.0,
@@ -394,6 +463,21 @@ class RedundancyConfig:
         "(lambda), for the rules paper and marginal. Raise it if engines are the bottleneck.",
         ge=0,
     )
+    variance: Literal["censored", "ema"] = key(
+        "censored",
+        "How the spread of a prompt's lengths is tracked: censored (a lognormal, to which a "
+        "cancelled response contributes a lower bound) or ema (a moving average of the standard "
+        "deviation of responses that ended, as published; it is too small where long ones are "
+        "cancelled).",
+        fixed=True,
+    )
+    alpha: float = key(
+        0.3,
+        "Weight of a prompt's newest group in its moving average; the groups before it have the "
+        "rest. Raise it if lengths change quickly. Applies to redundancy.variance=ema.",
+        gt=0,
+        le=1,
+    )
 
 
 def largest_budget(group_size: int, upper: float) -> int:
@@ -415,9 +499,10 @@ class SharedSampling:
 class SamplingConfig(SharedSampling):
     temperature: float = key(
         1.0,
-        "Sampling temperature, in training and in evaluation. vLLM would raise smaller values to "
-        "0.01, and the learner would train another distribution.",
+        "Sampling temperature, in training and in evaluation. vLLM would raise values below 0.01, "
+        "so that the learner would train another distribution, and refuses values above 2.",
         ge=0.01,
+        le=2.0,
         fixed=True,
     )
     seeded: bool = key(
@@ -441,6 +526,7 @@ class ActorsConfig:
         "Largest number of rollouts in flight per engine. Raise it up to the batch size at which "
         "the latency per token starts to grow.",
         ge=1,
+        le=8192,
     )
     min_step_ms: list[list[float]] = key(
         [],
@@ -461,6 +547,12 @@ class ActorsConfig:
         le=1,
     )
     kv_cache_gib: float = key(1.0, "Size of a CPU engine's key-value cache, in GiB.", gt=0)
+    vllm: dict[str, Any] = key(
+        {},
+        "Further options of vLLM, by its own names, such as {max_num_batched_tokens: 16384}; one "
+        "of them is set with actors.vllm.NAME=VALUE. Options that another key sets, or with which "
+        "log-probabilities would not be exact, are refused.",
+    )
     stream_interval: int = key(
         8,
         "Number of tokens that a rollout decodes between two progress reports. Smaller values "
@@ -508,14 +600,22 @@ class BufferConfig:
     )
     segment_bytes: int = key(
         64_000_000,
-        "Size at which a segment of the event log ends, in bytes. A restarted buffer reads one "
-        "segment; lower it if restarts take long.",
+        "Size at which a segment of the event log, or of metrics.jsonl, groups.jsonl or "
+        "samples.jsonl, ends, in bytes. A restarted buffer reads the newest one of each; lower it "
+        "if restarts take long.",
         ge=1,
     )
     keep_event_bytes: int = key(
         1_000_000_000,
         "Size of the event log that is kept for tools.replay, in bytes; older segments are "
         "removed.",
+        ge=0,
+    )
+    keep_row_bytes: int = key(
+        1_000_000_000,
+        "Size of each of metrics.jsonl, groups.jsonl and samples.jsonl that is kept with its older "
+        "segments, in bytes; the oldest rows above it are removed. Lower it if the disk is small. "
+        "Rows that the learner's checkpoints need are kept.",
         ge=0,
     )
     max_bytes: int = key(
@@ -584,6 +684,12 @@ class WeightsConfig(SharedWeights):
         "learner's own address if engines run on other machines.",
     )
     dir: str = key("", "Folder of the weights (file). Empty: weights/ in the run's directory.")
+    deltas: bool = key(
+        False,
+        "Engines that hold the version before fetch only the numbers that changed (zmq), whenever "
+        "those are fewer bytes. Each engine then keeps a copy of the weights in the machine's "
+        "memory. Set it if fetches take long and model.dtype is bfloat16 or float16.",
+    )
 
 
 @dataclass
@@ -620,6 +726,19 @@ class LossConfig:
         "Divisor of advantages: the standard deviation of the group's rewards, or none. Without "
         "it, prompts that are nearly always or nearly never solved count less.",
     )
+    overlong_buffer: int = key(
+        0,
+        "Length of the zone below sampling.max_tokens in which a response's reward falls, in "
+        "tokens; 0: no penalty. In it, responses learn to end before they are truncated. DAPO took "
+        "a fifth of the limit. Only advantages see the penalty; recorded rewards do not have it.",
+        ge=0,
+    )
+    overlong_factor: float = key(
+        1.0,
+        "Penalty of a response that reaches sampling.max_tokens; it grows linearly from 0 over "
+        "loss.overlong_buffer.",
+        gt=0,
+    )
     clip_low: float = key(
         0.0,
         "Policy ratios below 1 - loss.clip_low are clipped. 0: as published for loss.kind.",
@@ -635,7 +754,8 @@ class LossConfig:
     tis_cap: float = key(
         2.0,
         "Cap of the truncated importance weight that corrects for the difference between the "
-        "policy that sampled a token and the learner's.",
+        "policy that sampled a token and the learner's. Applies to loss.correction=clip, truncated "
+        "and decoupled.",
         gt=0,
     )
     mask_low: float = key(
@@ -673,6 +793,12 @@ class OptimizerConfig:
     lr: float = key(1e-6, "Learning rate of AdamW.", gt=0)
     betas: list[float] = key([0.9, 0.95], "The two betas of AdamW.", ge=0, lt=1)
     weight_decay: float = key(0.0, "Weight decay of AdamW.", ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = key(
+        "constant",
+        "Course of the learning rate after optimizer.warmup_steps: constant, or a decline towards "
+        "0 at run.steps, linear or as a half cosine. If run.steps changes at a resume, the decline "
+        "continues towards the new end.",
+    )
     warmup_steps: int = key(
         0, "Number of steps over which the learning rate rises linearly from 0.", ge=0
     )
@@ -701,6 +827,13 @@ class LearnerConfig:
         20, "Number of steps between two checkpoints. The last step always writes one.", ge=1
     )
     keep_checkpoints: int = key(2, "Number of newest checkpoints that are kept.", ge=1)
+    keep_best: int = key(
+        1,
+        "Number of checkpoints with the highest eval/reward_mean that are kept besides. Only "
+        "checkpoints at a step with an evaluation have one: let learner.checkpoint_every divide "
+        "eval.every, or the reverse.",
+        ge=0,
+    )
     max_logprob_diff: float = key(
         0.0,
         "Largest difference between engine and learner, in nats per token at equal weights; a run "
@@ -732,9 +865,11 @@ class EvalConfig:
 
 @dataclass
 class LaunchConfig:
-    launcher: Literal["local", "ray"] = key(
+    launcher: Literal["local", "ray", "commands", "slurm", "kubernetes"] = key(
         "local",
-        "Where tools.launch starts the processes: on this machine, or on a Ray cluster.",
+        "Where tools.launch starts the processes: on this machine, or on a Ray cluster. commands, "
+        "slurm and kubernetes start nothing: they print the commands of each machine, a batch "
+        "script or the manifests.",
     )
     ray_address: str = key("", "Address of the Ray cluster. Empty: start a local one.")
     pools: list[str] = key(
@@ -762,6 +897,33 @@ class LaunchConfig:
 
 
 @dataclass
+class Place:
+    """The machines that a process of a run needs on a cluster."""
+
+    num_nodes: int = key(1, "Number of machines, each with a process of its own.", ge=1)
+    num_gpus: float = key(
+        0.0,
+        "Number of GPUs of each machine. 0: one for each rank, or as many as the engines have.",
+        ge=0,
+    )
+    accelerator_type: str = key("", "Type of the GPUs by Ray's name, such as H100. Empty: any.")
+    resources: dict[str, Any] = key({}, "Custom resources of Ray that a machine must have left.")
+    labels: dict[str, Any] = key({}, "Labels that the machine must have, such as {zone: a}.")
+
+
+@dataclass
+class ClusterConfig:
+    learner: Place = field(default_factory=Place)
+    pools: dict[str, Any] = key(
+        {},
+        "Actor pools by name, in place of the pool of the section actors. Each has the keys of "
+        "cluster.learner, and keys of the run that differ in it, such as {a10: {num_nodes: 2, "
+        "accelerator_type: A10, actors: {num_engines: 4, slots: 48}}}. On one machine, places "
+        "mean nothing.",
+    )
+
+
+@dataclass
 class Config:
     """The configuration of a run, which all its processes share."""
 
@@ -782,3 +944,4 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -38,6 +38,7 @@ class SavedRollout:
     state: RolloutState
     reward: float | None
     overshoot: int
+    has_waited: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +79,8 @@ class SavedGroup:
 class SavedEngine:
     """A `darts.state.engines.Engine`.
 
-    `in_flight` and `backlog` hold the ids of its rollouts and groups, in order.
+    `in_flight` and `backlog` hold the ids of its rollouts and groups, in order; `waiting` those of
+    rollouts in flight.
     """
 
     engine_id: str
@@ -86,6 +88,7 @@ class SavedEngine:
     slots: int
     version: int
     in_flight: tuple[int, ...]
+    waiting: tuple[int, ...]
     backlog: tuple[int, ...]
 
 
@@ -164,6 +167,7 @@ def restore(config: CoreConfig, state: CoreState) -> Core:
     for saved in state.engines:
         engine = Engine(saved.engine_id, saved.engine_type, saved.slots, saved.version)
         engine.in_flight = {rollout_id: rollouts[rollout_id] for rollout_id in saved.in_flight}
+        engine.waiting = set(saved.waiting)
         engine.backlog = deque(groups[group_id] for group_id in saved.backlog)
         core.engines.by_id[engine.engine_id] = engine
     core.engines.restore_offers(state.offers)
@@ -192,6 +196,7 @@ def _save_engine(engine: Engine) -> SavedEngine:
         slots=engine.slots,
         version=engine.version,
         in_flight=tuple(engine.in_flight),
+        waiting=tuple(sorted(engine.waiting)),
         backlog=tuple(group.group_id for group in engine.backlog),
     )
 
@@ -241,6 +246,7 @@ def _save_rollout(rollout: Rollout) -> SavedRollout:
         state=rollout.state,
         reward=rollout.reward,
         overshoot=rollout.overshoot,
+        has_waited=rollout.has_waited,
     )
 
 
@@ -283,6 +289,7 @@ def _restore_group(saved: SavedGroup) -> Group:
             state=row.state,
             reward=row.reward,
             overshoot=row.overshoot,
+            has_waited=row.has_waited,
         )
     group.running = {r.rollout_id: r for r in group.rollouts.values() if r.runs}
     group.finished = sorted(

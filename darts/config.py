@@ -43,6 +43,8 @@ class CoreConfig:
     redundancy: Literal["none", "fixed", "paper", "marginal"] = "marginal"
     upper: float = 2.0
     price: float = 0.3
+    variance: Literal["censored", "ema"] = "censored"
+    alpha: float = 0.3
     max_tokens: int = 512
     seed: int = 0
 
@@ -97,8 +99,8 @@ def core_config(config: CoreKeys) -> CoreConfig:
         groups_per_step=config.batch.groups,
         steps_per_version=config.weights.publish_every,
         max_lag=0 if sync else config.staleness.max_lag,
-        on_deadline="wait" if sync else config.staleness.on_deadline,
-        release_at_deadline=not sync,
+        on_deadline="drop" if not sync and config.staleness.on_deadline == "drop" else "wait",
+        release_at_deadline=not sync and config.staleness.on_deadline != "complete",
         policy=darts.policy,
         group_size=darts.group_size,
         num_long=0 if darts.long_end == "none" else darts.num_long,
@@ -118,6 +120,8 @@ def core_config(config: CoreKeys) -> CoreConfig:
         redundancy=redundancy.rule,
         upper=redundancy.upper,
         price=redundancy.price,
+        variance=redundancy.variance,
+        alpha=redundancy.alpha,
         max_tokens=config.sampling.max_tokens,
         seed=config.run.seed,
     )

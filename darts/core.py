@@ -29,7 +29,6 @@ from configs.schema import LongEnd
 from darts import events as ev
 from darts.config import CoreConfig
 from darts.legality import check_length, check_result
-from darts.sizing import lengths
 from darts.sizing.budgets import Budget, Budgeter
 from darts.state import pilot, survivors
 from darts.state.admission import PromptQueue
@@ -59,7 +58,7 @@ class Core:
         self.outstanding = OutstandingGroups(config.groups_per_step, config.steps_per_version)
         # Groups whose engine is gone and that no other engine can continue.
         self.orphaned: deque[Group] = deque()
-        self.memory = Memory()
+        self.memory = Memory(config)
         self.requested_step: int | None = None
         self.num_refilled = 0  # groups without signal that were replaced since the last batch
         self.admission_paused = False
@@ -86,6 +85,7 @@ class Core:
             upper=config.upper,
             price=config.price,
             max_tokens=config.max_tokens,
+            variance=config.variance,
         )
 
     def handle(self, event: ev.Event) -> Sequence[ev.Decision]:
@@ -166,7 +166,11 @@ class Core:
             rollout.tokens = event.num_tokens
         elif rollout.state is RolloutState.LOST:
             rollout.tokens = event.num_tokens  # its replacement continues from there
-        elif rollout.group.purpose == "train" and rollout.group.state is not GroupState.SHIPPED:
+        elif rollout.group.purpose == "train":
+            if rollout.group.state is GroupState.SHIPPED:
+                # Shards wait until their tokens are durable, so the learner has none of this step.
+                self._take_back()
+                self.outstanding.steps_left += 1
             self._drop(rollout.group, "tokens_lost", requeue=True)
             self._admit()
 
@@ -213,6 +217,8 @@ class Core:
             del self.rollouts[rollout.rollout_id]
             if rollout.runs:
                 self._lose(rollout, event.keep_tokens, handed_over=event.left)
+        for group in groups.values():
+            group.engine_id = ""  # another process may join under the name
         self.orphaned.extend(
             group for group in groups.values() if group.state is GroupState.OPEN and group.planned
         )
@@ -246,9 +252,18 @@ class Core:
             return
         check_length(rollout, event.num_tokens, self.config.max_tokens)
         rollout.tokens = event.num_tokens
+        self.engines.take_slot(rollout)
         group = rollout.group
         if event.num_tokens > group.review_above and event.rollout_id not in group.survivors:
             self._review(group)
+
+    def _rollout_waits(self, event: ev.RolloutWaits) -> None:
+        rollout = self._holding_slot(event.rollout_id)
+        if rollout is None or not rollout.runs:
+            return
+        rollout.has_waited = True
+        self._launch(self.engines.lend_slot(rollout))
+        self._admit()
 
     def _rollout_finished(self, event: ev.RolloutFinished) -> None:
         rollout = self._holding_slot(event.rollout_id)
@@ -300,6 +315,9 @@ class Core:
         The next publication drops those that are stale by then.
         """
         self.requested_step = None
+        self._take_back()
+
+    def _take_back(self) -> None:
         for group in self.groups.values():
             if group.state is GroupState.SHIPPED:
                 group.move(GroupState.READY)
@@ -375,7 +393,8 @@ class Core:
         """A rollout in flight ended without a result: plan another attempt if any is left.
 
         A rollout that was handed over continues in the same attempt. One that failed by itself
-        would fail in the same way again, so it is drawn again.
+        would fail in the same way again, so it is drawn again. One whose environment was lost with
+        its engine begins again.
         """
         group = rollout.group
         group.end(rollout, RolloutState.LOST)
@@ -383,7 +402,8 @@ class Core:
         replaced = attempt <= self.config.max_attempts
         survivors.lose_survivor(group, rollout, replaced)
         if replaced:
-            continues = rollout if keep_tokens and rollout.tokens else None
+            is_kept = keep_tokens and rollout.tokens and not rollout.has_waited
+            continues = rollout if is_kept else None
             draw = rollout.draw + failed
             group.planned.appendleft(Planned(rollout.index, attempt, draw, continues))
             self.engines.enqueue(group, first=True)
@@ -486,7 +506,7 @@ class Core:
         config = self.config
         if budget is None:
             pool = self.memory.lengths
-            stats = lengths.estimate(prompt.lengths, pool)
+            stats = self._budgeter.estimate(prompt.lengths, pool)
             batch = min(engine.load + config.group_size, engine.slots)
             curve = self.engines.curves[engine.engine_type]
             budget = self._budgeter.one(stats, pool, curve, batch)
@@ -557,8 +577,6 @@ class Core:
         if group.num_held and not self._pilot_is_over(group):
             return
         if len(group.finished) >= group.group_size:
-            if group.at_deadline:
-                return self._settle(group, "deadline")
             if self._eager and group.purpose == "train" and not group.audit:
                 return self._settle(group, "group_full")
             group.review_above = survivors.short_cutoff(group, self.config)
@@ -568,6 +586,8 @@ class Core:
                     self._cancel(rollout, "past_selection")
         if group.all_ended:
             self._settle(group, "past_selection")
+        elif group.at_deadline:
+            self._ship()
 
     def _pilot_is_over(self, group: Group) -> bool:
         """Judge the pilot: launch the rest, stop the group, or go on waiting (False)."""
@@ -590,7 +610,12 @@ class Core:
         return True
 
     def _settle(self, group: Group, reason: ev.CancelReason) -> None:
-        """The group is decided: launch nothing more, cancel rollouts in flight, and select."""
+        """The group is decided, and the batch may be full with it."""
+        self._decide(group, reason)
+        self._ship()
+
+    def _decide(self, group: Group, reason: ev.CancelReason) -> None:
+        """Launch nothing more, cancel rollouts in flight, and select."""
         self._stop(group, reason)
         if group.purpose == "eval":
             self._close(group)
@@ -607,7 +632,6 @@ class Core:
             self._decisions += self.memory.learn(group, "shipped", self.config)
             group.move(GroupState.READY)
             self.outstanding.ready(group)
-        self._ship()
 
     @property
     def _may_refill(self) -> bool:
@@ -636,6 +660,8 @@ class Core:
         """Answer the learner once a full batch is ready that contains every due group."""
         if self.requested_step is None:
             return
+        for group in self.outstanding.releasable():
+            self._decide(group, "deadline")
         batch = self.outstanding.take_batch()
         if not batch:
             return
@@ -681,6 +707,7 @@ class Core:
         ev.PolicyLoaded: _policy_loaded,
         ev.LatencyReported: _latency_reported,
         ev.RolloutProgressed: _rollout_progressed,
+        ev.RolloutWaits: _rollout_waits,
         ev.RolloutFinished: _rollout_finished,
         ev.RolloutFailed: _rollout_failed,
         ev.RolloutStopped: _rollout_stopped,

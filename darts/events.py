@@ -137,6 +137,16 @@ class RolloutProgressed:
 
 
 @dataclass(frozen=True, slots=True)
+class RolloutWaits:
+    """A rollout in flight has ended a turn, and decodes nothing until its environment answers.
+
+    Its next `RolloutProgressed` says that it decodes again.
+    """
+
+    rollout_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutFinished:
     """A rollout ended by itself and was scored, which frees its slot.
 
@@ -181,7 +191,7 @@ class LearnerJoined:
 
 @dataclass(frozen=True, slots=True)
 class PolicyPublished:
-    """The learner published an update. Versions count from 0 and grow."""
+    """The learner has new weights, which engines may get later. Versions count from 0 and grow."""
 
     version: int
 
@@ -233,8 +243,8 @@ class RunEnded:
 
 Event = Union[
     PromptsDrawn, EvaluationRequested, SettingsChanged, EngineJoined, EngineLost, PolicyLoaded,
-    LatencyReported, RolloutProgressed, RolloutFinished, RolloutFailed, RolloutStopped,
-    LearnerJoined, PolicyPublished, ShardsRequested, GroupTrained, AdmissionPaused,
+    LatencyReported, RolloutProgressed, RolloutWaits, RolloutFinished, RolloutFailed,
+    RolloutStopped, LearnerJoined, PolicyPublished, ShardsRequested, GroupTrained, AdmissionPaused,
     BufferRestarted, TokensLost, RunEnded,
 ]  # fmt: skip
 

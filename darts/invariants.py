@@ -26,11 +26,11 @@ def validate_state(core: Core) -> None:
 
 def _validate_engine(core: Core, engine: Engine) -> None:
     where = engine.engine_id
-    assert len(engine.in_flight) <= engine.slots, where
+    assert engine.waiting <= engine.in_flight.keys(), where
     assert engine.version <= core.policy_version, where
     assert all(core.rollouts[i] is r for i, r in engine.in_flight.items()), where
     assert all(r.engine_id == where for r in engine.in_flight.values()), where
-    assert not engine.backlog or len(engine.in_flight) == engine.slots, (where, "a slot is idle")
+    assert not engine.backlog or engine.num_decoding >= engine.slots, (where, "a slot is idle")
     for group in engine.backlog:
         assert group.planned and group.state is GroupState.OPEN, (where, group.group_id)
         assert group.engine_id == where, (where, group.group_id)
@@ -83,6 +83,6 @@ def _validate_outstanding(core: Core) -> None:
     assert core.num_ready == sum(g.state is GroupState.READY for g in outstanding)
     assert all(group in core.outstanding for group in outstanding)
     for group in core.orphaned:
-        assert group.planned and group.engine_id not in core.engines.by_id, group.group_id
+        assert group.planned and not group.engine_id, group.group_id
     step_waits = core.requested_step is not None and core.num_ready >= core.config.groups_per_step
     assert not step_waits or any(g.state is GroupState.OPEN for g in core.outstanding.due())

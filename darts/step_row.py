@@ -1,12 +1,28 @@
-"""One step's groups as a row of `metrics.jsonl`, the same for a run and for a simulation."""
+"""A step's groups as rows of `metrics.jsonl` and `groups.jsonl`, for a run and for a simulation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from darts.events import GroupRecord
+from darts.events import GroupRecord, RolloutRecord
+
+
+def ledger_row(record: GroupRecord, step: int) -> dict[str, Any]:
+    """A group as a row of `groups.jsonl`. It was trained in `step`, or dropped before its end."""
+    row = {"step": step} | _fields(record)
+    row["rollouts"] = rollouts = [_fields(rollout) for rollout in record.rollouts]
+    for rollout in rollouts:
+        rollout["engine"] = rollout.pop("engine_id")
+        del rollout["oldest_version"]
+    return row
+
+
+def _fields(record: GroupRecord | RolloutRecord) -> dict[str, Any]:
+    """`dataclasses.asdict` for one level, without its copies of every value."""
+    return {name: getattr(record, name) for name in record.__slots__}
 
 
 def step_row(

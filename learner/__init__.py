@@ -10,6 +10,10 @@ class RunStopped(Exception):
     """The buffer ended the run with an error, or the learner was asked to stop."""
 
 
+class AskedToStop(RunStopped):
+    """This rank or another one of its learner was asked to stop."""
+
+
 class BufferLost(TransportError):
     """The buffer did not come back within `buffer.rejoin_timeout_s`.
 

@@ -1,8 +1,9 @@
 """`python -m learner key=value ...`: the learner of one node.
 
 Owns the rank processes. A single rank runs in this process. Several are started as torchrun would
-start them, watched, and ended together. On several nodes, torchrun itself starts them. Never
-trains.
+start them, watched, and ended together. On several nodes, this command runs on each, with the
+variables GROUP_RANK, GROUP_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of torchrun; or torchrun itself
+starts the ranks. Never trains.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from buffer.processes import by_hand
 from buffer.processes.child import (
     ERROR,
     Child,
@@ -25,14 +27,18 @@ from buffer.processes.child import (
 )
 from buffer.processes.private_folder import private_folder
 from buffer.processes.stop_request import AGAIN, StopRequest
+from buffer.records.files import make_run_folder
+from buffer.wire.keys import check_key_files
 from buffer.wire.transport import TransportError
 from configs import cli
 from configs.command import run_command
 from configs.errors import ExitStatus
+from configs.model_path import check_model
 from configs.schema import Config
 from darts.events import ProtocolError
-from learner import BufferLost, RunStopped
+from learner import AskedToStop, BufferLost, RunStopped
 
+RANK = ("-m", "learner")  # of `sys.executable`
 WATCH_S = 0.1
 LEAVE_S = 10.0  # time for the other ranks to end once one has failed
 
@@ -43,14 +49,21 @@ class RankFailed(Exception):
 
 def run(config: Config) -> int:
     """Run one rank, or all ranks of this node."""
+    check_model(config.model.path)
+    check_key_files(config.buffer.keys, "learner")
+    make_run_folder(Path(config.run.dir) / config.run.name)
     variables = os.environ
     if "RANK" in variables:
         rank, num_ranks = int(variables["RANK"]), int(variables["WORLD_SIZE"])
         return _train(config, rank, num_ranks, int(variables.get("LOCAL_RANK", "0")))
-    if config.learner.num_ranks == 1:
+    if config.learner.num_ranks * num_nodes() == 1:
         return _train(config, 0, 1, 0)
     with private_folder(config.run.stop_s):
         return supervise(config)
+
+
+def num_nodes() -> int:
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
 def _train(config: Config, rank: int, num_ranks: int, local_rank: int) -> int:
@@ -65,8 +78,8 @@ def _train(config: Config, rank: int, num_ranks: int, local_rank: int) -> int:
 
         try:
             return run_rank(config, rank, num_ranks, local_rank, lambda: request.requested)
-        except RunStopped:
-            if not request.requested:
+        except RunStopped as stopped:
+            if not (request.requested or isinstance(stopped, AskedToStop)):
                 raise
             return ExitStatus.INTERRUPTED
         except BufferLost as error:
@@ -87,7 +100,7 @@ def supervise(config: Config) -> int:
     ):
         file = Path(folder) / "config.yaml"
         file.write_text(cli.to_yaml(config))
-        command = [sys.executable, "-m", "learner", "--config", str(file)]
+        command = [sys.executable, *RANK, "--config", str(file)]
         ranks: list[Child] = []
         try:
             for rank in range(config.learner.num_ranks):
@@ -104,15 +117,21 @@ def supervise(config: Config) -> int:
 
 
 def _rank_environment(rank: int, num_ranks: int, folder: str) -> dict[str, str]:
-    """torchrun's variables, with a file as the rendezvous.
+    """torchrun's variables of a rank of this node, which has `num_ranks`.
 
-    torch's own store would listen on every interface.
+    On one node, a file is the rendezvous, because torch's own store listens on every interface.
+    Several nodes meet at that store, which the first rank serves at MASTER_ADDR and MASTER_PORT.
     """
-    return {
-        "RANK": str(rank),
+    before = int(os.environ.get("GROUP_RANK", "0")) * num_ranks
+    variables = {
+        "RANK": str(before + rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
+        "WORLD_SIZE": str(num_nodes() * num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
+    }
+    if num_nodes() > 1:
+        return variables
+    return variables | {
         "LEARNER_RENDEZVOUS": f"file://{folder}/rendezvous",
         # A host name that does not resolve must not matter.
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
@@ -151,10 +170,11 @@ def _report(culprit: Child) -> int:
     reason = given_reason(culprit.last_lines)
     error = f"learner {culprit.name} ({culprit.where}) {culprit.how_it_ended()}"
     error += f": {reason}" if reason else "; run.resume=true continues from the last checkpoint"
-    if not may_succeed_again(culprit.status()):
+    status = culprit.status()
+    if not (status == ExitStatus.INTERRUPTED or may_succeed_again(status)):
         raise RankFailed(error)
     print(f"{ERROR}{error}", file=sys.stderr)
-    return ExitStatus.TRY_AGAIN
+    return ExitStatus.INTERRUPTED if status == ExitStatus.INTERRUPTED else ExitStatus.TRY_AGAIN
 
 
 def _say_stopping(limit_s: float) -> None:
@@ -163,6 +183,7 @@ def _say_stopping(limit_s: float) -> None:
 
 
 def main() -> NoReturn:
+    by_hand.note_start()
     run_command(
         "The learner: trains on the groups that the buffer ships and publishes the weights.",
         run,

@@ -4,7 +4,7 @@ They are never half-written and contain no pickle.
 
 Owns <run>/checkpoints: `step_000040/` (model and optimizer as sharded safetensors, `meta.json`) and
 `latest`, which names the newest complete one. A checkpoint of step 40 holds the state after 40
-steps. Never decides when to save. Driven by `learner.train`.
+steps. Never decides when to save, or what to keep (`learner.retention`). Driven by `learner.train`.
 
 Left out: the random state (training draws no random numbers) and the learning rate's schedule (a
 function of the step).
@@ -34,13 +34,11 @@ def save(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     meta: dict[str, int],
-    keep: int,
 ) -> None:
     """Write the checkpoint of `meta["step"]` and point `latest` at it. A collective.
 
-    All but the newest `keep` are removed. The checkpoint gets its name once it is complete and
-    durable, so a kill or a power cut at any moment leaves the previous one intact. If a rank cannot
-    write (full disk), all ranks raise its `OSError`.
+    It gets its name once it is complete and durable, so a kill or a power cut at any moment leaves
+    the previous one intact. If a rank cannot write (full disk), all ranks raise its `OSError`.
     """
     name = f"step_{meta['step']:06d}"
     partial = folder / f".{name}{UNFINISHED}"
@@ -64,10 +62,6 @@ def save(
         (partial / "meta.json").write_text(json.dumps(meta) + "\n")
         replace_folder(partial, folder / name)
         atomic_write(folder / "latest", name + "\n")
-        for old in sorted(path for path in folder.glob("step_*") if path.name != name)[
-            : -(keep - 1) or None
-        ]:
-            shutil.rmtree(old)
     dist.barrier()
 
 
@@ -99,9 +93,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     No process group is needed. Raises `ValueError` if they do not fit.
     """
     try:
-        wanted = {
-            f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()
-        }
+        wanted = {f"model.{name}": parameter.detach() for name, parameter in _trained(model)}
         # torch warns that there is no process group, which is intended.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
@@ -115,11 +107,16 @@ def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     """The content of a checkpoint, as sharded tensors by name. Tied weights appear once."""
     tensors: dict[str, Any] = {}
     _create_state(optimizer)
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model):
         tensors[f"model.{name}"] = parameter.detach()
         for part in ADAMW_STATE:
             tensors[f"{part}.{name}"] = optimizer.state[parameter][part]
     return tensors
+
+
+def _trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters that change, by name. Others are those of the model that was loaded."""
+    return [(n, parameter) for n, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from configs.errors import one_line
 from configs.extras import import_extra
+from configs.model_path import check_model
 from configs.schema import Config, ModelConfig
+from learner.adapters import add_adapters
 from learner.packs.attention import PACKED_SDPA
 
 # float16 gradients would underflow without loss scaling, so a learner whose engines use float16
@@ -79,12 +82,12 @@ def process_group(
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
         torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // ranks_here))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    rendezvous = (
+    rendezvous: dict[str, Any] = (
         {"store": dist.HashStore()}
         if num_ranks == 1
         else {"init_method": os.environ.get("LEARNER_RENDEZVOUS", "env://")}
     )
-    dist.init_process_group(backend, rank=rank, world_size=num_ranks, **rendezvous)  # type: ignore[arg-type]
+    dist.init_process_group(backend, rank=rank, world_size=num_ranks, **rendezvous)
     try:
         yield device
     finally:
@@ -92,13 +95,13 @@ def process_group(
 
 
 def load_sharded(
-    config: Config, device: torch.device, dtype: torch.dtype = torch.float32
+    config: Config, device: torch.device, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The model of `model.path`, sharded over all ranks, with master weights in `dtype`.
+    """The model of `model.path`, sharded over all ranks, with weights in `dtype`.
 
-    Raises `ValueError` if it cannot be loaded.
+    None: as training needs them (`held_dtype`). Raises `ValueError` if it cannot be loaded.
     """
-    model = load_model(config.model, dtype)
+    model = load_model(config.model, dtype or held_dtype(config.model))
     # Evaluation mode: dropout would make the learner's log-probabilities differ from the actors'.
     model.eval()
     blocks = [
@@ -124,8 +127,13 @@ def load_sharded(
     return model.to(device)  # pyright: ignore[reportArgumentType] -- moves the other buffers
 
 
+def held_dtype(config: ModelConfig) -> torch.dtype:
+    """The type of the model's own weights: float32, or that of computation if they are frozen."""
+    return COMPUTE_DTYPE[config.dtype] if config.lora.rank else torch.float32
+
+
 def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of `model.path` on the CPU, in `dtype`, not sharded.
+    """The model of `model.path` on the CPU, in `dtype`, not sharded, with adapters if it gets some.
 
     Raises `ValueError` if it cannot be loaded.
     """
@@ -136,6 +144,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTr
         )
     if config.attention == "flash_attention_2":
         import_extra("flash_attn", "model.attention=flash_attention_2", "flash-attn")
+    check_model(config.path)
     disable_progress_bar()
     ours = config.attention == "sdpa"
     try:
@@ -154,7 +163,9 @@ def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTr
         and model.config._attn_implementation == "sdpa"
         and model._can_set_attn_implementation()
     ):
-        model.set_attn_implementation(PACKED_SDPA)  # `learner.capability` tests it
+        model.set_attn_implementation(PACKED_SDPA)  # `learner.probes.capability` tests it
+    if config.lora.rank:
+        add_adapters(model, config.lora)
     return model
 
 

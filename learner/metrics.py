@@ -18,12 +18,13 @@ from learner.packs.loss import Surrogate
 class TokenSums:
     """Sums over the tokens of a rank, or of all ranks.
 
-    All but `inputs` are over the trained tokens only.
+    All but `inputs` and `saved` are over the trained tokens only.
     """
 
     inputs: float = 0.0  # tokens that went through the model, prompts included
+    saved: float = 0.0  # those of prompts that went through it already, with another response
     trained: float = 0.0
-    loss: float = 0.0  # weighted, before the division by the step's denominator
+    loss: float = 0.0  # weighted, and divided by the update's denominator
     kl: float = 0.0
     entropy: float = 0.0
     clipped: float = 0.0
@@ -35,6 +36,9 @@ class TokenSums:
     fresh: float = 0.0  # those in responses that only these weights sampled
     fresh_logprob_diff: float = 0.0
 
+    def __add__(self, other: TokenSums) -> TokenSums:
+        return TokenSums(*map(sum, zip(self.as_list(), other.as_list(), strict=True)))
+
     def as_list(self) -> list[float]:
         return list(vars(self).values())
 
@@ -45,13 +49,15 @@ class TokenSums:
         entropy_S: torch.Tensor,
         surrogate: Surrogate,
         kl_S: torch.Tensor,
+        denominator: float,
     ) -> None:
+        """Add a pack. `logprobs_S` are those of the weights at the start of the step."""
         if not len(pack.targets_S):
             return
-        diff_S = (logprobs_S.detach() - pack.actor_logprobs_S).abs()
+        diff_S = (logprobs_S - pack.actor_logprobs_S).abs()
         ratio_S = surrogate.ratio_S
         per_token = [
-            surrogate.loss_S.detach() * pack.weights_S,
+            surrogate.loss_S.detach() * pack.weights_S / denominator,
             kl_S.detach(),
             entropy_S,
             surrogate.clipped_S,
@@ -65,9 +71,8 @@ class TokenSums:
         ]
         # A single transfer from the device.
         sums = torch.stack(per_token).sum(1, dtype=torch.float64).tolist()
-        for name, value in zip(
-            vars(self), [len(pack.input_ids_T), len(pack.targets_S), *sums], strict=True
-        ):
+        counts = [len(pack.input_ids_T), pack.num_saved, len(pack.targets_S)]
+        for name, value in zip(vars(self), [*counts, *sums], strict=True):
             setattr(self, name, getattr(self, name) + value)
 
     def current_difference(self) -> tuple[float | None, bool]:
@@ -80,13 +85,14 @@ class TokenSums:
             return self.fresh_logprob_diff / self.fresh, False
         return (self.current_logprob_diff / self.current if self.current else None), True
 
-    def metrics(self, denominator: int, seconds: float) -> dict[str, float]:
-        """Metrics by name, given the denominator of the loss. Those not measured are missing."""
+    def metrics(self, num_updates: int, seconds: float) -> dict[str, float]:
+        """Metrics by name of a step. Those not measured are missing."""
         metrics = {
-            "train/loss": self.loss / denominator,
+            "train/loss": self.loss / num_updates,
             "train/tokens": self.trained,
             "train/skipped": float(not self.trained),
             "train/tokens_per_s": self.inputs / seconds,
+            "train/shared_tokens_frac": self.saved / max(1.0, self.inputs + self.saved),
             "train/step_s": seconds,
         }
         if self.trained:

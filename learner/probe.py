@@ -15,7 +15,6 @@ from buffer.wire.probe import probe_sequences
 from learner import fsdp
 from learner.packs.batch import plain_pack
 from learner.packs.boundaries import Boundaries
-from learner.packs.logprobs import token_logprobs
 
 # Share of its neighbour that is added to a weight. It is far above rounding, and harmless.
 DISTURBANCE = 0.05
@@ -29,7 +28,7 @@ def probe_logprobs(boundaries: Boundaries, device: torch.device) -> bytes:
     """
     vocab_size = boundaries.model.config.get_text_config().vocab_size
     logprobs = [
-        token_logprobs(boundaries.logits(pack), pack.targets_S, temperature=1.0)[0]
+        boundaries.logprobs(pack, temperature=1.0)[0]
         for sequence in probe_sequences(vocab_size)
         for pack in [plain_pack(torch.tensor(sequence)).to(device)]
     ]

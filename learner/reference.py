@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from configs.schema import Config
+from configs.schema import Config, LoraConfig
 from learner import fsdp
 from learner.packs.boundaries import Boundaries
 
@@ -21,7 +21,8 @@ def load_reference(config: Config, device: torch.device, policy: Boundaries) -> 
     Raises `ValueError` if it cannot be loaded, or if its tokens are not those of the policy.
     """
     path = config.loss.reference or config.model.path
-    of_reference = replace(config, model=replace(config.model, path=path))
+    model_config = replace(config.model, path=path, lora=LoraConfig())
+    of_reference = replace(config, model=model_config)
     try:
         model = fsdp.load_sharded(of_reference, device, fsdp.COMPUTE_DTYPE[config.model.dtype])
     except ValueError as error:
@@ -35,7 +36,8 @@ def load_reference(config: Config, device: torch.device, policy: Boundaries) -> 
             f"model.path={config.model.path}; otherwise their log-probabilities cannot be compared"
         )
     model.set_attn_implementation(str(policy.model.config._attn_implementation))
-    boundaries = Boundaries(model)
+    boundaries = Boundaries(model, config.model.head_dtype)
+    boundaries.fused = policy.fused
     for kind in policy.kinds:
         boundaries.split(kind)
     return boundaries

@@ -1,11 +1,11 @@
 """One rank's conversation with the buffer, over any number of connections.
 
 Owns the link and the messages that are repeated after it broke. A step is requested, and reported
-as trained, until the buffer has answered. The newest publication is repeated if the buffer missed
-it. The learner's incarnation tells the buffer that it is the same process as before. Never trains.
-Driven by `learner.train`.
+as trained, until the buffer has answered. The newest policy and its publication are repeated if the
+buffer missed them. The learner's incarnation tells the buffer that it is the same process as
+before. Never trains. Driven by `learner.train` and, beside it, by `learner.publication`.
 
-    consumes       Shard, Acknowledged, Shutdown
+    consumes       Shard, Acknowledged, Evaluated, Shutdown
     waits for      the buffer, as long as its heartbeat lasts; then `buffer.rejoin_timeout_s`
     unblocked by   enough finished groups, or a `Shutdown`
 """
@@ -18,14 +18,19 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Self, TypeVar
+from enum import IntEnum
+from typing import NoReturn, Self, TypeVar
 
 from buffer.wire.client import LearnerLink, Refused
 from buffer.wire.messages import (
     Acknowledged,
+    Evaluated,
+    LearnerCommand,
     LearnerHello,
     LearnerMessage,
+    LearnerWelcome,
     Leaving,
+    NewPolicy,
     Published,
     Pull,
     Shard,
@@ -36,10 +41,11 @@ from buffer.wire.messages import (
 )
 from buffer.wire.transport import TransportError
 from configs.schema import Config
-from learner import BufferLost, RunStopped
+from learner import AskedToStop, BufferLost, RunStopped
 
 POLL_S = 1.0
 RETRY_S = 0.5
+SHUTDOWN_S = 5.0  # for the `Shutdown` of this rank, once another one has had its own
 BY_TOKENS = Work()
 AnswerT = TypeVar("AnswerT", bound=Shard | Acknowledged)
 
@@ -48,12 +54,21 @@ class RunEnded(Exception):
     """The buffer says that the run ended well."""
 
 
+class Standing(IntEnum):
+    """How a rank stands while it pulls a step. The highest of any rank decides for all of them."""
+
+    READY = 0  # it has its shard
+    WAITING = 1
+    ASKED_TO_STOP = 2
+    SHUT_DOWN = 3  # the buffer has ended the run
+
+
 class BufferSession:
     """A rank's session with the buffer, as a context manager.
 
-    `incarnation` is shared by the ranks of one learner and unique to it. A single rank that waits
-    raises `RunStopped` once `stop_requested()` is true. Several ranks are stopped by the process
-    that started them.
+    `incarnation` is shared by the ranks of one learner and unique to it. A run ends only in `pull`
+    and in `wait_for_the_end`, because all ranks must end after the same step: `agree` returns the
+    highest value that any rank gives it, and is a collective.
     """
 
     def __init__(
@@ -65,13 +80,18 @@ class BufferSession:
         vocab_size: int,
         stop_requested: Callable[[], bool] = lambda: False,
         work: Work = BY_TOKENS,
+        agree: Callable[[int], int] = int,
     ) -> None:
-        self._stop_requested = stop_requested
+        self._stop_requested, self._agree = stop_requested, agree
         self._config, self._rank, self._num_ranks = config, rank, num_ranks
         self._incarnation, self._vocab_size = incarnation, vocab_size
         self._work = work
         self._step = 0
+        self._policy: NewPolicy | None = None
         self._published: Published | None = None
+        self._checks: list[Callable[[], None]] = []
+        self._evaluations: list[Evaluated] = []
+        self._shutdown: Shutdown | None = None
         self.link = LearnerLink(
             config.buffer.address,
             f"learner/{rank}",
@@ -82,69 +102,140 @@ class BufferSession:
     def join(self, step: int) -> int:
         """Greet the buffer. Returns its policy version, -1 before any publication."""
         self._step = step
-        return self._connect(self._config.buffer.connect_timeout_s)
+        return self._connect(self._config.buffer.connect_timeout_s).policy_version
+
+    def watch(self, check: Callable[[], None]) -> None:
+        """Call `check` whenever this rank waits for the buffer. The session raises its errors."""
+        self._checks.append(check)
 
     def pull(self, step: int) -> tuple[Shard, float]:
-        """This rank's shard of `step`, and the seconds until it came."""
+        """This rank's shard of `step`, and the seconds until every rank had its own.
+
+        Raises `RunEnded` or `RunStopped` on every rank, once one of them is told to end.
+        """
         started = time.monotonic()
         self._step = step
-        shard = self._ask(Pull(rank=self._rank, step=step), Shard, step)
+        request = Pull(rank=self._rank, step=step)
+        self._go_on_together(ready=False)
+        self._send(request)
+        shard: Shard | None = None
+        while not self._go_on_together(ready=shard is not None) or shard is None:
+            # A rank that has its shard still notices that the buffer is lost, and joins it again.
+            shard = self._answer(request, Shard, POLL_S if shard is None else 0.0) or shard
         return shard, time.monotonic() - started
 
-    def announce(self, policy: SnapshotRef, seconds: float, probe: bytes) -> None:
-        """Tell the buffer of a publication, with the probe's log-probabilities under it."""
-        self._published = Published(policy=policy, seconds=seconds, probe=probe)
+    def count(self, version: int) -> None:
+        """Tell the buffer that the weights are `version` from now on. `announce` follows."""
+        self._policy = NewPolicy(version=version)
         try:
-            self.link.send(self._published)
+            self.link.send(self._policy)
         except TransportError as error:
-            self._reconnect(error)
+            self._reconnect(error)  # this repeats it
+
+    def announce(self, policy: SnapshotRef, seconds: float, probe: bytes) -> None:
+        """Tell the buffer of a snapshot, with the probe's log-probabilities under its weights.
+
+        May be called by any thread. If the connection is broken, the main thread repeats it.
+        """
+        self._published = Published(policy=policy, seconds=seconds, probe=probe)
+        with suppress(TransportError):  # the main thread gets it as well, whenever it waits
+            self.link.send(self._published)
 
     def trained(self, step: int, num_tokens: int, metrics: dict[str, float]) -> None:
-        """Report a step trained on `num_tokens` tokens. Returns once the buffer has recorded it.
+        """Report a step trained on `num_tokens` tokens.
 
-        A metric that is not finite, such as a ratio that overflowed, is left out of the records.
+        Returns once the buffer has recorded it, or once this rank is told to end. A metric that is
+        not finite, such as a ratio that overflowed, is left out of the records.
         """
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         report = Trained(step=step, num_tokens=num_tokens, metrics=finite)
-        self._ask(report, Acknowledged, step)
+        self._send(report)
+        while self._standing(False) == Standing.WAITING:
+            if self._answer(report, Acknowledged, POLL_S):
+                return
+
+    def take_evaluations(self) -> list[Evaluated]:
+        """The results that came since the last call. Rank 0 gets them; some may come twice."""
+        taken, self._evaluations = self._evaluations, []
+        return taken
 
     def wait_for_the_end(self) -> None:
         """Serve the last snapshot until the buffer ends the run.
 
         Raises `RunEnded` or `RunStopped`.
         """
-        while True:
+        while (standing := self._standing(False)) == Standing.WAITING:
             try:
-                self._receive(Shard, -1)
+                self._receive(POLL_S)
             except TransportError as error:
                 self._reconnect(error)
+        self._end(standing)
 
     def leave(self) -> None:
         """Tell the buffer that this rank ends, so that it does not wait for its heartbeat."""
         with suppress(TransportError):  # then the buffer knows already, or is gone itself
             self.link.send(Leaving())
 
-    def _ask(self, request: LearnerMessage, answer: type[AnswerT], step: int) -> AnswerT:
-        """Send `request` until it is answered, however often the connection breaks."""
+    def _standing(self, ready: bool) -> Standing:
+        for check in self._checks:
+            check()
+        if self._shutdown is not None:
+            return Standing.SHUT_DOWN
+        if self._stop_requested():
+            return Standing.ASKED_TO_STOP
+        return Standing.READY if ready else Standing.WAITING
+
+    def _go_on_together(self, ready: bool) -> bool:
+        """Whether every rank is ready. Raises on every rank if one of them is told to end."""
+        standing = self._agree(self._standing(ready))
+        if standing > Standing.WAITING:
+            self._end(standing)
+        return standing == Standing.READY
+
+    def _end(self, standing: int) -> NoReturn:
+        """Raise the exception for an end that some rank was told of."""
+        if standing == Standing.ASKED_TO_STOP:
+            raise AskedToStop("the learner was asked to stop")
+        deadline = time.monotonic() + SHUTDOWN_S
+        with suppress(TransportError):
+            while self._shutdown is None and time.monotonic() < deadline:
+                self._receive(POLL_S)
+        if self._shutdown is None:
+            raise RunStopped("the buffer stopped the run, as another rank was told")
+        if self._shutdown.error:
+            raise RunStopped(f"the buffer stopped the run: {self._shutdown.error}")
+        raise RunEnded
+
+    def _send(self, message: LearnerMessage) -> None:
+        """Send `message`, again if the connection breaks."""
         while True:
             try:
-                self.link.send(request)
-                return self._receive(answer, step)
+                return self.link.send(message)
             except TransportError as error:
                 self._reconnect(error)
 
-    def _receive(self, answer: type[AnswerT], step: int) -> AnswerT:
-        """The answer about `step`. Repeated answers about earlier steps are skipped."""
-        while True:
-            if self._num_ranks == 1 and self._stop_requested():
-                raise RunStopped("the learner was asked to stop")
-            message: Any = self.link.receive(POLL_S)
-            if isinstance(message, Shutdown):
-                if message.error:
-                    raise RunStopped(f"the buffer stopped the run: {message.error}")
-                raise RunEnded
-            if isinstance(message, answer) and message.step == step:
-                return message
+    def _answer(
+        self, request: Pull | Trained, answer: type[AnswerT], timeout_s: float
+    ) -> AnswerT | None:
+        """The answer to `request` if it comes in time. Other messages are skipped.
+
+        The request is repeated after the connection has broken.
+        """
+        try:
+            message = self._receive(timeout_s)
+        except TransportError as error:
+            self._reconnect(error)
+            self._send(request)
+            return None
+        return message if isinstance(message, answer) and message.step == request.step else None
+
+    def _receive(self, timeout_s: float) -> LearnerCommand | None:
+        message = self.link.receive(timeout_s)
+        if isinstance(message, Shutdown):
+            self._shutdown = message
+        elif isinstance(message, Evaluated):
+            self._evaluations.append(message)
+        return message
 
     def _reconnect(self, lost: TransportError) -> None:
         """Wait for the buffer to come back, because the trained weights would be lost otherwise."""
@@ -159,7 +250,7 @@ class BufferSession:
         deadline = time.monotonic() + limit_s
         while True:
             try:
-                version = self._connect(max(1.0, min(10.0, deadline - time.monotonic())))
+                welcome = self._connect(max(1.0, min(10.0, deadline - time.monotonic())))
             except Refused:
                 raise
             except TransportError as error:
@@ -167,11 +258,18 @@ class BufferSession:
                     raise BufferLost(str(error)) from error
                 time.sleep(RETRY_S)
                 continue
-            if self._published is not None and version < self._published.policy.version:
-                self.link.send(self._published)
+            policy, published = self._policy, self._published
+            if policy is not None and welcome.policy_version < policy.version:
+                self.link.send(policy)
+            if (
+                published is not None
+                and policy is not None
+                and welcome.offered_version < published.policy.version == policy.version
+            ):
+                self.link.send(published)  # an older one gives way to the one that follows
             return
 
-    def _connect(self, timeout_s: float) -> int:
+    def _connect(self, timeout_s: float) -> LearnerWelcome:
         hello = LearnerHello(
             rank=self._rank,
             num_ranks=self._num_ranks,
@@ -183,7 +281,10 @@ class BufferSession:
             take_over=self._config.learner.take_over,
             work=self._work,
         )
-        return self.link.connect(hello, timeout_s).policy_version
+        welcome = self.link.connect(hello, timeout_s)
+        if welcome.evaluated is not None:
+            self._evaluations.append(welcome.evaluated)
+        return welcome
 
     def __enter__(self) -> Self:
         return self

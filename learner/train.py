@@ -1,7 +1,7 @@
 """The learner's loop, one process per rank, readable from top to bottom.
 
-    buffer ──Shard──> train_step ──> publish ──Published, Trained──> buffer ──Pull──> (next step)
-                          │             └──snapshot──> actors
+    buffer ──Shard──> train_step ──> publish ──NewPolicy, Trained──> buffer ──Pull──> (next step)
+                          │             └──snapshot, beside the next step──> actors
                           └──> checkpoint
 
     consumes        one `Shard` per step and rank: token-balanced, of bounded staleness
@@ -9,12 +9,12 @@
     unblocked by    enough finished groups; a `Shutdown` ends every wait on the buffer, and a silent
                     buffer raises `TransportError`
 
-Owns the order of a step, the learning rate and the metrics. Never chooses trajectories, and never
+Owns the order of a step and its metrics. Never chooses trajectories, and never
 decides when one is too stale. Rank 0 speaks for all: it publishes and acknowledges. Every rank
 calls every collective in the same order: micro-batch count, forward and backward, token sums,
-gradient norm, publication, checkpoint.
+gradient norm, publication, checkpoint, and whether all ranks have a shard or one is told to end.
 
-Left out: several updates per shard, a critic, pulling the next shard while this one trains.
+Left out: a critic, pulling the next shard while this one trains.
 """
 
 from __future__ import annotations
@@ -24,29 +24,34 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from transformers import PreTrainedModel
 
-from buffer.wire.messages import LearnerFailed, Shard
+from buffer.processes import by_hand
+from buffer.wire.messages import LearnerFailed, Minibatch, Shard, Trajectory
 from buffer.wire.transport import TransportError
 from configs.errors import one_line, writing_to
 from configs.objectives import objective
 from configs.schema import Config
-from learner import RunStopped, checkpoint, fsdp
+from learner import RunStopped, checkpoint, fsdp, retention
 from learner.agreement import Agreement
-from learner.capability import Packing, probe_packing
+from learner.fits import check_fits
 from learner.metrics import TokenSums, peak_bytes
 from learner.packs.batch import Pack, empty_pack, make_packs
 from learner.packs.boundaries import Boundaries
-from learner.packs.logprobs import token_logprobs
 from learner.packs.loss import AGGREGATIONS, kl_penalty, surrogate
 from learner.probe import probe_logprobs
-from learner.publish import WeightPublisher
+from learner.probes.capability import Packing, probe_packing
+from learner.probes.sharing import probe_sharing
+from learner.publication import Publication
 from learner.reference import load_reference
+from learner.schedule import learning_rate
 from learner.session import BufferSession, RunEnded
+from learner.snapshots.publish import WeightPublisher
 from learner.work import training_work
 
 SURVIVOR_GRACE_S = 5.0
@@ -54,6 +59,10 @@ UNPUBLISHED = -1  # no actor ever samples with this version
 NOTHING_TO_TRAIN_ON = (
     "nothing to train on, so the weights stay as they are: every response is truncated, or has the "
     "same reward as all others in its group"
+)
+WHOLE_LOGITS = (
+    "the head cannot run in chunks, because its logits are no linear function of hidden states; "
+    "all logits of a micro-batch are held at once, so lower batch.max_tokens if memory is short"
 )
 
 
@@ -67,6 +76,7 @@ class LearnerState:
     num_ranks: int
     boundaries: Boundaries  # the model, as a function of packs
     packing: Packing
+    shares_prompts: bool
     optimizer: torch.optim.AdamW
     agreement: Agreement
     reference: Boundaries | None = None  # the frozen model of the KL penalty, if there is one
@@ -98,35 +108,54 @@ def run_rank(
             _resume(state)
         incarnation = draw_incarnation(device, rank)
         vocab_size = state.model.config.get_text_config().vocab_size
-        work = training_work(state.model)
+        work = training_work(state.model, state.shares_prompts)
         with (
             BufferSession(
-                config, rank, num_ranks, incarnation, vocab_size, stop_requested, work
+                config,
+                rank,
+                num_ranks,
+                incarnation,
+                vocab_size,
+                stop_requested,
+                work,
+                lambda standing: int(fsdp.all_max(standing, device)),
             ) as session,
             WeightPublisher(config, rank) as publisher,
         ):
             _join(state, session)
-            with _until_told_to_stop(state, session):
-                _train(state, session, publisher)
+            with (
+                _until_told_to_stop(state, session),
+                Publication(publisher, session) as publication,
+            ):
+                _train(state, session, publication)
     return 0
 
 
-def _train(state: LearnerState, session: BufferSession, publisher: WeightPublisher) -> None:
+def _train(state: LearnerState, session: BufferSession, publication: Publication) -> None:
     """Take every remaining step. Only an exception ends it, which says how the run ended."""
     config = state.config
-    _publish(state, publisher, session)
+    _publish(state, publication)
+    _note_evaluations(state, session)
+    first = state.step
     while state.step < config.run.steps:
         shard, pull_s = session.pull(state.step)
         metrics = train_step(state, shard) | {"wait/pull_s": pull_s}
+        if state.rank == 0 and state.shares_prompts and shard.step == first:
+            saved = metrics["train/shared_tokens_frac"]
+            line = f"learner: step {first}: shared prompts save {100 * saved:.1f} % of the tokens"
+            print(line, file=sys.stderr, flush=True)
         last = state.step == config.run.steps
         if last or state.step % config.weights.publish_every == 0:
-            metrics |= _publish(state, publisher, session)
+            _publish(state, publication)
         if last:  # before its acknowledgement, which may end the run
+            publication.wait()
             save(state)
         if state.rank == 0:
+            metrics |= publication.take_metrics()
             session.trained(shard.step, int(metrics["train/tokens"]), metrics)
         if not last and state.step % config.learner.checkpoint_every == 0:
             save(state)
+        _note_evaluations(state, session)
     session.wait_for_the_end()  # serves the last snapshot while the run is evaluated
 
 
@@ -136,21 +165,30 @@ def build_state(
     """Model, sharding, layout of packs and optimizer, fresh from `model.path`. Needs
     `fsdp.process_group`.
 
-    Raises `ValueError` for a model that cannot be loaded or that no layout computes correctly.
+    Raises `ValueError` for a model that cannot be loaded, that its GPU cannot hold, or that no
+    layout computes correctly.
     """
     if rank == 0 and (slow := fsdp.slow_dtype(config, device)):
         print(f"learner: {slow}", file=sys.stderr, flush=True)
+    if (tight := check_fits(config, device)) and rank == 0:
+        print(f"learner: {tight}", file=sys.stderr, flush=True)
     model = fsdp.load_sharded(config, device)
-    boundaries = Boundaries(model)
+    boundaries = Boundaries(model, config.model.head_dtype)
+    dtype = fsdp.COMPUTE_DTYPE[config.model.dtype]
     try:
-        packing = probe_packing(boundaries, fsdp.COMPUTE_DTYPE[config.model.dtype])
+        packing = probe_packing(boundaries, dtype)
     except ValueError as error:
         raise ValueError(f"model.path={config.model.path}: {error}") from error
     if rank == 0 and (packing.split_kinds or packing.one_per_pack):
         print(f"learner: {packing}", file=sys.stderr, flush=True)
+    sharing = probe_sharing(boundaries, packing, dtype) if config.batch.share_prompts else None
+    if rank == 0 and sharing is not None and not sharing.works:
+        print(f"learner: {packing.model_type}: {sharing}", file=sys.stderr, flush=True)
+    if rank == 0 and not boundaries.fused:
+        print(f"learner: {packing.model_type}: {WHOLE_LOGITS}", file=sys.stderr, flush=True)
     beta1, beta2 = config.optimizer.betas
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.optimizer.lr,
         betas=(beta1, beta2),
         weight_decay=config.optimizer.weight_decay,
@@ -164,6 +202,7 @@ def build_state(
         num_ranks,
         boundaries,
         packing,
+        sharing is not None and sharing.works,
         optimizer,
         Agreement(config),
         reference,
@@ -171,76 +210,107 @@ def build_state(
 
 
 def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
-    """Make one update with this rank's shard. Returns the step's metrics, equal on every rank.
+    """Make the updates of this rank's shard. Returns the step's metrics, equal on every rank.
 
-    `state.step` is one higher afterwards. The loss is the weighted sum of the surrogate over
-    tokens, divided by a total over all ranks: neither the packing nor the number of ranks changes
-    the gradient. A step in which no trajectory has a gradient leaves weights and optimizer as they
-    are, since AdamW would otherwise move on by momentum and decay. Raises
-    `FloatingPointError` if the gradient is not finite, and `Disagreement` if engines and learner do
-    not have the same policy, both before the weights change.
+    `state.step` is one higher afterwards. The loss of an update is the weighted sum of the
+    surrogate over its tokens, divided by a total over all ranks: neither the packing nor the number
+    of ranks changes the gradient. An update in which no trajectory has a gradient leaves weights
+    and optimizer as they are, since AdamW would otherwise move on by momentum and decay. Raises
+    `FloatingPointError` if a gradient is not finite, before it changes the weights, and
+    `Disagreement` if engines and learner do not have the same policy, before any update.
     """
     started = time.monotonic()
+    updates = [_packed(state, *part) for part in shard.split()]
+    lr = learning_rate(state.config, state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    if len(updates) > 1:
+        updates = [(_with_start_logprobs(state, packs), total) for packs, total in updates]
+    sums, norms = TokenSums(), list[float]()
+    for packs, denominator in updates:
+        part = _accumulate(state, packs, denominator)
+        if not norms:  # later on, the weights are no longer those that actors had
+            state.agreement.judge(state.step, part)
+        if packs:
+            norms.append(update(state))
+        sums += part
+    if state.rank == 0 and not norms:
+        print(f"learner: step {state.step}: {NOTHING_TO_TRAIN_ON}", file=sys.stderr, flush=True)
+    state.step += 1
+    state.published = False
+    return sums.metrics(len(updates), time.monotonic() - started) | {
+        "train/grad_norm": fmean(norms or [0.0]),
+        "train/lr": lr,
+        "memory/learner_peak_bytes": fsdp.all_max(peak_bytes(state.device), state.device),
+    }
+
+
+def _packed(
+    state: LearnerState, trajectories: list[Trajectory], minibatch: Minibatch
+) -> tuple[list[Pack], int]:
+    """The micro-batches of an update, and the denominator of its loss. A collective."""
     config = state.config
     current = state.policy_version if state.published else UNPUBLISHED
     capacity = state.packing.capacity(config.batch.max_tokens)
     aggregation = AGGREGATIONS[objective(config.loss).aggregation]
     max_tokens = config.sampling.max_tokens
     packs = make_packs(
-        shard.trajectories, capacity, current, lambda n: aggregation.weight(n, max_tokens)
+        trajectories,
+        capacity,
+        current,
+        lambda n: aggregation.weight(n, max_tokens),
+        state.shares_prompts,
     )
     # Ranks with fewer micro-batches take part in the others' collectives with empty ones.
     num_packs = int(fsdp.all_max(len(packs), state.device))
     packs += [empty_pack()] * (num_packs - len(packs))
-    denominator = max(1, aggregation.denominator(shard))
-    lr = learning_rate(config, state.step)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
+    return packs, max(1, aggregation.denominator(minibatch))
+
+
+@torch.no_grad()
+def _with_start_logprobs(state: LearnerState, packs: list[Pack]) -> list[Pack]:
+    """The packs with log-probabilities of the present weights, the step's proximal policy."""
+    temperature = state.config.sampling.temperature
+    found = [
+        replace(
+            pack,
+            start_logprobs_S=state.boundaries.logprobs(pack.to(state.device), temperature)[0],
+        )
+        for pack in packs
+    ]
+    fsdp.reshard(state.model)
+    return found
+
+
+def _accumulate(state: LearnerState, packs: list[Pack], denominator: int) -> TokenSums:
+    """Add the gradient of an update. Returns its measurements over all ranks."""
     totals = TokenSums()
     for pack in packs:
         micro_batch_loss(state, pack.to(state.device), denominator, totals).backward()
-    sums = TokenSums(*fsdp.all_sum(totals.as_list(), state.device))
-    state.agreement.judge(state.step, sums)
-    grad_norm = update(state) if num_packs else 0.0
-    if state.rank == 0 and not num_packs:
-        print(f"learner: step {state.step}: {NOTHING_TO_TRAIN_ON}", file=sys.stderr, flush=True)
-    state.step += 1
-    state.published = False
-    return sums.metrics(denominator, time.monotonic() - started) | {
-        "train/grad_norm": grad_norm,
-        "train/lr": lr,
-        "memory/learner_peak_bytes": fsdp.all_max(peak_bytes(state.device), state.device),
-    }
+    return TokenSums(*fsdp.all_sum(totals.as_list(), state.device))
 
 
 def micro_batch_loss(
     state: LearnerState, pack: Pack, denominator: int, totals: TokenSums
 ) -> torch.Tensor:
-    """This pack's part of the step's loss, as a scalar with a gradient.
+    """This pack's part of an update's loss, as a scalar with a gradient.
 
     Its measurements are added to `totals`.
     """
     loss = state.config.loss
-    logprobs_S, entropy_S = pack_logprobs(state, state.boundaries, pack)
+    temperature = state.config.sampling.temperature
+    logprobs_S, entropy_S = state.boundaries.logprobs(pack, temperature)
     policy = surrogate(logprobs_S, pack, loss)
     kl_S = torch.zeros_like(logprobs_S)
     if state.reference is not None:
         with torch.no_grad():
-            reference_S, _ = pack_logprobs(state, state.reference, pack)
+            reference_S, _ = state.reference.logprobs(pack, temperature)
         fsdp.reshard(state.reference.model)
         kl_S = kl_penalty(logprobs_S, reference_S, loss.kl_estimator)
     policy = policy._replace(loss_S=policy.loss_S + loss.kl * kl_S)
-    totals.add(pack, logprobs_S, entropy_S, policy, kl_S)
+    start_S = logprobs_S.detach() if pack.start_logprobs_S is None else pack.start_logprobs_S
+    totals.add(pack, start_S, entropy_S, policy, kl_S, denominator)
     return (policy.loss_S * pack.weights_S).sum() / denominator
-
-
-def pack_logprobs(
-    state: LearnerState, boundaries: Boundaries, pack: Pack
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each predicted token, and entropy of its distribution."""
-    return token_logprobs(
-        boundaries.logits(pack), pack.targets_S, state.config.sampling.temperature
-    )
 
 
 def update(state: LearnerState) -> float:
@@ -263,11 +333,6 @@ def update(state: LearnerState) -> float:
     return grad_norm
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Linear over the first `warmup_steps`, then constant."""
-    return config.optimizer.lr * min(1.0, (step + 1) / max(1, config.optimizer.warmup_steps))
-
-
 # With the buffer --------------------------------------------------------------------------------
 
 
@@ -278,6 +343,10 @@ def _join(state: LearnerState, session: BufferSession) -> None:
     state.policy_version = session.join(state.step)
     if state.rank != 0:
         fsdp.barrier()
+    else:
+        run = state.config.run
+        place = f"{state.config.buffer.address} at step {state.step} of {run.steps}"
+        by_hand.tell(f"learner: joined the run at {place}, with {state.num_ranks} rank(s)")
 
 
 def draw_incarnation(device: torch.device, rank: int) -> str:
@@ -286,19 +355,13 @@ def draw_incarnation(device: torch.device, rank: int) -> str:
     return f"{int(fsdp.all_max(drawn, device)):012x}"
 
 
-def _publish(
-    state: LearnerState, publisher: WeightPublisher, session: BufferSession
-) -> dict[str, float]:
-    started = time.monotonic()
-    snapshot = publisher.publish(state.model, state.policy_version + 1)
-    probe = probe_logprobs(state.boundaries, state.device)
-    state.policy_version += 1
+def _publish(state: LearnerState, publication: Publication) -> None:
+    version = state.policy_version + 1
+    publication.publish(
+        state.model, version, lambda: probe_logprobs(state.boundaries, state.device)
+    )
+    state.policy_version = version
     state.published = True
-    if snapshot is None:
-        return {}
-    seconds = time.monotonic() - started
-    session.announce(snapshot, seconds, probe)
-    return {"publish/seconds": seconds, "publish/bytes": float(snapshot.num_bytes)}
 
 
 @contextmanager
@@ -307,9 +370,12 @@ def _until_told_to_stop(state: LearnerState, session: BufferSession) -> Iterator
     try:
         yield
     except RunEnded:
-        return
+        _note_evaluations(state, session)
+        if state.rank == 0:
+            saved = _checkpoints(state.config)
+            by_hand.tell(f"learner: the run has ended after {state.step} steps; see {saved}")
     except RunStopped:
-        save(state)  # every rank is at the same step and waits for its shard
+        save(state)  # every rank raises this, at the same step
         session.leave()
         raise
     except TransportError:
@@ -338,9 +404,16 @@ def save(state: LearnerState) -> None:
     meta = {"step": state.step, "policy_version": state.policy_version}
     folder = _checkpoints(state.config)
     with writing_to(folder):
-        checkpoint.save(
-            folder, state.model, state.optimizer, meta, state.config.learner.keep_checkpoints
-        )
+        checkpoint.save(folder, state.model, state.optimizer, meta)
+        if state.rank == 0:
+            retention.remove_surplus(folder, state.config)
+
+
+def _note_evaluations(state: LearnerState, session: BufferSession) -> None:
+    folder = _checkpoints(state.config)
+    with writing_to(folder):
+        for found in session.take_evaluations():
+            retention.note_evaluation(folder, state.config, found.step, found.reward_mean)
 
 
 def _resume(state: LearnerState) -> None:

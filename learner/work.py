@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from buffer.wire.messages import Work
 
 
-def training_work(model: PreTrainedModel) -> Work:
+def training_work(model: PreTrainedModel, shares_prompts: bool = False) -> Work:
     """FLOPs of the head and of attention, in units of a token's FLOPs in the layers.
 
     A token costs two FLOPs per weight of a matrix that it meets, experts by their share. The head
@@ -35,7 +35,11 @@ def training_work(model: PreTrainedModel) -> Work:
         config.hidden_size // config.num_attention_heads
     )
     attended = kinds.count("full_attention") * config.num_attention_heads * head_size
-    return Work(per_prediction=head.numel() / body, per_pair=attended / body)
+    return Work(
+        per_prediction=head.numel() / body,
+        per_pair=attended / body,
+        shares_prompts=shares_prompts,
+    )
 
 
 def _expert_share(config: object) -> float:

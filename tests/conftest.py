@@ -1,4 +1,4 @@
-"""Shared by all tests: markers that skip with a reason, tests side by side, and free ports."""
+"""Shared by all tests: markers that skip with a reason, and free ports."""
 
 from __future__ import annotations
 
@@ -14,14 +14,8 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is no GPU. With `-n 2`, real engines run one after the other on
-    one worker, whose module fixtures start each engine once, and all else runs on the other.
-    """
-    for item in items:
-        if item.get_closest_marker("e2e"):
-            item.add_marker(pytest.mark.xdist_group("engines"))
+    """Skip GPU tests where there is no GPU."""
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests and not _has_gpu():
         for item in gpu_tests:

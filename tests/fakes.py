@@ -37,6 +37,8 @@ class TrueRollout:
     oldest_version: int
     end: str = ""
     cancel_reason: str = ""
+    waits: bool = False  # for its environment, and holds no slot
+    has_waited: bool = False
 
 
 @dataclass
@@ -92,7 +94,16 @@ class World:
         self.decisions += decisions
         for decision in decisions:
             self.check(decision)
+        self.check_release(decisions)
         return decisions
+
+    @staticmethod
+    def check_release(decisions: list[ev.Decision]) -> None:
+        """A deadline ends responses only for a batch that ships, or that a uniform group delays."""
+        kinds = {type(d) for d in decisions}
+        uniform = any(isinstance(d, ev.Drop) and d.record.end == "uniform" for d in decisions)
+        if any(isinstance(d, ev.Cancel) and d.reason == "deadline" for d in decisions):
+            assert ev.Ship in kinds or uniform, decisions
 
     def join(self, engine_id: str, slots: int, version: int) -> None:
         self.engine_versions[engine_id], self.engine_slots[engine_id] = version, slots
@@ -114,7 +125,7 @@ class World:
         self.send(ev.PromptsDrawn(tuple(drawn)))
 
     def on_engine(self, engine_id: str) -> list[TrueRollout]:
-        """Rollouts that hold a slot of the engine: running, or cancelled and not yet confirmed."""
+        """Rollouts in flight on the engine: running, or cancelled and not yet confirmed."""
         return [
             r
             for r in self.rollouts.values()
@@ -129,6 +140,7 @@ class World:
 
     def advance(self, rollout: TrueRollout, num_tokens: int) -> None:
         """Decode tokens. A rollout finishes at its true length, even if cancelled meanwhile."""
+        rollout.waits = False
         rollout.tokens = min(rollout.length, rollout.tokens + num_tokens)
         if rollout.tokens < rollout.length:
             self.send(ev.RolloutProgressed(rollout.rollout_id, rollout.tokens))
@@ -144,6 +156,11 @@ class World:
                     rollout.oldest_version,
                 )
             )
+
+    def wait(self, rollout: TrueRollout) -> None:
+        """The rollout has ended a turn, and decodes nothing until it is advanced again."""
+        rollout.waits = rollout.has_waited = True
+        self.send(ev.RolloutWaits(rollout.rollout_id))
 
     def fail(self, rollout: TrueRollout) -> None:
         rollout.end = "lost"
@@ -171,14 +188,31 @@ class World:
             self.settled[record.prompt_id] += 1
             self.send(ev.GroupTrained(group_id))
 
+    @property
+    def unsent_step(self) -> list[ev.GroupRecord]:
+        """The groups of a step that may not have been sent to the learner yet."""
+        records = list(self.shipped.values())
+        whole = len(records) == self.config.groups_per_step
+        return [r for r in records if whole and r.shipped_version == self.version]
+
+    def lose_tokens(self, rollout_id: int) -> None:
+        """The buffer's machine loses power before `unsent_step` is sent."""
+        self.shipped.clear()
+        self.next_step -= 1
+        self.steps_left += 1
+        self.send(ev.TokensLost(rollout_id, 0))
+
     def rejoin_learner(self) -> None:
         self.shipped.clear()
         self.step_pending = False
         self.send(ev.LearnerJoined())
         self.publish()
 
-    def finish_everything(self) -> None:
-        """Run to the end. Nothing fails any more, and the learner trains while it gets groups."""
+    def finish_everything(self, power_cuts: int = 0) -> None:
+        """Run to the end. Nothing fails any more, and the learner trains while it gets groups.
+
+        power_cuts: steps that lose tokens before they are sent.
+        """
         if not self.engine_versions:
             self.join("last", 4, max(self.version, -1))
         if self.version < 0:
@@ -192,6 +226,11 @@ class World:
             for rollout in self.running():
                 if not rollout.end:
                     self.advance(rollout, 10_000)
+            if power_cuts and self.unsent_step:
+                power_cuts -= 1
+                rollouts = self.rng.choice(self.unsent_step).rollouts
+                selected = [r.rollout_id for r in rollouts if r.end.startswith("selected")]
+                self.lose_tokens(self.rng.choice(selected))
             if self.shipped:
                 self.train()
             if not self.step_pending:
@@ -279,7 +318,7 @@ class World:
         version = self.engine_versions[launch.engine_id]
         assert version >= 0
         before = self.rollouts[launch.continues] if launch.continues is not None else None
-        assert before is None or before.end == "lost"
+        assert before is None or (before.end == "lost" and not before.has_waited)
         self.rollouts[launch.rollout_id] = TrueRollout(
             launch.rollout_id,
             launch.group_id,
@@ -288,7 +327,8 @@ class World:
             before.tokens if before else 0,
             before.oldest_version if before else version,
         )
-        assert len(self.on_engine(launch.engine_id)) <= self.engine_slots[launch.engine_id]
+        decoding = [r for r in self.on_engine(launch.engine_id) if not r.waits]
+        assert len(decoding) <= self.engine_slots[launch.engine_id]
 
     def check_cancel(self, cancel: ev.Cancel) -> None:
         rollout = self.rollouts[cancel.rollout_id]
@@ -431,6 +471,7 @@ class FakeEngine(threading.Thread):
         self.launched: list[int] = []
         self.most_in_flight = self.num_rejoined = 0
         self.fail_rollouts = ""
+        self.pass_rate = 0.5
         self.num_to_fail = 0  # rollouts that fail before others succeed
         self.too_long: Callable[[str], bool] = lambda prompt_id: False
         self.probe_nats = 0.0  # its difference from the learner
@@ -528,7 +569,9 @@ class FakeEngine(threading.Thread):
                     rollout = self.held.get(rollout_id)
                     if rollout is not None and rollout.answer is None:
                         rollout.answer = msg.Stopped(
-                            rollout_id=rollout_id, num_tokens=rollout.num_tokens
+                            rollout_id=rollout_id,
+                            num_tokens=rollout.num_tokens,
+                            text=f"cut {rollout_id}",
                         )
                         link.send(rollout.answer)
             case msg.Settled():
@@ -563,7 +606,7 @@ class FakeEngine(threading.Thread):
                     rollout_id=rollout.rollout_id,
                     num_tokens=rollout.length,
                     truncated=rollout.length >= self.max_tokens,
-                    reward=float(self.rng.random() < 0.5),
+                    reward=float(self.rng.random() < self.pass_rate),
                     text="x" * rollout.length,
                 )
         return decoding
@@ -621,7 +664,9 @@ class FakeLearner(threading.Thread):
             stop_after,
             step_s,
         )
+        self.over = threading.Event()  # ends it in the middle of a step
         self.shards: list[msg.Shard] = []
+        self.evaluations: list[msg.Evaluated] = []
         self.shutdown: msg.Shutdown | None = None
 
     def run(self) -> None:
@@ -645,10 +690,11 @@ class FakeLearner(threading.Thread):
                 self.shards.append(shard)
                 if self.stop_after is not None and len(self.shards) == self.stop_after:
                     return  # dies while it holds a shard
-                time.sleep(self.step_s)
+                if self.over.wait(self.step_s):
+                    return
                 version += 1
                 self.publish(link, version)
-                num_tokens = max(0, shard.step_loss_tokens - 1)  # one token has no signal
+                num_tokens = max(0, shard.loss_tokens - 1)  # one token has no signal
                 link.send(
                     msg.Trained(step=self.step, num_tokens=num_tokens, metrics={"train/loss": 0.0})
                 )
@@ -666,6 +712,8 @@ class FakeLearner(threading.Thread):
             message = link.receive(0.5)
             if isinstance(message, msg.Shard):
                 return message
+            if isinstance(message, msg.Evaluated):
+                self.evaluations.append(message)
             if isinstance(message, msg.Shutdown):
                 self.shutdown = message
                 return None

@@ -21,12 +21,15 @@ from buffer.records.event_log import Learner
 from buffer.shards import make_shards as split_step
 from buffer.wire.messages import (
     Acknowledged,
+    Evaluated,
     Heartbeat,
     LearnerFailed,
     LearnerHello,
     LearnerMessage,
     LearnerWelcome,
     Message,
+    Minibatch,
+    NewPolicy,
     Published,
     Pull,
     Shard,
@@ -34,13 +37,14 @@ from buffer.wire.messages import (
     Trained,
     Trajectory,
 )
-from buffer.wire.transport import Router
+from buffer.wire.transport import Router, Violation
 from configs.objectives import objective
 from configs.schema import Config, LossConfig
-from learner import fsdp
+from learner import checkpoint, fsdp
 from learner.metrics import TokenSums
 from learner.packs.batch import make_packs
-from learner.train import LearnerState, build_state, micro_batch_loss, train_step
+from learner.snapshots.publish import gather
+from learner.train import LearnerState, build_state, micro_batch_loss, save, train_step
 
 VOCABULARY = 48
 
@@ -128,6 +132,21 @@ def make_trajectories(
     return with_advantages(trajectories)
 
 
+def make_groups(
+    seed: int, num_prompt: int = 20, num_groups: int = 3, group_size: int = 4
+) -> list[Trajectory]:
+    """Like `make_trajectories`, with prompts of about `num_prompt` tokens, one for each group."""
+    rng = np.random.default_rng(seed)
+    trajectories = []
+    for group_id in range(num_groups):
+        given = num_prompt + int(rng.integers(5))
+        prompt = rng.integers(0, VOCABULARY, given).astype("<i4").tobytes()
+        for reward in rng.permutation([1.0] + [0.0] * (group_size - 1)):
+            t = make_trajectory(rng, given, int(rng.integers(1, 40)), float(reward), group_id)
+            trajectories.append(msgspec.structs.replace(t, tokens=prompt + t.tokens[len(prompt) :]))
+    return with_advantages(trajectories)
+
+
 def with_advantages(
     trajectories: list[Trajectory], loss: LossConfig | None = None
 ) -> list[Trajectory]:
@@ -152,13 +171,17 @@ def make_shards(
     """
     shards, start = [], 0
     for part in parts or [len(trajectories)]:
+        whole = Minibatch(
+            num_trajectories=part,
+            loss_tokens=num_sampled(trajectories),
+            loss_responses=len(trajectories),
+        )
         shards.append(
             Shard(
                 step=step,
                 policy_version=version,
                 trajectories=trajectories[start : start + part],
-                step_loss_tokens=num_sampled(trajectories),
-                step_loss_responses=len(trajectories),
+                minibatches=[whole],
             )
         )
         start += part
@@ -166,12 +189,18 @@ def make_shards(
 
 
 def shipped(
-    trajectories: list[Trajectory], loss: LossConfig, step: int = 0, num_ranks: int = 1
+    trajectories: list[Trajectory],
+    loss: LossConfig,
+    step: int = 0,
+    num_ranks: int = 1,
+    updates: int = 1,
 ) -> list[Shard]:
     """A step's shards as the buffer makes them, without the trajectories that have no gradient."""
     learner = Learner("incarnation", num_ranks, VOCABULARY)
     advised = with_advantages(trajectories, loss)
-    return split_step(advised, loss, learner, step=step, policy_version=0)
+    size = len(advised) // updates
+    minibatches = [advised[start : start + size] for start in range(0, len(advised), size)]
+    return split_step(minibatches, loss, learner, step=step, policy_version=0)
 
 
 @contextmanager
@@ -181,11 +210,41 @@ def single_rank(config: Config) -> Iterator[LearnerState]:
         yield build_state(config, device)
 
 
-def pack_gradients(state: LearnerState, max_tokens: int) -> dict[str, torch.Tensor]:
+def train(state: LearnerState, num_steps: int) -> None:
+    """Train steps of trajectories that depend on nothing but the step."""
+    for step in range(state.step, state.step + num_steps):
+        train_step(state, make_shards(make_trajectories(seed=step), step)[0])
+
+
+def with_and_without_restart(
+    config: Config,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights after four steps: of a learner that starts again from its checkpoint after two,
+    and of one that does not.
+    """
+    with single_rank(config) as state:
+        train(state, 2)
+        save(state)
+        train(state, 2)
+        undisturbed = gather(state.model, torch.float32, keep=True)
+    with single_rank(config) as state:
+        folder = Path(config.run.dir) / config.run.name / "checkpoints"
+        assert checkpoint.load_latest(folder, state.model, state.optimizer) is not None
+        state.step = 2
+        train(state, 2)
+        return gather(state.model, torch.float32, keep=True), undisturbed
+
+
+def pack_gradients(
+    state: LearnerState,
+    max_tokens: int,
+    trajectories: list[Trajectory] | None = None,
+    share_prompts: bool = False,
+) -> dict[str, torch.Tensor]:
     """The gradient of a step's loss with packs of `max_tokens`."""
-    shard = make_shards(make_trajectories(seed=0))[0]
-    for pack in make_packs(shard.trajectories, max_tokens, 0):
-        micro_batch_loss(state, pack, shard.step_loss_tokens, TokenSums()).backward()
+    shard = make_shards(trajectories or make_trajectories(seed=0))[0]
+    for pack in make_packs(shard.trajectories, max_tokens, 0, share_prompts=share_prompts):
+        micro_batch_loss(state, pack, shard.loss_tokens, TokenSums()).backward()
     gradients = {
         name: fsdp.whole(parameter.grad)
         for name, parameter in state.model.named_parameters()
@@ -193,6 +252,15 @@ def pack_gradients(state: LearnerState, max_tokens: int) -> dict[str, torch.Tens
     }
     state.model.zero_grad()
     return gradients
+
+
+def assert_same_gradients(
+    measured: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
+    assert measured.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = max(gradient.norm().item(), 1e-4)
+        assert (measured[name] - gradient).norm().item() < 1e-5 * scale, name
 
 
 def step_gradients(
@@ -223,6 +291,7 @@ class FakeBuffer:
     last_step: int
     policy_version: int = -1
     error: str = ""
+    rewards: dict[int, float] = field(default_factory=dict)  # of the evaluation after a step
     heard: list[Message] = field(default_factory=list)
     trained: dict[int, dict[str, float]] = field(default_factory=dict)
     on_pull: threading.Event = field(default_factory=threading.Event)
@@ -250,9 +319,12 @@ class FakeBuffer:
                 if isinstance(message, Heartbeat):
                     self._router.send(peer, Heartbeat())
                     continue
+                assert not isinstance(message, Violation), message
                 self.heard.append(message)
                 if isinstance(message, LearnerHello):
-                    self._router.send(peer, LearnerWelcome(policy_version=self.policy_version))
+                    version = self.policy_version
+                    welcome = LearnerWelcome(policy_version=version, offered_version=version)
+                    self._router.send(peer, welcome)
                 elif isinstance(message, Pull):
                     self.on_pull.set()
                     if message.step in self.steps:
@@ -260,9 +332,12 @@ class FakeBuffer:
                 elif isinstance(message, Trained):
                     self.trained[message.step] = message.metrics
                     self._router.send(peer, Acknowledged(step=message.step))
+                    if (done := message.step + 1) in self.rewards:
+                        result = Evaluated(step=done, reward_mean=self.rewards[done])
+                        self._router.send(peer, result)
                     if message.step == self.last_step:
                         self._shut_down(peers)
-                elif isinstance(message, LearnerFailed | Published):
+                elif isinstance(message, LearnerFailed | NewPolicy | Published):
                     continue
 
     def _shut_down(self, peers: set[bytes]) -> None:

@@ -17,10 +17,18 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Each command of the `sh` blocks, without comments and line breaks."""
+    """Each command of the `sh` blocks, without comments and line breaks, and with the values of the
+    variables that its block sets before.
+    """
     for block in blocks(page, "sh"):
+        values: dict[str, str] = {}
         for line in block.replace("\\\n", " ").splitlines():
             command = re.sub(r"(^|\s)#.*", "", line).strip()
+            if assignment := re.fullmatch(r"([A-Z_]+)=\"?([^\"]*)\"?", command):
+                values[assignment[1]] = assignment[2]
+                continue
+            for name, value in values.items():
+                command = command.replace(f"${name}", value)
             if command:
                 yield " ".join(command.split())
 

@@ -25,8 +25,7 @@ def core(options: Sequence[str]) -> None:
 
     Measures reports of progress, then ends of rollouts with all the decisions that follow.
     """
-    if options:
-        raise ValueError(f"command line: {options[0]}: the subject core takes no options")
+    _no_options("core", options)
     machine = Core(
         CoreConfig(
             groups_per_step=4096,
@@ -116,16 +115,45 @@ def pipeline(options: Sequence[str]) -> None:
     pipeline.main(options)
 
 
-def buffer(_: Sequence[str]) -> None:
-    from tools.benchmarks import records
+def learner(_: Sequence[str]) -> None:
+    from tools.benchmarks import learner, shared_prompts
 
-    records.main()
+    learner.main()
+    shared_prompts.main()
+
+
+def weights(options: Sequence[str]) -> None:
+    from tools.benchmarks import weights
+
+    weights.main(options)
+
+
+def buffer(options: Sequence[str]) -> None:
+    from tools.benchmarks import buffer
+
+    _no_options("buffer", options)
+    buffer.main()
+
+
+def turns(options: Sequence[str]) -> None:
+    from tools.benchmarks import turns
+
+    _no_options("turns", options)
+    turns.main()
+
+
+def _no_options(subject: str, options: Sequence[str]) -> None:
+    if options:
+        raise ValueError(f"command line: {options[0]}: the subject {subject} takes no options")
 
 
 SUBJECTS: dict[str, Callable[[Sequence[str]], None]] = {
     "buffer": buffer,
     "core": core,
+    "learner": learner,
     "pipeline": pipeline,
+    "turns": turns,
+    "weights": weights,
 }
 
 
@@ -134,7 +162,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "options",
         nargs=argparse.REMAINDER,
-        help="for pipeline only: key=value or --config; --help lists all keys",
+        help="for pipeline and weights only: key=value or --config; --help lists all keys",
     )
 
 

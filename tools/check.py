@@ -13,8 +13,10 @@ import time
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
+from buffer.processes.private_folder import private_folder
 from configs.command import run_command
 from configs.errors import ExitStatus
+from configs.model_path import check_model
 from configs.schema import Config, key
 from tools.checking.data import check_data
 from tools.checking.findings import Finding
@@ -35,13 +37,14 @@ class CheckConfig(Config):
 
 
 def run(config: CheckConfig) -> int:
+    check_model(config.model.path)
     quick = config.depth == "quick"
     bad = [finding for finding in _shown(config, quick) if not finding.good]
-    failed = [finding for finding in bad if finding.verdict == "FAILED"]
+    failed = [finding for finding in bad if finding.verdict == "error"]
     if failed:
         raise Refused(f"{failed[0].subject}: {failed[0].result}")
     if config.depth == "all" and not bad:
-        check_model(config)
+        check_engine(config)
     return ExitStatus.FAILED if bad and not quick else ExitStatus.OK
 
 
@@ -51,17 +54,18 @@ def _shown(config: CheckConfig, quick: bool) -> list[Finding]:
     for line in check_data(config, quick):
         if isinstance(line, Finding):
             findings.append(line)
-        if not quick or (isinstance(line, Finding) and line.verdict == "SUSPECT"):
+        if not quick or (isinstance(line, Finding) and line.verdict == "warning"):
             print(line, flush=True)
     return findings
 
 
-def check_model(config: Config) -> None:
+def check_engine(config: Config) -> None:
     print(f"\n{config.model.path} in {config.model.dtype}:", flush=True)
     started = time.monotonic()
-    for verdict in checks(config):
-        took_s, started = time.monotonic() - started, time.monotonic()
-        print(f"  ok  {verdict.check:<{WIDTH}}{verdict.result}  [{took_s:.1f} s]", flush=True)
+    with private_folder():
+        for verdict in checks(config):
+            took_s, started = time.monotonic() - started, time.monotonic()
+            print(f"  ok  {verdict.check:<{WIDTH}}{verdict.result}  [{took_s:.1f} s]", flush=True)
 
 
 def main() -> NoReturn:

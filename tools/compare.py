@@ -24,7 +24,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import NoReturn
 
 from buffer.records.files import atomic_write
@@ -33,74 +32,12 @@ from configs.command import run_command
 from configs.schema import key
 from darts.simulate.schema import SimulateConfig, check
 from darts.simulate.world import simulate
-from tools.reporting.compare_page import COLUMNS, html, markdown, plot_curves, plot_table
+from tools.comparing.page import html, markdown, plot_curves, plot_table
+from tools.comparing.rows import add_cost_to_reach, summarise, table
+from tools.comparing.sets import SETS, Variants
 from tools.reporting.run_directory import EVALUATIONS, Row, RunDirectory
 
-Variants = dict[str, list[str]]
-
-PLAIN = ["darts.policy=plain"]
-SYNC, ASYNC = ["pipeline.mode=sync"], ["pipeline.mode=async"]
-FIXED = ["redundancy.rule=fixed", "redundancy.upper=1.5"]
-# The mean budget is about 12, the budget of FIXED.
-ADAPTIVE = ["redundancy.rule=paper", "redundancy.upper=2.0", "redundancy.price=0.6"]
-# The same 32 devices in two parts that are about equally busy under async plain.
-SPLIT_32 = ["engines.num_engines=12", "learner.num_gpus=20"]
-# The demo in smaller steps. A plain step has 32 responses, for which the latency of this engine is
-# flat, as on a GPU that is not full.
-FLAT = ["batch.groups=4", "run.steps=128", "optimizer.lr=1e-4"]
-LONGER = [*FLAT, "run.steps=192"]  # still ends earlier than sync plain
-
-SETS: dict[str, Variants] = {
-    "ablation": {  # the published order, with the published rule for the long seat
-        "sync plain": [*SYNC, *PLAIN, "learner.streaming=false"],
-        "+ streaming": [*SYNC, *PLAIN],
-        "+ sampling (longest)": [*SYNC, *FIXED, "darts.long_end=longest"],
-        "+ adaptive (longest)": [*SYNC, *ADAPTIVE, "darts.long_end=longest"],
-        "+ sampling (survivor)": [*SYNC, *FIXED],
-        "+ adaptive (survivor)": [*SYNC, *ADAPTIVE],
-        "random of 12": [*SYNC, *FIXED, "darts.policy=random"],
-    },
-    "sensitivity": {  # K:L
-        "sync plain": [*SYNC, *PLAIN],
-        "7:1": [*SYNC, *FIXED],
-        "6:2": [*SYNC, *FIXED, "darts.num_long=2"],
-        "4:4": [*SYNC, *FIXED, "darts.num_long=4"],
-    },
-    "async": {  # 32 devices each: sync uses all of them for both tasks, async splits them
-        "sync plain": [*SYNC, *PLAIN],
-        "sync tail batching": [*SYNC, "baseline.scheduler=tail_batching"],
-        "sync partial rollout": [*SYNC, "baseline.scheduler=partial_rollout"],
-        "sync darts": [*SYNC, *FIXED],
-        "async plain": [*ASYNC, *PLAIN, *SPLIT_32],
-        "async first finished": [*ASYNC, *FIXED, "darts.policy=first_finished", *SPLIT_32],
-        "async random of 12": [*ASYNC, *FIXED, "darts.policy=random", *SPLIT_32],
-        "async darts, longest": [*ASYNC, *FIXED, "darts.long_end=longest", *SPLIT_32],
-        "async darts, fixed 12": [*ASYNC, *FIXED, *SPLIT_32],
-        "async darts, marginal": [
-            *ASYNC,
-            "redundancy.rule=marginal",
-            "redundancy.upper=2.0",
-            *SPLIT_32,
-        ],
-    },
-    "rules": {  # on the hardware of the base configuration
-        "async plain": [*ASYNC, *PLAIN],
-        "random of 12": [*ASYNC, *FIXED, "darts.policy=random"],
-        "exact, longest": [*ASYNC, *FIXED, "darts.long_end=longest"],
-        "exact, survivor": [*ASYNC, *FIXED],
-        "exact, none": [*ASYNC, *FIXED, "darts.long_end=none"],
-        "eager": [*ASYNC, *FIXED, "darts.cancel=eager"],
-        "first finished": [*ASYNC, *FIXED, "darts.policy=first_finished"],
-        "marginal": [*ASYNC, "redundancy.rule=marginal", "redundancy.upper=2.0"],
-    },
-    "live": {
-        "sync plain": [*SYNC, *PLAIN, *FLAT],
-        "async plain": [*ASYNC, *PLAIN, *LONGER],
-        "async darts, 12": [*ASYNC, *FIXED, *LONGER],
-        "async darts, marginal": [*ASYNC, "redundancy.rule=marginal", *LONGER],  # the default rule
-        "async random of 12": [*ASYNC, *FIXED, "darts.policy=random", *LONGER],
-    },
-}
+AVERAGES = "Means over the seeds; ± is half of a 95 % interval (Student's t)."
 
 
 @dataclass
@@ -108,6 +45,11 @@ class CompareConfig:
     set: str = key("ablation", "The set of variants to compare.", choices=list(SETS))
     base: str = key(
         "configs/simulate/qwen14b.yaml", "Configuration file from which all variants start."
+    )
+    latency: str = key(
+        "",
+        "Live runs: a configuration file over base with an emulated decode latency, such as "
+        "configs/latency/a10_7b.yaml.",
     )
     overrides: list[str] = key([], "Overrides of every variant, such as [run.steps=10].")
     only: list[str] = key(
@@ -122,6 +64,12 @@ class CompareConfig:
     )
     judge_samples: int = key(
         4, "Live runs: number of responses per held-out prompt and checkpoint.", ge=1
+    )
+    reach: float = key(
+        0.0,
+        "Live runs: held-out reward to which seconds, steps and tokens count. 0: the final one of "
+        "the first variant, for each seed.",
+        ge=0,
     )
     margin: float = key(
         0.02,
@@ -145,7 +93,7 @@ def run(config: CompareConfig) -> None:
         with ThreadPoolExecutor(config.jobs) as pool:
             list(pool.map(lambda folder: _judge(folder, config.judge_samples), folders))
         results = [summarise(RunDirectory.read(folder)) for folder in folders]
-        add_time_to_reach([seed for _, _, _, seed in jobs], results, config.margin)
+        add_cost_to_reach([seed for _, _, _, seed in jobs], results, config.margin, config.reach)
     else:
         for job in jobs:
             _simulation(*job)  # reports any mistake before the first one runs
@@ -164,7 +112,7 @@ def run(config: CompareConfig) -> None:
         else "Simulated: held-out reward is not modelled, and lengths, latencies and learning are "
         "assumptions"
     )
-    page = html(rows, config.set, f"{kind}. {config.base}, seeds {config.seeds}. Means over seeds.")
+    page = html(rows, config.set, f"{kind}. {config.base}, seeds {config.seeds}. {AVERAGES}")
     atomic_write(out / "table.html", page, durable=False)
     plot_table(rows, out / "table.png")
     if config.live:
@@ -215,6 +163,7 @@ def _train(config: CompareConfig, name: str, values: Sequence[str], seed: int) -
             "tools.launch",
             "--config",
             config.base,
+            *(["--config", config.latency] if config.latency else []),
             *config.overrides,
             *values,
             *_judged_later(config),
@@ -250,103 +199,6 @@ def _judged_later(config: CompareConfig) -> list[str]:
         "eval.every=1000000",
         "eval.samples_per_prompt=1",
     ]
-
-
-def summarise(run: RunDirectory) -> Row:
-    """A finished and judged run in the format of a simulation's summary, without the first step.
-
-    `curve` has one entry per judged checkpoint: the seconds until it was saved, and its held-out
-    reward.
-    """
-    if len(run.metrics) < 2:
-        raise ValueError(
-            f"{run.path}: {len(run.metrics)} steps recorded; a comparison needs at least two"
-        )
-    seconds, last = run.seconds(), run.metrics[-1]
-    selected = sorted(
-        r["tokens"]
-        for group in run.trained_groups()
-        for r in group["rollouts"]
-        if r["end"].startswith("selected")
-    )
-    took_s = seconds[-1] - seconds[0]
-    judged = [json.loads(line) for line in (run.path / EVALUATIONS).read_text().splitlines()]
-    return {
-        "step_s": took_s / (len(seconds) - 1),
-        "emulated": run.emulated,
-        **{name: last[name] for name in last if name.startswith("tokens/")},
-        "busy_frac": _mean(run, "engine/busy_frac"),
-        "wait_frac": sum(run.series("wait/learner_s")[1][1:]) / took_s,
-        "lag_mean": _mean(run, "lag/mean"),
-        "lag_max": max(run.series("lag/max")[1]),
-        "generated_mean": _mean(run, "length/generated_mean"),
-        "length_mean": fmean(selected),
-        "length_p50": selected[len(selected) // 2],
-        "length_p99": selected[int(0.99 * len(selected))],
-        "reward": _mean(run, "reward/mean"),
-        "budget": _mean(run, "darts/budget_mean"),
-        "curve": [[seconds[row["step"] - 1] - seconds[0], row["reward_mean"]] for row in judged],
-        "judged_reward": judged[-1]["reward_mean"],
-        "judged_length_mean": judged[-1]["length_mean"],
-        "judged_length_p99": judged[-1]["length_p99"],
-        "trained_s": took_s,
-    }
-
-
-def _mean(run: RunDirectory, name: str) -> float:
-    values = run.series(name)[1]
-    return fmean(values) if values else float("nan")
-
-
-def add_time_to_reach(seeds: Sequence[int], results: list[Row], margin: float) -> None:
-    """Add the seconds until a run first reaches the final held-out reward of its reference.
-
-    `reach_s` counts until the reward is reached, `near_s` until it is within `margin`. A value is
-    absent if this never happens. The reference is the first result with the same seed.
-    """
-    targets: dict[int, float] = {}
-    for seed, row in zip(seeds, results, strict=True):
-        target = targets.setdefault(seed, row["judged_reward"])
-        for name, enough in (("reach_s", target), ("near_s", target - margin)):
-            reached = [time_s for time_s, reward in row["curve"] if reward >= enough]
-            if reached:
-                row[name] = reached[0]
-
-
-# Table --------------------------------------------------------------------------------------------
-
-
-def table(by_variant: dict[str, list[Row]], margin: float) -> list[Row]:
-    """One row per variant: means over seeds, the range of step times, and the verdict."""
-    reference = next(iter(by_variant.values()))
-    rows = []
-    for name, results in by_variant.items():
-        row: Row = {"variant": name}
-        for column in COLUMNS:
-            values = [result[column] for result in results if column in result]
-            if len(values) == len(results):
-                row[column] = fmean(values)
-        ratios = [
-            base["step_s"] / result["step_s"]
-            for base, result in zip(reference, results, strict=True)
-        ]
-        row["time_ratio"], row["time_ratio_range"] = fmean(ratios), [min(ratios), max(ratios)]
-        row["verdict"] = verdict(row, rows[0] if rows else row, margin)
-        rows.append(row)
-    return rows
-
-
-def verdict(row: Row, reference: Row, margin: float) -> str:
-    """The speedup, or the reason why none is claimed."""
-    if row is reference:
-        return "reference"
-    ratio = f"{row['time_ratio']:.2f}x"
-    if "judged_reward" not in row or "judged_reward" not in reference:
-        return f"{ratio} in time; held-out reward not modelled"
-    difference = row["judged_reward"] - reference["judged_reward"]
-    if abs(difference) > margin:
-        return f"no speedup claimed: held-out reward {difference:+.3f}"
-    return f"{ratio} speedup"
 
 
 def main() -> NoReturn:

@@ -1,7 +1,7 @@
 """`python -m tools.evaluate runs/<name>`: evaluate every kept checkpoint on held-out prompts.
 
 Works after the run, so that evaluation takes no time from it. One engine loads the checkpoints in
-turn, as it loads published weights. Responses are sampled as in training, and none is cancelled.
+turn, as it loads published weights. Rollouts are played as in training, and none is cancelled.
 Writes runs/<name>/evaluations.jsonl (step, reward_mean, accuracy if all rewards are 0 or 1, number
 of responses, length statistics) and prints it. Driven by hand and by `tools.compare`.
 """
@@ -11,22 +11,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import numpy as np
-
 from actors.environments import Environment, EnvironmentFailure, make_environment
 from actors.inference import weights
-from actors.prompts import PromptTooLong, response_limit
+from actors.inference.generation import EngineDied
+from actors.playing import Player
+from actors.prompts import PromptTooLong
 from buffer.data.skipped_prompts import SkippedPrompts
 from buffer.data.sources import make_sources
+from buffer.processes.private_folder import private_folder
+from buffer.records import settings
 from buffer.records.files import atomic_write
-from buffer.records.metrics import judged
-from buffer.wire.messages import PromptPayload
+from buffer.records.held_out import Answer, judged
+from buffer.wire.messages import Failed, Finished, PromptPayload
 from configs.command import run_command
+from configs.model_path import check_model
 from configs.schema import Config
 from tools.export import load_checkpoint, run_config, steps_saved
 from tools.reporting.run_directory import EVALUATIONS, Row
@@ -52,6 +56,7 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
             f"{run}/checkpoints holds no checkpoint; learner.checkpoint_every and "
             "learner.keep_checkpoints control which ones a run keeps"
         )
+    check_model(config.model.path)
     config = replace(
         config,
         eval=replace(
@@ -60,6 +65,23 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
             samples_per_prompt=samples or config.eval.samples_per_prompt,
         ),
     )
+    rows = _outside_any_loop(lambda: _judge_all(config, run, steps))
+    atomic_write(run / EVALUATIONS, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _outside_any_loop(call: Callable[[], list[Row]]) -> list[Row]:
+    """The result of `call`, which runs an event loop of its own: a notebook's thread has one."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return call()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
+
+
+def _judge_all(config: Config, run: Path, steps: list[int]) -> list[Row]:
+    """The row of each checkpoint, printed as soon as it is known."""
     rows = []
     for row in _judge(config, run, steps):
         rows.append(row)
@@ -73,21 +95,28 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
             f"p99 {row['length_p99']:.0f}",
             flush=True,
         )
-    atomic_write(run / EVALUATIONS, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
 def _judge(config: Config, run: Path, steps: list[int]) -> Iterator[Row]:
-    import safetensors.torch
+    sources = make_sources(config)
+    settings.check_data(run, config, sources.digests)
+    environment = make_environment(config)
 
     # Here, because it takes seconds; mistakes are reported before.
-    from actors.inference.engine import Engine
-    from learner.publish import DTYPES, gather
+    import safetensors.torch
 
-    prompts = make_sources(config).eval_prompts
-    environment = make_environment(config)
-    engine = Engine(config)
-    with asyncio.Runner() as runner:
+    from actors.inference.engine import Engine
+    from learner.snapshots.publish import DTYPES, gather
+
+    num_responses = len(sources.eval_prompts) * config.eval.samples_per_prompt
+    print(
+        f"loading {config.model.path} into an engine, to judge {len(steps)} checkpoints by "
+        f"{num_responses} responses each",
+        flush=True,
+    )
+    with private_folder(), asyncio.Runner() as runner:
+        engine = Engine(config)
         try:
             for step in steps:
                 state = gather(
@@ -95,7 +124,7 @@ def _judge(config: Config, run: Path, steps: list[int]) -> Iterator[Row]:
                 )
                 runner.run(weights.swap(step, safetensors.torch.save(state), engine))
                 yield {"step": step} | runner.run(
-                    _answer(config, engine, environment, prompts, step)
+                    _answer(config, engine, environment, sources.eval_prompts)
                 )
         finally:
             environment.close()
@@ -107,32 +136,29 @@ async def _answer(
     engine: Engine,
     environment: Environment,
     prompts: list[PromptPayload],
-    step: int,
 ) -> Row:
     """Answer every prompt `eval.samples_per_prompt` times, with the same seeds at every step."""
-
+    player = Player(config, engine, environment)
     skipped = SkippedPrompts(config.data.max_skipped_frac)
 
-    async def answer(number: int, prompt: PromptPayload) -> tuple[float, int] | None:
+    async def answer(number: int, prompt: PromptPayload) -> Answer | None:
         try:
-            ids = environment.render(prompt, engine.tokenizer)
-            generation = engine.launch(
-                f"{step}/{number}",
-                ids,
-                response_limit(prompt, len(ids), config),
-                seed=config.run.seed * 1_000_003 + number,
-            )
-            await generation.finished
-            text = engine.tokenizer.decode(
-                generation.tokens, skip_special_tokens=not environment.keep_special_tokens
-            )
-            return await environment.score(prompt, text), len(generation.tokens)
+            opening = player.opening(prompt)
+            rollout = player.start(opening, number, seed=config.run.seed * 1_000_003 + number)
+            end = await player.play(rollout)
+            if isinstance(end, Finished):
+                return Answer(prompt.kind, end.reward, end.num_tokens)
+            if not isinstance(end, Failed):
+                raise EngineDied(f"vLLM's processes ended by themselves: {engine.cause}")
+            failure = end.error
+        except EnvironmentFailure as error:
+            failure = str(error)
         except PromptTooLong as error:
             skipped.add(prompt, str(error))
-        except EnvironmentFailure as error:
-            if config.data.on_error == "stop":
-                raise ValueError(f"{error} (data.on_error=skip continues without it)") from error
-            skipped.add(prompt, str(error))
+            return None
+        if config.data.on_error == "stop":
+            raise ValueError(f"{failure} (data.on_error=skip continues without it)")
+        skipped.add(prompt, failure)
         return None
 
     samples = [prompt for prompt in prompts for _ in range(config.eval.samples_per_prompt)]
@@ -142,16 +168,8 @@ async def _answer(
         raise ValueError(skipped.refusal(len(samples)))
     if skipped.num_skipped:
         print(skipped.summary(len(samples)), flush=True)
-    lengths = np.array([tokens for _, tokens in answers])
-    return {
-        **{
-            name.removeprefix("eval/"): value
-            for name, value in judged([reward for reward, _ in answers]).items()
-        },
-        "responses": len(answers),
-        "length_mean": float(lengths.mean()),
-        **{f"length_p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)},
-    }
+    row = {name.removeprefix("eval/"): value for name, value in judged(answers).items()}
+    return row | {"responses": len(answers)}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

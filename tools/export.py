@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from buffer.records.files import atomic_folder
 from configs import cli
 from configs.command import run_command
+from configs.model_path import check_model
 from configs.schema import Config
 
 GENERATION_FILE = "generation_config.json"
@@ -37,11 +38,30 @@ def run_config(run: Path) -> Config:
 
 def load_checkpoint(config: Config, run: Path, step: int) -> Any:
     """Load the model after `step` steps, in float32 on the CPU. Raises `ValueError` on failure."""
-    from learner import checkpoint, fsdp  # here, so that --help need not wait for torch
+    check_model(config.model.path)
+    from learner import adapters, checkpoint, fsdp  # here, so that --help need not wait for torch
 
-    model = fsdp.load_model(config.model)
+    model = fsdp.load_model(config.model, fsdp.held_dtype(config.model))
     checkpoint.load_weights(run / "checkpoints" / f"step_{step:06d}", model)
+    model.float()
+    adapters.merge(model)
     return model
+
+
+def best_step(run: Path) -> int:
+    """The step of the kept checkpoint with the best evaluation, the latest of equals.
+
+    Raises `ValueError` if none was evaluated.
+    """
+    from learner.retention import evaluations
+
+    results = evaluations(run / "checkpoints")
+    if not results:
+        raise ValueError(
+            f"{run} has no checkpoint that was evaluated during the run (eval.every, "
+            "learner.checkpoint_every); tools.evaluate evaluates those that it has"
+        )
+    return max(results, key=lambda step: (results[step], step))
 
 
 def export(run: Path, target: Path, step: int | None = None) -> int:
@@ -61,7 +81,8 @@ def export(run: Path, target: Path, step: int | None = None) -> int:
             f"{target} exists already; name a folder that does not exist, because an engine would "
             "load two models from one folder"
         )
-    from learner.publish import DTYPES  # here, so that --help need not wait for it
+    print(f"reading step {step} of {run}", flush=True)
+    from learner.snapshots.publish import DTYPES  # here, so that --help need not wait for it
 
     model = load_checkpoint(config, run, step)
     with atomic_folder(target) as folder:
@@ -91,11 +112,15 @@ def write_model(model: Any, source: str, folder: Path) -> None:
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="directory of a run, such as runs/demo")
     parser.add_argument("folder", type=Path, help="folder to write the model to; it must not exist")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    which.add_argument(
+        "--best", action="store_true", help="take the checkpoint with the highest eval/reward_mean"
+    )
 
 
 def run(given: argparse.Namespace) -> None:
-    step = export(given.run, given.folder, given.step)
+    step = export(given.run, given.folder, best_step(given.run) if given.best else given.step)
     print(f"{given.folder}: the model after {step} steps of {given.run}")
 
 

@@ -64,8 +64,10 @@ def compare(path: Path) -> int:
     """Replay every segment of the log in `path` and print the result. Returns the exit status."""
     started = time.perf_counter()
     num_events = num_decisions = 0
+    first_step: int | None = None
     for number, session in enumerate(read_sessions(path), 1):
-        result = replay(*session)
+        first_step = session.step if first_step is None else first_step
+        result = replay(session.config, session.state, session.events)
         if result.difference is not None:
             place, event, recorded, replayed = result.difference
             print(
@@ -78,21 +80,37 @@ def compare(path: Path) -> int:
         num_decisions += result.num_decisions
     rate = num_events / max(time.perf_counter() - started, 1e-9)
     print(f"{num_events} events, {num_decisions} decisions: identical ({rate:,.0f} events/s)")
+    if first_step:
+        print(removed(first_step))
     return ExitStatus.OK
+
+
+def removed(first_step: int) -> str:
+    """Tell that the log does not reach back to the beginning of the run."""
+    return (
+        f"the records begin at step {first_step}: buffer.keep_event_bytes bounds the event log, "
+        "and older ones were removed"
+    )
 
 
 def tell(path: Path, group_id: int | None, prompt_id: str | None) -> int:
     """Print the life of one group, or of all groups of a prompt. Returns the exit status."""
     num_lines = 0
     story = Story(group_id, prompt_id)
+    first_step: int | None = None
     for session in read_sessions(path):
+        if first_step is None and (first_step := session.step):
+            print(removed(first_step))
         for entry in session.events:
             for line in story.lines(entry):
                 num_lines += 1
                 print(line)
     if not num_lines:
         wanted = f"group {group_id}" if prompt_id is None else f"prompt {prompt_id}"
-        raise ValueError(f"{path} holds nothing about {wanted}; groups.jsonl lists the groups")
+        begins = f" ({removed(first_step)})" if first_step else ""
+        raise ValueError(
+            f"{path} holds nothing about {wanted}{begins}; groups.jsonl lists the groups"
+        )
     return ExitStatus.OK
 
 

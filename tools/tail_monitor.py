@@ -2,12 +2,14 @@
 
     python tools/tail_monitor.py                       attach to the default buffer.address
     python tools/tail_monitor.py --once                one frame as text
+    python tools/tail_monitor.py --svg FILE            one frame as a picture
     python tools/tail_monitor.py --json                one JSON object per snapshot
+    python tools/tail_monitor.py --serve               a web page on this machine
     python tools/tail_monitor.py --play runs/<name>    play a finished run
 
-Owns the keyboard and the screen; `tools.monitor.frame` draws. It only listens to states that the
-buffer publishes anyway, on a socket that drops messages to slow listeners, so it cannot slow the
-run. Run by hand.
+Owns the keyboard and the screen; `tools.monitor.frame` draws, and `tools.monitor.web` serves. It
+only listens to states that the buffer publishes anyway, on a socket that drops messages to slow
+listeners, so it cannot slow the run. Run by hand.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import select
 import sys
 import termios
+import threading
 import time
 import tty
 from collections.abc import Iterator
@@ -34,20 +37,32 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from buffer.records.files import atomic_write
 from buffer.wire.client import MonitorLink
 from buffer.wire.keys import find_keys
 from buffer.wire.messages import LiveState
 from buffer.wire.transport import TransportError, next_port
 from configs.command import run_command
+from configs.errors import one_line
 from configs.schema import BufferConfig, RunConfig
 from tools.monitor.frame import SILENCE_S, frame, pressed
+from tools.monitor.picture import parse_size, picture
 from tools.monitor.playback import Replay
 from tools.monitor.views import View
+from tools.monitor.web import MonitorServer, parse_address
 
 FIRST_NEWS_S = 10.0
 POLL_S = 0.05
 ARROWS = {b"A": "up", b"B": "down", b"C": "right", b"D": "left"}
 PIPED_SIZE = (100, 40)
+SEEKS = {
+    ",": (0.0, -1),
+    ".": (0.0, 1),
+    "<": (-0.1, 0),
+    ">": (0.1, 0),
+    "0": (-1.0, 0),
+    "$": (1.0, 0),
+}
 
 
 class Dashboard:
@@ -92,9 +107,22 @@ def first_snapshot(source: MonitorLink | Replay, address: str) -> LiveState:
     return snapshot
 
 
+def newest(source: MonitorLink | Replay, address: str) -> LiveState:
+    return source.last() if isinstance(source, Replay) else first_snapshot(source, address)
+
+
+def save_svg(source: MonitorLink | Replay, address: str, file: Path, size: tuple[int, int]) -> None:
+    """Write one coloured frame of `size` as a picture that refers to no other file."""
+    snapshot, (width, height) = newest(source, address), size
+    view = View(source="replay" if isinstance(source, Replay) else "")
+    lines = frame(snapshot, view, width, height + 1)[:-1]  # without the keys
+    atomic_write(file, picture(lines, width, snapshot.run_name))
+    print(file)
+
+
 def print_once(source: MonitorLink | Replay, address: str, console: Console) -> None:
     """Print one frame, coloured in a terminal and as plain text otherwise."""
-    snapshot = source.last() if isinstance(source, Replay) else first_snapshot(source, address)
+    snapshot = newest(source, address)
     view = View(
         color=console.color_system is not None,
         source=described(source) if isinstance(source, Replay) else "",
@@ -133,8 +161,8 @@ def watch(source: MonitorLink | Replay, address: str, console: Console) -> None:
                 if key in ("q", "\x03"):
                     return
                 changed = True
-                if isinstance(source, Replay):
-                    steer(source, key)
+                if isinstance(source, Replay) and (found := steer(source, key)):
+                    dashboard.show(found)
                 if dashboard.snapshot:
                     dashboard.view = pressed(dashboard.view, key, dashboard.snapshot)
             if isinstance(source, Replay):
@@ -148,14 +176,40 @@ def watch(source: MonitorLink | Replay, address: str, console: Console) -> None:
                 drawn_s, size = time.monotonic(), (console.width, console.height)
 
 
-def steer(replay: Replay, key: str) -> None:
-    """Space pauses and continues; + and - change the speed."""
+def serve(source: MonitorLink | Replay, address: str, given: str) -> None:
+    """Serve the dashboard as a web page until Ctrl-C."""
+    host, port = parse_address(given)
+    dashboard = Dashboard(address, color=True)
+
+    def lines(width: int, height: int) -> list[Text]:
+        return dashboard.lines(width, height + 1)[:-1]  # without the keys, which a page lacks
+
+    def state() -> bytes | None:
+        return msgspec.json.encode(dashboard.snapshot) if dashboard.snapshot else None
+
+    try:
+        server = MonitorServer(host, port, lines, state)
+    except OSError as error:
+        raise ValueError(f"--serve={given}: {one_line(error)}; choose another port") from error
+    with server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        print(f"serving {server.url} until Ctrl-C", flush=True)
+        while True:
+            if isinstance(source, Replay):
+                dashboard.view = replace(dashboard.view, source=described(source))
+            if snapshot := source.receive(0.2):
+                dashboard.show(snapshot)
+
+
+def steer(replay: Replay, key: str) -> LiveState | None:
+    """Space pauses and continues, + and - change the speed, and `SEEKS` move to another step."""
     if key == " ":
         replay.held = not replay.held
     if key in ("+", "="):
-        replay.speed = min(replay.speed * 2, 64)
+        replay.change_speed(2)
     if key == "-":
-        replay.speed = max(replay.speed / 2, 1 / 16)
+        replay.change_speed(0.5)
+    return replay.seek(*SEEKS[key]) if key in SEEKS else None
 
 
 def described(replay: Replay) -> str:
@@ -215,24 +269,53 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--once", action="store_true", help="print one frame as text and exit")
     output.add_argument(
+        "--svg",
+        type=Path,
+        metavar="FILE",
+        help="write one frame to this file as a picture, and exit",
+    )
+    output.add_argument(
         "--json",
         action="store_true",
         help="print one JSON object per snapshot until the run is done",
+    )
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        default="200x50",
+        metavar="COLUMNSxLINES",
+        help="size of the picture of --svg (default: %(default)s)",
+    )
+    output.add_argument(
+        "--serve",
+        nargs="?",
+        const="8090",
+        metavar="[HOST:]PORT",
+        help="serve the view as a web page, which can change nothing (default: port 8090 of "
+        "127.0.0.1); with another HOST, everything that reaches it can read the run's prompts",
     )
 
 
 def run(given: argparse.Namespace) -> None:
     console = Console(highlight=False)
-    if not (given.once or given.json) and not (console.is_terminal and sys.stdin.isatty()):
-        raise ValueError("input and output are not a terminal: use --once or --json")
+    if not (given.once or given.svg or given.json or given.serve) and not (
+        console.is_terminal and sys.stdin.isatty()
+    ):
+        raise ValueError(
+            "input and output are not a terminal: use --once, --svg, --json or --serve"
+        )
     keys = find_keys(given.address, Path(RunConfig().dir)) if given.keys is None else given.keys
     with contextlib.closing(
         Replay(given.play) if given.play else MonitorLink(next_port(given.address), keys)
     ) as source:
         if given.once:
             print_once(source, given.address, console)
+        elif given.svg:
+            save_svg(source, given.address, given.svg, given.size)
         elif given.json:
             print_json(source, given.address)
+        elif given.serve:
+            serve(source, given.address, given.serve)
         else:
             watch(source, given.address, console)
 

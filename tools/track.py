@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -32,97 +29,13 @@ from configs.command import run_command
 from configs.errors import ExitStatus, one_line
 from configs.schema import Config
 from tools.export import run_config
-from tools.reporting.run_directory import Row, is_number
-from tools.reporting.trackers import TRACKERS, Identity, Step, Tracker
+from tools.reporting.new_rows import NewSteps
+from tools.reporting.trackers import TRACKERS, Identity, Tracker
 
 POLL_S = 1.0
 RETRY_S = 10.0
 CLOSE_S = 20.0  # for a tracker's library to finish; the rest is uploaded by a later call
 STATES = "trackers"
-
-
-class NewLines:
-    """Reads the JSON lines that a file has gained since the last call."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.restart()
-
-    def restart(self) -> None:
-        self._inode, self._offset = 0, 0
-
-    def read(self) -> tuple[bool, list[Row]]:
-        """Whether the lines are counted from the start of the file again, and the new lines.
-
-        The first call does that, and a run that takes steps back, since it writes the file again.
-        """
-        if not self._path.exists():
-            return False, []
-        with self._path.open("rb") as file:
-            inode = os.fstat(file.fileno()).st_ino
-            again = inode != self._inode or file.seek(0, os.SEEK_END) < self._offset
-            self._inode, self._offset = inode, 0 if again else self._offset
-            file.seek(self._offset)
-            whole = file.read().rpartition(b"\n")
-        self._offset += len(whole[0]) + len(whole[1])
-        return again, [json.loads(line) for line in whole[0].split(b"\n") if line]
-
-
-class NewSteps:
-    """Reads the steps that a run has recorded since the last call."""
-
-    def __init__(self, folder: Path, groups_per_step: int, first: int) -> None:
-        """`first` is the first step to be read, unless the run has taken it back."""
-        self.next_step = first
-        self._groups_per_step = groups_per_step
-        self._rows = NewLines(folder / "metrics.jsonl")
-        self._groups = NewLines(folder / "groups.jsonl")
-        self._samples = NewLines(folder / "samples.jsonl")
-        self._num_groups = 0  # trained, in the part of groups.jsonl that was read
-        self._lengths: defaultdict[int, list[int]] = defaultdict(list)
-        self._responses: defaultdict[int, list[Row]] = defaultdict(list)
-
-    def read(self) -> list[Step]:
-        again, rows = self._rows.read()
-        if again:
-            self._groups.restart()
-            self._samples.restart()
-            self._num_groups = 0
-            self._lengths.clear()
-            self._responses.clear()
-            self.next_step = min(self.next_step, rows[-1]["step"] + 1 if rows else 0)
-        self._read_groups()
-        for sample in self._samples.read()[1]:
-            self._responses[sample["step"]].append(sample)
-        return [self._step(row) for row in rows if row["step"] >= self.next_step]
-
-    def _read_groups(self) -> None:
-        for group in self._groups.read()[1]:
-            if group["end"] == "shipped":
-                of_step = self._lengths[self._num_groups // self._groups_per_step]
-                of_step += [rollout["tokens"] for rollout in group["rollouts"]]
-                self._num_groups += 1
-
-    def _step(self, row: Row) -> Step:
-        number = row["step"]
-        values = {name: float(row[name]) for name in row if "/" in name and is_number(row[name])}
-        step = Step(number, values, self._lengths[number], extremes(self._responses[number]))
-        for kept in (self._lengths, self._responses):
-            for old in [one for one in kept if one <= number]:
-                del kept[old]
-        return step
-
-
-def extremes(samples: Sequence[Row]) -> list[Row]:
-    """The shortest and the longest response to each prompt."""
-    by_prompt: defaultdict[str, list[Row]] = defaultdict(list)
-    for sample in samples:
-        by_prompt[sample["prompt_id"]].append(sample)
-    ends = []
-    for group in by_prompt.values():
-        group.sort(key=itemgetter("tokens"))
-        ends += [group[0], group[-1]] if len(group) > 1 else group
-    return ends
 
 
 class Mirror:
@@ -165,14 +78,21 @@ class Mirror:
         tracker = TRACKERS[self.name](
             Identity(self._folder, run.project, run.name, cast(dict[str, Any], settings), known)
         )
-        steps = NewSteps(self._folder, self._config.batch.groups, state.get("next_step", 0))
+        steps = NewSteps(self._folder, state.get("next_step", 0))
         with closing(tracker):
             self._remember(tracker, steps)
             say(f"{self.name}: logging to {tracker.where}")
             last = False
             while not last:
                 last = self.finish.wait(POLL_S)
-                for step in steps.read():
+                read = steps.read()
+                if steps.num_removed:
+                    say(
+                        f"{self.name}: the records begin at step {steps.first_step}; "
+                        f"{steps.num_removed} steps before it were removed "
+                        "(buffer.keep_row_bytes) and cannot be logged"
+                    )
+                for step in read:
                     tracker.log(step)
                     steps.next_step = step.number + 1
                     self._remember(tracker, steps)

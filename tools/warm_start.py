@@ -16,10 +16,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # On a busy machine, threads that spin while they wait for one another take five times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -75,11 +75,15 @@ INIT_GAIN = 0.8  # matrices start as N(0, gain / sqrt(fan_in)), embeddings as N(
 WARMUP_STEPS, FINAL_LR_FRAC = 50, 0.02
 
 
+Part = tuple[str, bool]  # a piece of text, and whether the model is to write it
+
+
 @dataclass(frozen=True)
 class Phase:
     """Steps on traces of one grammar, each on a pack of about `tokens` tokens."""
 
-    grammar: Grammar
+    grammar: Grammar = FULL
+    _: KW_ONLY
     steps: int
     tokens: int
     lr: float
@@ -87,6 +91,21 @@ class Phase:
     decays: bool = False  # the learning rate falls linearly to FINAL_LR_FRAC of lr
 
 
+def draw_tagged_sum(random: Random, phase: Phase, short: bool) -> list[Part]:
+    """A problem and a trace of the embedded task."""
+    problem = draw_problem(random, max_digits=5 if short else MAX_DIGITS)
+    return [(problem, False), (draw_trace(random, problem, phase.grammar), True)]
+
+
+class Task(NamedTuple):
+    """Texts to train on. `draw` returns the next one in parts; `words` join the vocabulary."""
+
+    name: str
+    words: tuple[str, ...]
+    draw: Callable[[Random, Phase, bool], list[Part]]
+
+
+TAGGED_SUM = Task("tagged_sum", (), draw_tagged_sum)
 PHASES = (
     Phase(SINGLE_PASS, steps=230, tokens=1024, lr=3e-3, short_frac=1 / 3),
     Phase(CLEAN, steps=220, tokens=1536, lr=3e-3),
@@ -94,7 +113,9 @@ PHASES = (
 )
 
 
-def warm_start(folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) -> bool:
+def warm_start(
+    folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES, task: Task = TAGGED_SUM
+) -> bool:
     """Make `folder` unless this recipe has already made it. Returns whether it was made now.
 
     Raises `ValueError` if the folder exists but was not made by this tool.
@@ -107,6 +128,7 @@ def warm_start(folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) 
                 "phases": [asdict(phase) for phase in phases],
                 "seed": seed,
             }
+            | ({} if task == TAGGED_SUM else {"task": task.name, "words": task.words})
         )
     )
     recipe["digest"] = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
@@ -121,8 +143,9 @@ def warm_start(folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) 
             print(f"{folder} already exists, made by this recipe with seed {seed}")
             return False
     started = time.monotonic()
-    tokenizer, model = build_tokenizer(), build_model(seed)
-    train(model, tokenizer, phases, seed, ProgressLine(sum(phase.steps for phase in phases)))
+    tokenizer, model = build_tokenizer(task.words), build_model(seed)
+    show = ProgressLine(sum(phase.steps for phase in phases))
+    train(model, tokenizer, phases, seed, show, task=task)
     transformers_logging.disable_progress_bar()  # saving takes a tenth of a second
     with atomic_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
@@ -135,13 +158,13 @@ def warm_start(folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) 
     return True
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of words and single characters with 33 entries.
+def build_tokenizer(words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer of words and single characters: those of the embedded task, and `words`.
 
     Decoding joins the tokens without spaces, so text survives a round trip.
     """
     tokenizer = Tokenizer(
-        WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>")
+        WordLevel({token: i for i, token in enumerate([*VOCABULARY, *words])}, unk_token="<unk>")
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[a-z]+|[^a-z]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -179,13 +202,14 @@ def train(
     phases: tuple[Phase, ...],
     seed: int,
     show: Callable[[int, float], None],
+    task: Task = TAGGED_SUM,
 ) -> None:
     """Train in place, with supervision. Calls `show(steps done, loss)` after each step."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     random, step = Random(seed), 0
     model.train()
     for phase in phases:
-        packs = draw_packs(random, tokenizer, phase)
+        packs = draw_packs(random, tokenizer, phase, task)
         for phase_step in range(phase.steps):
             decay = 1 - (1 - FINAL_LR_FRAC) * phase_step / phase.steps if phase.decays else 1.0
             optimizer.param_groups[0]["lr"] = phase.lr * decay * min(1.0, (step + 1) / WARMUP_STEPS)
@@ -206,25 +230,28 @@ def train(
 
 
 def draw_packs(
-    random: Random, tokenizer: PreTrainedTokenizerFast, phase: Phase
+    random: Random, tokenizer: PreTrainedTokenizerFast, phase: Phase, task: Task = TAGGED_SUM
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield (tokens, positions, targets) forever, int64 [T] with T <= phase.tokens.
 
-    A target of -100 is ignored: that of a prompt, and that of the last token of a trace.
+    A target of -100 is ignored: those of parts that the model does not write.
     """
     pack: tuple[list[int], list[int], list[int]] = ([], [], [])
     num_drawn = 0
     while True:
         short = num_drawn < phase.short_frac * phase.steps
-        problem = draw_problem(random, max_digits=5 if short else MAX_DIGITS)
-        prompt = tokenizer.encode(problem)
-        response = tokenizer.encode(draw_trace(random, problem, phase.grammar))
-        if len(pack[0]) + len(prompt) + len(response) > phase.tokens:
+        tokens: list[int] = []
+        targets: list[int] = []
+        for text, written in task.draw(random, phase, short):
+            ids = tokenizer.encode(text)
+            tokens += ids
+            targets += ids if written else [-100] * len(ids)
+        if len(pack[0]) + len(tokens) > phase.tokens:
             yield tuple(torch.tensor(column) for column in pack)  # type: ignore[misc]
             pack, num_drawn = ([], [], []), num_drawn + 1
-        pack[0].extend(prompt + response)
-        pack[1].extend(range(len(prompt) + len(response)))
-        pack[2].extend([-100] * (len(prompt) - 1) + response + [-100])
+        pack[0].extend(tokens)
+        pack[1].extend(range(len(tokens)))
+        pack[2].extend([*targets[1:], -100])
 
 
 class ProgressLine:
@@ -267,14 +294,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(given: argparse.Namespace) -> None:
-    warm_start(given.folder, given.seed)
+def main(
+    description: str = "Train the embedded default, a tiny reasoner, from scratch.",
+    phases: tuple[Phase, ...] = PHASES,
+    task: Task = TAGGED_SUM,
+) -> NoReturn:
+    def run(given: argparse.Namespace) -> None:
+        warm_start(given.folder, given.seed, phases, task)
 
-
-def main() -> NoReturn:
-    run_command(
-        "Train the embedded default, a tiny reasoner, from scratch.", run, arguments=arguments
-    )
+    run_command(description, run, arguments=arguments)
 
 
 if __name__ == "__main__":

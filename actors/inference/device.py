@@ -1,7 +1,10 @@
-"""The device of this installation's engines, found without importing vLLM, which takes seconds."""
+"""The device of this installation's engines and the memory of their caches, checked without
+importing vLLM, which takes seconds.
+"""
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 
 from configs.schema import Config
@@ -21,3 +24,15 @@ def engine_type(config: Config) -> str:
         f"{engine_device(config)}/{config.model.dtype}/tp{config.actors.tensor_parallel}"
         f"{f'/emulated {curve}' if curve else ''}"
     )
+
+
+def check_cache(config: Config) -> None:
+    """Raises `ValueError` if the caches of CPU engines are larger than this machine's memory."""
+    actors = config.actors
+    there_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if engine_device(config) == "cpu" and actors.num_engines * actors.kv_cache_gib > there_gib:
+        raise ValueError(
+            f"actors.kv_cache_gib={actors.kv_cache_gib:g}: the caches of actors.num_engines="
+            f"{actors.num_engines} engines do not fit this machine's {there_gib:.1f} GiB of "
+            "memory, so no engine would start; lower either"
+        )

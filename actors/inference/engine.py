@@ -29,12 +29,13 @@ from actors.inference import vllm_errors
 from actors.inference.device import engine_device
 from actors.inference.generation import BASE_VERSION, EngineDied, Generation, Measurement, Meter
 from actors.inference.step_pace import OPTION
+from actors.inference.vllm_options import check_options
 from actors.inference.weights import SwapFailed
+from buffer.processes.descendants import OWNER
 from configs.errors import one_line
 from configs.schema import Config, SamplingConfig
 
-# vLLM reads these on import, here and in its processes. A user sees its errors, not its progress.
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# vLLM reads these on import, here and in its processes.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -42,6 +43,7 @@ os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 # A worker has nothing to save, and would take 5 s to end by itself.
 os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
 
+import pydantic
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
@@ -60,7 +62,8 @@ CLOSE_S = 7.0  # after this, vLLM's processes are killed and leave shared memory
 def engine_args(config: Config, seed: int = 0) -> AsyncEngineArgs:
     """vLLM's options for one engine of this run. `seed` is that of requests without one.
 
-    Raises `ValueError` if this vLLM was not built for `actors.device`.
+    Raises `ValueError` if this vLLM was not built for `actors.device`, or for an option of
+    `actors.vllm` that cannot be set.
     """
     device = engine_device(config)
     if device != current_platform.device_type:
@@ -97,21 +100,22 @@ def engine_args(config: Config, seed: int = 0) -> AsyncEngineArgs:
         )
     else:
         special = {"gpu_memory_utilization": config.actors.gpu_memory_frac}
-    return AsyncEngineArgs(
-        model=config.model.path,
-        dtype=config.model.dtype,  # type: ignore[arg-type]
-        max_model_len=config.model.max_context,
+    options: dict[str, Any] = {
+        "model": config.model.path,
+        "dtype": config.model.dtype,
+        "hf_overrides": {"head_dtype": config.model.head_dtype},
+        "max_model_len": config.model.max_context,
         # One more for `Engine.score`, which never waits for a rollout.
-        max_num_seqs=config.actors.slots + 1,
-        tensor_parallel_size=config.actors.tensor_parallel,
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        worker_extension_cls="actors.inference.extension.SnapshotLoader",
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        seed=seed,
-        **special,
-    )
+        "max_num_seqs": config.actors.slots + 1,
+        "tensor_parallel_size": config.actors.tensor_parallel,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": "actors.inference.extension.SnapshotLoader",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": seed,
+    }
+    return AsyncEngineArgs(**options | special | check_options(config))
 
 
 def sampling_params(sampling: SamplingConfig, max_tokens: int, seed: int) -> SamplingParams:
@@ -139,8 +143,10 @@ class Engine:
         """Load `model.path`. `seed` decides all samples, unless `sampling.seeded`.
 
         Engines of one run must have different seeds; otherwise they may sample the same responses.
-        Raises `ValueError` for options that cannot work, or for a model that vLLM cannot run.
+        Raises `ValueError` for options that cannot work, or for a model that vLLM cannot run. Needs
+        a `private_folder`, because vLLM's processes leave their sockets behind.
         """
+        assert OWNER in os.environ, "an engine was started outside a private folder"
         if os.path.isdir(config.model.path):
             os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ[FRONTEND_PID] = str(os.getpid())
@@ -155,7 +161,7 @@ class Engine:
         try:
             self._llm = AsyncLLM.from_engine_args(args)
         except Exception as error:  # a model can make vLLM raise anything
-            cause = self.cause or one_line(error)
+            cause = self.cause or _said(error)
             self._causes.close()
             raise ValueError(
                 f"model.path={config.model.path}: vLLM cannot run it: {cause}"
@@ -318,6 +324,13 @@ class Engine:
         self._llm.shutdown(timeout=CLOSE_S)
         self._causes.close()
         del self._llm  # now, since its destructor fails while the interpreter ends
+
+
+def _said(error: Exception) -> str:
+    """On one line. A refused option of vLLM's also shows all other options, and a link."""
+    if isinstance(error, pydantic.ValidationError):
+        return "; ".join(one["msg"] for one in error.errors())
+    return one_line(error)
 
 
 class _Router:

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from buffer.wire.messages import PolicyLoaded, SnapshotRef
+from buffer.wire.snapshots import Data
 
-Fetch = Callable[[SnapshotRef], bytes]  # blocks; raises like buffer.wire.snapshots.fetch
+Fetch = Callable[[SnapshotRef], Data]  # blocks; raises like buffer.wire.snapshots.fetch
 T = TypeVar("T")
 
 
@@ -45,7 +46,7 @@ async def load(policy: SnapshotRef, fetch: Fetch, engine: Swappable) -> PolicyLo
     return PolicyLoaded(version=policy.version, fetch_s=fetch_s, pause_s=pause_s)
 
 
-async def swap(version: int, data: bytes, engine: Swappable) -> float:
+async def swap(version: int, data: Data, engine: Swappable) -> float:
     """Make `engine` load `data`, a snapshot's bytes, as policy `version`.
 
     Returns the length of the pause in decoding, in seconds.
@@ -60,7 +61,7 @@ async def swap(version: int, data: bytes, engine: Swappable) -> float:
         os.close(handle)
 
 
-def _write(handle: int, data: bytes) -> None:
+def _write(handle: int, data: Data) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view) :]
@@ -76,7 +77,10 @@ async def in_thread(function: Callable[[], T]) -> T:
 
     def settle(result: T | None, error: BaseException | None) -> None:
         if not future.done():  # it may have been cancelled
-            future.set_result(result) if error is None else future.set_exception(error)  # type: ignore[arg-type]
+            if error is None:
+                future.set_result(result)  # type: ignore[arg-type]
+            else:
+                future.set_exception(error)
 
     def run() -> None:
         try:

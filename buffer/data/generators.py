@@ -28,6 +28,8 @@ class TaggedSumSource:
     whether it is drawn or not.
     """
 
+    digest = ""
+
     def __init__(self, size: int, seed: int) -> None:
         most = tagged_sum.MAX_PROBLEMS // 2  # beyond that, most draws would be repetitions
         if size > most:
@@ -71,6 +73,7 @@ class TaggedSumSource:
             messages=[],
             answer=tagged_sum.solve(problem),
             metadata="",
+            kind="deep" if tagged_sum.is_deep(problem) else "easy",
         )
 
 
@@ -78,6 +81,8 @@ class ReasoningGymSource:
     """A task of reasoning-gym. Prompts are generated when drawn, some tasks needing seconds for
     one; few-prompt tasks repeat them.
     """
+
+    digest = ""
 
     def __init__(self, key: str, task: str, size: int, seed: int) -> None:
         reasoning_gym = import_extra("reasoning_gym", f"{key}=reasoning_gym:{task}", "data")

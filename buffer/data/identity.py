@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from buffer.wire.messages import PromptPayload
@@ -29,6 +30,11 @@ def text_of(payload: PromptPayload) -> str:
 def hash_frac(text: str) -> float:
     """The place of `text` in [0, 1), the same for every run, machine and seed."""
     return int(_digest(text), 16) / 2**64
+
+
+def digest(names: Iterable[str]) -> str:
+    """Of names in order, none of which has a line end."""
+    return _digest("\n".join(names))
 
 
 def _digest(text: str) -> str:

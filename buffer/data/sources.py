@@ -15,20 +15,25 @@ from typing import Protocol
 import numpy as np
 
 from buffer.data.generators import ReasoningGymSource, TaggedSumSource
+from buffer.data.public_environments import PREFIX, open_environment
 from buffer.data.tables import open_table, suffix_of
 from buffer.wire.messages import PromptPayload
 from configs.schema import Config
 
 FORMS = (
-    "tagged_sum, reasoning_gym:<task>, a .jsonl, .jsonl.gz, .csv or .parquet file, or "
-    "hf:<dataset>[:<split>]"
+    "tagged_sum, reasoning_gym:<task>, verifiers:<environment>[:<split>], a .jsonl, .jsonl.gz, "
+    ".csv or .parquet file, or hf:<dataset>[:<split>]"
 )
 
 
 class Source(Protocol):
-    """Distinct places 0..size-1, each with a prompt."""
+    """Distinct places 0..size-1, each with a prompt.
+
+    digest: of all its rows; "" for a generator, whose prompts follow from its name and the seed.
+    """
 
     size: int
+    digest: str
 
     def __getitem__(self, index: int) -> PromptPayload: ...
 
@@ -76,10 +81,14 @@ class PromptStream:
 
 @dataclass(frozen=True)
 class Sources:
-    """The training prompts of a run, and its evaluation prompts (empty if eval.every=0)."""
+    """The training prompts of a run, and its evaluation prompts (empty if eval.every=0).
+
+    digests: of the rows of each file or dataset, by its key.
+    """
 
     train: PromptStream
     eval_prompts: list[PromptPayload]
+    digests: dict[str, str]
 
 
 def make_sources(config: Config) -> Sources:
@@ -87,19 +96,22 @@ def make_sources(config: Config) -> Sources:
     malformed or too small.
     """
     train = _open_source("data.train", config.data.train, config)
+    opened = {"data.train": train}
     num_eval = config.eval.num_prompts if config.eval.every else 0
     if num_eval == 0:
         eval_prompts = []
     elif config.data.eval in ("", config.data.train):
         eval_prompts = train.hold_out(num_eval)
     else:
-        eval_prompts = _open_source("data.eval", config.data.eval, config).sample(num_eval)
-    return Sources(PromptStream(train, config.run.seed), eval_prompts)
+        opened["data.eval"] = _open_source("data.eval", config.data.eval, config)
+        eval_prompts = opened["data.eval"].sample(num_eval)
+    digests = {key: source.digest for key, source in opened.items() if source.digest}
+    return Sources(PromptStream(train, config.run.seed), eval_prompts, digests)
 
 
 def is_table(form: str) -> bool:
     """Whether a value of data.train or data.eval names a file or a dataset of the user."""
-    return form.startswith("hf:") or bool(suffix_of(form))
+    return form.startswith(("hf:", PREFIX)) or bool(suffix_of(form))
 
 
 def _open_source(key: str, form: str, config: Config) -> Source:
@@ -109,6 +121,8 @@ def _open_source(key: str, form: str, config: Config) -> Source:
         return ReasoningGymSource(
             key, form.removeprefix("reasoning_gym:"), config.data.num_prompts, config.run.seed
         )
+    if form.startswith(PREFIX):
+        return open_environment(key, form)
     if is_table(form):
         return open_table(key, form, config.data)
     raise ValueError(f"{key}={form!r} is no known source; it must be {FORMS}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import csv
 import gzip
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from buffer.data.identity import HELD_OUT_FRAC, hash_frac, text_of
+from buffer.data.identity import HELD_OUT_FRAC, digest, hash_frac, text_of
 from buffer.data.rows import BadRow, not_utf8, parsed, payload_of_row
 from buffer.wire.messages import PromptPayload
 from configs.errors import one_line
@@ -28,12 +29,16 @@ Numbered = tuple[int, Any]  # the number of a row, from 1, and its value or the 
 
 
 class TableSource:
-    """Rows of a file or a dataset. `name` is how errors call it."""
+    """Rows of a file or a dataset. `name` is how errors call it.
+
+    digest: of all its rows in order, those included that are held out later.
+    """
 
     def __init__(self, name: str, rows: Iterable[Numbered], data: DataConfig) -> None:
         self.name = name
         self._payloads = _payloads(name, rows, data)
         self.size = len(self._payloads)
+        self.digest = digest(payload.prompt_id for payload in self._payloads)
 
     def __getitem__(self, index: int) -> PromptPayload:
         return self._payloads[index]
@@ -66,12 +71,11 @@ def open_table(key: str, form: str, data: DataConfig) -> TableSource:
     """The table that `form`, the value of `key`, names: one of `SUFFIXES`, or hf:..."""
     if form.startswith("hf:"):
         return TableSource(f"{key}={form}", _read_dataset(key, form), data)
-    path = Path(form)
-    if path.is_dir():
+    if os.path.isdir(form):
         raise ValueError(
             f"{key}={form}: is a folder; name one file in it, or read all of it with hf:{form}"
         )
-    if not path.exists():
+    if not os.path.exists(form):  # nor can there be one, if its name is too long
         raise ValueError(
             f"{key}={form}: there is no such file (looked from {Path.cwd()}); give the path "
             "of an existing one"
@@ -132,13 +136,15 @@ def _parsed(line: bytes) -> Any:
 
 
 def _read_csv(path: str) -> Iterator[Numbered]:
-    """Rows below the header, all values being text. Row 1 is the first one below it."""
+    """Rows below the header, which is the first line with text. All values are text, and row 1 is
+    the first one below the header.
+    """
     number = 0
     csv.field_size_limit(sys.maxsize)
     try:
         with open(path, "rb") as file:
             lines = csv.reader((line.decode("utf-8-sig") for line in file), strict=True)
-            header = next(lines, list[str]())
+            header = next((line for line in lines if line), None) or []
             if len(set(header)) < len(header):
                 raise ValueError(
                     f"{path}: the header {header} must name each column once; fix the first line"

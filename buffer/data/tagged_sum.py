@@ -20,6 +20,7 @@ EOS = "<eos>"
 MIN_DIGITS, MAX_DIGITS = 3, 6
 MAX_PROBLEMS = sum(9**n for n in range(MIN_DIGITS, MAX_DIGITS + 1))
 MAX_TRACE_TOKENS = 512  # <eos> included
+RAMBLE_SPREAD = 0.9  # standard deviation of the logarithm of the number of loops
 TOKEN = re.compile(
     r"[a-z]+|<eos>|[^a-z]"
 )  # the tokenizer's split: words, otherwise single characters
@@ -30,22 +31,33 @@ _ANSWER = re.compile(r"#([0-9]{2})" + re.escape(EOS))
 
 @dataclass(frozen=True)
 class Grammar:
-    """How traces go wrong and on. Error rates are per added digit; a trace that is neither careful
-    nor a rambler stops after one pass.
+    """How traces go wrong and on. Error rates are per added digit, `deep_error` that of the first
+    pass over a deep prompt. A trace that is neither careful nor a rambler stops after one pass.
     """
 
-    first_error: float = 0.25
-    careful_frac: float = 0.28
-    careful_error: float = 0.02
-    careful_stop: float = 0.65
+    first_error: float = 0.14
+    deep_error: float = 0.32
+    careful_frac: float = 0.06
+    careful_error: float = 0.04
+    careful_stop: float = 0.8
     ramble_frac: float = 0.13
-    ramble_error: float = 0.10
-    ramble_flip: float = 0.06
+    ramble_error: float = 0.3
+    ramble_flip: float = 0.35
+    ramble_loops: float = 20.0  # median
 
 
 FULL = Grammar()
-CLEAN = Grammar(first_error=0, careful_error=0, ramble_error=0, ramble_flip=0)
-SINGLE_PASS = Grammar(first_error=0, careful_frac=0, ramble_frac=0)
+CLEAN = Grammar(  # with more second passes than the full grammar has, so that they are learned
+    first_error=0,
+    deep_error=0,
+    careful_frac=0.28,
+    careful_error=0,
+    careful_stop=0.65,
+    ramble_error=0,
+    ramble_flip=0,
+    ramble_loops=10.0,
+)
+SINGLE_PASS = Grammar(first_error=0, deep_error=0, careful_frac=0, ramble_frac=0)
 
 
 def draw_problem(random: Random, max_digits: int = MAX_DIGITS) -> str:
@@ -63,6 +75,13 @@ def solve(prompt: str) -> str:
             f"not a tagged_sum problem: {prompt!r}; expected something like 'A6B6C2D8='"
         )
     return f"{sum(_digits(prompt)):02d}"
+
+
+def is_deep(prompt: str) -> bool:
+    """Whether `prompt` has the most digits. In such prompts a mistake is most likely, so that a
+    second look pays most.
+    """
+    return len(_digits(prompt)) == MAX_DIGITS
 
 
 def score(prompt: str, response: str) -> float:
@@ -88,7 +107,9 @@ def _digits(prompt: str) -> list[int]:
 
 
 def _draw_trace(random: Random, digits: list[int], grammar: Grammar) -> str:
-    first, total = _draw_pass(random, digits, grammar.first_error)
+    deep = len(digits) == MAX_DIGITS
+    error = grammar.deep_error if deep else grammar.first_error
+    first, total = _draw_pass(random, digits, error)
     parts = [first]
 
     def redo(error: float) -> None:
@@ -103,7 +124,8 @@ def _draw_trace(random: Random, digits: list[int], grammar: Grammar) -> str:
         while random.random() >= grammar.careful_stop:
             redo(grammar.careful_error)
     elif habit < grammar.careful_frac + grammar.ramble_frac:
-        for _ in range(max(1, round(math.exp(random.gauss(2.3, 0.9))))):
+        loops = grammar.ramble_loops * math.exp(random.gauss(0.0, RAMBLE_SPREAD))
+        for _ in range(max(1, round(loops))):
             loop = random.random()
             if loop < 0.15:
                 redo(grammar.ramble_error)

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from buffer.processes.descendants import kill_processes_of, marks
+from buffer.processes.descendants import kill_processes_of, let_close, marks
 from configs.errors import ExitStatus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,14 +100,18 @@ class Child:
 
     def terminate(self) -> None:
         """Ask it to end, with everything that it started."""
-        if self._status is None:
-            self._process.terminate()
+        self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """End it now, with everything that it started."""
         if self._status is None:
-            self._process.kill()
+            self._signal(signal.SIGKILL)
             self._clear()
+
+    def _signal(self, number: int) -> None:
+        """Send a signal unless its end is known. `Popen` would reap a child that has just ended."""
+        if self._status is None:
+            os.kill(self.pid, number)
 
     def _has_ended(self) -> bool:
         """Whether it ended. It stays a zombie, so that its process group can still be killed."""
@@ -119,6 +123,7 @@ class Child:
             os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass  # the group held nothing but the child
+        let_close(self._folder)
         kill_processes_of(self._folder)
         self._status = self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)  # the janitor tries again

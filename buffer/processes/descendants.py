@@ -15,6 +15,8 @@ from pathlib import Path
 OWNER = "DARTS_PROCESS_FOLDER"
 # Limit for a process that is stuck in the kernel, for instance because it writes to a dead disk.
 KILL_S = 5.0
+OPEN = "open-environments"  # name of the folders whose processes may still close what is in there
+CLOSE_S = 5.0  # for that
 
 
 def marks(folder: Path) -> dict[str, str]:
@@ -48,6 +50,17 @@ def kill_processes_of(folder: Path) -> None:
             except ProcessLookupError:
                 continue
         time.sleep(0.01)
+
+
+def let_close(folder: Path) -> None:
+    """Wait for the processes of `folder` that close environments because their engine has ended."""
+    deadline = time.monotonic() + CLOSE_S
+    while time.monotonic() < deadline and _holds_open(folder) and processes_of(folder):
+        time.sleep(0.02)
+
+
+def _holds_open(folder: Path) -> bool:
+    return any(files for path, _, files in os.walk(folder) if path.endswith(f"/{OPEN}"))
 
 
 def all_pids() -> list[int]:

@@ -49,7 +49,6 @@ class BufferState(msgspec.Struct, frozen=True, kw_only=True):
     cursor: Cursor
     tokens: dict[str, int]  # the cumulative sums of `metrics.jsonl`
     num_skipped: int  # prompts without which the run continued
-    groups_bytes: int  # of groups.jsonl
     policy: SnapshotRef | None
     learner: Learner | None
 
@@ -79,13 +78,11 @@ class Policy(msgspec.Struct, frozen=True, tag=True):
 class Rewound(msgspec.Struct, frozen=True, tag=True):
     """A note: a learner resumed at `step`, so later steps are withdrawn.
 
-    `groups_bytes` is the size of groups.jsonl without them, and `tokens` are the cumulative sums
-    without them. `visits` are those of the prompts that return to the stream, and `num_skipped` is
-    the number of prompts skipped by then.
+    `tokens` are the cumulative sums without them, `visits` are those of the prompts that return to
+    the stream, and `num_skipped` is the number of prompts skipped by then.
     """
 
     step: int
-    groups_bytes: int
     tokens: dict[str, int]
     visits: list[int]
     num_skipped: int
@@ -108,11 +105,16 @@ class LoggedEvent(NamedTuple):
 
 
 class Session(NamedTuple):
-    """One segment: the configuration and state of the core at its head, and the events after it."""
+    """One segment: the configuration and state of the core at its head, and the events after it.
+
+    `step` is the number of steps done before it. Above 0 in the first segment that is kept, the
+    records of earlier steps were removed.
+    """
 
     config: CoreConfig
     state: CoreState | None
     events: Iterator[LoggedEvent]
+    step: int
 
 
 class Recovered(NamedTuple):
@@ -179,7 +181,12 @@ def read_sessions(folder: Path) -> Iterator[Session]:
         return
     for segment in read_segments(folder, DISK):
         checkpoint = _checkpoint(folder, segment.checkpoint.payload)
-        yield Session(checkpoint.config, checkpoint.core, _events(folder, segment.records))
+        yield Session(
+            config=checkpoint.config,
+            state=checkpoint.core,
+            events=_events(folder, segment.records),
+            step=checkpoint.buffer.step if checkpoint.buffer else 0,
+        )
 
 
 def _events(folder: Path, records: Sequence[Record]) -> Iterator[LoggedEvent]:

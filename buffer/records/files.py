@@ -1,8 +1,8 @@
 """Files that are whole or absent, however the process dies.
 
-Owns atomic writes, the repair of torn last lines, the lock on a run's folder, and the few disk
-operations on which durability depends (`Disk`), so that a test can stop between any two of them.
-Never decides the content of a file. Used by every process of a run, so it imports nothing heavy.
+Owns atomic writes, the lock on a run's folder, and the few disk operations on which durability
+depends (`Disk`), so that a test can stop between any two of them. Never decides the content of a
+file. Used by every process of a run, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Self
 
 UNFINISHED = ".unfinished"  # suffix of files and folders that are still being written
-_BLOCK = 65_536
 
 
 class Disk:
@@ -155,26 +154,18 @@ def sync_tree(folder: Path) -> None:
         DISK.sync_folder(Path(place))
 
 
-def cut_torn_line(path: Path) -> int:
-    """Remove a last line without an end, which a kill may leave, and return its bytes.
-
-    Call it before appending to a file of lines: a record added to half a line would lose both. A
-    file that does not exist has no torn line.
-    """
-    if not path.exists():
-        return 0
-    with path.open("r+b") as file:
-        size = start = file.seek(0, os.SEEK_END)
-        end = 0
-        while start and not end:
-            stop, start = start, max(0, start - _BLOCK)
-            file.seek(start)
-            newline = file.read(stop - start).rfind(b"\n")
-            end = start + newline + 1 if newline >= 0 else 0
-        if end < size:
-            file.truncate(end)
-            os.fsync(file.fileno())
-    return size - end
+def make_run_folder(folder: Path) -> None:
+    """Make the folder of a run if it is not there. Raises `ValueError` if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK | os.X_OK) else "it may not be written"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise ValueError(
+            f"run.dir={folder.parent}: the run's folder {folder} cannot be made there or written "
+            f"({reason}); set run.dir to a folder on a disk with room that this user may write"
+        )
 
 
 class RunLock:
@@ -187,7 +178,7 @@ class RunLock:
 
     def __init__(self, folder: Path, role: str = "buffer") -> None:
         self.path = folder / f"{role}.lock"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_run_folder(folder)
         self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

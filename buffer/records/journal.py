@@ -27,7 +27,8 @@ class Journal:
     """Length and reward statistics per prompt id, where "" stands for the pool of all prompts.
 
     Each call commits once, so a kill loses at most the call under way and never damages the file.
-    (A power cut may lose the last commits, since statistics are not worth an fsync each.)
+    (A power cut may lose the last statistics, which are not worth an fsync each. The run's id is
+    durable.)
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,6 +61,8 @@ class Journal:
         if self._db.execute("SELECT id FROM run").fetchone() is None:
             with self._whole():
                 self._db.execute("INSERT INTO run VALUES (?)", (secrets.token_hex(8),))
+                # Peers remember it, so it must survive a power cut. A checkpoint is synced.
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return self._db.execute("SELECT id FROM run").fetchone()[0]
 
     def remember_lengths(self, items: Iterable[tuple[str, LengthStats]]) -> None:

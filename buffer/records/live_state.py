@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from buffer.records.metrics import HISTOGRAM_EDGES
 from buffer.wire import messages as msg
 from darts import waiting
-from darts.config import CoreConfig
 from darts.state.engines import Engine
 from darts.state.groups import Group
 from darts.state.survivors import short_cutoff
@@ -20,7 +20,10 @@ SHOWN_GROUPS = 32
 HELD_UP_FRAC = 0.5  # a verifier that holds up this share of the rollouts in flight is slow
 
 
-def live_state(run: RunState) -> msg.LiveState:
+def live_state(
+    run: RunState, waits: Sequence[msg.WaitView] = (), evaluated: tuple[int, int] = (0, 0)
+) -> msg.LiveState:
+    """The state as it is now. The buffer's loop knows the waits and the evaluation under way."""
     core, config = run.core, run.config
     return msg.LiveState(
         time_s=run.now(),
@@ -40,11 +43,14 @@ def live_state(run: RunState) -> msg.LiveState:
         lags=list(run.metrics.recent_lags),
         metrics={k: float(v) for k, v in run.last_row.items()},
         groups=[
-            _group(g, core.config)
+            _group(g, run)
             for g in islice((g for g in core.groups.values() if g.running), SHOWN_GROUPS)
         ],
         engines=[_engine(e, run) for e in core.engines.by_id.values()],
         prompts=list(run.metrics.latest.prompts),
+        waits=list(waits),
+        evaluated=evaluated,
+        warnings=list(run.warnings),
     )
 
 
@@ -54,6 +60,8 @@ def _waiting(run: RunState) -> str:
     If the learner waits and most of the rollouts in flight are with a verifier, the text names the
     verifier instead of the engines.
     """
+    if run.core.policy_version < 0:
+        return _missing_at_start(run)
     described = waiting.describe(run.core)
     if run.core.requested_step is None:
         return described
@@ -78,8 +86,21 @@ def _waiting(run: RunState) -> str:
     )
 
 
-def _group(group: Group, config: CoreConfig) -> msg.GroupView:
-    cutoff = short_cutoff(group, config)
+def _missing_at_start(run: RunState) -> str:
+    num_engines = len(run.core.engines.by_id)
+    engines = f"{num_engines} engine{'' if num_engines == 1 else 's'} joined"
+    if not run.peers.ranks():
+        return f"the start waits for a learner; {engines}"
+    return f"the start waits for the learner's first policy; {engines}"
+
+
+def _group(group: Group, run: RunState) -> msg.GroupView:
+    cutoff = short_cutoff(group, run.core.config)
+    prompt = (
+        run.eval_payloads[group.prompt.prompt_id]
+        if group.purpose == "eval"
+        else run.prompts.payload(group.prompt.visit)
+    )
     return msg.GroupView(
         group_id=group.group_id,
         prompt_id=group.prompt.prompt_id,
@@ -90,6 +111,7 @@ def _group(group: Group, config: CoreConfig) -> msg.GroupView:
             msg.RolloutView(rollout_id=r.rollout_id, tokens=r.tokens, state=r.state.value)
             for r in group.rollouts.values()
         ],
+        text=prompt.beginning,
     )
 
 

@@ -9,11 +9,13 @@ the learner, which trains most of them. `tokens/*` are cumulative over the run.
 from __future__ import annotations
 
 import resource
+from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from buffer.records.held_out import Answer, judged
 from buffer.wire.messages import EngineReport, PolicyLoaded, PromptView
 from darts.events import CountOvershoot, GroupRecord, RolloutRecord
 from darts.step_row import step_lags, step_row
@@ -33,7 +35,7 @@ class Latest:
         self.reports: dict[str, EngineReport] = {}
         self.prompts: deque[PromptView] = deque(maxlen=SHOWN_PROMPTS)
 
-    def closed(self, record: GroupRecord, spread: float) -> None:
+    def closed(self, record: GroupRecord, spread: float, text: str) -> None:
         scored = [r for r in record.rollouts if r.reward is not None]
         right = [r.tokens for r in scored if (r.reward or 0.0) > 0.5]
         self.prompts.append(
@@ -44,6 +46,8 @@ class Latest:
                 pass_rate=len(right) / max(1, len(scored)),
                 lengths_right=right,
                 lengths_wrong=[r.tokens for r in scored if (r.reward or 0.0) <= 0.5],
+                num_cancelled=sum(r.end == "cancelled" for r in record.rollouts),
+                text=text,
             )
         )
 
@@ -91,19 +95,21 @@ class Metrics:
         self.tokens["generated"] += late.num_tokens
         self.tokens["cancelled"] += late.num_tokens
 
-    def evaluated(self, records: Sequence[GroupRecord], step: int) -> dict[str, float]:
-        """The results of one evaluation, from all of its held-out groups.
+    def evaluated(
+        self, records: Sequence[GroupRecord], step: int, kinds: Mapping[str, str] | None = None
+    ) -> dict[str, float]:
+        """The results of one evaluation, from all of its held-out groups; `kinds` maps a prompt to
+        its kind.
 
         Every rollout counts. Temperature and length limit are those of training.
         """
-        ended = [r for record in records for r in record.rollouts if r.reward is not None]
-        rewards = [r.reward for r in ended if r.reward is not None]
-        self._evaluation = {"eval/step": step, "eval/responses": len(ended), **judged(rewards)}
-        if ended:
-            lengths = np.array([r.tokens for r in ended])
-            self._evaluation["eval/length_mean"] = float(lengths.mean())
-            for q in (50, 90, 99):
-                self._evaluation[f"eval/length_p{q}"] = float(np.percentile(lengths, q))
+        answers = [
+            Answer((kinds or {}).get(record.prompt_id, ""), rollout.reward, rollout.tokens)
+            for record in records
+            for rollout in record.rollouts
+            if rollout.reward is not None
+        ]
+        self._evaluation = {"eval/step": step, "eval/responses": len(answers), **judged(answers)}
         return self._evaluation
 
     def note_freed(self, seconds: float) -> None:
@@ -188,17 +194,8 @@ class Metrics:
         """Recent rollouts by end and length bin (`HISTOGRAM_EDGES`; the last bin is open)."""
         counts = {end: [0] * len(HISTOGRAM_EDGES) for end in ENDS}
         for end, tokens in self.recent:
-            counts[end][int(np.searchsorted(HISTOGRAM_EDGES, tokens, side="right")) - 1] += 1
+            counts[end][bisect_right(HISTOGRAM_EDGES, tokens) - 1] += 1
         return counts
-
-
-def judged(rewards: Sequence[float]) -> dict[str, float]:
-    """The mean of held-out rewards, which is also an accuracy if each of them is 0 or 1."""
-    if not rewards:
-        return {}
-    mean = float(np.mean(rewards))
-    accuracy = {"eval/accuracy": mean} if {0.0, 1.0}.issuperset(rewards) else {}
-    return {"eval/reward_mean": mean, **accuracy}
 
 
 def _use_of_tokens(rollout: RolloutRecord) -> str:

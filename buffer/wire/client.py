@@ -20,6 +20,7 @@ import msgspec
 import zmq
 import zmq.utils.monitor
 
+from buffer.wire.credit import LARGEST_FRAME, Credit
 from buffer.wire.keys import secure_client
 from buffer.wire.limits import split
 from buffer.wire.messages import (
@@ -36,6 +37,7 @@ from buffer.wire.messages import (
     Message,
     Part,
     Progress,
+    Received,
     Role,
     Shutdown,
     Welcome,
@@ -98,9 +100,10 @@ class _Connection:
         self.failure: TransportError | None = None
         self._address, self._identity, self._peer_timeout_s = address, identity, peer_timeout_s
         self._hello, self._welcome = encode(hello), welcome
-        self._decode = decoder(Union[commands, Part]).decode
+        self._decode = decoder(Union[commands, Received, Part]).decode
         self._parts = bytearray()
         self._outbox: deque[bytes] = deque()
+        self._credit = Credit()
         self._welcomed = False
         self._stop_at: float | None = None
         self._context: zmq.Context[Any] = zmq.Context()
@@ -179,7 +182,7 @@ class _Connection:
             if now >= next_sign:
                 next_sign = now + self._give_sign()
             self._flush()
-            poller.register(self._socket, zmq.POLLIN | (zmq.POLLOUT if self._outbox else 0))
+            poller.register(self._socket, zmq.POLLIN | (zmq.POLLOUT if self._may_send() else 0))
             ready = dict(poller.poll(max(1, int((next_sign - now) * 1000))))
             if self._wake_out.fileno() in ready:
                 self._wake_out.recv(4096)
@@ -208,8 +211,11 @@ class _Connection:
         return HEARTBEAT_S if self._try_send(self._hello) else CONNECT_RETRY_S
 
     def _flush(self) -> None:
-        while self._outbox and self._try_send(self._outbox[0]):
-            self._outbox.popleft()
+        while self._may_send() and self._try_send(self._outbox[0]):
+            self._credit.spend(self._outbox.popleft())
+
+    def _may_send(self) -> bool:
+        return bool(self._outbox) and self._credit.admits(self._outbox[0])
 
     def _try_send(self, frame: bytes) -> bool:
         try:
@@ -246,7 +252,9 @@ class _Connection:
                 if self._welcomed:
                     continue  # the answer to a hello repeated before the first answer came
                 self._welcomed = True
-            if not isinstance(message, Heartbeat):
+            if isinstance(message, Received):
+                self._credit.read(message.num_bytes)
+            elif not isinstance(message, Heartbeat):
                 self.inbox.put(message)
 
     def _read_monitor(self) -> None:
@@ -346,7 +354,9 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
         connection = self._connected()
         if (failure := connection.failure) is not None:
             raise type(failure)(str(failure)) from failure
-        connection.send(encode(message))
+        frame = encode(message)
+        assert len(frame) <= LARGEST_FRAME, f"a {type(message).__name__} of {len(frame)} bytes"
+        connection.send(frame)
 
     def receive(self, timeout_s: float) -> ReceivedT | None:
         """The next message, or None after `timeout_s`.

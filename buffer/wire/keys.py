@@ -26,6 +26,15 @@ ROLES: tuple[Role, ...] = ("buffer", "engine", "learner", "monitor")
 FOLDER = "keys"  # of a run on one machine, below its directory
 
 
+# The roles whose public keys a process of a role needs, beside its own pair.
+NEEDED: dict[Role, tuple[Role, ...]] = {
+    "buffer": ("engine", "learner", "monitor"),
+    "engine": ("buffer", "learner"),
+    "learner": ("buffer", "engine"),
+    "monitor": ("buffer",),
+}
+
+
 def public_file(role: Role) -> str:
     return f"{role}.key"
 
@@ -98,9 +107,10 @@ def role_of(frame: zmq.Frame) -> str:
 
 def _load(folder: str, name: str) -> tuple[bytes, bytes | None]:
     """(public, secret) of a key file; the secret is None in a public one."""
-    _require_private(Path(folder) / name, is_secret=name.endswith("_secret"))
+    file = Path(folder) / name
+    _require_private(file, is_secret=name.endswith("_secret"))
     try:
-        return zmq.auth.load_certificate(Path(folder) / name)  # pyright: ignore[reportUnknownMemberType]
+        return zmq.auth.load_certificate(file)  # pyright: ignore[reportUnknownMemberType]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"buffer.keys={folder!r}: no usable {name} there ({error}); copy it from the folder "
@@ -164,6 +174,17 @@ def keys_of_run(run_folder: Path) -> str:
     return str(folder)
 
 
+def key_files(role: Role) -> list[str]:
+    """The files of a folder of keys that a machine needs for processes of `role`."""
+    return [secret_file(role), *(public_file(other) for other in NEEDED[role])]
+
+
+def check_key_files(folder: str, role: Role) -> None:
+    """Raises `ValueError` unless `folder` is "" or has the keys that a process of `role` needs."""
+    for name in key_files(role) if folder else []:
+        _load(folder, name)
+
+
 def find_keys(address: str, runs: Path) -> str:
     """The keys of this user's newest run at `address`, or "" if none of `runs` has keys."""
     found = sorted(runs.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -175,3 +196,10 @@ def find_keys(address: str, runs: Path) -> str:
         except (OSError, yaml.YAMLError, KeyError, TypeError):
             continue  # being written, or no run of ours
     return ""
+
+
+def check_keys(folder: str, roles: Collection[Role]) -> None:
+    """Raises `ValueError` unless `folder` has usable keys of all these roles."""
+    for role in roles:
+        _load(folder, secret_file(role))
+        _load(folder, public_file(role))

@@ -10,6 +10,7 @@ arrays: `tokens` int32, `logprobs` float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union
 
 import msgspec
@@ -19,14 +20,17 @@ Role = Literal["buffer", "engine", "learner", "monitor"]
 
 LINE_CHARS = 4000  # of an error; its sender cuts it
 TEXT_CHARS = 8000  # of a response, which its sender cuts, too
-MAX_CHUNKS = 100_000  # of one `Progress`
+BEGINNING_CHARS = 60  # of a prompt, as monitors show it
+MAX_CHUNKS = 1000  # of one `Progress`
+MAX_SLOTS = 2**13
+MAX_ROLLOUTS = 2 * MAX_SLOTS  # of an engine: in its slots, and ended but not yet settled
 MAX_REWARD = 1e6  # and the least is its negative
 
 # A peer's values are bounded by their types, so that the decoder refuses all others. No bound
 # admits NaN. A pattern ends with \Z, because $ also matches before a last newline.
 Whole = Annotated[int, Meta(ge=0, le=2**53)]  # ids, steps, counts
 Version = Annotated[int, Meta(ge=-1, le=2**40)]  # -1: none yet
-Slots = Annotated[int, Meta(ge=1, le=2**16)]
+Slots = Annotated[int, Meta(ge=1, le=MAX_SLOTS)]
 VocabSize = Annotated[int, Meta(ge=1, le=2**31)]
 NumBytes = Annotated[int, Meta(ge=0, le=2**42)]
 Reward = Annotated[float, Meta(ge=-MAX_REWARD, le=MAX_REWARD)]
@@ -38,10 +42,10 @@ Line = Annotated[str, Meta(max_length=LINE_CHARS)]
 Text = Annotated[str, Meta(max_length=TEXT_CHARS)]
 Place = Annotated[str, Meta(max_length=4096)]  # an address or a path
 Digest = Annotated[str, Meta(pattern=r"^(?:[0-9a-f]{64})?\Z")]  # sha256 in hex, or ""
-ProbeLogprobs = Annotated[bytes, Meta(max_length=1 << 16)]
+ProbeLogprobs = Annotated[bytes, Meta(max_length=1 << 14)]
 MetricName = Annotated[str, Meta(max_length=100, pattern=r"^[a-z0-9_]+/[a-z0-9_/]+\Z")]
 Metrics = Annotated[
-    dict[MetricName, Annotated[float, Meta(ge=-1e300, le=1e300)]], Meta(max_length=1000)
+    dict[MetricName, Annotated[float, Meta(ge=-1e300, le=1e300)]], Meta(max_length=300)
 ]
 
 
@@ -61,6 +65,9 @@ class SnapshotRef(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
     num_bytes: NumBytes
     address: Place  # zmq endpoint that serves it, or "" for the file transport
     path: Place  # file that holds it, or "" for the zmq transport
+    # Of its difference from the version before (`buffer.wire.deltas`); 0 if that is not served.
+    delta_bytes: NumBytes = 0
+    base_digest: Digest = ""  # of the version before
 
 
 class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -106,6 +113,14 @@ class HelloAgain(Message):
     """
 
 
+class Received(Message):
+    """The buffer has read messages of `num_bytes` on this connection since its hello, as
+    `buffer.wire.credit` counts them, so that as many more may be sent.
+    """
+
+    num_bytes: int
+
+
 class Part(Message):
     """A piece of a message that is larger than one piece may be; the pieces come in order."""
 
@@ -131,14 +146,18 @@ class EngineHello(Message):
     policy_version: Version
     pid: Whole
     incarnation: Name
-    rollouts: Annotated[list[Whole], Meta(max_length=MAX_CHUNKS)] = []
+    rollouts: Annotated[list[Whole], Meta(max_length=MAX_ROLLOUTS)] = []
     run: OptionalName = ""
 
 
 class Progress(Message):
-    """Chunks decoded since the last report, in order."""
+    """Chunks decoded since the last report, in order.
+
+    `waits`: rollouts that have ended a turn, and decode nothing until their environment answers.
+    """
 
     chunks: Annotated[list[Chunk], Meta(max_length=MAX_CHUNKS)]
+    waits: Annotated[list[Whole], Meta(max_length=MAX_CHUNKS)] = []
 
 
 class Finished(Message):
@@ -174,11 +193,15 @@ class Failed(Message):
 class Stopped(Message):
     """The engine confirms a cancel, so the slot is free.
 
-    `num_tokens` were sampled until it stopped.
+    `num_tokens` were sampled until it stopped, and `text` is their text.
     """
 
     rollout_id: Whole
     num_tokens: Whole
+    text: Text = ""  # for samples.jsonl; may be cut
+
+    def __post_init__(self) -> None:
+        self._cut("text", TEXT_CHARS)
 
 
 class PolicyLoaded(Message):
@@ -246,11 +269,22 @@ class PromptPayload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     answer: str
     metadata: str  # JSON, for the environment (reasoning_gym's entry, say)
     source: str = ""  # its file and row, "" if it has none
+    kind: str = ""  # evaluations report each kind separately; "" if there is only one
 
     @property
     def name(self) -> str:
         """How messages call it: by its id, and where to find it."""
         return f"prompt {self.prompt_id}" + (f" ({self.source})" if self.source else "")
+
+    @property
+    def beginning(self) -> str:
+        """Of its text, or of its last message, on one line for monitors."""
+        text = self.text or (self.messages[-1].get("content", "") if self.messages else "")
+        return beginning(text)
+
+
+def beginning(text: str) -> str:
+    return " ".join(text[: 4 * BEGINNING_CHARS].split())[:BEGINNING_CHARS]
 
 
 class LaunchedRollout(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -322,6 +356,7 @@ class Work(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
 
     per_prediction: Amount = 0.0  # in the head, for each sampled token
     per_pair: Amount = 0.0  # in attention, times the square of the number of tokens
+    shares_prompts: bool = False  # whether a rank forwards the prompt of its responses once
 
 
 class LearnerHello(Message):
@@ -364,8 +399,17 @@ class Trained(Message):
     metrics: Metrics
 
 
+class NewPolicy(Message):
+    """The learner's weights are policy `version` from now on; `Published` follows.
+
+    Until then engines keep an older policy, as if they had not swapped yet.
+    """
+
+    version: Whole
+
+
 class Published(Message):
-    """A snapshot is ready to be fetched."""
+    """The snapshot of the newest policy is ready to be fetched."""
 
     policy: SnapshotRef
     seconds: Amount
@@ -382,20 +426,29 @@ class LearnerFailed(Message):
         self._cut("error", LINE_CHARS)
 
 
-LearnerMessage = Union[LearnerHello, Pull, Trained, Published, LearnerFailed, Leaving]
+LearnerMessage = Union[LearnerHello, Pull, Trained, NewPolicy, Published, LearnerFailed, Leaving]
 
 
 # buffer -> learner --------------------------------------------------------------------------------
 
 
-class LearnerWelcome(Message):
-    """The buffer's policy version: -1 before any publication.
+class Evaluated(Message):
+    """The policy after `step` steps was evaluated on the held-out prompts."""
 
-    A learner publishes first, with the next version.
+    step: int
+    reward_mean: float
+
+
+class LearnerWelcome(Message):
+    """The newest policy of which the buffer knows, and the newest that engines can fetch.
+
+    Both are -1 before any publication. A learner publishes first, with the next version.
     """
 
     policy_version: int
+    offered_version: int = -1
     run: str = ""
+    evaluated: Evaluated | None = None  # the newest evaluation, if there was one
 
 
 class Trajectory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -424,8 +477,20 @@ class Trajectory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
     advantage: float  # against the M trajectories of its group, this one included
 
 
+class Minibatch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """The part of a step that one optimizer update takes.
+
+    The loss is divided by one of the totals, which are over all ranks and include trajectories
+    without an advantage.
+    """
+
+    num_trajectories: int  # of this rank's shard
+    loss_tokens: int
+    loss_responses: int
+
+
 class Shard(Message):
-    """One rank's part of a step. Shards of a step take about equal work.
+    """One rank's part of a step. In each update, all shards take about equal work.
 
     Only trajectories with a gradient are in it. A truncated one, unless loss.train_truncated,
     counts in its group's rewards alone. One without an advantage counts in the totals alone, unless
@@ -435,16 +500,26 @@ class Shard(Message):
 
         Shard(
             step=12, policy_version=5, trajectories=[t0, t3],
-            step_loss_tokens=482, step_loss_responses=5,
+            minibatches=[Minibatch(num_trajectories=2, loss_tokens=482, loss_responses=5)],
         )
     """
 
     step: int
     policy_version: int
-    trajectories: list[Trajectory]
-    # Of the loss, over all ranks, including those without an advantage.
-    step_loss_tokens: int
-    step_loss_responses: int
+    trajectories: list[Trajectory]  # those of the first update, then of the second, and so on
+    minibatches: list[Minibatch]  # one per update
+
+    @property
+    def loss_tokens(self) -> int:
+        return sum(minibatch.loss_tokens for minibatch in self.minibatches)
+
+    def split(self) -> Iterator[tuple[list[Trajectory], Minibatch]]:
+        """This rank's trajectories of each update."""
+        start = 0
+        for minibatch in self.minibatches:
+            end = start + minibatch.num_trajectories
+            yield self.trajectories[start:end], minibatch
+            start = end
 
 
 class Acknowledged(Message):
@@ -453,7 +528,9 @@ class Acknowledged(Message):
     step: int
 
 
-LearnerCommand = Union[LearnerWelcome, Shard, Acknowledged, Heartbeat, HelloAgain, Shutdown]
+LearnerCommand = Union[
+    LearnerWelcome, Shard, Acknowledged, Evaluated, Heartbeat, HelloAgain, Shutdown
+]
 
 
 # all that the buffer receives, by the role of the speaker, and all that it sends to its peers
@@ -462,7 +539,7 @@ SPEAKERS: dict[Role, Any] = {
     "learner": Union[LearnerMessage, Heartbeat],
 }
 Inbound = Union[EngineMessage, LearnerMessage, Heartbeat]
-Outbound = Union[EngineCommand, LearnerCommand, Part]
+Outbound = Union[EngineCommand, LearnerCommand, Received, Part]
 
 
 # buffer -> monitors (PUB) -------------------------------------------------------------------------
@@ -485,6 +562,7 @@ class GroupView(msgspec.Struct, frozen=True, kw_only=True):
     budget: int
     short_cutoff: int  # length of the K-th shortest so far; 0 while fewer have finished
     rollouts: list[RolloutView]
+    text: str = ""  # the beginning of the prompt
 
 
 class EngineView(msgspec.Struct, frozen=True, kw_only=True):
@@ -509,12 +587,24 @@ class PromptView(msgspec.Struct, frozen=True, kw_only=True):
     pass_rate: float
     lengths_right: list[int]  # finished lengths with reward above 0.5
     lengths_wrong: list[int]
+    num_cancelled: int = 0
+    text: str = ""  # the beginning of the prompt
+
+
+class WaitView(msgspec.Struct, frozen=True, kw_only=True):
+    """The longest wait of one kind at present. At `limit_s`, the buffer acts."""
+
+    what: str
+    waited_s: float
+    limit_s: float
+    key: str  # that sets the deadline
 
 
 class LiveState(Message):
     """The live state, published a few times a second.
 
-    `histogram` counts ends by length bin over recent groups.
+    `histogram` counts ends by length bin over recent groups. `evaluated` is (prompts done, prompts)
+    of the evaluation under way, (0, 0) without one. `warnings` are the newest, each with its time.
     """
 
     time_s: float
@@ -536,17 +626,21 @@ class LiveState(Message):
     groups: list[GroupView]
     engines: list[EngineView]
     prompts: list[PromptView]
+    waits: list[WaitView] = []
+    evaluated: tuple[int, int] = (0, 0)
+    warnings: list[tuple[float, str]] = []
 
 
 # weights: actor <-> the learner's snapshot server -------------------------------------------------
 
 
 class FetchSnapshot(Message):
-    """Give me `num_bytes` of snapshot `version` from `offset`."""
+    """Give me `num_bytes` of snapshot `version`, or of its delta, from `offset`."""
 
     version: Version
     offset: NumBytes
     num_bytes: NumBytes
+    delta: bool = False
 
 
 class SnapshotChunk(Message):

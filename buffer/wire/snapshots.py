@@ -1,9 +1,9 @@
 """Weight snapshots on their way from the learner to the actors: a small server, a folder, and
 `fetch` for both.
 
-Owns the bytes of the newest two snapshots and their digests. Knows nothing of tensors. The learner
-publishes; actors fetch, so that a slow link slows no other reader and a late joiner simply takes
-the newest.
+Owns the newest two snapshots and their digests. Knows nothing of tensors. The learner publishes,
+in a thread beside training; actors fetch, so that a slow link slows no other reader and a late
+joiner simply takes the newest. An actor that holds the version before fetches only the difference.
 """
 
 from __future__ import annotations
@@ -14,15 +14,22 @@ import re
 import socket as sockets
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self, Union
+from typing import Any, NamedTuple, Self, TypeVar, Union
 
 import msgspec
 import zmq
 
+from buffer.wire import deltas
 from buffer.wire.keys import secure_client
 from buffer.wire.limits import PART_BYTES
-from buffer.wire.messages import FetchSnapshot, SnapshotChunk, SnapshotGone, SnapshotRef
+from buffer.wire.messages import (
+    FetchSnapshot,
+    SnapshotChunk,
+    SnapshotGone,
+    SnapshotRef,
+)
 from buffer.wire.transport import (
     Router,
     TransportError,
@@ -37,7 +44,11 @@ CHUNKS_IN_FLIGHT = 8
 REQUEST_BYTES = 1024
 ASK_AGAIN_S = 3.0
 NUM_KEPT = 2
+LARGEST_DELTA = 0.5  # of a snapshot; a larger one saves too little to be kept
+STRIDE_BYTES = 2**24  # hashed or written between two calls of `go_on`
 
+Data = bytes | bytearray | memoryview
+DataT = TypeVar("DataT", bound=Data)
 _Answer = Union[SnapshotChunk, SnapshotGone]
 
 
@@ -55,24 +66,54 @@ class SnapshotGoneError(Exception):
         self.version, self.newest = version, newest
 
 
-class SnapshotServer:
-    """Serves the newest two published snapshots from memory, on a thread of its own."""
+class _Kept(NamedTuple):
+    """A snapshot that is served, and the delta from the one before it, if it has one."""
 
-    def __init__(self, address: str, keys: str = "") -> None:
+    data: memoryview
+    delta: bytes
+    digest: str
+
+
+class SnapshotServer:
+    """Serves the newest two published snapshots from memory, on a thread of its own.
+
+    With `delta_width`, it also serves their differences, in words of so many bytes.
+    """
+
+    def __init__(self, address: str, keys: str = "", delta_width: int = 0) -> None:
         self._router = Router(address, {"engine": FetchSnapshot}, keys, "learner", REQUEST_BYTES)
-        self.address = _reachable(self._router.address)
-        self._kept: dict[int, bytes] = {}
+        self.address = reachable(self._router.address)
+        self._delta_width = delta_width
+        self._kept: dict[int, _Kept] = {}
+        self._lock = threading.Lock()  # around each use of the snapshots that are kept
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="snapshot server", daemon=True)
         self._thread.start()
 
-    def publish(self, version: int, data: bytes) -> SnapshotRef:
-        """Keep `data` as `version`, forgetting all but the one before it."""
-        self._kept = {
-            **dict(list(self._kept.items())[-(NUM_KEPT - 1) :]),
-            version: data,
-        }  # replaced whole: the thread reads it
-        return _reference(version, data, address=self.address)
+    def publish(
+        self, version: int, data: Data, go_on: Callable[[], None] = lambda: None
+    ) -> SnapshotRef:
+        """Keep `data` as `version`, forgetting all but the one before it.
+
+        `data` must not change until it is forgotten. `go_on` is called at short intervals; if it
+        raises, nothing is published.
+        """
+        reference = _reference(version, data, go_on, address=self.address)
+        kept = list(self._kept.items())[-(NUM_KEPT - 1) :]
+        delta = b""
+        if kept and self._delta_width:
+            base = kept[-1][1]
+            delta = deltas.encode(base.data, data, self._delta_width, go_on) or b""
+            if 0 < len(delta) <= len(data) * LARGEST_DELTA:
+                reference = msgspec.structs.replace(
+                    reference, delta_bytes=len(delta), base_digest=base.digest
+                )
+            else:
+                delta = b""
+        newest = _Kept(memoryview(data), delta, reference.digest)
+        with self._lock:
+            self._kept = {**dict(kept), version: newest}
+        return reference
 
     def close(self) -> None:
         """May be called twice."""
@@ -95,31 +136,39 @@ class SnapshotServer:
                     self._router.dismiss(peer)
 
     def _answer(self, request: FetchSnapshot) -> SnapshotChunk | SnapshotGone:
-        kept = self._kept
-        data = kept.get(request.version)
-        if data is None:
-            return SnapshotGone(version=request.version, newest=next(reversed(kept), -1))
-        start = max(0, request.offset)
-        end = start + max(0, min(request.num_bytes, CHUNK_BYTES))
-        return SnapshotChunk(version=request.version, offset=request.offset, data=data[start:end])
+        with self._lock:
+            kept = self._kept.get(request.version)
+            if kept is None:
+                newest = next(reversed(self._kept), -1)
+                return SnapshotGone(version=request.version, newest=newest)
+            start = max(0, request.offset)
+            end = start + max(0, min(request.num_bytes, CHUNK_BYTES))
+            part = bytes((kept.delta if request.delta else kept.data)[start:end])
+        return SnapshotChunk(version=request.version, offset=request.offset, data=part)
 
 
-def write_snapshot(folder: str | Path, version: int, data: bytes) -> SnapshotRef:
+def write_snapshot(
+    folder: str | Path, version: int, data: Data, go_on: Callable[[], None] = lambda: None
+) -> SnapshotRef:
     """Write `data` as `version` into `folder` so that it is there whole or not at all; keep it and
     the one before it.
+
+    `go_on` is called at short intervals; if it raises, nothing is published.
     """
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"policy_{version:08d}.safetensors"
+    reference = _reference(version, data, go_on, path=str(path))
     unfinished = path.with_suffix(".unfinished")
     with open(unfinished, "wb") as file:
-        file.write(data)
+        for part in _parts(data, go_on):
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
     _sync_folder(folder)
     _prune(folder, version)
-    return _reference(version, data, path=str(path))
+    return reference
 
 
 def fetch(ref: SnapshotRef, keys: str = "", timeout_s: float = 60) -> bytes:
@@ -135,6 +184,19 @@ def fetch(ref: SnapshotRef, keys: str = "", timeout_s: float = 60) -> bytes:
             raise SnapshotGoneError(ref.version, -1, ref.path) from error
     else:
         data = _pull(ref, keys, timeout_s)
+    return _checked(ref, data)
+
+
+def fetch_changed(ref: SnapshotRef, base: Data, keys: str = "", timeout_s: float = 60) -> Data:
+    """The snapshot's bytes, made of `base` and the delta of `ref`, and checked like those of
+    `fetch`, which it raises like.
+    """
+    data = bytearray(base)
+    deltas.apply(_pull(ref, keys, timeout_s, delta=True), data)
+    return _checked(ref, data)
+
+
+def _checked(ref: SnapshotRef, data: DataT) -> DataT:
     digest = hashlib.sha256(data).hexdigest()
     if len(data) != ref.num_bytes or digest != ref.digest:
         raise ValueError(
@@ -145,7 +207,7 @@ def fetch(ref: SnapshotRef, keys: str = "", timeout_s: float = 60) -> bytes:
     return data
 
 
-def _pull(ref: SnapshotRef, keys: str, timeout_s: float) -> bytes:
+def _pull(ref: SnapshotRef, keys: str, timeout_s: float, delta: bool = False) -> bytes:
     """Ask for chunks, a few at a time, until all are there; ask again for those whose answer is
     late.
     """
@@ -155,14 +217,17 @@ def _pull(ref: SnapshotRef, keys: str, timeout_s: float) -> bytes:
         socket = open_socket(context, zmq.DEALER, ref.address, 2 * PART_BYTES)
         secure_client(socket, keys, "engine", "learner")
         socket.connect(ref.address)
-        return _pull_chunks(socket, ref, timeout_s)
+        return _pull_chunks(socket, ref, timeout_s, delta)
     finally:
         context.destroy(linger=0)
 
 
-def _pull_chunks(socket: zmq.Socket[bytes], ref: SnapshotRef, timeout_s: float) -> bytes:
+def _pull_chunks(
+    socket: zmq.Socket[bytes], ref: SnapshotRef, timeout_s: float, delta: bool
+) -> bytes:
+    num_bytes = ref.delta_bytes if delta else ref.num_bytes
     missing = dict.fromkeys(
-        range(0, ref.num_bytes, CHUNK_BYTES), 0.0
+        range(0, num_bytes, CHUNK_BYTES), 0.0
     )  # offset -> when to ask (again); in order
     chunks: dict[int, bytes] = {}
     last_heard = time.monotonic()
@@ -171,10 +236,13 @@ def _pull_chunks(socket: zmq.Socket[bytes], ref: SnapshotRef, timeout_s: float) 
         for offset in list(missing)[:CHUNKS_IN_FLIGHT]:
             if now >= missing[offset]:
                 missing[offset] = now + ASK_AGAIN_S
-                size = min(CHUNK_BYTES, ref.num_bytes - offset)
-                socket.send(
-                    encode(FetchSnapshot(version=ref.version, offset=offset, num_bytes=size))
+                request = FetchSnapshot(
+                    version=ref.version,
+                    offset=offset,
+                    num_bytes=min(CHUNK_BYTES, num_bytes - offset),
+                    delta=delta,
                 )
+                socket.send(encode(request))
         if not socket.poll(int(min(ASK_AGAIN_S, timeout_s) * 1000)):
             if time.monotonic() - last_heard >= timeout_s:
                 raise TransportError(
@@ -200,17 +268,30 @@ def _pull_chunks(socket: zmq.Socket[bytes], ref: SnapshotRef, timeout_s: float) 
     return b"".join(chunks[offset] for offset in sorted(chunks))
 
 
-def _reference(version: int, data: bytes, address: str = "", path: str = "") -> SnapshotRef:
+def _parts(data: Data, go_on: Callable[[], None]) -> Iterator[memoryview]:
+    """The parts of `data`, in order, with a call of `go_on` before each."""
+    view = memoryview(data)
+    for start in range(0, len(view), STRIDE_BYTES):
+        go_on()
+        yield view[start : start + STRIDE_BYTES]
+
+
+def _reference(
+    version: int, data: Data, go_on: Callable[[], None], address: str = "", path: str = ""
+) -> SnapshotRef:
+    digest = hashlib.sha256()
+    for part in _parts(data, go_on):
+        digest.update(part)
     return SnapshotRef(
         version=version,
-        digest=hashlib.sha256(data).hexdigest(),
+        digest=digest.hexdigest(),
         num_bytes=len(data),
         address=address,
         path=path,
     )
 
 
-def _reachable(address: str) -> str:
+def reachable(address: str) -> str:
     """The endpoint as other machines reach it: a wildcard host becomes this machine's outward
     address.
     """

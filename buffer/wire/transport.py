@@ -22,29 +22,43 @@ import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from buffer.wire.connections import Connections
+from buffer.wire.connections import Connection, Connections
+from buffer.wire.credit import Receipts
 from buffer.wire.keys import role_of, secure_server
 from buffer.wire.limits import (
     FAREWELL_S,
     MESSAGE_BYTES,
+    OPENING_BYTES,
     OPENING_S,
     PART_BYTES,
     QUEUED_BYTES,
+    SUBSCRIBER_BYTES,
     TOTAL_QUEUED_BYTES,
-    WINDOW_BYTES,
-    WINDOW_MESSAGES,
-    WINDOW_S,
 )
-from buffer.wire.messages import EngineHello, FetchSnapshot, LearnerHello, Message, Part, Role
+from buffer.wire.messages import (
+    EngineHello,
+    FetchSnapshot,
+    LearnerHello,
+    Message,
+    Part,
+    Received,
+    Role,
+)
 
-MAX_PER_RECEIVE = 1000  # so that a flood cannot keep the service from its clock
+# Taken at once, so that a flood cannot keep the service from its clock, nor fill its memory.
+MAX_PER_RECEIVE, MAX_BYTES_PER_RECEIVE, MAX_S_PER_RECEIVE = 1000, 4 << 20, 0.05
 QUEUE_MESSAGES = 64  # zmq's queue per peer and direction, of messages up to a part's size
 SUBSCRIPTION_BYTES = 1024
-MAX_FLOODING = 1000  # names of peers that are remembered
+MAX_REMEMBERED = 1000  # names of peers that have ended
 LINGER_MS = 2000
 BACKLOG_RETRY_S = 0.01
 
-OPENINGS = (EngineHello, LearnerHello, FetchSnapshot)  # with these a connection shows its purpose
+HELLOS = (EngineHello, LearnerHello)
+OPENINGS = (*HELLOS, FetchSnapshot)  # with these a connection shows its purpose
+# libzmq's option, unnamed in pyzmq. If set, a message of 40 bytes can keep 18 kB of memory.
+ZERO_COPY_RECV = 10
+IN_PROCESS = -1  # instead of a descriptor: there is no connection
+CURVE_BYTES = 33  # of a message on an encrypted connection, beside its content
 
 encode = msgspec.msgpack.Encoder().encode
 
@@ -182,9 +196,11 @@ class _Server:
         admitted: Collection[Role],
         max_message_bytes: int,
         opening_s: float,
+        opening_bytes: int,
     ) -> None:
         check_address(address, keys)
         self._context: zmq.Context[Any] = zmq.Context()
+        self._context.set(ZERO_COPY_RECV, 0)
         self._socket = open_socket(self._context, kind, address, max_message_bytes)
         # libzmq 4.3.5 aborts if a peer whose queue is full sends a PING and breaks its connection
         # ("!_io_error"). A queue without a limit is never full, and `limits` bounds it instead.
@@ -195,7 +211,7 @@ class _Server:
         try:
             self._configure(self._socket)
             self._authenticator = secure_server(self._context, self._socket, keys, role, admitted)
-            self._connections = Connections(self._socket, opening_s)
+            self._connections = Connections(self._socket, opening_s, opening_bytes)
             self.address = _bind(self._socket, address)
         except BaseException:
             self.close()
@@ -237,13 +253,31 @@ class _Queue:
         self.num_bytes -= len(self.frames.popleft())
 
 
+@dataclass(slots=True)
+class _Met:
+    """A peer of which a message was read. `receipts`: if it is told so, once it has said hello."""
+
+    connection: Connection | None  # None within one process
+    has_opened: bool = False
+    receipts: Receipts | None = None
+
+    def note_read(self, peer: bytes, num_bytes: int) -> bool:
+        """Whether so many bytes of its messages were read by the connection that is there."""
+        if self.connection is None or self.connection.identity != peer:
+            return False
+        self.connection.num_read += num_bytes
+        return True
+
+
 class Router(_Server):
     """Receives from many peers and sends to each by name. Used by one thread at a time.
 
     A peer is known by the identity that its socket announces. Its hello begins its stream again:
     messages still kept for an earlier stream under the same identity are forgotten. `speakers` says
     which messages each role may send; without keys, every peer may send them all. A peer that sends
-    or leaves unread more than `limits` allow is a violation in `receive`.
+    or leaves unread more than `limits` allow is a violation in `receive`. Nothing is read of a peer
+    that said hello after its first violation, or of any after `dismiss`; of a stranger, only the
+    first violation is handed over.
     """
 
     def __init__(
@@ -263,11 +297,18 @@ class Router(_Server):
         self._num_queued_bytes = 0
         self._lost: set[bytes] = set()
         self._overdue: list[tuple[bytes, Violation]] = []
-        self._window_ends_s = 0.0
-        self._window: dict[bytes, list[int]] = {}  # messages and bytes of each peer
-        self._flooding: set[bytes] = set()  # whose connections were ended, and whose messages wait
+        self._met: dict[bytes, _Met] = {}  # peers whose connections are there
+        self._ended: set[bytes] = set()  # peers of whom no more is read, although some may be there
+        self._refused: set[bytes] = set()  # strangers whose first violation was handed over
         super().__init__(
-            zmq.ROUTER, address, keys, role, speakers.keys(), max_message_bytes, OPENING_S
+            zmq.ROUTER,
+            address,
+            keys,
+            role,
+            speakers.keys(),
+            max_message_bytes,
+            OPENING_S,
+            OPENING_BYTES,
         )
 
     def _configure(self, socket: zmq.Socket[bytes]) -> None:
@@ -295,55 +336,95 @@ class Router(_Server):
         deadline = time.monotonic() + timeout_s
         while True:
             self._flush()
+            self._forget_ended()
             received: list[tuple[bytes, Message | Violation]] = [*self._overdue]
             self._overdue.clear()
             wait_s = 0.0 if received else max(0.0, deadline - time.monotonic())
             if self._queues:  # a ROUTER cannot tell when one peer's queue has room again
                 wait_s = min(wait_s, BACKLOG_RETRY_S)
-            if self._socket.poll(int(wait_s * 1000 + 0.999)):
-                received += self._drain()
+            self._socket.poll(int(wait_s * 1000 + 0.999))
+            received += self._drain()
             if received or time.monotonic() >= deadline:
                 return received
 
+    def _forget_ended(self) -> None:
+        """Note the connections that have ended, of which some were reset for sending too much."""
+        assert self._connections is not None
+        while self._connections.ended:
+            connection = self._connections.ended.popleft()
+            peer, met = connection.identity, self._met.get(connection.identity)
+            if met is None or met.connection is not connection:
+                continue
+            del self._met[peer]
+            if connection.floods and peer not in self._ended:
+                self._end(peer)
+                error = f"more than {connection.most_unread} bytes of it wait to be read"
+                self._overdue.append((peer, Violation(error)))
+
     def _drain(self) -> list[tuple[bytes, Message | Violation]]:
         received: list[tuple[bytes, Message | Violation]] = []
-        now_s = time.monotonic()
-        if now_s >= self._window_ends_s:
-            self._window_ends_s = now_s + WINDOW_S
-            self._window.clear()
-        for _ in range(MAX_PER_RECEIVE):
+        num_bytes, num_left_bytes, all_read = 0, 0, False
+        until_s = time.monotonic() + MAX_S_PER_RECEIVE
+        while len(received) < MAX_PER_RECEIVE and num_bytes < MAX_BYTES_PER_RECEIVE:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
+                all_read = True
                 break
-            peer, message = frames[0].bytes, self._message(frames)
-            if message is None:
-                continue
-            if isinstance(message, Violation):
-                self.num_rejected += 1
-            elif isinstance(message, OPENINGS):
-                self._open(peer, frames[-1])
-            received.append((peer, message))
+            peer, size = frames[0].bytes, self._size(frames)
+            num_bytes += size
+            met = self._met.get(peer) or self._meet(peer, frames[-1])
+            if met is None or not met.note_read(peer, size):
+                num_left_bytes += size
+            message = None if peer in self._ended else self._message(peer, met, frames)
+            if message is not None:
+                received.append((peer, message))
+            elif time.monotonic() >= until_s:
+                break
+        assert self._connections is not None
+        self._connections.note_read(num_left_bytes, all_read)
         return received
 
-    def _message(self, frames: list[zmq.Frame]) -> Message | Violation | None:
-        """None: more of a peer that has sent too much already."""
-        peer = frames[0].bytes
-        if peer in self._flooding:
+    def _size(self, frames: list[zmq.Frame]) -> int:
+        """Bytes that a message took on its connection."""
+        num_bytes = 0
+        for frame in frames[1:]:
+            size = len(frame) + (CURVE_BYTES if self._has_keys else 0)
+            num_bytes += size + (2 if size < 256 else 9)
+        return num_bytes
+
+    def _meet(self, peer: bytes, frame: zmq.Frame) -> _Met | None:
+        """Of the first message of a peer. None if its connection has ended already."""
+        assert self._connections is not None
+        descriptor = _descriptor(frame)
+        connection = self._connections.met(descriptor, peer)
+        if connection is None and descriptor != IN_PROCESS:
             return None
-        window = self._window.setdefault(peer, [0, 0])
-        window[0] += 1
-        window[1] += sum(len(frame) for frame in frames)
-        if window[0] > WINDOW_MESSAGES or window[1] > WINDOW_BYTES:
-            assert self._connections is not None
-            self._connections.end(_descriptor(frames[-1]), peer)
-            if len(self._flooding) >= MAX_FLOODING:
-                self._flooding.clear()
-            self._flooding.add(peer)
-            return Violation(
-                f"{window[0]} messages of {window[1]} bytes within {WINDOW_S:g} s; the limits are "
-                f"{WINDOW_MESSAGES} messages and {WINDOW_BYTES} bytes"
-            )
+        met = self._met[peer] = _Met(connection)
+        return met
+
+    def _message(
+        self, peer: bytes, met: _Met | None, frames: list[zmq.Frame]
+    ) -> Message | Violation | None:
+        """None: a stranger's second violation, or a later one."""
+        message = self._decoded(frames)
+        if isinstance(message, Violation):
+            self.num_rejected += 1
+            if met is not None and met.has_opened:
+                self._end(peer)
+            elif peer in self._refused:
+                return None
+            else:
+                _remember(peer, self._refused)
+        elif isinstance(message, OPENINGS):
+            self._open(peer, met, acknowledges=isinstance(message, HELLOS))
+        elif met is not None and met.receipts is not None:
+            num_read = met.receipts.read(len(frames[-1]))
+            if num_read is not None:
+                self.send(peer, Received(num_bytes=num_read))
+        return message
+
+    def _decoded(self, frames: list[zmq.Frame]) -> Message | Violation:
         if len(frames) != 2:
             return Violation(f"a message of {len(frames) - 1} frames; each has one")
         decode = self._decoders_without_keys
@@ -354,10 +435,19 @@ class Router(_Server):
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             return Violation(f"a message that no peer of its role and version sends: {error}")
 
-    def _open(self, peer: bytes, frame: zmq.Frame) -> None:
+    def _open(self, peer: bytes, met: _Met | None, acknowledges: bool) -> None:
+        """It says hello, perhaps again."""
         assert self._connections is not None
-        self._connections.opened(_descriptor(frame), peer)
+        if met is not None:
+            met.has_opened = True
+            if met.connection is not None:
+                self._connections.opened(met.connection)
+            if acknowledges and met.receipts is None:
+                met.receipts = Receipts()
         self._forget(peer)
+
+    def _end(self, peer: bytes) -> None:
+        _remember(peer, self._ended)
 
     def _forget(self, peer: bytes) -> None:
         self._lost.discard(peer)
@@ -371,7 +461,10 @@ class Router(_Server):
     def dismiss(self, peer: bytes) -> None:
         """End its connection, once it has had time to read."""
         assert self._connections is not None
-        self._connections.end_later(peer, FAREWELL_S)
+        met = self._met.get(peer)
+        if met is not None and met.connection is not None:
+            self._connections.end_later(met.connection, FAREWELL_S)
+        self._end(peer)
         self._lost.discard(peer)
 
     # Sending
@@ -446,6 +539,13 @@ class Router(_Server):
         return True
 
 
+def _remember(peer: bytes, peers: set[bytes]) -> None:
+    """Add a peer to a table that peers can enlarge."""
+    if len(peers) >= MAX_REMEMBERED:
+        peers.clear()
+    peers.add(peer)
+
+
 def _parts(frame: bytes) -> Iterable[bytes]:
     """A message as it travels: whole, or in parts if it is large, so that slow links show life."""
     if len(frame) <= PART_BYTES:
@@ -458,11 +558,11 @@ def _parts(frame: bytes) -> Iterable[bytes]:
 
 
 def _descriptor(frame: zmq.Frame) -> int:
-    """Of the connection that a message came by; -1 within one process, where there is none."""
+    """Of the connection that a message came by."""
     try:
         return int(frame.get(zmq.SRCFD))
     except zmq.ZMQError:
-        return -1
+        return IN_PROCESS
 
 
 class Publisher(_Server):
@@ -470,7 +570,14 @@ class Publisher(_Server):
 
     def __init__(self, address: str, keys: str = "") -> None:
         super().__init__(
-            zmq.PUB, address, keys, "buffer", ["monitor"], SUBSCRIPTION_BYTES, float("inf")
+            zmq.PUB,
+            address,
+            keys,
+            "buffer",
+            ["monitor"],
+            SUBSCRIPTION_BYTES,
+            float("inf"),
+            SUBSCRIBER_BYTES,
         )
 
     def _configure(self, socket: zmq.Socket[bytes]) -> None:

@@ -79,9 +79,11 @@ def recorded_prompts(path: Path, pattern: PatternKeys) -> list[SimPrompt]:
     """
     seen: dict[str, list[dict[str, Any]]] = {}
     try:
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            seen.setdefault(row["prompt_id"], []).extend(row["rollouts"])
+        older = sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))  # segments of a long run
+        for segment in [*older, path]:
+            for line in segment.read_text().splitlines():
+                row = json.loads(line)
+                seen.setdefault(row["prompt_id"], []).extend(row["rollouts"])
         fits = {prompt_id: _fit(rollouts) for prompt_id, rollouts in seen.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -132,8 +132,9 @@ class SimulatedLearner:
 class LengthKeys:
     recorded: str = key(
         "",
-        "Path of a run's groups.jsonl. Prompts, lengths and pass rates are fitted to it; cancelled "
-        "rollouts count as lower bounds. Empty: draw them from the keys below.",
+        "Path of a run's groups.jsonl, which is read with its older segments. Prompts, lengths and "
+        "pass rates are fitted to it; cancelled rollouts count as lower bounds. Empty: draw them "
+        "from the keys below.",
     )
     num_prompts: int = key(512, "Number of distinct prompts, drawn in shuffled passes.", ge=1)
     prompt_tokens: int = key(64, "Length of every prompt, in tokens.", ge=1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 from darts.events import GroupRecord
 from darts.selection import Candidate, select_dual_end
 from darts.simulate.lengths import Draw
-from darts.step_row import step_row
+from darts.step_row import ledger_row, step_row
 
 Row = dict[str, Any]
 
@@ -142,12 +141,8 @@ class Files:
     def metrics(self, row: Row) -> None:
         self._metrics.write(json.dumps(row) + "\n")
 
-    def group(self, record: GroupRecord) -> None:
-        row = asdict(record)
-        for rollout in row["rollouts"]:
-            rollout["engine"] = rollout.pop("engine_id")
-            del rollout["oldest_version"]
-        self._groups.write(json.dumps(row) + "\n")
+    def group(self, record: GroupRecord, step: int) -> None:
+        self._groups.write(json.dumps(ledger_row(record, step)) + "\n")
 
     def close(self) -> None:
         self._metrics.close()

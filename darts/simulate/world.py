@@ -345,7 +345,7 @@ class Simulation:
         self.tally.closed(record)
         del self._groups[record.group_id]
         if self._files is not None:
-            self._files.group(record)
+            self._files.group(record, self._step)
 
     def _record_step(self, records: list[ev.GroupRecord]) -> None:
         for engine in self._engines.values():

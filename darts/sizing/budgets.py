@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from configs.schema import LongEnd, largest_budget
-from darts.sizing import redundancy
+from darts.sizing import lengths, moving_average, redundancy
 from darts.sizing.latency import LatencyCurve
-from darts.sizing.lengths import LengthStats, length_std
+from darts.sizing.lengths import LengthStats
 
 # As a multiple of the pool's spread. If spreads are lognormal, about one prompt in twenty exceeds
 # it, as published.
@@ -45,6 +45,7 @@ class Budgeter:
     upper: float
     price: float
     max_tokens: int
+    variance: str  # censored | ema
 
     @property
     def most(self) -> int:
@@ -53,6 +54,18 @@ class Budgeter:
     @property
     def by_window(self) -> bool:
         return self.rule == "paper"
+
+    def estimate(self, stats: LengthStats | None, pool: LengthStats) -> LengthStats:
+        """A prompt's statistics for its budget, given its own history, if any, and the pool."""
+        if self.variance == "ema":
+            return moving_average.estimate(stats, pool)
+        return lengths.estimate(stats, pool)
+
+    def sigma(self, stats: LengthStats) -> float:
+        """The standard deviation of a prompt's lengths, in tokens."""
+        if self.variance == "ema":
+            return moving_average.std(stats)
+        return lengths.length_std(stats, self.max_tokens)
 
     def window(
         self,
@@ -67,7 +80,7 @@ class Budgeter:
         """
         if not stats:
             return []
-        norms = redundancy.published_norm([length_std(s, self.max_tokens) for s in stats])
+        norms = redundancy.published_norm([self.sigma(s) for s in stats])
         total = redundancy.paper_total(
             stats, curve or LatencyCurve(), self.group_size, self.upper, self.price, num_engines
         )

@@ -77,7 +77,8 @@ def pass_rate(responses: Sequence[Response]) -> tuple[float, float]:
     known = 1.0 - left
     if known <= 1e-9:
         return 0.0, 0.0
-    return right / known, known * sum(r.reward is not None for r in ordered)
+    rate = min(1.0, right / known)  # the two sums may differ in their last bits
+    return rate, known * sum(r.reward is not None for r in ordered)
 
 
 def update(

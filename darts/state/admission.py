@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from darts.events import EvaluationRequested, Prompt
-from darts.sizing import lengths
 from darts.sizing.budgets import Budget, Budgeter
 from darts.sizing.latency import LatencyCurve
 from darts.sizing.lengths import LengthStats
@@ -57,7 +56,7 @@ class PromptQueue:
         so none starves. Prompts of a step that was withdrawn are drawn again; they go to their
         places among those that wait.
         """
-        stats = [lengths.estimate(prompt.lengths, pool) for prompt in prompts]
+        stats = [budgeter.estimate(prompt.lengths, pool) for prompt in prompts]
         budgets: Sequence[Budget | None] = [None] * len(prompts)
         if budgeter.by_window:
             budgets = budgeter.window(stats, pool, curve, max(1, num_engines))

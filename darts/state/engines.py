@@ -19,14 +19,24 @@ from darts.state.groups import Group, Planned, Rollout
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """One engine. `backlog` holds its groups that have rollouts to launch, in launch order."""
+    """One engine. `backlog` holds its groups that have rollouts to launch, in launch order.
+
+    `waiting`: the rollouts in flight that wait for their environment, and hold no slot meanwhile.
+    When they go on, the engine may have more than `slots` rollouts to decode for a while.
+    """
 
     engine_id: str
     engine_type: str
     slots: int
     version: int
     in_flight: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
+    waiting: set[int] = field(default_factory=set[int])
     backlog: deque[Group] = field(default_factory=deque[Group])
+
+    @property
+    def num_decoding(self) -> int:
+        """Rollouts that hold a slot."""
+        return len(self.in_flight) - len(self.waiting)
 
     @property
     def num_queued(self) -> int:
@@ -35,7 +45,7 @@ class Engine:
 
     @property
     def load(self) -> int:
-        return len(self.in_flight) + self.num_queued
+        return self.num_decoding + self.num_queued
 
     @property
     def has_room(self) -> bool:
@@ -85,7 +95,7 @@ class Engines:
 
     def next_launch(self, engine: Engine) -> tuple[Group, Planned] | None:
         """Take the next rollout to launch, or None while no slot is free or no rollout waits."""
-        if not engine.backlog or len(engine.in_flight) >= engine.slots:
+        if not engine.backlog or engine.num_decoding >= engine.slots:
             self._offer(engine)
             return None
         group = engine.backlog[0]
@@ -111,7 +121,21 @@ class Engines:
         engine = self.by_id.get(rollout.engine_id)
         if engine is None or engine.in_flight.pop(rollout.rollout_id, None) is None:
             return None
+        engine.waiting.discard(rollout.rollout_id)
         return engine
+
+    def lend_slot(self, rollout: Rollout) -> Engine:
+        """The rollout decodes nothing for now: its engine, which may launch another rollout."""
+        engine = self.by_id[rollout.engine_id]
+        engine.waiting.add(rollout.rollout_id)
+        return engine
+
+    def take_slot(self, rollout: Rollout) -> None:
+        """The rollout decodes. No-op unless it waited."""
+        engine = self.by_id[rollout.engine_id]
+        if rollout.rollout_id in engine.waiting:
+            engine.waiting.remove(rollout.rollout_id)
+            self._offer(engine)
 
     # Placement
     # ----------------------------------------------------------------------------------------------

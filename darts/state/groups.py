@@ -68,6 +68,7 @@ class Rollout:
     state: RolloutState = RolloutState.RUNNING
     reward: float | None = None
     overshoot: int = 0  # tokens sampled after the decision to cancel
+    has_waited: bool = False  # for an environment, which only its engine has
 
     @property
     def runs(self) -> bool:
@@ -106,7 +107,7 @@ class Group:
     state: GroupState = GroupState.OPEN
     # A rollout in flight that is longer than this may have to be cancelled.
     review_above: float = inf
-    at_deadline: bool = False  # the group ships as soon as `group_size` rollouts have finished
+    at_deadline: bool = False  # may be released once `group_size` rollouts have finished
     shipped_version: int = -1
     rollouts: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
     running: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
@@ -174,6 +175,10 @@ class Group:
             if r.state is RolloutState.CANCELLED and r.tokens
         ]
         return [c.tokens for c in self.finished], bounds
+
+    def ended_lengths(self) -> list[int]:
+        """Lengths of responses that ended by themselves or at the limit."""
+        return [c.tokens for c in (*self.finished, *self.truncated)]
 
     def record(self, end: GroupEnd) -> GroupRecord:
         seats: dict[int, RolloutEnd] = {}

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from darts import events as ev
 from darts.config import CoreConfig
-from darts.sizing import lengths, rewards
+from darts.sizing import lengths, moving_average, rewards
 from darts.state.groups import Group
 
 # A group that was complete ends a series of stops, and one that was dropped early leaves it as is.
@@ -20,8 +20,9 @@ COMPLETE: tuple[ev.GroupEnd, ...] = ("shipped", "uniform")
 class Memory:
     """Statistics of all prompts together, for drivers and rules to read."""
 
-    def __init__(self) -> None:
-        self.lengths = lengths.POOL_PRIOR
+    def __init__(self, config: CoreConfig) -> None:
+        ema = config.variance == "ema"
+        self.lengths = moving_average.POOL_PRIOR if ema else lengths.POOL_PRIOR
         self.rewards = rewards.POOL_PRIOR
 
     def learn(self, group: Group, end: ev.GroupEnd, config: CoreConfig) -> list[ev.Decision]:
@@ -29,18 +30,25 @@ class Memory:
 
         Rewards are kept only for pilots, the one rule that reads them.
         """
-        decisions = self._learn_lengths(group)
+        decisions = self._learn_lengths(group, config)
         if config.pilot:
             decisions += self._learn_rewards(group, end)
         return decisions
 
-    def _learn_lengths(self, group: Group) -> list[ev.Decision]:
-        finished, bounds = group.observed_lengths()
-        if not finished and not bounds:
-            return []
+    def _learn_lengths(self, group: Group, config: CoreConfig) -> list[ev.Decision]:
         prompt = group.prompt
-        stats = lengths.update(prompt.lengths, finished, bounds, self.lengths)
-        self.lengths = lengths.update_pool(self.lengths, stats)
+        if config.variance == "ema":
+            ended = group.ended_lengths()
+            if len(ended) < 2:
+                return []
+            stats = moving_average.update(prompt.lengths, ended, config.alpha)
+            self.lengths = moving_average.update_pool(self.lengths, stats)
+        else:
+            finished, bounds = group.observed_lengths()
+            if not finished and not bounds:
+                return []
+            stats = lengths.update(prompt.lengths, finished, bounds, self.lengths)
+            self.lengths = lengths.update_pool(self.lengths, stats)
         group.prompt = replace(prompt, lengths=stats)
         return [
             ev.RememberLengths(prompt.prompt_id, stats),

@@ -35,7 +35,7 @@ def judge(group: Group, config: CoreConfig, pool: RewardPool) -> Judgement:
     seen = [r for r in group.responses() if r.reward is not None]
     if rewards.has_signal([r.reward for r in seen if r.reward is not None], config.min_spread):
         return Judgement(Verdict.COMMIT, 1.0)
-    if group.at_deadline:
+    if group.at_deadline or not config.pilot:  # which a resume may have turned off
         return Judgement(Verdict.COMMIT)
     if group.running or group.planned:
         return Judgement(Verdict.WAIT)

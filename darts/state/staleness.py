@@ -121,6 +121,18 @@ class OutstandingGroups:
             is_stale(version, self.learner_version, self.max_lag) for version in self._versions()
         )
 
+    def releasable(self) -> list[Group]:
+        """Open groups at their deadline, if the learner waits for nothing else.
+
+        Until every one of them has enough responses, and the batch is full with them, releasing
+        one would end its long responses and ship no batch earlier.
+        """
+        due = [group for group in self.due() if group.state is GroupState.OPEN]
+        if self.num_ready + len(due) < self.groups_per_step:
+            return []
+        enough = all(g.at_deadline and len(g.finished) >= g.group_size for g in due)
+        return due if enough else []
+
     def take_batch(self) -> list[Group]:
         """The learner's next batch, oldest first.
 

@@ -1,10 +1,10 @@
-"""Causal attention over packed sequences, one sequence at a time.
+"""Causal attention over packed sequences, one sequence at a time or one group at a time.
 
 The cost grows with each sequence's length, not with the pack's. Owns one attention function,
 registered with transformers as `PACKED_SDPA`, which `model.attention=sdpa` tries first. It computes
 plain causal attention only. A layer that asks for a window, a bias or sinks is refused, and
-`learner.capability` then falls back to transformers' own sdpa. That one builds a mask of pack x
-pack: on one core with the embedded default model, a whole step takes 1.4 times as long at 512
+`learner.probes.capability` then falls back to transformers' own sdpa. That one builds a mask of
+pack x pack: on one core with the embedded default model, a whole step takes 1.4 times as long at 512
 tokens per pack, and several times as long at 4,096. Driven by the model's layers.
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from learner.packs.branches import attention_for
 
 PACKED_SDPA = "packed_sdpa"
 # Options that transformers' models pass to their attention, and that would be ignored here.
@@ -28,19 +30,24 @@ def packed_sdpa(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     lengths: tuple[int, ...] = (),
+    parents: tuple[int, ...] = (),
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Plain causal attention within each sequence.
 
     `query` is [1, heads, T, dim], `key` and `value` are [1, kv heads, T, dim], and `lengths` sum to
-    T. Without `lengths`, all tokens are one sequence. Returns [1, T, heads, dim]. Raises
+    T. Without `lengths`, all tokens are one sequence. A sequence also sees the whole sequence that
+    `parents` gives it, unless that is -1. Returns [1, T, heads, dim]. Raises
     `NotImplementedError` if the layer asks for any other attention.
     """
     asked = [name for name in REFUSED if options.get(name) is not None]
     if asked or attention_mask is not None or options.get("is_causal") is False:
         wants = ", ".join(asked) or "a mask of its own"
         raise NotImplementedError(f"{type(module).__name__} attends with {wants}")
+    if any(parent >= 0 for parent in parents):
+        output = attention_for(query)(query, key, value, lengths, parents, scaling)
+        return output.transpose(1, 2).contiguous(), None
     lengths = lengths or (query.shape[2],)
     parts = zip(
         query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True

@@ -8,12 +8,13 @@ Shapes: T tokens in a pack, S of its positions that predict a trained token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 
+from buffer.prompts import common_prompt
 from buffer.wire.messages import Trajectory
 from darts.events import ProtocolError
 
@@ -23,10 +24,14 @@ class Pack:
     """One micro-batch.
 
     Position p of a sequence predicts its token p + 1, so a sequence's last token is only a target.
+    The common prompt of several responses may be a sequence of its own, their trunk. Each of them
+    is then a branch, which begins with the last token of the prompt, because that token predicts
+    the first one of the response.
     """
 
     input_ids_T: torch.Tensor  # int64
-    position_ids_T: torch.Tensor  # int64, from 0 in each sequence, which keeps them apart
+    # int64, from 0 in each sequence, which keeps them apart; a branch goes on where its trunk ends
+    position_ids_T: torch.Tensor
     predicts_S: torch.Tensor  # int64, indices into T
     targets_S: torch.Tensor  # int64
     actor_logprobs_S: torch.Tensor  # float32
@@ -36,15 +41,27 @@ class Pack:
     current_S: torch.Tensor  # bool: sampled by the weights that are about to be trained
     fresh_S: torch.Tensor  # bool: all tokens of its response are current
     lengths: tuple[int, ...]  # of the sequences; they sum to T
+    parents: tuple[int, ...]  # for each sequence the number of its trunk, -1 if it is no branch
+    # float32, of the weights at the start of a step; None if it has one update
+    start_logprobs_S: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Pack:
         return Pack(
             **{name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS},
             lengths=self.lengths,
+            parents=self.parents,
+            start_logprobs_S=self.start_logprobs_S,  # there already
         )
 
+    @property
+    def num_saved(self) -> int:
+        """Number of input tokens that it would have in addition without trunks."""
+        trunks = [parent for parent in self.parents if parent >= 0]
+        return sum(self.lengths[t] for t in trunks) - sum(self.lengths[t] for t in set(trunks))
 
-TENSORS = tuple(column.name for column in fields(Pack) if column.name != "lengths")
+
+OTHERS = ("lengths", "parents", "start_logprobs_S")
+TENSORS = tuple(column.name for column in fields(Pack) if column.name not in OTHERS)
 
 
 def make_packs(
@@ -52,18 +69,65 @@ def make_packs(
     max_tokens: int,
     current_version: int,
     weight: Callable[[int], float] = lambda _: 1.0,
+    share_prompts: bool = False,
 ) -> list[Pack]:
     """Micro-batches of at most `max_tokens` input tokens.
 
     Every trajectory appears once; one longer than `max_tokens` has a pack to itself.
     `current_version` is the policy version whose weights the learner holds, or one that no actor
     can have, such as -1, if it holds unpublished weights. `weight` is that of a token in the loss,
-    given the number of sampled tokens in its response. Raises `ProtocolError` for a malformed
-    trajectory.
+    given the number of sampled tokens in its response. With `share_prompts`, responses of a group
+    have the common tokens of their prompts once in a pack; a group with more tokens than fit into
+    a pack is split. Raises `ProtocolError` for a malformed trajectory.
     """
     sequences = [_sequence(trajectory, current_version, weight) for trajectory in trajectories]
+    if share_prompts:
+        sequences = list(_trees(trajectories, sequences, max_tokens))
     bins = first_fit([len(sequence.input_ids_T) for sequence in sequences], max_tokens)
     return [concatenate(sequences[index] for index in members) for members in bins]
+
+
+def _trees(
+    trajectories: Sequence[Trajectory], sequences: Sequence[Pack], max_tokens: int
+) -> Iterator[Pack]:
+    """Each group as a trunk and its branches, or as several of these of at most `max_tokens`.
+
+    Responses without a common prompt stay single sequences.
+    """
+    groups: dict[int, list[int]] = {}
+    for index, trajectory in enumerate(trajectories):
+        groups.setdefault(trajectory.group_id, []).append(index)
+    for members in groups.values():
+        trunk = common_prompt([trajectories[index] for index in members])
+        if not trunk:
+            yield from (sequences[index] for index in members)
+            continue
+        branches = [len(sequences[index].input_ids_T) - trunk for index in members]
+        for part in first_fit(branches, max_tokens - trunk):
+            yield tree([sequences[members[number]] for number in sorted(part)], trunk)
+
+
+def tree(sequences: Sequence[Pack], trunk: int) -> Pack:
+    """Single sequences with `trunk` equal tokens at their beginning, which the result has once."""
+    if len(sequences) == 1:
+        return sequences[0]
+    first = replace(
+        empty_pack(),
+        input_ids_T=sequences[0].input_ids_T[:trunk],
+        position_ids_T=sequences[0].position_ids_T[:trunk],
+        lengths=(trunk,),
+    )
+    branches = [
+        replace(
+            sequence,
+            input_ids_T=sequence.input_ids_T[trunk:],
+            position_ids_T=sequence.position_ids_T[trunk:],
+            predicts_S=sequence.predicts_S - trunk,
+            lengths=(sequence.lengths[0] - trunk,),
+        )
+        for sequence in sequences
+    ]
+    return replace(concatenate([first, *branches]), parents=(-1, *[0] * len(branches)))
 
 
 def empty_pack() -> Pack:
@@ -85,25 +149,29 @@ def empty_pack() -> Pack:
         current_S=nothing.bool(),
         fresh_S=nothing.bool(),
         lengths=(2,),
+        parents=(-1,),
     )
 
 
-def plain_pack(tokens: torch.Tensor, advantages_S: torch.Tensor | None = None) -> Pack:
-    """One sequence in which every token but the first is predicted, for a probe."""
-    num_predicted = len(tokens) - 1
+def plain_pack(
+    tokens: torch.Tensor, advantages_S: torch.Tensor | None = None, num_given: int = 1
+) -> Pack:
+    """One sequence in which every token after the first `num_given` is predicted, for a probe."""
+    num_predicted = len(tokens) - num_given
     nothing = torch.zeros(num_predicted)
     return Pack(
         input_ids_T=tokens[:-1],
-        position_ids_T=torch.arange(num_predicted),
-        predicts_S=torch.arange(num_predicted),
-        targets_S=tokens[1:],
+        position_ids_T=torch.arange(len(tokens) - 1),
+        predicts_S=torch.arange(num_given - 1, len(tokens) - 1),
+        targets_S=tokens[num_given:],
         actor_logprobs_S=nothing,
         advantages_S=nothing if advantages_S is None else advantages_S,
         weights_S=nothing,
         response_S=nothing.long(),
         current_S=nothing.bool(),
         fresh_S=nothing.bool(),
-        lengths=(num_predicted,),
+        lengths=(len(tokens) - 1,),
+        parents=(-1,),
     )
 
 
@@ -147,6 +215,7 @@ def _sequence(trajectory: Trajectory, current_version: int, weight: Callable[[in
         current_S=torch.from_numpy(current_S),
         fresh_S=torch.from_numpy(current_S & current_S.all()),
         lengths=(len(tokens_T) - 1,),
+        parents=(-1,),
     )
 
 
@@ -178,16 +247,22 @@ def _check(
         )
 
 
-def concatenate(sequences: Iterable[Pack]) -> Pack:
+def concatenate(packs: Iterable[Pack]) -> Pack:
     """Join packs into one, in the given order."""
-    members = list(sequences)
+    members = list(packs)
     lengths = tuple(length for member in members for length in member.lengths)
-    starts = np.cumsum([0, *lengths[:-1]])
     columns = {name: torch.cat([getattr(member, name) for member in members]) for name in TENSORS}
+    tokens = np.cumsum([0, *(len(member.input_ids_T) for member in members)])
+    numbers = np.cumsum([0, *(len(member.lengths) for member in members)])
     columns["predicts_S"] = torch.cat(
-        [member.predicts_S + int(start) for member, start in zip(members, starts, strict=True)]
+        [member.predicts_S + int(start) for member, start in zip(members, tokens, strict=False)]
     )
     columns["response_S"] = torch.cat(
-        [member.response_S + number for number, member in enumerate(members)]
+        [member.response_S + int(n) for member, n in zip(members, numbers, strict=False)]
     )
-    return Pack(**columns, lengths=lengths)
+    parents = tuple(
+        parent + int(n) if parent >= 0 else -1
+        for member, n in zip(members, numbers, strict=False)
+        for parent in member.parents
+    )
+    return Pack(**columns, lengths=lengths, parents=parents)

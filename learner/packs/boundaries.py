@@ -1,12 +1,11 @@
 """One forward pass over a pack, and the layers in it that do not know where a sequence ends.
 
-Owns the call of the model: training and the probe in `learner.capability` both use
-`Boundaries.logits`. Position ids that start again at 0 keep sequences apart in attention. A layer
-with state (a convolution, a recurrence, a scan) gets `seq_idx` and `cu_seq_lens_q`, which only some
-kernels use. `split` passes such a layer one sequence at a time, while all other layers stay packed.
-Never decides which layers need that.
+Owns the call of the model: training and the probes all use `Boundaries.logprobs`. Position ids that
+start again at 0 keep sequences apart in attention. A layer with state (a convolution, a recurrence,
+a scan) gets `seq_idx` and `cu_seq_lens_q`, which only some kernels use. `split` passes such a layer
+one sequence at a time, while all other layers stay packed. Never decides which layers need that.
 
-Shapes: T tokens in a pack, S of its positions that predict a trained token, V vocabulary.
+Shapes: T tokens in a pack, S of its positions that predict a trained token.
 """
 
 from __future__ import annotations
@@ -20,47 +19,55 @@ from transformers import PreTrainedModel
 
 from learner.packs.attention import PACKED_SDPA
 from learner.packs.batch import Pack
+from learner.packs.head import ScoredForward, Scoring, is_linear
 
 # Arguments that tell a layer where sequences begin, by transformers' names.
 TOLD = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+OURS = ("lengths", "parents")
 
 
 class Boundaries:
     """The model of one rank, as a function of packs.
 
-    `kinds` names the classes of layers that take one sequence at a time.
+    `kinds` names the classes of layers that take one sequence at a time. If `fused`, the head runs
+    in chunks, and otherwise the logits of a pack exist as a whole. `head_dtype` is that of the
+    logits: model or float32.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, head_dtype: str = "model") -> None:
         self.model = model
         self.kinds: tuple[str, ...] = ()
+        self.fused = is_linear(model)
         self._lengths: tuple[int, ...] = ()  # of the newest pack, which backward may recompute
         self._whole: dict[torch.nn.Module, Callable[..., Any]] = {}
         parameters = inspect.signature(model.forward).parameters
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._takes = frozenset(parameters)
+        ScoredForward(model, float32=head_dtype == "float32")
 
-    def logits(self, pack: Pack) -> torch.Tensor:
-        """Logits [S, V] of the positions `pack.predicts_S`."""
+    def logprobs(self, pack: Pack, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability [S] of each predicted token, and entropy [S] of its distribution."""
         self._lengths = pack.lengths
-        logits = self._call(
-            pack,
+        arguments = self._taken(
             position_ids=pack.position_ids_T[None],
             logits_to_keep=pack.predicts_S,
             **self._told(pack),
         )
-        kept = len(logits) == len(pack.predicts_S)
-        return logits if kept else logits[pack.predicts_S]  # some models ignore `logits_to_keep`
+        scoring = Scoring(pack, temperature, self.fused)
+        return self.model(input_ids=pack.input_ids_T[None], scoring=scoring, **arguments)
 
-    def plain_logits(self, pack: Pack) -> torch.Tensor:
-        """Logits [T, V] of the one sequence in `pack`, from nothing but its tokens."""
-        return self._call(pack)
+    def plain_logprobs(self, pack: Pack, fused: bool = False) -> torch.Tensor:
+        """Log-probabilities [S] of the one sequence in `pack`, from nothing but its tokens."""
+        scoring = Scoring(pack, temperature=1.0, fused=fused)
+        return self.model(input_ids=pack.input_ids_T[None], scoring=scoring, **self._taken())[0]
 
-    def _call(self, pack: Pack, **arguments: Any) -> torch.Tensor:
+    def _taken(self, **arguments: Any) -> dict[str, Any]:
+        """The arguments that this model takes."""
         arguments["use_cache"] = False  # with a cache, packed sequences see each other
-        if not self._takes_all:
-            arguments = {name: value for name, value in arguments.items() if name in self._takes}
-        return self.model(input_ids=pack.input_ids_T[None], **arguments).logits[0]
+        if self._takes_all:
+            return arguments
+        return {name: value for name, value in arguments.items() if name in self._takes}
 
     def split(self, kind: str) -> None:
         """From now on, pass one sequence at a time to every layer of the class `kind`."""
@@ -79,10 +86,11 @@ class Boundaries:
     def _told(self, pack: Pack) -> dict[str, Any]:
         """Arguments that say where sequences begin.
 
-        Our attention takes `lengths`; kernels take those of transformers' flattening collator.
+        Our attention takes `OURS`; kernels take those of transformers' flattening collator.
         """
         if self.model.config._attn_implementation == PACKED_SDPA:
-            return {"lengths": pack.lengths}
+            return {"lengths": pack.lengths, "parents": pack.parents}
+        assert not pack.num_saved, "only our attention knows trunks and branches"
         lengths = torch.tensor(pack.lengths, device=pack.input_ids_T.device)
         starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         numbers = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
@@ -94,9 +102,7 @@ class Boundaries:
         def split_forward(*args: Any, **kwargs: Any) -> Any:
             if len(self._lengths) == 1:
                 return forward(*args, **kwargs)
-            untold = {
-                name: value for name, value in kwargs.items() if name not in (*TOLD, "lengths")
-            }
+            untold = {name: value for name, value in kwargs.items() if name not in (*TOLD, *OURS)}
             parts = zip(_parts(args, self._lengths), _parts(untold, self._lengths), strict=True)
             return _join([forward(*a, **k) for a, k in parts])
 

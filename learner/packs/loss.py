@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from buffer.wire.messages import Shard
+from buffer.wire.messages import Minibatch
 from configs.objectives import objective
 from configs.schema import LossConfig
 from learner.packs.batch import Pack
@@ -54,16 +54,17 @@ def surrogate(logprobs_S: torch.Tensor, pack: Pack, loss: LossConfig) -> Surroga
     """The loss of each token of `pack`, with a gradient through `logprobs_S`.
 
     The actor is the policy that sampled a token. The proximal policy is the learner's at the start
-    of the step, hence the present one in the first update.
+    of the step, hence the present one in a step of one update.
     """
     rules = objective(loss)
     level = RATIOS[rules.ratio]
     levelled_S, actor_S = level(logprobs_S, pack), level(pack.actor_logprobs_S, pack)
     now_S = levelled_S.detach()
+    start_S = now_S if pack.start_logprobs_S is None else level(pack.start_logprobs_S, pack)
     terms = Terms(
         ratio_S=_ratio(now_S - actor_S),
-        to_proximal_S=torch.ones_like(now_S),
-        proximal_S=_ratio(now_S - actor_S),
+        to_proximal_S=_ratio(now_S - start_S),
+        proximal_S=_ratio(start_S - actor_S),
         logprobs_S=now_S,
         advantages_S=pack.advantages_S,
     )
@@ -188,23 +189,23 @@ CORRECTIONS: dict[str, Callable[[Terms, LossConfig], Weights]] = {
 
 
 class Aggregation(NamedTuple):
-    """The weight of a token in the step's loss is `weight / denominator`."""
+    """The weight of a token in an update's loss is `weight / denominator`."""
 
     # Of the number of sampled tokens in its response, and of `sampling.max_tokens`.
     weight: Callable[[int, int], float]
-    denominator: Callable[[Shard], int]
+    denominator: Callable[[Minibatch], int]
 
 
 AGGREGATIONS = {
     # DAPO (arXiv 2503.14476): a long response weighs more than a short one.
-    "token_mean": Aggregation(lambda _, __: 1.0, lambda shard: shard.step_loss_tokens),
+    "token_mean": Aggregation(lambda _, __: 1.0, lambda minibatch: minibatch.loss_tokens),
     # GRPO (arXiv 2402.03300): the tokens of a long response weigh less than those of a short one.
     "sequence_mean": Aggregation(
-        lambda num_sampled, _: 1 / num_sampled, lambda shard: shard.step_loss_responses
+        lambda num_sampled, _: 1 / num_sampled, lambda minibatch: minibatch.loss_responses
     ),
     # Dr. GRPO (arXiv 2503.20783): a token's weight depends on no length.
     "constant": Aggregation(
-        lambda _, max_tokens: 1 / max_tokens, lambda shard: shard.step_loss_responses
+        lambda _, max_tokens: 1 / max_tokens, lambda minibatch: minibatch.loss_responses
     ),
 }
 

@@ -13,16 +13,28 @@ from typing import Any
 
 import pytest
 
+from buffer.records.row_segments import older_segments, read_rows
 from configs import cli
 from configs.schema import Config
 from darts.state.memory import Memory
 from tools.faults import schedule
-from tools.faults.recount import recount
-from tools.faults.sampled import Life, faults_of, logprob, score, text, token
+from tools.faults.recount import read_trained, recount, text_faults
+from tools.faults.sampled import (
+    END,
+    Conversation,
+    Life,
+    faults_of,
+    given,
+    logprob,
+    score,
+    text,
+    token,
+)
 from tools.faults.soak import Limits, Sample, growth, tenths
 
 ROOT = Path(__file__).parents[2]
 SEEDS = [0, 1, 2]
+TALKS = 2  # a rollout whose first response is answered with an observation
 Row = dict[str, Any]
 
 pytestmark = pytest.mark.slow
@@ -54,7 +66,9 @@ def count_again(folder: Path) -> list[str]:
 
 
 def rewrite(path: Path, change: Callable[[list[Row]], list[Row]]) -> None:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = list(read_rows(path))
+    for segment in older_segments(path).values():
+        segment.unlink()
     path.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
 
 
@@ -78,7 +92,8 @@ def test_seeds_hold_and_a_second_count_agrees(runs: Path) -> None:
         ("trained.jsonl", lambda rows: rows[:-1], "were not trained"),
         ("trained.jsonl", lambda rows: repeat(rows), "occurs 2 times"),
         ("trained.jsonl", lambda rows: later(rows), "its lag is"),
-        ("disk/run/metrics.jsonl", lambda rows: rows[1:], "has the steps"),
+        ("disk/run/metrics.jsonl", lambda rows: rows[1:], "begins at step 1"),
+        ("disk/run/metrics.jsonl", lambda rows: rows[:5] + rows[6:], "has the steps"),
         ("disk/run/groups.jsonl", lambda rows: [*rows, rows[-1]], "occurs 2 times"),
         ("disk/run/groups.jsonl", lambda rows: without_shipped(rows), "neither trained, dropped"),
     ],
@@ -121,7 +136,7 @@ def without_shipped(rows: list[Row]) -> list[Row]:
 def test_an_event_log_with_different_decisions_is_detected(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Memory, "_learn_lengths", lambda self, group: [])
+    monkeypatch.setattr(Memory, "_learn_lengths", lambda *_: [])
     assert any("replays differently" in fault for fault in count_again(copy))
 
 
@@ -132,6 +147,34 @@ def test_a_schedule_depends_only_on_its_seed() -> None:
     assert first != schedule.draw(6, 20, 50, schedule.KINDS, targets)
     assert {fault.kind for fault in first} == set(schedule.KINDS)
     assert {fault.target for fault in first} == {*targets, schedule.DISK}
+
+
+@pytest.mark.parametrize("lost", range(3))
+def test_a_row_of_several_turns_must_hold_each_observation(lost: int) -> None:
+    """`lost`: one token of the observation is missing; 0 means none."""
+    life, conversation, tokens, sampled = (
+        Life(TALKS, "a"),
+        Conversation(),
+        [*given("1+1?")],
+        [0] * 4,
+    )
+    answer: str | float = ""
+    while isinstance(answer, str):
+        response = [token(life, len(tokens), 3), END]
+        tokens, sampled = [*tokens, *response], [*sampled, 1, 1]
+        answer = conversation.step(text(response))
+        if isinstance(answer, str):
+            observation = given(answer)[lost:]
+            tokens, sampled = [*tokens, *observation], [*sampled, *[0] * len(observation)]
+    assert len(conversation.responses) > 1
+    trajectory = {
+        "tokens": tokens,
+        "sampled": sampled,
+        "versions": [(3, sum(sampled))],
+        "logprobs": [logprob(i) if one else 0.0 for i, one in zip(tokens, sampled, strict=True)],
+        "reward": answer,
+    }
+    assert bool([*faults_of(trajectory, [life])]) == bool(lost)
 
 
 def test_a_row_must_follow_the_order_of_the_lives_of_its_rollout() -> None:
@@ -149,8 +192,31 @@ def test_a_row_must_follow_the_order_of_the_lives_of_its_rollout() -> None:
     assert list(faults_of(trajectory | {"versions": [(3, 2)]}, lives)) != []
 
 
-def test_a_run_beside_hostile_peers_ends_well() -> None:
-    command = [sys.executable, "-m", "tools.chaos", "fuzz", "frames=4000", "deadline_s=100"]
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("versions", [(3, 1)]), ("logprobs", [0.0, -1.0, 0.5]), ("reward", 0.5), ("reward", 2.0)],
+)
+def test_a_falsified_row_of_a_real_engine_is_detected(name: str, value: Any) -> None:
+    row = {"tokens": [9, 7, 8], "sampled": [0, 1, 1], "versions": [(3, 2)]}
+    row |= {"logprobs": [0.0, -1.0, -0.5], "reward": score("", "7 8", "", {})}
+    check = text_faults(text)
+    assert list(check(row, [])) == []
+    assert len(list(check(row | {name: value}, []))) == 1
+
+
+def test_steps_of_several_ranks_are_merged_and_the_last_time_counts(tmp_path: Path) -> None:
+    record = tmp_path / "trained.jsonl"
+    rows = [(0, 0, "a"), (0, 1, "b"), (0, 1, "c"), (1, 0, "d")]
+    lines = [{"step": s, "rank": r, "policy_version": 1, "trajectories": [t]} for s, r, t in rows]
+    record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trained = read_trained(record)
+    assert {step: row["trajectories"] for step, row in trained.items()} == {0: ["a", "c"], 1: ["d"]}
+
+
+@pytest.mark.parametrize("keys", ["true", "false"])
+def test_a_run_beside_hostile_peers_ends_well(keys: str) -> None:
+    command = [sys.executable, "-m", "tools.chaos", "fuzz", "frames=2000", "flood_s=3"]
+    command += [f"keys={keys}", "deadline_s=100"]
     assert subprocess.run(command, cwd=ROOT, timeout=200).returncode == 0
 
 
@@ -160,7 +226,7 @@ def test_a_long_run_does_not_grow() -> None:
 
 
 def test_growth_above_its_limit_is_named() -> None:
-    samples = [Sample(step, 100 + step, 5 + step // 50, step, 10 * step) for step in range(101)]
+    samples = [Sample(step, 100 + step, 5 + step // 50, 10 * step) for step in range(101)]
     found = tenths(samples, 100)
     allowed = Limits(memory_bytes=1000, descriptors=5, disk_bytes=1000)
     assert growth(found, allowed) == []

@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import actors.inference.engine  # noqa: F401  before any other part of vLLM
+from buffer.processes.private_folder import private_folder
 from buffer.wire.probe import largest, probe_sequences
 from buffer.wire.snapshots import fetch
 from configs.schema import Config
@@ -101,8 +102,9 @@ def main(folder: str, *families: str) -> None:
 
     fork: Any = multiprocessing.get_context("fork")
     engine_utils.get_mp_context = lambda: fork
-    for family in families:
-        print(json.dumps(vars(judge(family, Path(folder)))), flush=True)
+    with private_folder():
+        for family in families:
+            print(json.dumps(vars(judge(family, Path(folder)))), flush=True)
 
 
 if __name__ == "__main__":

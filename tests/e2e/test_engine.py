@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from actors.inference.engine import BASE_VERSION, Engine
 from actors.inference.generation import Generation, TokenRun
+from buffer.processes.private_folder import private_folder
 from configs.schema import Config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
@@ -160,8 +161,8 @@ def served(
         0.25,
     )
     config.sampling.seeded = True
-    engine = Engine(config)
-    with asyncio.Runner() as runner:
+    with private_folder(), asyncio.Runner() as runner:
+        engine = Engine(config)
         yield Served(engine, folder, tied, runner.run)
         engine.close()
 

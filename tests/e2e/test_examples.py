@@ -1,15 +1,17 @@
-"""The examples train, at reduced size, from the root and from their own folder, started by the
-launcher or by hand.
+"""The examples train, at reduced size. The one with data of its own does so from the root and from
+its own folder, started by the launcher or by hand.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,28 @@ def test_the_launcher_trains_on_own_data(
     finish(start("tools.launch", given, folder))
     assert [row["step"] for row in steps(tmp_path)] == [0, 1]
     assert steps(tmp_path)[-1]["verifier/failures"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "warm_steps", "shown"), [("calculator", 200, "calc"), ("game", 60, ".")]
+)
+def test_an_example_with_turns_trains(
+    name: str, warm_steps: int, shown: str, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """After a short warm start, some trained texts have several turns."""
+    example = importlib.import_module(f"examples.{name}.warm_start")
+    model = tmp_path / "model"
+    warm_start(model, phases=(replace(example.PHASES[0], steps=warm_steps),), task=example.TASK)
+    given = [
+        "--config", str(ROOT / f"examples/{name}/config.yaml"), f"run.dir={tmp_path}", "run.name=r",
+        f"buffer.address=tcp://127.0.0.1:{free_port()}", f"model.path={model}", "run.steps=2",
+        "batch.groups=4", "darts.group_size=8", "eval.every=0", "launch.progress=none",
+    ]  # fmt: skip
+    finish(start("tools.launch", given, ROOT))
+    assert [row["step"] for row in steps(tmp_path)] == [0, 1]
+    texts = [json.loads(line) for line in (tmp_path / "r/samples.jsonl").read_text().splitlines()]
+    assert {text["reward"] for text in texts} <= {0.0, 1.0, None}  # None: it was cancelled
+    assert any(shown in text["response"] for text in texts)
 
 
 def test_processes_started_by_hand_train_on_own_data(

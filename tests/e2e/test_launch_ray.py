@@ -33,7 +33,8 @@ stubs = {
 }
 commands = [Command(name, name, ("-c", note + code)) for name, code in stubs.items()]
 if __name__ == "__main__":
-    sys.exit(launch.conduct(config, RayCluster(config, commands), commands))
+    cluster = RayCluster(config, commands)
+    sys.exit(launch.exit_status(lambda: launch.conduct(config, cluster, commands)))
 """
 
 

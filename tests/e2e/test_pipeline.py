@@ -141,7 +141,7 @@ def test_cancels_free_their_slots(trained: tuple[Path, int, str]) -> None:
     metrics = rows(trained[0], "metrics.jsonl")
     assert sum("cancel/freed_p99_ms" in row for row in metrics) >= len(metrics) // 2
     ends = [r["end"] for row in rows(trained[0], "groups.jsonl") for r in row["rollouts"]]
-    assert ends.count("cancelled") > len(ends) // 20
+    assert ends.count("cancelled") > len(metrics)  # more than one in a step
 
 
 def test_recorded_run_replays_to_identical_decisions(trained: tuple[Path, int, str]) -> None:

@@ -55,15 +55,25 @@ def qwen(folder: Path) -> list[str]:
     ]
 
 
+def darts_paper(folder: Path) -> list[str]:
+    """Two updates, and a zone before the lower limit in which rewards fall."""
+    small = ["batch.groups=4", "batch.updates=2", "loss.overlong_buffer=100"]
+    return [*qwen(folder), *small, "actors.tensor_parallel=1"]
+
+
 def gfpo(folder: Path) -> list[str]:
     """More groups, since in two of them all rewards may be equal."""
     return ["sampling.max_tokens=200", "batch.groups=8"]
 
 
+OWN_COLUMNS = ("data.prompt_field=prompt", "data.answer_field=solution")
 REDUCED: dict[str, Callable[[Path], list[str]] | None] = {
+    "darts_paper": darts_paper,
     "demo": None,
     "gfpo": gfpo,
+    "qwen2.5_1.5b_2x24gb": lambda folder: [*qwen(folder), *OWN_COLUMNS],
     "qwen2.5_7b_gpu": qwen,
+    "qwen3_4b_lora_24gb": qwen,
     "smollm2_cpu": smollm2,
 }
 

@@ -12,6 +12,7 @@ import torch
 
 from actors.inference.engine import Engine
 from actors.inference.generation import Generation
+from buffer.processes.private_folder import private_folder
 from configs.schema import Config
 from tests.e2e.test_engine import PROMPT, make_model, save_model, until
 
@@ -38,9 +39,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory, runner: asyncio.Runner) -> 
     config.model.path = str(folder / "model")
     config.actors.slots, config.actors.kv_cache_gib = 4, 0.25
     config.actors.min_step_ms = [[1, FAST_MS], [3, SLOW_MS], [4, VERY_SLOW_MS]]
-    engine = Engine(config, seed=1)
-    yield engine
-    engine.close()
+    with private_folder():
+        engine = Engine(config, seed=1)
+        yield engine
+        engine.close()
 
 
 async def sample(engine: Engine, batch: int, num_tokens: int) -> tuple[float, list[Generation]]:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -257,6 +258,24 @@ def test_json_is_one_object_per_snapshot_until_the_run_is_done(address: str) -> 
     assert rows[0]["groups"][0]["short_cutoff"] == 40
 
 
+def test_the_web_page_shows_the_states_of_a_publisher(address: str) -> None:
+    command = [*AS_MODULE, "--address", address, "--serve", "127.0.0.1:0"]
+    with (
+        publishing(address, lambda: snapshot(step=7)),
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process,
+    ):
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[1]
+        deadline, state = time.monotonic() + DEADLINE_S, None
+        while state is None and time.monotonic() < deadline:
+            state = json.loads(urlopen(f"{url}state", timeout=10).read())
+        frame = urlopen(f"{url}frame?width=120&height=30", timeout=10).read().decode()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_S) == 130
+    assert state is not None and (state["run_name"], state["step"]) == ("little", 7)
+    assert "step 7/60" in frame and "flight-0" in frame and "q quit" not in frame
+
+
 def test_a_missing_buffer_is_reported_in_one_clear_line(address: str) -> None:
     done = run([*AS_FILE, "--once", "--address", address])
     assert done.returncode == 1
@@ -271,6 +290,7 @@ def test_a_missing_buffer_is_reported_in_one_clear_line(address: str) -> None:
     [
         ([], 2),
         (["--once", "--address", "nowhere"], 2),
+        (["--serve", "70000", "--address", "tcp://127.0.0.1:1"], 2),
         (["--once", "--play", "no/such/run"], 2),
     ],
 )
@@ -292,13 +312,15 @@ def test_a_replay_plays_to_its_end_and_can_be_paused(tmp_path: Path) -> None:
         "end": "shipped",
     }
     (tmp_path / "groups.jsonl").write_text(
-        (json.dumps(group | {"rollouts": [rollout]}) + "\n") * 30
+        "".join(
+            json.dumps(group | {"step": step, "rollouts": [rollout]}) + "\n" for step in range(30)
+        )
     )
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": step, "time_s": step}) + "\n" for step in range(30))
     )
     with terminal([*AS_FILE, "--play", str(tmp_path)], 80, 24) as screen:
-        screen.until(holds("replay ×1"))
+        screen.until(holds("replay ×2"))  # steps of one second
         screen.press(b" ")
         screen.until(holds("replay paused"))
         screen.press(b" ++++")

@@ -4,6 +4,7 @@ be replayed.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,3 +80,49 @@ def test_settings_changed_twice_are_both_recorded(stopped: tuple[Path, int]) -> 
         "staleness.max_lag=0",
     ]
     assert compare(folder / "r/events") == 0
+
+
+def rows_of(path: Path, *answers: object) -> None:
+    texts = [json.dumps({"prompt": f"q{i}", "answer": answer}) for i, answer in enumerate(answers)]
+    path.write_text("\n".join(texts))
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.eval"])
+def test_data_that_changed_is_refused_and_restored_data_is_not(
+    key: str, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    file = train if key == "data.train" else held_out
+    rows_of(train, *range(40))
+    rows_of(held_out, *range(10))
+    data = [f"data.train={train}", f"data.eval={held_out}"]
+    port = free_port()
+    for resumes in ("false", "true"):  # the second time with the same data
+        service = Service(make_config(tmp_path, port, *data, f"run.resume={resumes}"))
+        service.stop()
+        assert service.serve() == 130
+    resume = make_config(tmp_path, port, *data, "run.resume=true")
+    before = file.read_text()
+    another = '\n{"prompt": "new", "answer": 1}'
+    for changed in (before.replace('"answer": 7', '"answer": 8'), before + another):
+        file.write_text(changed)
+        with pytest.raises(ValueError, match=f"{key}={file}: its rows have changed since"):
+            Service(resume)
+    file.write_text("\n\n" + before + "\n")  # the same rows
+    service = Service(resume)
+    service.stop()
+    assert service.serve() == 130
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{key}={file}: there is no such file"):
+        Service(resume)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]"])
+def test_digests_of_the_data_that_cannot_be_read_are_named(
+    content: str | None, stopped: tuple[Path, int]
+) -> None:
+    folder, port = stopped
+    file = folder / "r" / "sources.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(ValueError, match=f"{file}: cannot be read .*restore it"):
+        Service(make_config(folder, port, "run.resume=true"))

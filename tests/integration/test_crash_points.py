@@ -8,12 +8,11 @@ checkpoint.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from buffer.records.event_log import read_sessions
+from buffer.records.row_segments import begins_at, read_rows
 from buffer.records.segments import SegmentLog
 from buffer.service import Service
 from buffer.wire import messages as msg
@@ -56,7 +57,7 @@ class Learner:
 class Script:
     """Buffer, engine and learner, one message at a time."""
 
-    def __init__(self, folder: Path, port: int, learner: Learner, resume: bool) -> None:
+    def __init__(self, folder: Path, port: int, learner: Learner, resume: bool, *more: str) -> None:
         config = cli.load(
             [
                 f"run.dir={folder}", "run.name=r", f"run.steps={STEPS}", "run.trackers=[]",
@@ -66,12 +67,13 @@ class Script:
                 "redundancy.upper=1.5", "sampling.max_tokens=40", "data.num_prompts=50",
                 "loss.kl=1",  # so that every response has a gradient
                 "staleness.max_lag=2", "buffer.segment_bytes=9000", "buffer.fsync_s=1000",
+                f"learner.checkpoint_every={KEEP_EVERY}", "learner.keep_checkpoints=1", *more,
             ]
         )  # fmt: skip
         self.learner, self.launched = learner, list[msg.LaunchedRollout]()
         self.cancelled: set[int] = set()
         self.shard: msg.Shard | None = None
-        self.known_version = self.loaded = -1
+        self.known_version = self.offered_version = self.loaded = -1
         self.to_load: msg.SnapshotRef | None = None
         self.service = Service(config)
         self.service.run.router.send = self.service.run.router.reply = self._sent
@@ -91,6 +93,7 @@ class Script:
                 self.to_load = message.policy
             case msg.LearnerWelcome():
                 self.known_version = message.policy_version
+                self.offered_version = message.offered_version
             case msg.Acknowledged() if message.step == self.learner.step:
                 self.learner.step += 1
                 self.learner.reported = False
@@ -120,11 +123,18 @@ class Script:
         if learner.version < 0:
             learner.version = self.known_version + 1
         if learner.version > self.known_version:
+            self.count()
+        if learner.version > self.offered_version:
             self.announce()
 
     def publish(self) -> None:
         self.learner.version += 1
+        self.count()
         self.announce()
+
+    def count(self) -> None:
+        message = msg.NewPolicy(version=self.learner.version)
+        self.service._receive(self.learner.identity, message)
 
     def announce(self) -> None:
         version = self.learner.version
@@ -146,10 +156,15 @@ class Script:
         launched, self.launched = self.launched, []
         for rollout in launched:
             self.decode(rollout)
+        self.stop_cancelled()
+        self.train()
+
+    def stop_cancelled(self) -> None:
         cancelled, self.cancelled = self.cancelled, set()
         for rollout_id in cancelled:
-            service._receive(ENGINE, msg.Stopped(rollout_id=rollout_id, num_tokens=40))
-        self.train()
+            text = f"cancelled {rollout_id}"
+            stopped = msg.Stopped(rollout_id=rollout_id, num_tokens=40, text=text)
+            self.service._receive(ENGINE, stopped)
 
     def decode(self, rollout: msg.LaunchedRollout) -> None:
         """The length depends only on the rollout. Some rollouts report progress first."""
@@ -205,20 +220,25 @@ class Script:
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "r" / name).read_text().splitlines()]
+    return list(read_rows(folder / "r" / name))
 
 
 def check(folder: Path, trained: dict[int, set[int]]) -> None:
+    """Each file of rows has every step from its first one on."""
     metrics, groups = rows(folder, "metrics.jsonl"), rows(folder, "groups.jsonl")
-    assert [row["step"] for row in metrics] == list(range(STEPS))
+    first = begins_at(groups)
+    assert [row["step"] for row in metrics] == list(range(begins_at(metrics), STEPS))
     assert max(Counter(row["group_id"] for row in groups).values()) == 1
     shipped = [row for row in groups if row["end"] == "shipped"]
     assert max(Counter(row["visit"] for row in shipped).values()) == 1
-    assert len(shipped) == STEPS * GROUPS
-    for step in range(STEPS):
+    assert [row["step"] for row in shipped] == [
+        step for step in range(first, STEPS) for _ in range(GROUPS)
+    ]
+    for step in range(first, STEPS):
         selected = {
             rollout["rollout_id"]
-            for row in shipped[step * GROUPS : (step + 1) * GROUPS]
+            for row in shipped
+            if row["step"] == step
             for rollout in row["rollouts"]
             if rollout["end"].startswith("selected")
         }
@@ -227,7 +247,8 @@ def check(folder: Path, trained: dict[int, set[int]]) -> None:
     history = read_history(folder / "r" / "events")
     assert history.differences == []
     ended = {row["visit"] for row in shipped} | history.given_up
-    assert history.drawn <= ended | history.outstanding
+    if not first and not next(read_sessions(folder / "r" / "events")).step:
+        assert history.drawn <= ended | history.outstanding
     generated = [row["tokens/generated"] for row in metrics]
     assert generated == sorted(generated) and generated[0] > 0
 
@@ -235,14 +256,19 @@ def check(folder: Path, trained: dict[int, set[int]]) -> None:
 def check_samples(shipped: list[dict[str, Any]], samples: list[dict[str, Any]]) -> None:
     """The selected rollouts of all groups, as two groups per step are sampled."""
     expected = [
-        (place // GROUPS, row["prompt_id"], rollout["tokens"], rollout["reward"])
-        for place, row in enumerate(shipped)
+        (row["step"], row["prompt_id"], rollout["tokens"], rollout["reward"])
+        for row in shipped
         for rollout in row["rollouts"]
-        if rollout["end"].startswith("selected")
+        if rollout["end"].startswith("selected") and row["step"] >= begins_at(samples)
     ]
-    found = [(row["step"], row["prompt_id"], row["tokens"], row["reward"]) for row in samples]
+    found = [
+        (row["step"], row["prompt_id"], row["tokens"], row["reward"])
+        for row in samples
+        if row["step"] >= begins_at(shipped) and row["end"] != "cancelled"
+    ]
     assert sorted(found) == sorted(expected)
-    assert all(row["response"] == f"response of {row['tokens']} tokens" for row in samples)
+    finished = [row for row in samples if row["end"] != "cancelled"]
+    assert all(row["response"] == f"response of {row['tokens']} tokens" for row in finished)
 
 
 @dataclass
@@ -254,12 +280,16 @@ class Crash:
 
 
 def run_and_copy(
-    folder: Path, port: int, monkeypatch: pytest.MonkeyPatch, resumes: dict[int, int]
+    folder: Path,
+    port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    resumes: dict[int, int],
+    settings: Sequence[str],
 ) -> list[Crash]:
     """Play a whole run, and return its state before each record. `resumes` maps a step to the
     earlier step from which a new learner then resumes.
     """
-    script = Script(folder / "whole", port, Learner("a"), resume=False)
+    script = Script(folder / "whole", port, Learner("a"), False, *settings)
     crashes: list[Crash] = []
     append = SegmentLog.append
 
@@ -284,25 +314,39 @@ def run_and_copy(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resumes", [{}, {4: 2}, {3: 2, 4: 1}])
+@pytest.mark.parametrize(
+    ("resumes", "settings"),
+    [
+        ({}, ()),
+        ({4: 2}, ("buffer.segment_bytes=2000",)),
+        ({3: 2, 4: 1}, ("learner.keep_checkpoints=5",)),
+        ({4: 2}, ("buffer.segment_bytes=2000", "buffer.keep_row_bytes=0")),
+    ],
+)
 def test_a_crash_between_any_two_records(
     tmp_path: Path,
     free_port: Callable[[], int],
     monkeypatch: pytest.MonkeyPatch,
     resumes: dict[int, int],
+    settings: tuple[str, ...],
 ) -> None:
-    """In every second copy the learner dies as well and resumes from its checkpoint."""
+    """In every second copy the learner dies as well and resumes from its checkpoint. The first case
+    tries all copies, and the others, which share most of its records, every third one.
+
+    Files of rows become segments while they are small, and old segments are removed in the last
+    case: not those of steps to which the learner may come back.
+    """
     for name in ("fsync", "fdatasync"):  # after a kill of the process no sync is needed
         monkeypatch.setattr(os, name, lambda handle: None)
     port = free_port()
-    crashes = run_and_copy(tmp_path, port, monkeypatch, dict(resumes))
+    crashes = run_and_copy(tmp_path, port, monkeypatch, dict(resumes), settings)
     begun = [crash for crash in crashes if (crash.folder / "r" / "config.yaml").exists()]
     assert len(begun) > 100
-    for index, crash in enumerate(begun):
+    for index, crash in enumerate(begun[:: 3 if settings else 1]):
         learner = crash.learner
         if index % 2:
             learner = learner.reborn("reborn", learner.kept)
-        script = Script(crash.folder, port, learner, resume=True)
+        script = Script(crash.folder, port, learner, True, *settings)
         try:
             script.to_the_end()
             check(crash.folder, learner.trained)
@@ -325,3 +369,72 @@ def test_a_learner_of_an_earlier_step_is_refused_once_all_steps_are_done(
         script.join()
     script.service.run.close("")
     assert script.service.run.step == STEPS
+
+
+def test_a_learner_may_not_come_back_to_a_step_whose_records_were_removed(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """The prompts of the steps after it would be lost."""
+    bounds = (
+        "buffer.segment_bytes=1", "buffer.keep_row_bytes=0", "learner.checkpoint_every=1",
+    )  # fmt: skip
+    script = Script(tmp_path, free_port(), Learner("a"), False, *bounds)
+    script.join()
+    while script.learner.step < STEPS - 1:
+        script.turn()
+    run = script.service.run
+    first = run.files.first_rewind(run.step)
+    assert 0 < first <= run.step - 1
+    learner = script.learner
+    script.learner = learner.reborn("b", first - 1)
+    with pytest.raises(AssertionError, match=f"only from step {first} on: buffer.keep_row_bytes=0"):
+        script.join()
+    assert run.step == STEPS - 1
+    script.learner = learner.reborn("c", first)
+    script.to_the_end()
+    check(tmp_path, script.learner.trained)
+
+
+class Endless(Script):
+    """Half of the rollouts decode until they are cancelled, and stop before a step is trained."""
+
+    def train(self) -> None:
+        self.service._apply(self.service.engines.flush())
+        self.stop_cancelled()
+        super().train()
+
+    def decode(self, rollout: msg.LaunchedRollout) -> None:
+        if rollout.rollout_id % 4 > 1:
+            super().decode(rollout)
+        else:
+            self.chunk(rollout.rollout_id, 0, sampled=False, count=2)
+            self.chunk(rollout.rollout_id, 2, sampled=True, count=39)
+
+
+def test_texts_of_cancelled_responses_are_sampled(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """At most two of each group, until the group is trained."""
+    settings = ("darts.num_long=0", "redundancy.upper=3", "eval.every=0")
+    script = Endless(tmp_path, free_port(), Learner("a"), False, *settings)
+    script.to_the_end()
+    check(tmp_path, script.learner.trained)
+    assert len(script.service.run.cancelled_texts) == 0
+    groups = [row for row in rows(tmp_path, "groups.jsonl") if row["end"] == "shipped"]
+    cancelled = {
+        (row["step"], row["prompt_id"]): [
+            (r["tokens"], None, f"cancelled {r['rollout_id']}")
+            for r in row["rollouts"]
+            if r["end"] == "cancelled"
+        ]
+        for row in groups
+    }
+    found: dict[tuple[int, str], list[tuple[int, None, str]]] = {place: [] for place in cancelled}
+    for row in rows(tmp_path, "samples.jsonl"):
+        if row["end"] == "cancelled":
+            text = (row["tokens"], row["reward"], row["response"])
+            found[row["step"], row["prompt_id"]].append(text)
+    assert max(map(len, cancelled.values())) > 2
+    for place, texts in found.items():
+        assert set(texts) <= set(cancelled[place])
+        assert len(texts) == min(2, len(cancelled[place]))

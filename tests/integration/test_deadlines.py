@@ -46,5 +46,6 @@ def test_a_learner_that_hangs_ends_the_run_and_is_named(
         peer.start()
     assert running.wait() == 1
     assert "the learner has neither trained nor published" in running.service.error
+    learner.over.set()
     engine.join(5)
     assert engine.shutdown is not None and engine.shutdown.error == running.service.error

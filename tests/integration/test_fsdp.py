@@ -18,10 +18,19 @@ import pytest
 import safetensors.torch
 import torch
 
-from buffer.wire.messages import LearnerHello, Published, Pull, Shard, Trained
+from buffer.wire.messages import (
+    LearnerHello,
+    Leaving,
+    NewPolicy,
+    Published,
+    Pull,
+    Shard,
+    Trained,
+)
 from configs.errors import ExitStatus
+from configs.schema import LossConfig
 from tests.families import save_family
-from tests.learner_cases import FakeBuffer, make_shards, make_trajectories, save_model
+from tests.learner_cases import FakeBuffer, make_shards, make_trajectories, save_model, shipped
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 3
@@ -70,8 +79,14 @@ def started(
 
 
 def steps_for(
-    parts: list[int] | None, first: int = 0, last: int = NUM_STEPS
+    parts: list[int] | None, first: int = 0, last: int = NUM_STEPS, updates: int = 1
 ) -> dict[int, list[Shard]]:
+    if updates > 1:  # the buffer divides each of them among the ranks
+        num_ranks = len(parts or [0])
+        return {
+            step: shipped(make_trajectories(seed=step), LossConfig(), step, num_ranks, updates)
+            for step in range(first, last)
+        }
     return {
         step: make_shards(make_trajectories(seed=step, version=step), step, parts, version=step)
         for step in range(first, last)
@@ -86,8 +101,10 @@ def train(
     *overrides: str,
     first: int = 0,
     last: int = NUM_STEPS,
+    updates: int = 1,
 ) -> FakeBuffer:
-    with FakeBuffer(address, steps_for(parts, first, last), last_step=last - 1) as buffer:
+    steps = steps_for(parts, first, last, updates)
+    with FakeBuffer(address, steps, last_step=last - 1) as buffer:
         with started(
             model,
             run,
@@ -137,17 +154,21 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def test_the_messages_of_a_run_have_the_right_order(reference: FakeBuffer) -> None:
-    kinds = [type(message) for message in reference.heard]
-    assert kinds == [LearnerHello, Published, *([Pull, Published, Trained] * NUM_STEPS)]
-    assert [message.policy.version for message in reference.of(Published)] == list(
-        range(NUM_STEPS + 1)
-    )
+    kinds = [type(message) for message in reference.heard if not isinstance(message, Published)]
+    assert kinds == [LearnerHello, NewPolicy, *([Pull, NewPolicy, Trained] * NUM_STEPS)]
+    versions = [
+        message.version if isinstance(message, NewPolicy) else message.policy.version
+        for message in reference.heard
+        if isinstance(message, NewPolicy | Published)
+    ]
+    assert versions == [version for version in range(NUM_STEPS + 1) for _ in range(2)]
     assert [message.step for message in reference.of(Pull)] == list(range(NUM_STEPS))
     expected = {
         *("train/loss", "train/grad_norm", "train/entropy", "train/clip_frac", "train/ratio_mean"),
         *("train/tis_clip_frac", "train/tokens_per_s", "train/lr", "train/tokens", "train/skipped"),
         *("train/logprob_diff", "train/logprob_diff_all", "train/step_s", "publish/seconds"),
-        *("publish/bytes", "memory/learner_peak_bytes", "wait/pull_s", "train/kl"),
+        *("publish/bytes", "publish/wait_s", "publish/wait_frac", "wait/pull_s", "train/kl"),
+        *("memory/learner_peak_bytes", "train/shared_tokens_frac"),
     }
     assert all(set(metrics) == expected for metrics in reference.trained.values())
 
@@ -170,6 +191,23 @@ def test_several_ranks_train_the_same_weights_as_one(
             ), (step, name)
 
 
+def test_two_ranks_make_the_updates_of_one(
+    model_path: Path, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    kind = "loss.kind=decoupled_ppo"
+    one, two = (
+        train(
+            model_path, tmp_path / name, f"tcp://127.0.0.1:{free_port()}", parts, kind,
+            last=2, updates=3,
+        )
+        for name, parts in (("one", None), ("two", [6, 6]))
+    )  # fmt: skip
+    for name, tensor in newest_weights(one).items():
+        torch.testing.assert_close(newest_weights(two)[name], tensor, rtol=1e-3, atol=1e-5)
+    for name in ("train/loss", "train/grad_norm", "train/clip_frac", "train/logprob_diff_all"):
+        assert two.trained[1][name] == pytest.approx(one.trained[1][name], rel=1e-3), name
+
+
 def test_two_ranks_agree_on_a_model_whose_layers_are_split(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
@@ -180,6 +218,30 @@ def test_two_ranks_agree_on_a_model_whose_layers_are_split(
     )
     for name, tensor in newest_weights(one).items():
         torch.testing.assert_close(newest_weights(two)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_two_ranks_train_the_adapters_of_one_and_publish_them_merged(
+    model_path: Path, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    one, two = (
+        train(
+            model_path,
+            tmp_path / name,
+            f"tcp://127.0.0.1:{free_port()}",
+            parts,
+            "model.lora.rank=3",  # does not divide by the number of ranks
+            "optimizer.lr=1e-2",
+            last=2,
+        )
+        for name, parts in (("one", None), ("two", [7, 5]))
+    )
+    base = safetensors.torch.load_file(model_path / "model.safetensors")
+    measured, expected = newest_weights(two), newest_weights(one)
+    assert measured.keys() == expected.keys() == base.keys()
+    for name, tensor in base.items():
+        torch.testing.assert_close(measured[name], expected[name], rtol=1e-3, atol=1e-5)
+        is_matrix = name.endswith("_proj.weight")
+        assert torch.equal(measured[name], tensor) != is_matrix, name
 
 
 def test_a_run_resumes_on_another_number_of_ranks(
@@ -206,7 +268,9 @@ def test_a_learner_keeps_its_state_while_the_buffer_restarts(
 ) -> None:
     with FakeBuffer(address, {0: steps_for(None)[0]}, last_step=NUM_STEPS) as buffer:
         learner = learners(model_path, tmp_path / "run", address)
-        assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
+        assert wait_until(
+            lambda: len(buffer.of(Pull)) == len(buffer.of(Published)) == 2, START_TIMEOUT_S
+        )
     with FakeBuffer(
         address, steps_for(None, first=1), last_step=NUM_STEPS - 1, policy_version=1
     ) as buffer:
@@ -257,14 +321,22 @@ def test_sigterm_ends_all_ranks(
         assert not any(is_alive(hello.pid) for hello in buffer.of(LearnerHello))
 
 
+@pytest.mark.parametrize(("parts", "asked"), [(None, "all"), ([5, 7], "all"), ([5, 7], "rank 1")])
 def test_a_learner_that_is_told_to_stop_saves_its_completed_step(
-    learners: Start, model_path: Path, tmp_path: Path, address: str
+    learners: Start,
+    model_path: Path,
+    tmp_path: Path,
+    address: str,
+    parts: list[int] | None,
+    asked: str,
 ) -> None:
-    run = tmp_path / "run"
-    with FakeBuffer(address, {0: steps_for(None)[0]}, last_step=NUM_STEPS) as buffer:
-        learner = learners(model_path, run, address)
-        assert wait_until(lambda: len(buffer.of(Pull)) == 2, START_TIMEOUT_S)
-        learner.terminate()
+    run, num_ranks = tmp_path / "run", len(parts or [0])
+    with FakeBuffer(address, {0: steps_for(parts)[0]}, last_step=NUM_STEPS) as buffer:
+        learner = learners(model_path, run, address, f"learner.num_ranks={num_ranks}")
+        assert wait_until(lambda: len(buffer.of(Pull)) == 2 * num_ranks, START_TIMEOUT_S)
+        pids = {hello.rank: hello.pid for hello in buffer.of(LearnerHello)}
+        os.kill(learner.pid if asked == "all" else pids[1], signal.SIGTERM)
         learner.communicate(timeout=30)
         assert learner.returncode == ExitStatus.INTERRUPTED
+        assert wait_until(lambda: len(buffer.of(Leaving)) == num_ranks, 10)
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_000001"

@@ -22,13 +22,14 @@ import zmq
 from buffer.wire import connections, transport
 from buffer.wire.client import EngineLink, LearnerLink, MonitorLink
 from buffer.wire.keys import make_keys, secure_client
-from buffer.wire.limits import PART_BYTES, largest_message, split
+from buffer.wire.limits import PART_BYTES
 from buffer.wire.messages import (
     SPEAKERS,
     EngineHello,
+    Heartbeat,
     LearnerHello,
     Message,
-    Progress,
+    Minibatch,
     Pull,
     Role,
     Shard,
@@ -39,7 +40,6 @@ from buffer.wire.messages import (
 )
 from buffer.wire.snapshots import SnapshotServer, fetch
 from buffer.wire.transport import Publisher, Router, TransportError, Violation, encode
-from tests.fakes import chunk
 
 LOOPBACK = "tcp://127.0.0.1:*"
 SOON_S = 10.0  # a deadline, never an expectation
@@ -170,7 +170,8 @@ def test_a_ping_behind_a_full_queue_and_a_reset_end_no_server(num_messages: int)
     with process:
         peer = RawPeer(process.stdout.readline().strip())
         peer.join(b"evil")
-        peer.socket.sendall(b"\0\1x" * num_messages + PING + b"\0\1x" * 20)
+        beat = framed(Heartbeat())
+        peer.socket.sendall(beat * num_messages + PING + beat * 20)
         time.sleep(0.3)
         peer.reset()
         process.stdin.write("read\n")
@@ -210,37 +211,7 @@ def test_huge_frames_are_refused_unread_and_memory_stays(router: Router) -> None
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
 
 
-def test_an_engine_s_tokens_travel_in_messages_that_the_buffer_takes() -> None:
-    context = 4096
-    chunks = [chunk(number, 0, [5] * context, 0) for number in range(100)]
-    parts = list(split(Progress(chunks=chunks)))
-    assert [c for part in parts for c in part.chunks] == chunks
-    assert max(len(encode(part)) for part in parts) <= largest_message(context)
-    assert list(split(Progress(chunks=[]))) == [Progress(chunks=[])]
-
-
-# Floods -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("limit", "value"), [("WINDOW_MESSAGES", 100), ("WINDOW_BYTES", 10_000)])
-def test_a_flood_ends_its_connection_and_no_other(
-    router: Router, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
-) -> None:
-    monkeypatch.setattr(transport, limit, value)
-    monkeypatch.setattr(transport, "WINDOW_S", 60.0)
-    message = framed(Stopped(rollout_id=1, num_tokens=1))
-    with RawPeer(router.address) as flooder:
-        flooder.join(b"flooder")
-        flooder.socket.sendall(framed(HELLO) + message * 5000)
-        received = receive_until(router, lambda all: any(_is_violation(m) for _, m in all))
-        assert [peer for peer, m in received if _is_violation(m)] == [b"flooder"]
-        assert len(received) <= 10_000 // len(message) + 2
-        assert flooder.is_closed()
-        check_serves(router)
-
-
-def _is_violation(message: object) -> bool:
-    return isinstance(message, Violation)
+# Peers that do not read ---------------------------------------------------------------------------
 
 
 def test_a_peer_that_does_not_read_is_dismissed_by_name(
@@ -362,8 +333,7 @@ def test_a_large_message_travels_in_parts_and_arrives_whole(router: Router) -> N
         step=0,
         policy_version=0,
         trajectories=[trajectory],
-        step_loss_tokens=1,
-        step_loss_responses=1,
+        minibatches=[Minibatch(num_trajectories=1, loss_tokens=1, loss_responses=1)],
     )
     parts = list(transport._parts(encode(shard)))
     assert len(parts) == 5 and max(map(len, parts)) < PART_BYTES + 100

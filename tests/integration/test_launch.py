@@ -40,7 +40,8 @@ from tools.launching.processes import Command, LocalHost
 config, commands = cli.load(json.loads(sys.argv[1])), json.loads(sys.argv[2])
 supervision.SETTLE_S, supervision.LEAVE_S = 0.5, 2.0
 table = [Command(role, name, ("-c", code)) for role, name, code in commands]
-sys.exit(launch.conduct(config, LocalHost(cli.to_yaml(config), config.run.stop_s), table))
+host = LocalHost(cli.to_yaml(config), config.run.stop_s)
+sys.exit(launch.exit_status(lambda: launch.conduct(config, host, table)))
 """
 
 
@@ -162,14 +163,17 @@ def test_a_failing_tracker_does_not_end_the_run(launched: Callable[..., Launched
     assert "in print_summary" in err  # which finds no files of the stubs
 
 
+@pytest.mark.parametrize("learner", ["time.sleep(2)", "time.sleep(1); sys.exit(7)"])
 def test_a_tracker_is_told_to_end_once_the_buffer_has_ended(
-    launched: Callable[..., Launched], tmp_path: Path
+    learner: str, launched: Callable[..., Launched], tmp_path: Path
 ) -> None:
+    """After a run that ended well, and after one that failed while the buffer was there."""
     told = tmp_path / "told"
     code = f"signal.signal(15, lambda *_: (open({str(told)!r}, 'a').write('once'), sys.exit())); "
-    others = dict.fromkeys(("buffer", "actors", "learner"), "time.sleep(2)")
-    _, _, err = launched({**others, "tracker": code + SLEEP}).ended()
-    assert told.read_text() == "once" and "in print_summary" in err
+    buffer = "time.sleep(2)" if "exit" not in learner else SLEEP
+    others = {"buffer": buffer, "actors": buffer, "learner": learner}
+    _, out, _ = launched({**others, "tracker": code + SLEEP}).ended()
+    assert told.read_text() == "once" and "killed" not in out
 
 
 def test_a_learner_that_ends_early_is_a_failure(launched: Callable[..., Launched]) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from buffer.processes.child import Child, given_reason, in_words, stop
+from buffer.processes.descendants import marks
 from buffer.processes.restarts import Restarts
-from buffer.processes.shared_memory import FOLDER
+from buffer.processes.shared_memory import FOLDER, SharedMemory
 
 WAIT_S = 20.0
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
@@ -27,18 +28,20 @@ GRANDCHILD = (
     "start_new_session=True)"
 )
 
-# Leaves as much behind as possible. It prints its pid, the pid of a stubborn process, the name of
-# its shared memory and the path of a temporary file.
+# Leaves as much behind as possible. It prints its pid, the pid of a stubborn process, the names of
+# its shared memory and of its semaphore, and the path of a temporary file.
 MESSY = f"""
 import os, subprocess, sys, tempfile
-from multiprocessing import resource_tracker, shared_memory
+from multiprocessing import get_context, resource_tracker, shared_memory
 {STUBBORN}
 resource_tracker.register = lambda *_: None  # it would remove the shared memory
+lock = get_context("spawn").Lock()
+semaphore = "sem." + lock._semlock.name.lstrip("/")
 segment = shared_memory.SharedMemory(create=True, size=64)
 _, path = tempfile.mkstemp()
 grandchild = {GRANDCHILD}
 time.sleep(0.6)  # for the janitor to see the shared memory
-print(os.getpid(), grandchild.pid, segment.name, path, flush=True)
+print(os.getpid(), grandchild.pid, segment.name, semaphore, path, flush=True)
 time.sleep(300)
 """
 
@@ -101,11 +104,12 @@ def test_no_process_that_a_child_started_outlives_it() -> None:
 def test_a_killed_child_leaves_no_process_and_no_temporary_file() -> None:
     child = Child("messy", python(MESSY))
     assert wait_until(child.lines)
-    pid, grandchild, name, path = child.last_lines[0].split()
+    pid, grandchild, *names, path = child.last_lines[0].split()
     child.kill()
     assert child.status() == -signal.SIGKILL
     assert not lives(int(pid)) and not lives(int(grandchild)) and not Path(path).exists()
-    (FOLDER / name).unlink()  # as this test has no janitor
+    for name in names:
+        (FOLDER / name).unlink()  # as this test has no janitor
 
 
 def test_children_are_asked_to_end_and_killed_after_the_time_limit() -> None:
@@ -114,6 +118,18 @@ def test_children_are_asked_to_end_and_killed_after_the_time_limit() -> None:
     assert wait_until(polite.lines) and wait_until(stubborn.lines)
     assert stop([polite, stubborn], limit_s=0.5) == [stubborn]
     assert (polite.status(), stubborn.status()) == (-signal.SIGTERM, -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("ask", [Child.terminate, Child.kill])
+def test_a_child_that_ends_as_it_is_asked_to_is_still_cleared(ask: Callable[[Child], None]) -> None:
+    """Its status stays known, and nothing of its process group is left."""
+    start = "import subprocess; print(subprocess.Popen(['sleep', '300']).pid, flush=True); exit(3)"
+    child = Child("quick", python(start))
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    ask(child)
+    assert child.status() == 3
+    (grandchild,) = child.lines()
+    assert not lives(int(grandchild))
 
 
 def test_a_second_request_cuts_the_wait_short() -> None:
@@ -150,9 +166,9 @@ class Supervisor:
             python(SUPERVISOR), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
-        pid, grandchild, name, path = self.process.stdout.readline().split()
+        pid, grandchild, *names, path = self.process.stdout.readline().split()
         self.pids = [int(pid), int(grandchild)]
-        self.shared = FOLDER / name
+        self.shared = [FOLDER / name for name in names]
         self.file = Path(path)
         self.folder = self.file.parents[1]
 
@@ -162,7 +178,7 @@ class Supervisor:
         return janitor
 
     def left(self) -> list[object]:
-        files = [path for path in (self.shared, self.file, self.folder) if path.exists()]
+        files = [path for path in (*self.shared, self.file, self.folder) if path.exists()]
         return [*filter(lives, self.pids), *files]
 
 
@@ -172,12 +188,13 @@ def supervisor() -> Iterator[Supervisor]:
     yield one
     one.process.kill()
     one.process.communicate()
-    one.shared.unlink(missing_ok=True)
+    for path in one.shared:
+        path.unlink(missing_ok=True)
 
 
 def test_a_killed_supervisor_leaves_nothing(supervisor: Supervisor) -> None:
     janitor = supervisor.janitor()
-    assert len(supervisor.left()) == 5
+    assert len(supervisor.left()) == 6
     supervisor.process.kill()
     assert wait_until(lambda: not supervisor.left() and not lives(janitor)), supervisor.left()
 
@@ -188,18 +205,46 @@ def test_a_supervisor_that_ends_by_itself_leaves_nothing(supervisor: Supervisor)
     assert not supervisor.left() and not lives(janitor)
 
 
-def test_a_killed_janitor_leaves_no_process_and_no_file(supervisor: Supervisor) -> None:
+def test_a_killed_janitor_leaves_nothing(supervisor: Supervisor) -> None:
     os.kill(supervisor.janitor(), signal.SIGKILL)
     supervisor.process.communicate()
-    assert supervisor.left() == [supervisor.shared]  # only the janitor knew of it
+    assert supervisor.left() == []
+
+
+def test_the_next_supervisor_removes_what_a_killed_one_and_its_killed_janitor_left(
+    supervisor: Supervisor,
+) -> None:
+    os.kill(supervisor.janitor(), signal.SIGKILL)
+    supervisor.process.kill()
+    supervisor.process.wait()
+    assert len(supervisor.left()) >= 5  # the messy child may have ended with its supervisor
+    second = Supervisor()
+    assert supervisor.left() == [] and len(second.left()) == 6  # the living one keeps its own
+    second.process.communicate()
 
 
 def test_shared_memory_of_a_dead_child_is_removed_while_the_supervisor_goes_on(
     supervisor: Supervisor,
 ) -> None:
     os.kill(supervisor.pids[0], signal.SIGKILL)
-    assert wait_until(lambda: not supervisor.shared.exists())
+    assert wait_until(lambda: not any(path.exists() for path in supervisor.shared))
     assert supervisor.process.poll() is None
+
+
+def test_shared_memory_older_than_the_janitor_is_removed_as_well(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        python(MESSY), stdout=subprocess.PIPE, text=True, env={**os.environ, **marks(tmp_path)}
+    )
+    assert child.stdout is not None
+    _, grandchild, *names, path = child.stdout.readline().split()
+    memory = SharedMemory(tmp_path)
+    memory.look()
+    for pid in (child.pid, int(grandchild)):
+        os.kill(pid, signal.SIGKILL)
+    child.wait()
+    memory.look()
+    assert len(names) == 2 and not any((FOLDER / name).exists() for name in names)
+    Path(path).unlink()
 
 
 def test_shared_memory_of_others_is_left_alone(supervisor: Supervisor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from buffer.records.event_log import read_sessions
+from buffer.records.row_segments import read_rows
 from buffer.wire import messages as msg
 from buffer.wire.transport import TransportError
 from configs import cli
@@ -106,11 +106,12 @@ class Learner(threading.Thread):
         policy = msg.SnapshotRef(
             version=self.version, digest="", num_bytes=0, address="", path="nowhere"
         )
+        self.session.count(self.version)
         self.session.announce(policy, 0.0, fake_probe(self.version))
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "r" / name).read_text().splitlines()]
+    return list(read_rows(folder / "r" / name))
 
 
 def check_records(folder: Path, steps: int) -> None:
@@ -139,7 +140,7 @@ def check_records(folder: Path, steps: int) -> None:
 
 def check_replay(folder: Path) -> None:
     for session in read_sessions(folder / "r" / "events"):
-        assert replay(*session).difference is None
+        assert replay(session.config, session.state, session.events).difference is None
 
 
 @pytest.mark.slow

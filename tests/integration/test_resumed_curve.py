@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from buffer.records.row_segments import read_rows
 from configs.schema import Config
-from tools.chaos import run_config
 from tools.faults import schedule
 from tools.faults.cluster import Cluster
 from tools.faults.schedule import Fault
+from tools.faults.small_run import run_config
 from tools.faults.tiny_model import save_model
 
 STEPS = 6
@@ -54,7 +55,7 @@ def run(folder: Path, model: Path, seed: int, faults: list[Fault]) -> Cluster:
 
 
 def curve(cluster: Cluster) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (cluster.run_folder / "metrics.jsonl").open()]
+    rows = list(read_rows(cluster.run_folder / "metrics.jsonl"))
     assert rows[0].keys() >= set(CURVE)
     return [{name: row[name] for name in ("step", *CURVE)} for row in rows]
 
@@ -73,7 +74,7 @@ def trained(cluster: Cluster) -> list[list[dict[str, Any]]]:
 
 def prompts(cluster: Cluster) -> list[list[tuple[int, list[int]]]]:
     """For each step: the visits that were trained, and which responses to each."""
-    rows = [json.loads(line) for line in (cluster.run_folder / "groups.jsonl").open()]
+    rows = list(read_rows(cluster.run_folder / "groups.jsonl"))
     shipped = [
         (row["visit"], sorted(r["index"] for r in row["rollouts"] if "selected" in r["end"]))
         for row in rows

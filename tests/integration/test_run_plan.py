@@ -20,7 +20,14 @@ from configs import cli
 from configs.schema import Config
 from tools import tail_monitor
 from tools.launching.processes import CONFIG, Command
-from tools.launching.run_plan import commands_of, free_name, prepare, share_gpus
+from tools.launching.run_plan import (
+    commands_of,
+    free_name,
+    has_ended,
+    prepare,
+    share_gpus,
+    with_own_keys,
+)
 
 STATE = LiveState(
     time_s=0.0, run_name="demo run", phase="training", step=1, steps=10, policy_version=0,
@@ -60,6 +67,7 @@ def test_a_missing_model_names_the_command_that_makes_it(config: Config, tmp_pat
 
 def test_an_existing_run_is_not_touched(config: Config, tmp_path: Path) -> None:
     assert prepare(config).run.name == "demo"
+    assert not (tmp_path / "demo").exists()
     for taken in ("demo", "demo-2"):
         (tmp_path / taken).mkdir(exist_ok=True)
         (tmp_path / taken / "config.yaml").touch()
@@ -67,11 +75,22 @@ def test_an_existing_run_is_not_touched(config: Config, tmp_path: Path) -> None:
     assert free_name(replace(config, run=replace(config.run, resume=True))) == "demo"
 
 
+def test_a_resume_of_an_unknown_run_is_refused_with_the_known_ones(
+    config: Config, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        settings.write(tmp_path / name, config, {})
+    unknown = replace(config, run=replace(config.run, resume=True, name="nosuch"))
+    with pytest.raises(ValueError, match=r"there is no run .*nosuch \(runs in .*: one, two\)"):
+        has_ended(unknown)
+
+
 def test_a_resume_with_a_fixed_key_changed_is_refused_before_anything_starts(
     config: Config, tmp_path: Path
 ) -> None:
     (tmp_path / "demo").mkdir()
-    settings.write(tmp_path / "demo", config)
+    settings.write(tmp_path / "demo", config, {})
     resumed = replace(config, run=replace(config.run, resume=True, steps=7))
     assert prepare(resumed).run.name == "demo"
     other = replace(resumed, darts=replace(config.darts, group_size=4))
@@ -114,23 +133,23 @@ def test_gpus_are_split_if_there_are_enough_and_shared_otherwise() -> None:
 
 
 def test_a_run_on_one_machine_gets_private_keys_and_keeps_them(config: Config) -> None:
-    prepared = prepare(config)
+    prepared = with_own_keys(prepare(config))
     folder = Path(prepared.buffer.keys)
     assert folder == Path(config.run.dir).absolute() / prepared.run.name / "keys"
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
-    again = prepare(replace(config, run=replace(config.run, resume=True)))
+    again = with_own_keys(replace(config, run=replace(config.run, resume=True)))
     assert again.buffer.keys == prepared.buffer.keys
 
 
 def test_keys_that_are_named_are_used(config: Config, tmp_path: Path) -> None:
     named = replace(config, buffer=replace(config.buffer, keys=str(tmp_path / "k")))
     make_keys(tmp_path / "k")
-    assert prepare(named).buffer.keys == str(tmp_path / "k")
+    assert with_own_keys(named).buffer.keys == str(tmp_path / "k")
 
 
 def test_a_run_beyond_one_machine_is_not_given_keys_that_the_others_lack(config: Config) -> None:
     wide = replace(config, weights=replace(config.weights, address="tcp://10.0.0.6:5580"))
-    assert prepare(wide).buffer.keys == ""
+    assert with_own_keys(wide).buffer.keys == ""
 
 
 @pytest.mark.parametrize("found", [True, False])

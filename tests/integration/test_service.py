@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from buffer.records.event_log import read_sessions
+from buffer.records.row_segments import read_rows
+from buffer.records.signal_watch import TOO_EASY, TOO_HARD
 from buffer.service import Service
 from buffer.wire import messages as msg
 from buffer.wire.client import EngineLink, LearnerLink, Refused
@@ -57,7 +59,7 @@ class Running:
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "r" / name).read_text().splitlines()]
+    return list(read_rows(folder / "r" / name))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def test_tokens_count_as_trained_if_the_learner_reports_them(finished: Any) -> N
     """The fake learner leaves out one token a step; of truncated responses it is told nothing."""
     metrics, shards = rows(finished[0], "metrics.jsonl"), finished[1].shards
     assert not any(t.truncated for shard in shards for t in shard.trajectories)
-    in_loss = np.cumsum([shard.step_loss_tokens for shard in shards])
+    in_loss = np.cumsum([shard.loss_tokens for shard in shards])
     for row, cumulative in zip(metrics, in_loss, strict=True):
         assert row["tokens/trained"] == cumulative - (row["step"] + 1)
         assert row["tokens/without_signal"] >= row["step"] + 1
@@ -147,6 +149,18 @@ def test_evaluations_run_before_during_and_after_training(finished: Any) -> None
     )
 
 
+def test_the_learner_is_told_every_evaluation(finished: Any) -> None:
+    told = [(result.step, result.reward_mean) for result in finished[1].evaluations]
+    in_rows = [
+        (row["eval/step"], row["eval/reward_mean"])
+        for row in rows(finished[0], "metrics.jsonl")
+        if "eval/step" in row
+    ]
+    # The last row has only the last of the evaluations since the row before.
+    assert set(in_rows) <= set(told) and in_rows[-1] == told[-1]
+    assert [step for step, _ in told] == sorted({step for step, _ in told})
+
+
 def test_shards_hold_the_whole_groups_that_have_signal(finished: Any) -> None:
     """Rewards are 0 or 1, so a group with different ones gives each response an advantage."""
     shipped = [row for row in rows(finished[0], "groups.jsonl") if row["end"] == "shipped"]
@@ -169,8 +183,67 @@ def test_shards_hold_the_whole_groups_that_have_signal(finished: Any) -> None:
             assert len(group) == SIZE
             assert sum(t.advantage for t in group) == pytest.approx(0, abs=1e-9)
         everything = [r for of_group in selected.values() for r in of_group]
-        assert shard.step_loss_tokens == sum(r["tokens"] for r in everything)
-        assert shard.step_loss_responses == len(everything)
+        assert shard.loss_tokens == sum(r["tokens"] for r in everything)
+        assert sum(m.loss_responses for m in shard.minibatches) == len(everything)
+
+
+@pytest.mark.parametrize("pass_rate", [0.0, 1.0])
+def test_a_run_without_any_signal_ends_in_bounded_work_and_says_so(
+    tmp_path: Path, free_port: Callable[[], int], pass_rate: float, capfd: Any
+) -> None:
+    """Every step replaces as many groups as it may, and then trains on nothing."""
+    dropping = ["darts.uniform=drop", "darts.max_refill=1", "run.steps=2", "eval.every=0"]
+    running = Running(make_config(tmp_path, free_port(), *dropping))
+    address = running.service.run.router.address
+    engine, learner = FakeEngine(address, "e"), FakeLearner(address, 2)
+    engine.pass_rate = pass_rate
+    for peer in (engine, learner):
+        peer.start()
+    assert running.wait() == 0
+    metrics = rows(tmp_path, "metrics.jsonl")
+    assert [row["darts/uniform_frac"] for row in metrics] == [1.0, 1.0]
+    # Groups that are decided while the learner trains belong to the next step already.
+    assert 2 * GROUPS <= sum(row["darts/replaced_groups"] for row in metrics) <= 3 * GROUPS
+    assert not any(shard.trajectories for shard in learner.shards)
+    advice = TOO_EASY if pass_rate else TOO_HARD
+    assert capfd.readouterr().err.count(advice) == 1
+
+
+def test_an_overlong_penalty_moves_advantages_alone(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """Rewards in the ledger, in shards and in metrics are those of the verifier, 0 or 1."""
+    overlong = ["loss.overlong_buffer=60", "loss.overlong_factor=0.5", "loss.train_truncated=true"]
+    config = make_config(tmp_path, free_port(), "run.steps=2", "eval.every=0", *overlong)
+    running = Running(config)
+    address = running.service.run.router.address
+    engine, learner = FakeEngine(address, "e"), FakeLearner(address, 2)
+    for peer in (engine, learner):
+        peer.start()
+    assert running.wait() == 0
+    ledger = {row["group_id"]: row for row in rows(tmp_path, "groups.jsonl")}
+    for shard, metrics in zip(learner.shards, rows(tmp_path, "metrics.jsonl"), strict=True):
+        of_step = [
+            [r for r in row["rollouts"] if r["end"].startswith("selected")]
+            for row in ledger.values()
+            if (row["step"], row["end"]) == (shard.step, "shipped")
+        ]
+        expected: dict[int, float] = {}
+        penalties: list[float] = []
+        for group in of_step:
+            penalty = [-0.5 * max(0, r["tokens"] - 4) / 60 for r in group]
+            shaped = [r["reward"] + p for r, p in zip(group, penalty, strict=True)]
+            mean, std = np.mean(shaped), np.std(shaped) + 1e-6
+            expected |= {
+                r["rollout_id"]: (s - mean) / std for r, s in zip(group, shaped, strict=True)
+            }
+            penalties += penalty
+        moved = {rollout: a for rollout, a in expected.items() if abs(a) > 1e-6}
+        assert {t.rollout_id: t.advantage for t in shard.trajectories} == pytest.approx(moved)
+        everything = [r["reward"] for group in of_step for r in group]
+        assert {t.reward for t in shard.trajectories} <= {0.0, 1.0}
+        assert metrics["reward/mean"] == pytest.approx(np.mean(everything))
+        assert metrics["reward/overlong_mean"] == pytest.approx(np.mean(penalties))
 
 
 def test_ledger_has_each_group_once_with_selected_rollouts(finished: Any) -> None:
@@ -182,6 +255,7 @@ def test_ledger_has_each_group_once_with_selected_rollouts(finished: Any) -> Non
         ends = [r["end"] for r in row["rollouts"]]
         assert ends.count("selected_short") + ends.count("selected_long") == SIZE
         assert set(row) == {
+            "step",
             "group_id",
             "prompt_id",
             "opened_version",
@@ -203,8 +277,8 @@ def test_slots_are_never_exceeded(finished: Any) -> None:
 
 
 def test_log_replays_to_the_same_decisions(finished: Any) -> None:
-    for config, state, entries in read_sessions(finished[0] / "r" / "events"):
-        result = replay(config, state, entries)
+    for session in read_sessions(finished[0] / "r" / "events"):
+        result = replay(session.config, session.state, session.events)
         assert result.difference is None and result.num_events > 100 and result.num_decisions > 50
 
 
@@ -585,7 +659,7 @@ def test_an_engine_that_sends_a_learner_message_is_dismissed(
             10,
         )
         link.send(
-            msg.Published(
+            msg.Published(  # pyright: ignore[reportArgumentType] -- no engine may say this
                 policy=msg.SnapshotRef(version=7, digest="", num_bytes=0, address="", path=""),
                 seconds=0.0,
             )

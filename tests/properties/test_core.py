@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from configs.schema import LongEnd
 from darts import checkpoint
 from darts import events as ev
 from darts.config import CoreConfig
@@ -47,6 +48,7 @@ CONFIGS = st.builds(
     max_reopens=st.integers(0, 2),
     redundancy=st.sampled_from(["none", "fixed", "paper", "marginal"]),
     upper=st.sampled_from([1.0, 1.5, 2.0]),
+    variance=st.sampled_from(["censored", "ema"]),
     max_tokens=st.just(30),
 )
 
@@ -65,10 +67,14 @@ class CoreMachine(RuleBasedStateMachine):
         self.world = World(config, random.Random(seed))
         self.serial = 0
 
-    @rule(slots=st.integers(1, 6), back=st.integers(0, 2))
-    def join(self, slots: int, back: int) -> None:
+    @rule(slots=st.integers(1, 6), back=st.integers(0, 2), again=st.integers(0, 5))
+    def join(self, slots: int, back: int, again: int) -> None:
+        """A new engine joins, or one under the name of an earlier one that was lost."""
         self.serial += 1
-        self.world.join(f"e{self.serial}", slots, max(-1, self.world.version - back))
+        engine_id = f"e{max(1, self.serial - again)}"
+        if engine_id in self.world.engine_versions:
+            engine_id = f"e{self.serial}"
+        self.world.join(engine_id, slots, max(-1, self.world.version - back))
 
     @precondition(lambda self: self.world.engine_versions)
     @rule(data=st.data())
@@ -105,6 +111,11 @@ class CoreMachine(RuleBasedStateMachine):
         for rollout in self.world.running():
             if not rollout.end:
                 self.world.advance(rollout, num_tokens)
+
+    @precondition(lambda self: self.world.running())
+    @rule(data=st.data())
+    def wait_for_environment(self, data: st.DataObject) -> None:
+        self.world.wait(data.draw(st.sampled_from(self.world.running())))
 
     @precondition(lambda self: self.world.running())
     @rule(data=st.data())
@@ -271,13 +282,32 @@ TestCore.settings = settings(
     stateful_step_count=40,
     deadline=None,
     report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_step_that_lost_tokens_before_it_was_sent_is_made_again(seed: int, max_lag: int) -> None:
+    """The group that lost them is drawn again. Every prompt is trained exactly once."""
+    config = CoreConfig(
+        3, max_lag=max_lag, group_size=4, redundancy="fixed", upper=1.5, max_tokens=60
+    )
+    world = World(config, random.Random(seed))
+    world.publish()
+    for engine in ("a", "b"):
+        world.join(engine, 16, 0)
+    prompts = [f"q{number}" for number in range(12)]
+    world.draw(prompts)
+    world.finish_everything(power_cuts=3)
+    assert [drop.record.end for drop in world.drops] == ["tokens_lost"] * 3
+    assert len(world.ships) == 4 * 3 + 3 * 3
+    assert world.settled == dict.fromkeys(prompts, 1)
 
 
 @pytest.mark.parametrize("long_end", ["none", "longest"])
 @pytest.mark.parametrize("seed", range(30))
-def test_online_selection_equals_the_offline_rule(long_end: str, seed: int) -> None:
+def test_online_selection_equals_the_offline_rule(long_end: LongEnd, seed: int) -> None:
     """With the whole budget launched, the core keeps exactly the rollouts that the pure rule
     selects from all true lengths.
     """

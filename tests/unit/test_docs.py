@@ -5,14 +5,19 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
+from actors.turns import turns_of
 from configs import cli
 from configs.schema import Config
 from darts.simulate.schema import SimulateConfig
-from tests.pages import PAGES, ROOT, TOP_LEVEL, explained_metrics, spans
+from tests.pages import PAGES, ROOT, TOP_LEVEL, blocks, explained_metrics, spans
 from tools.compare import CompareConfig
 
 
@@ -26,11 +31,11 @@ def test_fenced_blocks_name_their_language() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_inline_commands_name_modules_and_targets_that_exist(page: Path) -> None:
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     for span in spans(page):
         if match := re.match(r"(?:\.venv/bin/)?python -m ([\w.]+)", span):
             assert importlib.util.find_spec(match[1]), span
-        elif match := re.match(r"make (\w+)", span):
+        elif match := re.match(r"make ([\w-]+)", span):
             assert match[1] in targets, span
 
 
@@ -101,3 +106,69 @@ def test_every_explained_metric_exists() -> None:
     composed = {"length", "tokens", "cancel", "eval"}
     named = {name for name in explained_metrics() if name.partition("/")[0] not in composed}
     assert named - metrics_in_the_source() == set()
+
+
+def test_the_environment_of_the_documentation_does_as_it_says() -> None:
+    environment, session = blocks(ROOT / "docs/your-environment.md", "python")[:2]
+    exec(f"{environment}\n{session}", {})
+
+
+class Counter:
+    """Imitates a client of OpenEnv: the state of a session ends with its connection."""
+
+    num_open = 0
+
+    def __init__(self, base_url: str) -> None:
+        assert base_url.startswith("http://127.0.0.1:")
+
+    def sync(self) -> Counter:
+        return self
+
+    def __enter__(self) -> Counter:
+        Counter.num_open += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Counter.num_open -= 1
+
+    def reset(self, seed: int) -> None:
+        self.left = seed
+
+    def step(self, action: dict[str, str]) -> SimpleNamespace:
+        self.left -= int(action["message"])
+        done, text = self.left <= 0, f"{self.left} left"
+        reward = None if self.left > 0 else 1.0
+        return SimpleNamespace(done=done, observation={"text": text}, reward=reward)
+
+
+def test_the_remote_environment_of_the_documentation_is_played_in_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (code,) = [
+        block
+        for block in blocks(ROOT / "docs/your-environment.md", "python")
+        if "GenericEnvClient" in block
+    ]
+    module = ModuleType("openenv")
+    module.__dict__["GenericEnvClient"] = Counter
+    monkeypatch.setitem(sys.modules, "openenv", module)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    monkeypatch.setitem(globals(), "Remote", names["Remote"])  # to be pickled
+    names["Remote"].__module__ = __name__
+    turns, row = turns_of(names["Remote"]), {"metadata": {"seed": 5}}
+    reward, observation, state = turns.step(row, "", "2")
+    assert (reward, observation, Counter.num_open) == (0.0, "3 left", 0)
+    _, observation, state = turns.step(row, state, "2")
+    assert observation == "1 left"
+    assert turns.step(row, state, "1") == (1.0, None, "")
+
+
+@pytest.mark.slow
+def test_the_site_of_the_documentation_is_built_without_warnings(tmp_path: Path) -> None:
+    """Among others, no link or anchor is broken, and every page is in the navigation."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    for page in ("index.html", "monitor/index.html", "examples/game/index.html"):
+        assert (tmp_path / "site" / page).exists()

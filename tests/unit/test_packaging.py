@@ -30,6 +30,12 @@ def test_type_checkers_may_read_our_annotations(package: str) -> None:
     assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["*"]
 
 
+def test_scripts_of_pages_are_in_the_wheel() -> None:
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    listed = {f"{name.replace('.', '/')}/{file}" for name, files in data.items() for file in files}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "tools").rglob("*.js")} <= listed
+
+
 def requirements(group: str) -> list[str]:
     project = PROJECT["project"]
     return project["dependencies"] if group == "core" else project["optional-dependencies"][group]

@@ -18,6 +18,7 @@ from typing import NoReturn
 import msgspec
 import torch
 
+from buffer.processes.private_folder import private_folder
 from buffer.wire.messages import Shard
 from buffer.wire.snapshots import fetch
 from configs.checks import check
@@ -26,7 +27,7 @@ from configs.schema import Config, key
 from learner import fsdp
 from learner.packs.attention import PACKED_SDPA
 from learner.packs.batch import Pack, make_packs
-from learner.publish import WeightPublisher
+from learner.snapshots.publish import WeightPublisher
 from learner.train import UNPUBLISHED, LearnerState, build_state, train_step
 from tools.benchmarks.actors import BARE, ONE_POLICY, SEEDS, SWAPS, Window, measure_actors
 
@@ -70,11 +71,12 @@ def run(options: BenchConfig) -> None:
     bench = options.bench
     # With a KL penalty, the buffer ships responses without an advantage, too.
     with_all = replace(config, loss=replace(config.loss, kl=1.0))
-    windows, shards = asyncio.run(
-        measure_actors(
-            with_all, _initial_snapshot(config), bench.seconds, bench.warmup_s, bench.rounds
+    with private_folder():
+        windows, shards = asyncio.run(
+            measure_actors(
+                with_all, _initial_snapshot(config), bench.seconds, bench.warmup_s, bench.rounds
+            )
         )
-    )
     if len(shards) < 2:
         raise ValueError(
             f"bench.seconds={bench.seconds:g}: responses for {len(shards)} learner steps were "

@@ -1,12 +1,10 @@
-"""`python -m tools.bench buffer`: append rates of the buffer's logs, with and without fsync.
+"""Append rates of the buffer's logs, with and without fsync, for `python -m tools.bench buffer`.
 
-Owns the measurement; prints rates and their ratio, and nothing passes or fails. The loop polls
-after each record, as the buffer's loop does after each message.
+The loop polls after each record, as the buffer's loop does after each message.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,25 +15,25 @@ from statistics import median
 from buffer.records.segments import SegmentLog
 from buffer.records.token_log import TokenLog
 from buffer.wire.messages import Chunk
-from tools.benchmarks import traffic
 
 FSYNC_S = 0.05
-ROUNDS, RECORDS, EVENT_BYTES = 5, 100_000, 100
+EVENT_BYTES = 100
 ROLLOUTS, MAX_TOKENS, CHUNK_TOKENS = 256, 2000, 8
 WARM_UP_ROUNDS = 1
 
 Append = Callable[[int], object]
 
 
-def append_rates(folder: Path) -> None:
-    """Print appends per second to logs in `folder`, which choose the disk to measure."""
-    print(f"{RECORDS:,} appends per round, median of {ROUNDS} rounds, in {folder}")
+def append_rates(folder: Path, num_records: int, rounds: int) -> None:
+    """Print appends per second to logs in `folder`, which chooses the disk to measure."""
+    print(f"{num_records:,} appends per round, median of {rounds} rounds, in {folder}")
     for name, run in (("events", _events), ("chunks", _chunks)):
         durable, free = [], []
         # Both take turns, so that noise of the machine affects them alike.
-        for index in range(WARM_UP_ROUNDS + ROUNDS):
+        for index in range(WARM_UP_ROUNDS + rounds):
             rates = [
-                run(folder / f"{name}-{index}-{fsync_s}", fsync_s) for fsync_s in (FSYNC_S, inf)
+                run(folder / f"{name}-{index}-{fsync_s}", fsync_s, num_records)
+                for fsync_s in (FSYNC_S, inf)
             ]
             if index >= WARM_UP_ROUNDS:
                 durable.append(rates[0])
@@ -48,16 +46,16 @@ def append_rates(folder: Path) -> None:
         )
 
 
-def _events(folder: Path, fsync_s: float) -> float:
+def _events(folder: Path, fsync_s: float, num_records: int) -> float:
     payload = bytes(EVENT_BYTES)
     with ThreadPoolExecutor(1) as executor:
         log, _ = SegmentLog.open(folder, fsync_s=fsync_s, executor=executor)
-        rate = _rate(lambda index: log.append(payload, 0.0), log)
+        rate = _rate(lambda index: log.append(payload, 0.0), log, num_records)
         log.close()
     return rate
 
 
-def _chunks(folder: Path, fsync_s: float) -> float:
+def _chunks(folder: Path, fsync_s: float, num_records: int) -> float:
     """Rollouts take turns; each is replaced after at most `MAX_TOKENS`, which frees segments."""
     sampled = bytes(4 * CHUNK_TOKENS)
     current = list(range(ROLLOUTS))
@@ -86,50 +84,14 @@ def _chunks(folder: Path, fsync_s: float) -> float:
             log.append(chunk, 0.0)
             offsets[slot] += CHUNK_TOKENS
 
-        rate = _rate(append, log.log)
+        rate = _rate(append, log.log, num_records)
         log.close()
     return rate
 
 
-def restart_time(folder: Path) -> None:
-    """Print how long a restarted buffer takes to read the tokens of outstanding rollouts."""
-    sampled = bytes(4 * CHUNK_TOKENS)
-    log, _ = TokenLog.open(folder, ())
-    for rollout_id in range(ROLLOUTS):
-        log.begin(rollout_id, 0, 0.0)
-    for offset in range(0, MAX_TOKENS, CHUNK_TOKENS):
-        for rollout_id in range(ROLLOUTS):
-            chunk = Chunk(
-                rollout_id=rollout_id,
-                offset=offset,
-                sampled=True,
-                version=0,
-                tokens=sampled,
-                logprobs=sampled,
-            )
-            log.append(chunk, 0.0)
-    log.close()
+def _rate(append: Append, log: SegmentLog, num_records: int) -> float:
     began = time.perf_counter()
-    log, found = TokenLog.open(folder, range(ROLLOUTS))
-    elapsed_s = time.perf_counter() - began
-    num_tokens = sum(len(rollout.tokens) // 4 for rollout in found.values())
-    print(
-        f"restart: {elapsed_s:.2f} s to read {num_tokens:,} tokens of {len(found)} rollouts "
-        f"({log.num_bytes / 1e6:.0f} MB)"
-    )
-    log.close()
-
-
-def _rate(append: Append, log: SegmentLog) -> float:
-    began = time.perf_counter()
-    for index in range(RECORDS):
+    for index in range(num_records):
         append(index)
         log.poll()
-    return RECORDS / (time.perf_counter() - began)
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=Path.cwd()) as folder:
-        append_rates(Path(folder))
-        restart_time(Path(folder) / "restart")
-        traffic.main(Path(folder))
+    return num_records / (time.perf_counter() - began)

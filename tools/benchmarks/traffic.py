@@ -1,8 +1,8 @@
-"""`python -m tools.bench buffer`, second half: a real buffer process under load over real sockets.
+"""A real buffer process under load over real sockets, for `python -m tools.bench buffer`.
 
 Owns engines that answer each launch at once, on raw sockets in one thread, and a learner that
-trains nothing. Prints rates between one settled rollout and a later one, which include socket, core
-and logs. Judges nothing. The load shares this machine's cores with the buffer.
+trains nothing. Returns rates between one settled rollout and a later one, which include socket,
+core and logs. The load shares this machine's cores with the buffer.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 
 from buffer.processes.child import python_path
 from buffer.wire import messages as msg
+from buffer.wire.credit import Credit
 from buffer.wire.transport import TransportError, decoder, encode
 from configs import cli
 from configs.schema import Config
 from learner import BufferLost, RunStopped
 from learner.session import BufferSession, RunEnded
+from tools.faults.cluster import free_port
+from tools.faults.sampled import VOCAB_SIZE
 
-PORT = 5591
-NUM_TOKENS, NUM_GIVEN, VOCAB_SIZE = 2000, 64, 100
-NUM_REPORTS, REPORT_TOKENS = 20, 8  # of a short rollout, to measure reports
+NUM_ENGINES, NUM_SLOTS = 32, 8  # each engine has its credit of tokens under way
+NUM_TOKENS, NUM_GIVEN = 2000, 64
+NUM_LENGTHS = 40  # of rollouts that do not all have the same length
 NUM_QUEUED = 20  # messages of an engine that the buffer has not taken
-WARM_UP_S, MEASURED_S = 3.0, 8.0
-NO_FSYNC_S = 1e6
 POLL_MS = 20
+LONGEST_S = 120.0  # until the warm-up is over, on a machine that is busy
 LEAVE_S = 5.0  # for the learner
 
 
@@ -43,7 +46,7 @@ def bench_config(folder: Path, name: str, *overrides: str) -> Config:
     return cli.load(
         [
             f"run.dir={folder}", f"run.name={name}", "run.steps=1000000", "run.trackers=[]",
-            f"buffer.address=tcp://127.0.0.1:{PORT}", "eval.every=0", "batch.groups=32",
+            f"buffer.address=tcp://127.0.0.1:{free_port()}", "eval.every=0", "batch.groups=32",
             "darts.group_size=8", "redundancy.rule=none", f"sampling.max_tokens={NUM_TOKENS}",
             "model.max_context=4096", *overrides,
         ]
@@ -51,21 +54,21 @@ def bench_config(folder: Path, name: str, *overrides: str) -> Config:
 
 
 @contextmanager
-def buffer_process(config: Config, folder: Path, *overrides: str) -> Iterator[None]:
-    """Killed at the end, as nothing of it is needed."""
+def buffer_process(config: Config, folder: Path, *overrides: str) -> Iterator[int]:
+    """Its process id. It is killed at the end, as nothing of it is needed."""
     file = folder / "bench.yaml"
     file.write_text(cli.to_yaml(config))
     command = [sys.executable, "-m", "buffer", "--config", str(file), *overrides]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | python_path())
     try:
-        yield
+        yield process.pid
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
 
 
 class Learner(threading.Thread):
-    """Takes each shard, and reports it at once."""
+    """Takes each shard, and reports it at once. `num_steps` counts them."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(daemon=True)
@@ -73,6 +76,7 @@ class Learner(threading.Thread):
             config, 0, 1, secrets.token_hex(6), VOCAB_SIZE, lambda: self.over
         )
         self.over = False
+        self.num_steps = 0
 
     def run(self) -> None:
         version = self._publish(self._session.join(0))
@@ -81,6 +85,7 @@ class Learner(threading.Thread):
                 self._session.pull(step)
                 version = self._publish(version)
                 self._session.trained(step, 1, {})
+                self.num_steps = step + 1
         except (RunEnded, RunStopped, BufferLost, TransportError):
             return  # the measurement is over
 
@@ -88,70 +93,126 @@ class Learner(threading.Thread):
         policy = msg.SnapshotRef(
             version=version + 1, digest="", num_bytes=0, address="", path="none"
         )
+        self._session.count(policy.version)
         self._session.announce(policy, 0.0, b"")
         return version + 1
 
 
-class Engines:
-    """`num_engines` engines that report `chunk` tokens at once until a rollout has `num_tokens`."""
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """`num_engines` engines that report `chunk` tokens at once until a rollout has `num_tokens`.
 
-    def __init__(self, num_engines: int, slots: int, chunk: int, num_tokens: int) -> None:
-        self.num_settled = 0
-        self._chunk, self._num_tokens, self._version = chunk, num_tokens, -1
-        self._sampled = bytes(4 * chunk)
+    ends: without it, rollouts stay in flight at that length.
+    varied: the length of a rollout is one of `NUM_LENGTHS` fractions of `num_tokens`.
+    pause_s: between two reports of a rollout.
+    """
+
+    num_engines: int
+    slots: int
+    chunk: int
+    num_tokens: int
+    ends: bool = True
+    varied: bool = False
+    pause_s: float = 0.0
+
+    def length(self, rollout_id: int) -> int:
+        if not self.varied:
+            return self.num_tokens
+        return self.num_tokens * (1 + rollout_id % NUM_LENGTHS) // NUM_LENGTHS
+
+
+class Rate(NamedTuple):
+    """Of one window: events per second, and per second of the buffer's CPU time.
+
+    The second is the limit of one core, and depends less on the other load of the machine.
+    """
+
+    per_s: float
+    per_cpu_s: float
+
+
+class _Peer:
+    """An engine's socket, and the rollouts that it holds."""
+
+    def __init__(self, context: zmq.Context[Any], name: str, slots: int, address: str) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.sndhwm = NUM_QUEUED
+        self.socket.connect(address)
+        self.socket.send(encode(hello(name, slots)))
+        self.credit = Credit()
+        self.held: dict[int, int] = {}  # rollout -> tokens reported
+
+    def send(self, message: msg.Message, flags: int = 0) -> None:
+        """Raises `zmq.Again`, with nothing sent, if the buffer is busy and `flags` say so."""
+        frame = encode(message)
+        if flags and not self.credit.admits(frame):
+            raise zmq.Again
+        self.socket.send(frame, flags)
+        self.credit.spend(frame)
+
+
+class Engines:
+    """The engines of a load. `num_settled` counts their rollouts that are recorded."""
+
+    def __init__(self, load: Load, address: str, buffer_pid: int) -> None:
+        self.buffer_pid = buffer_pid
+        self.num_settled = self.num_sampled = 0
+        self._load, self._version = load, -1
+        self._sampled = bytes(4 * load.chunk)
         self._context: zmq.Context[Any] = zmq.Context()
         self._poller = zmq.Poller()
-        self._held: dict[zmq.Socket[bytes], dict[int, int]] = {}  # rollout -> tokens reported
-        for index in range(num_engines):
-            socket = self._context.socket(zmq.DEALER)
-            socket.sndhwm = NUM_QUEUED
-            socket.connect(f"tcp://127.0.0.1:{PORT}")
-            socket.send(encode(hello(f"bench/{index}", slots)))
-            self._poller.register(socket, zmq.POLLIN)
-            self._held[socket] = {}
+        self._peers: dict[zmq.Socket[bytes], _Peer] = {}
+        for index in range(load.num_engines):
+            peer = _Peer(self._context, f"bench/{index}", load.slots, address)
+            self._poller.register(peer.socket, zmq.POLLIN)
+            self._peers[peer.socket] = peer
 
     def close(self) -> None:
         self._context.destroy(linger=0)
 
     def turn(self) -> None:
         """Answer all messages, and report once for each rollout unless the buffer is busy."""
-        for socket, _ in self._poller.poll(POLL_MS if not any(self._held.values()) else 0):
+        time.sleep(self._load.pause_s)
+        is_idle = not any(peer.held for peer in self._peers.values())
+        for socket, _ in self._poller.poll(POLL_MS if is_idle else 0):
             while socket.poll(0):
-                self._obey(socket, decoder(msg.EngineCommand).decode(socket.recv()))
-        for socket, held in self._held.items():
+                self._obey(self._peers[socket], decoder(msg.Outbound).decode(socket.recv()))
+        for peer in self._peers.values():
             try:
-                for rollout_id, done in list(held.items()):
-                    self._decode(socket, rollout_id, done)
+                for rollout_id, done in list(peer.held.items()):
+                    self._decode(peer, rollout_id, done)
             except zmq.Again:
                 continue
 
-    def _obey(self, socket: zmq.Socket[bytes], command: msg.Message) -> None:
+    def _obey(self, peer: _Peer, command: msg.Message) -> None:
         match command:
             case msg.Welcome(policy) | msg.PolicyPublished(policy) if policy is not None:
-                loaded = msg.PolicyLoaded(version=policy.version, fetch_s=0.0, pause_s=0.0)
                 self._version = policy.version
-                socket.send(encode(loaded))
+                peer.send(msg.PolicyLoaded(version=policy.version, fetch_s=0.0, pause_s=0.0))
             case msg.Launch():
-                self._held[socket] |= {rollout.rollout_id: 0 for rollout in command.rollouts}
+                peer.held |= {rollout.rollout_id: 0 for rollout in command.rollouts}
             case msg.Cancel():
                 for rollout_id in command.rollout_ids:
-                    done = self._held[socket].pop(rollout_id, 0)
-                    socket.send(encode(msg.Stopped(rollout_id=rollout_id, num_tokens=done)))
+                    done = peer.held.pop(rollout_id, 0)
+                    peer.send(msg.Stopped(rollout_id=rollout_id, num_tokens=done))
             case msg.Settled():
                 self.num_settled += len(command.rollout_ids)
             case msg.Heartbeat():
-                socket.send(encode(msg.Heartbeat()))
+                peer.send(msg.Heartbeat())
+            case msg.Received(num_bytes):
+                peer.credit.read(num_bytes)
 
-    def _decode(self, socket: zmq.Socket[bytes], rollout_id: int, done: int) -> None:
+    def _decode(self, peer: _Peer, rollout_id: int, done: int) -> None:
         """Its next report, or its end. Raises `zmq.Again`, with nothing sent."""
-        held = self._held[socket]
-        if done == self._num_tokens:
+        if done >= self._load.length(rollout_id):
+            if not self._load.ends:
+                return
             finished = msg.Finished(
                 rollout_id=rollout_id, num_tokens=done, truncated=False,
                 reward=float(rollout_id % 2), text="",
             )  # fmt: skip
-            socket.send(encode(finished), zmq.NOBLOCK)
-            del held[rollout_id]
+            peer.send(finished, zmq.NOBLOCK)
+            del peer.held[rollout_id]
             return
         given = msg.Chunk(
             rollout_id=rollout_id, offset=0, sampled=False, version=0,
@@ -162,8 +223,9 @@ class Engines:
             version=self._version, tokens=self._sampled, logprobs=self._sampled,
         )  # fmt: skip
         chunks = [sampled] if done else [given, sampled]
-        socket.send(encode(msg.Progress(chunks=chunks)), zmq.NOBLOCK)
-        held[rollout_id] = done + self._chunk
+        peer.send(msg.Progress(chunks=chunks), zmq.NOBLOCK)
+        peer.held[rollout_id] = done + self._load.chunk
+        self.num_sampled += self._load.chunk
 
 
 def hello(engine_id: str, slots: int) -> msg.EngineHello:
@@ -173,28 +235,52 @@ def hello(engine_id: str, slots: int) -> msg.EngineHello:
     )  # fmt: skip
 
 
-def ends_per_s(config: Config, folder: Path, num_engines: int, slots: int, chunk: int) -> float:
-    """Settled trajectories per second."""
-    with buffer_process(config, folder):
+@contextmanager
+def running(config: Config, folder: Path, load: Load) -> Iterator[Engines]:
+    """A buffer with its learner and engines. `run_for` drives the engines."""
+    with buffer_process(config, folder) as pid:
         learner = Learner(config)
         learner.start()
-        engines = Engines(num_engines, slots, chunk, config.sampling.max_tokens)
+        engines = Engines(load, config.buffer.address, pid)
         try:
-            _run(engines, WARM_UP_S)
-            before = engines.num_settled
-            seconds = _run(engines, MEASURED_S)
-            return (engines.num_settled - before) / seconds
+            yield engines
         finally:
             engines.close()
             learner.over = True
             learner.join(LEAVE_S)
 
 
-def _run(engines: Engines, seconds: float) -> float:
+def run_for(engines: Engines, seconds: float) -> float:
+    """Drive the engines. Returns the seconds that it took."""
     began = time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds:
         engines.turn()
     return elapsed
+
+
+def ends_per_s(config: Config, folder: Path, load: Load, warm_up: int, measured_s: float) -> Rate:
+    """Settled trajectories, after the first `warm_up` of them."""
+    with running(config, folder, load) as engines:
+        run_until_settled(engines, warm_up)
+        before, before_s = engines.num_settled, cpu_s(engines.buffer_pid)
+        seconds = run_for(engines, measured_s) + run_until_settled(engines, before + 1)
+        num, used_s = engines.num_settled - before, cpu_s(engines.buffer_pid) - before_s
+        return Rate(num / seconds, num / used_s)
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process so far. Linux has a clock for each (clock_getcpuclockid(3))."""
+    return time.clock_gettime(~pid << 3 | 2)
+
+
+def run_until_settled(engines: Engines, num: int) -> float:
+    """Drive the engines until so many rollouts are recorded. Returns the seconds that it took."""
+    seconds = 0.0
+    while engines.num_settled < num:
+        if seconds > LONGEST_S:
+            raise TimeoutError(f"{engines.num_settled} of {num} rollouts ended in {LONGEST_S:g} s")
+        seconds += run_for(engines, 0.05)
+    return seconds
 
 
 def seconds_to_restart(config: Config, folder: Path) -> float:
@@ -206,28 +292,7 @@ def seconds_to_restart(config: Config, folder: Path) -> float:
         context.socket(zmq.DEALER) as socket,
     ):
         socket.linger = 0
-        socket.connect(f"tcp://127.0.0.1:{PORT}")
+        socket.connect(config.buffer.address)
         socket.send(encode(hello("late", 1)))
         socket.recv()
         return time.perf_counter() - began
-
-
-def main(folder: Path) -> None:
-    durable, free = (
-        bench_config(folder, f"fsync-{fsync_s:g}", f"buffer.fsync_s={fsync_s}")
-        for fsync_s in (0.05, NO_FSYNC_S)
-    )
-    rate, free_rate = (ends_per_s(config, folder, 4, 64, NUM_TOKENS) for config in (durable, free))
-    print(
-        f"trajectories of {NUM_TOKENS:,} tokens through socket, core and logs: {rate:,.0f}/s, "
-        f"{free_rate:,.0f}/s without fsync ({rate / free_rate:.2f} of it)"
-    )
-    events = Path(durable.run.dir) / durable.run.name / "events"
-    newest = max(events.glob("*.log")).stat().st_size
-    print(
-        f"restart: {seconds_to_restart(durable, folder):.1f} s to the first answer, "
-        f"with {newest / 1e6:.0f} MB of events to replay"
-    )
-    short = bench_config(folder, "short", f"sampling.max_tokens={NUM_REPORTS * REPORT_TOKENS}")
-    reports = NUM_REPORTS * ends_per_s(short, folder, 1000, 2, REPORT_TOKENS)
-    print(f"progress of 1,000 engines: {reports:,.0f} reports of {REPORT_TOKENS} tokens/s")

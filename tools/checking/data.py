@@ -32,9 +32,9 @@ RENDER_S = 10.0  # no further row is rendered after that
 
 def check_data(config: Config, quick: bool) -> Iterator[Finding | str]:
     """Findings, and lines that show the first prompts. Raises `ValueError` for unusable rows."""
-    from transformers import AutoTokenizer  # here, so that --help need not wait for it
+    sources = make_sources(config)  # first, since faults of rows are found within a second
+    from transformers import AutoTokenizer
 
-    sources = make_sources(config)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     environment = make_environment(config)
     try:
@@ -80,7 +80,7 @@ def _rows(config: Config, sources: Sources) -> Iterator[Finding]:
         )
     if shared := [p for p in sources.eval_prompts if text_of(p) in answers]:
         yield Finding(
-            "SUSPECT",
+            "warning",
             "held out",
             f"{len(shared)} of {held_out} prompts of data.eval={config.data.eval} are also in "
             f"data.train, such as {shared[0].source}; an evaluation on them says little",
@@ -125,7 +125,7 @@ def _lengths(
             too_long.append(str(error))
     if failures:
         yield Finding(
-            "FAILED",
+            "error",
             "template",
             f"{len(failures)} of {len(prompts)} prompts cannot be rendered; {failures[0]}",
         )
@@ -146,7 +146,7 @@ def _lengths(
     if too_long:
         ends = unusable.too_many(len(prompts)) or len(too_long) == len(prompts)
         yield Finding(
-            "FAILED" if ends else "note",
+            "error" if ends else "note",
             "too long",
             f"a run skips {len(too_long)} of {len(prompts)} prompts"
             + (f", and ends: data.max_skipped_frac={unusable.max_frac:g}" if ends else "")

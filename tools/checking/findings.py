@@ -1,20 +1,22 @@
-"""One line of a check: its verdict, its subject and its result. Printed by `tools.check`."""
+"""One line of a check: its verdict, its subject and its result. Printed by `tools.check` and
+`tools.doctor`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["ok", "note", "SUSPECT", "FAILED"]
+Verdict = Literal["ok", "note", "warning", "error"]
 WIDTHS = (7, 12)  # of the verdict and the subject
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check of the data.
+    """The result of one check.
 
-    verdict: "note" is worth knowing; "SUSPECT" is almost certainly a mistake, but a run would work;
-    "FAILED" is something that no run can train on.
+    verdict: "note" is worth knowing; "warning" is almost certainly a mistake, but a run would work;
+    "error" is something with which no run can work.
     """
 
     verdict: Verdict

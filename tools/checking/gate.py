@@ -75,7 +75,9 @@ def checks(config: Config) -> Iterator[Verdict]:
 
 def local_publisher(config: Config) -> Any:
     """A publisher of snapshots that stay on this machine."""
-    from learner.publish import WeightPublisher  # here, so that --help need not wait for torch
+    from learner.snapshots.publish import (
+        WeightPublisher,  # here, so that --help need not wait for torch
+    )
 
     local = replace(
         config,
@@ -88,18 +90,23 @@ def local_publisher(config: Config) -> Any:
 def ask_learner(config: Config, publisher: Any) -> LearnerSide:
     """Load the model as a learner of one rank does, probe and publish two versions, and free it."""
     from learner import fsdp
-    from learner.capability import probe_packing
     from learner.packs.boundaries import Boundaries
     from learner.probe import disturb, probe_logprobs
+    from learner.probes.capability import probe_packing
+    from learner.probes.sharing import probe_sharing
 
     with fsdp.process_group(config) as device:
         model = fsdp.load_sharded(config, device)
-        boundaries = Boundaries(model)
+        boundaries = Boundaries(model, config.model.head_dtype)
         model_type = model.config.model_type
+        dtype = fsdp.COMPUTE_DTYPE[config.model.dtype]
         try:
-            packing = probe_packing(boundaries, fsdp.COMPUTE_DTYPE[config.model.dtype])
+            packing = probe_packing(boundaries, dtype)
         except ValueError as error:
             raise Refused(one_line(error)) from error
+        layout = str(packing)
+        if config.batch.share_prompts:
+            layout += f"; {probe_sharing(boundaries, packing, dtype)}"
         probes, snapshots = [], []
         for version in (0, 1):
             if version == 1:
@@ -112,7 +119,7 @@ def ask_learner(config: Config, publisher: Any) -> LearnerSide:
             import torch
 
             torch.cuda.empty_cache()
-    verdict = Verdict("packed equals alone", str(packing), packing.difference.logprob)
+    verdict = Verdict("packed equals alone", layout, packing.difference.logprob)
     return LearnerSide(model_type, verdict, tuple(probes), tuple(snapshots))
 
 

@@ -53,6 +53,7 @@ class Scoring:
     mean_s: float = 0.0
     longest_s: float = 0.0
     num_workers: int = 1
+    has_turns: bool = False
 
 
 def score(config: Config, environment: Environment, prompts: Sequence[PromptPayload]) -> Scoring:
@@ -63,7 +64,7 @@ def score(config: Config, environment: Environment, prompts: Sequence[PromptPayl
 async def _score(
     config: Config, environment: Environment, prompts: Sequence[PromptPayload]
 ) -> Scoring:
-    scoring, started_s = Scoring(), time.monotonic()
+    scoring, started_s = Scoring(has_turns=environment.has_turns), time.monotonic()
     for prompt in prompts:
         num_failed = sum(bool(row.failure) for row in scoring.rows)
         if num_failed == MAX_FAILURES or time.monotonic() - started_s > BUDGET_S:
@@ -82,12 +83,12 @@ async def _score_row(config: Config, environment: Environment, prompt: PromptPay
     end = EOS if environment.keep_special_tokens else ""
     response = ""
     try:
-        row.empty = await environment.score(prompt, response)
+        row.empty = await _reward(config, environment, prompt, response)
         response = nonsense
-        row.nonsense = await environment.score(prompt, response)
+        row.nonsense = await _reward(config, environment, prompt, response)
         for form in FORMS if prompt.answer else ():
             response = form.format(prompt.answer) + end
-            reward = await environment.score(prompt, response)
+            reward = await _reward(config, environment, prompt, response)
             if row.reference is None or reward > row.reference:
                 row.reference, row.form = reward, form
             if not row.suspect:
@@ -95,6 +96,19 @@ async def _score_row(config: Config, environment: Environment, prompt: PromptPay
     except EnvironmentFailure as failure:
         row.failure = f"on the response {_shown(response)}: {failure}"
     return row
+
+
+async def _reward(
+    config: Config, environment: Environment, prompt: PromptPayload, response: str
+) -> float:
+    """The rewards of a rollout that gives the same response in every turn."""
+    rewards, state = 0.0, ""
+    for _ in range(config.data.max_turns):
+        step = await environment.step(prompt, response, state)
+        rewards, state = rewards + step.reward, step.state
+        if step.observation is None:
+            return rewards
+    return rewards + await environment.finish(prompt, state)
 
 
 def _shown(response: str) -> str:
@@ -119,7 +133,7 @@ def findings(config: Config, name: str, scoring: Scoring) -> Iterator[Finding]:
     if not with_answer:
         yield Finding("note", "reference", "no row has a reference answer, so none was scored")
     if suspects := [row for row in with_answer if row.suspect]:
-        yield _suspicion(suspects, len(with_answer))
+        yield (_of_turns if scoring.has_turns else _suspicion)(suspects, len(with_answer))
     per_s = scoring.num_workers / max(1e-9, scoring.mean_s)
     yield Finding(
         "ok",
@@ -133,7 +147,7 @@ def findings(config: Config, name: str, scoring: Scoring) -> Iterator[Finding]:
 def _failure(config: Config, failed: Sequence[RowRewards], num_rows: int) -> Finding:
     skips = config.data.on_error == "skip" and len(failed) < num_rows
     return Finding(
-        "note" if skips else "FAILED",
+        "note" if skips else "error",
         "verifier",
         f"gave no reward for {len(failed)} of {num_rows} rows; {failed[0].failure}",
     )
@@ -143,12 +157,22 @@ def _suspicion(suspects: Sequence[RowRewards], num_rows: int) -> Finding:
     row = suspects[0]
     best = max(row.empty, row.nonsense)
     return Finding(
-        "SUSPECT",
+        "warning",
         "rewards",
         f"THE REFERENCE ANSWER IS WORTH NO MORE THAN NONSENSE in {len(suspects)} of {num_rows} "
         f"rows: {row.reference:g} against {best:g} for {row.prompt.name} with the answer "
         f"{_shown(row.prompt.answer)}, in each of {len(FORMS)} usual forms; check the verifier, "
         "data.answer_field, and the form of answer that it expects",
+    )
+
+
+def _of_turns(suspects: Sequence[RowRewards], num_rows: int) -> Finding:
+    return Finding(
+        "note",
+        "rewards",
+        f"the reference answer as the response of every turn earns no more than nonsense in "
+        f"{len(suspects)} of {num_rows} rows, which is as it should be if the environment expects "
+        "something else",
     )
 
 

@@ -2,7 +2,9 @@
 
 Owns a buffer, a learner and fake engines, with each peer behind its own proxy, the disk of the
 run's folder, and the time of each fault. `tools.launching.supervision` restarts the processes, as
-in any run. A run that a full disk has ended is resumed once there is room. Driven by `tools.chaos`.
+in any run: inside this process, or in a launcher of its own, which can be a victim too and is
+started again after a kill. A run that a full disk has ended is resumed once there is room. Driven
+by `tools.chaos`.
 """
 
 from __future__ import annotations
@@ -11,63 +13,39 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from buffer.processes.private_folder import private_folder
+import msgspec
+
+from buffer.processes.child import given_reason, in_words
+from buffer.processes.descendants import OWNER
 from buffer.wire.client import MonitorLink
 from buffer.wire.messages import LiveState
 from buffer.wire.transport import next_port
 from configs import cli
 from configs.schema import Config
+from tools.faults.host import Host
+from tools.faults.launcher import Launch
+from tools.faults.leftovers import Leftovers
 from tools.faults.proxy import Proxy
 from tools.faults.recount import read_history
-from tools.faults.schedule import BYTES_PER_S, DELAY_S, DISK, Fault
+from tools.faults.schedule import DISK, Fault
 from tools.faults.small_disk import SmallDisk
-from tools.launching.processes import CONFIG, Command, LocalProcess, Role
+from tools.faults.storm import Storm
+from tools.faults.victims import LAUNCHER, LAUNCHER_MODULE, RANK, find
+from tools.launching.processes import CONFIG, Command
 from tools.launching.supervision import Run
 
 BUFFER, LEARNER = "buffer", "learner"
-Action = Callable[[], Any]
-
-
-class LoggedProcess(LocalProcess):
-    """A child process whose entire output is kept."""
-
-    log: Path
-
-    def lines(self) -> list[str]:
-        lines = super().lines()
-        if lines:
-            with self.log.open("a") as file:
-                file.write("".join(f"{time.monotonic():.2f} {line}\n" for line in lines))
-        return lines
-
-
-@dataclass
-class Host:
-    """Gives each process the address of its own proxy, and a log in `folder`."""
-
-    config: Config
-    folder: Path
-    ports: Mapping[str, int]
-
-    def start(self, command: Command) -> LoggedProcess:
-        name = command.name.replace("/", "-")
-        config = deepcopy(self.config)
-        config.buffer.address = f"tcp://127.0.0.1:{self.ports[command.name]}"
-        file = self.folder / f"{name}.yaml"
-        file.write_text(cli.to_yaml(config))
-        arguments = [argument.replace(CONFIG, str(file)) for argument in command.arguments]
-        process = LoggedProcess(command.name, [sys.executable, *arguments], command.environment)
-        process.log = self.folder / f"{name}.log"
-        return process
+POLL_S = 0.1
+CLEAN_S = 20.0  # more than `run.stop_s`, for all that a killed launcher has started
 
 
 class View:
@@ -93,9 +71,12 @@ class Cluster:
 
     config: Config
     folder: Path
-    num_engines: int
+    num_engines: int  # of each pool, if there are pools
     learner: str = "tools.faults.standin_learner"  # its module
     engine: str = "tools.faults.fake_engine"  # its module
+    pool: str = "tools.faults.fake_pool"  # its module
+    num_pools: int = 0  # 0: engines without a pool
+    leftovers: Leftovers | None = None  # if there, the launcher is a process and a victim
     proxies: dict[str, Proxy] = field(default_factory=dict)
     port: int = field(default_factory=lambda: free_port())  # the buffer's
 
@@ -114,15 +95,30 @@ class Cluster:
         return [
             Command("buffer", BUFFER, ("-m", "buffer", "--config", CONFIG)),
             Command("learner", LEARNER, learner, environment=one_thread),
-            *(self._engine(index) for index in range(self.num_engines)),
+            *(self._pool(index) for index in range(self.num_pools)),
+            *(self._engine(index) for index in range(self.num_engines) if not self.num_pools),
         ]
 
-    def targets(self) -> dict[str, Role]:
-        return {command.name: command.role for command in self.commands()}
+    def targets(self) -> dict[str, str]:
+        """Everything that a fault can hit, with its role."""
+        targets: dict[str, str] = {command.name: command.role for command in self.commands()}
+        if (num_ranks := self.config.learner.num_ranks) > 1:
+            targets |= {f"{RANK} {rank}": RANK for rank in range(num_ranks)}
+        for pool in range(self.num_pools):
+            engines = range(self.num_engines)
+            targets |= {f"{self._name(pool)}/{index}": "engine" for index in engines}
+        return targets if self.leftovers is None else {**targets, LAUNCHER: LAUNCHER}
 
     def _engine(self, index: int) -> Command:
-        command = ("-m", self.engine, str(index), CONFIG)
-        return Command("actors", f"{self.config.actors.name}/{index}", command)
+        return Command("actors", self._name(index), ("-m", self.engine, str(index), CONFIG))
+
+    def _pool(self, index: int) -> Command:
+        keys = f"actors.name={self._name(index)}", f"actors.num_engines={self.num_engines}"
+        return Command("actors", self._name(index), ("-m", self.pool, "--config", CONFIG, *keys))
+
+    def _name(self, index: int) -> str:
+        actors = self.config.actors.name
+        return f"{actors}-{index}" if self.num_pools else f"{actors}/{index}"
 
     def run(
         self,
@@ -134,18 +130,22 @@ class Cluster:
 
         `each_turn` of the launcher's loop is given its run, and may return why that cannot go on.
         """
+        deadline = time.monotonic() + deadline_s
         with ExitStack() as stack:
             ports = {BUFFER: self.port}
-            for name in list(self.targets())[1:]:
-                self.proxies[name] = stack.enter_context(Proxy(free_port(), self.port))
-                ports[name] = self.proxies[name].port
+            for command in self.commands()[1:]:
+                proxy = stack.enter_context(Proxy(free_port(), self.port))
+                self.proxies[command.name], ports[command.name] = proxy, proxy.port
             disk = None
             if any(fault.target == DISK for fault in faults):
                 disk = stack.enter_context(SmallDisk(Path(self.config.run.dir)))
             view = View(self.folder / "launcher.log")
-            storm = Storm(view, self.proxies, disk, faults, time.monotonic() + deadline_s)
+            storm = Storm(faults, self.proxies, disk, partial(find, self.folder), view.say)
             while True:
-                error = self._conduct(view, ports, storm, each_turn)
+                if self.leftovers is None:
+                    error = self._conduct(view, ports, storm, deadline, each_turn)
+                else:
+                    error = self._launch(self.leftovers, view, ports, storm, deadline)
                 if not error or disk is None or not disk.was_full:
                     return error
                 view.say(f"the run ended while the disk was full: {error}")
@@ -154,23 +154,94 @@ class Cluster:
                     return found
 
     def _conduct(
-        self, view: View, ports: Mapping[str, int], storm: Storm, each_turn: Callable[[Run], str]
+        self,
+        view: View,
+        ports: Mapping[str, int],
+        storm: Storm,
+        deadline: float,
+        each_turn: Callable[[Run], str],
     ) -> str:
         """Run until the run ends, once. Returns the reason why it failed, or ""."""
+
+        def turn() -> str:
+            storm.turn(view.step)
+            return each_turn(run) or (states(run, view) if time.monotonic() > deadline else "")
+
         with (
-            MonitorLink(next_port(f"tcp://127.0.0.1:{self.port}")) as link,
+            self._monitor() as link,
             (run := Run(self.config, view, link)).request,
-            private_folder(self.config.run.stop_s),
+            Host(self.config, self.folder, ports) as host,
         ):
             try:
-                run.start(Host(self.config, self.folder, ports), self.commands())
-                run.watch(lambda: each_turn(run) or storm.turn(run))
+                run.start(host, self.commands())
+                run.watch(turn)
             finally:
-                storm.end(run)
+                storm.end()
                 run.stop()
         if run.request.requested:
             raise KeyboardInterrupt
         return run.error
+
+    def _launch(
+        self,
+        leftovers: Leftovers,
+        view: View,
+        ports: Mapping[str, int],
+        storm: Storm,
+        deadline: float,
+    ) -> str:
+        """Run in a launcher's process, and in the next one after a kill, until the run ends.
+
+        Returns the reason why it failed, or "".
+        """
+        while True:
+            launcher = self._start_launcher(ports)
+            try:
+                with self._monitor() as link:
+                    while launcher.poll() is None:
+                        if time.monotonic() > deadline:
+                            return f"{view.step} steps were taken when the deadline passed"
+                        if snapshot := link.receive(POLL_S):
+                            view.show(snapshot)
+                        storm.turn(view.step)
+            finally:
+                if launcher.poll() is None:  # after a deadline or Ctrl-C
+                    storm.end()
+                    launcher.terminate()
+                status = launcher.wait()
+            if status == 0:
+                storm.end()
+                return ""
+            if status != -signal.SIGKILL:
+                storm.end()
+                return self._why(status)
+            view.say("the launcher was killed")
+            if left := leftovers.found(CLEAN_S):
+                return "after the launcher was killed, " + "; ".join(left)
+            self.config.run.resume = (self.run_folder / "config.yaml").exists()
+
+    def _monitor(self) -> MonitorLink:
+        return MonitorLink(next_port(f"tcp://127.0.0.1:{self.port}"), self.config.buffer.keys)
+
+    def _start_launcher(self, ports: Mapping[str, int]) -> subprocess.Popen[bytes]:
+        """In no private folder, like a user's launcher."""
+        file = self.folder / "launch.json"
+        launch = Launch(cli.to_yaml(self.config), str(self.folder), dict(ports), self.commands())
+        file.write_bytes(msgspec.json.encode(launch))
+        environment = {name: text for name, text in os.environ.items() if name != OWNER}
+        with (self.folder / "launcher.out").open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", LAUNCHER_MODULE, str(file)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def _why(self, status: int) -> str:
+        lines = (self.folder / "launcher.out").read_text(errors="replace").splitlines()
+        return given_reason(lines) or f"the launcher {in_words(status)}"
 
     def _resumable(self, error: str) -> str:
         """Have the next start resume a run that a full disk has ended.
@@ -185,81 +256,14 @@ class Cluster:
         return ""
 
 
-class Storm:
-    """Applies the faults that are due, in each turn of the launcher's loop."""
-
-    def __init__(
-        self,
-        view: View,
-        proxies: Mapping[str, Proxy],
-        disk: SmallDisk | None,
-        faults: Sequence[Fault],
-        deadline: float,
-    ) -> None:
-        self._view, self._proxies, self._disk, self._deadline = view, proxies, disk, deadline
-        self._waiting = list(faults)
-        self._due: list[tuple[float, Action]] = []
-        self._run: Run
-
-    def turn(self, run: Run) -> str:
-        self._run = run
-        now = time.monotonic()
-        while self._waiting and self._waiting[0].step <= self._view.step:
-            self._due += self._actions(self._waiting.pop(0), now)
-        self._due.sort(key=lambda due: due[0])
-        while self._due and self._due[0][0] <= now:
-            self._due.pop(0)[1]()
-        return self._states() if now > self._deadline else ""
-
-    def end(self, run: Run) -> None:
-        """End every fault that lasts, except that of the disk."""
-        self._run = run
-        self._due.clear()
-        for proxy in self._proxies.values():
-            proxy.shape()
-        for member in run.members:
-            self._signal(member.command.name, signal.SIGCONT)
-
-    def _states(self) -> str:
-        told = [f"{self._view.step} steps were taken when the deadline passed"]
-        for member in self._run.members:
-            state = "runs" if member.status is None else member.process.how_it_ended()
-            last = member.process.last_lines[-1] if member.process.last_lines else "no output"
-            told.append(f"{member.name} {state} ({last})")
-        return "; ".join(told)
-
-    def _signal(self, name: str, number: signal.Signals) -> None:
-        member = next(m for m in self._run.members if m.command.name == name)
-        process = member.process
-        assert isinstance(process, LoggedProcess)
-        if process.status() is None:
-            self._view.say(f"{number.name} to {name}")
-            os.kill(process.pid, number)
-
-    def _actions(self, fault: Fault, now: float) -> list[tuple[float, Action]]:
-        """The start of a fault, and its end `seconds` later."""
-        target, at = fault.target, now + fault.delay_s
-        over = at + fault.seconds
-        if fault.kind == "kill":
-            return [(at, lambda: self._signal(target, signal.SIGKILL))]
-        if fault.kind == "stop":
-            return [
-                (at, lambda: self._signal(target, signal.SIGSTOP)),
-                (over, lambda: self._signal(target, signal.SIGCONT)),
-            ]
-        say = (at, lambda: self._view.say(f"{fault}"))
-        if fault.kind == "full":
-            assert self._disk is not None
-            return [say, (at, self._disk.fill), (over, self._disk.free)]
-        proxy = self._proxies[target]
-        begin: dict[str, Action] = {
-            "reset": proxy.reset,
-            "cut": lambda: proxy.cut(fault.seconds),
-            "delay": lambda: proxy.shape(delay_s=DELAY_S),
-            "slow": lambda: proxy.shape(bytes_per_s=BYTES_PER_S),
-        }
-        actions: list[tuple[float, Action]] = [say, (at, begin[fault.kind])]
-        return [*actions, (over, proxy.shape)] if fault.kind in ("delay", "slow") else actions
+def states(run: Run, view: View) -> str:
+    """The state of each process at the deadline."""
+    told = [f"{view.step} steps were taken when the deadline passed"]
+    for member in run.members:
+        state = "runs" if member.status is None else member.process.how_it_ended()
+        last = member.process.last_lines[-1] if member.process.last_lines else "no output"
+        told.append(f"{member.name} {state} ({last})")
+    return "; ".join(told)
 
 
 def free_port() -> int:

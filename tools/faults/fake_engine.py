@@ -20,7 +20,7 @@ from typing import Any
 from actors import process
 from actors.inference.generation import Generation, Measurement, Meter
 from configs.schema import Config
-from tools.faults.sampled import END, FIRST, VOCAB_SIZE, Life, logprob, text, token
+from tools.faults.sampled import END, VOCAB_SIZE, Life, given, logprob, text, token
 
 TICK_S, TOKENS_PER_TICK = 0.05, 2
 MEDIAN_LOG_LENGTH, SPREAD = 3.2, 0.7
@@ -35,7 +35,7 @@ class Tokenizer:
     chat_template = None
 
     def encode(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
-        return [FIRST + byte for byte in prompt.encode()]
+        return given(prompt)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return text(token_ids)
@@ -65,7 +65,8 @@ class FakeEngine:
         num_continued: int,
     ) -> Generation:
         length = max(1, draw_length(f"{seed} {num_continued}"))
-        life = Life(int(request_id), self._engine_id)
+        rollout_id = int(request_id.partition(".")[0])  # the rest is the number of the turn
+        life = Life(rollout_id, self._engine_id)
 
         def sample(place: int) -> int:
             return token(life, len(prompt_ids) + place, self.version)

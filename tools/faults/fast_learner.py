@@ -9,7 +9,7 @@ from tools.faults import standin_learner
 
 
 def main() -> None:
-    standin_learner.STEP_S = 0.0
+    standin_learner.STEP_S = standin_learner.OFFER_S = 0.0
     standin_learner.record = lambda path, shard: None
     standin_learner.main()
 

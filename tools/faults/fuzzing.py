@@ -9,21 +9,25 @@ no tokens for rollouts of its own, which it may sample as it likes.
 from __future__ import annotations
 
 import random
+import re
 import threading
 import types
 import typing
 from collections import Counter, deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import zmq
 
 from buffer.wire import messages as msg
+from buffer.wire.keys import secure_client
 from buffer.wire.limits import MESSAGE_BYTES
 from buffer.wire.transport import decoder, encode
-from tools.faults.cluster import Cluster, LoggedProcess
+from tools.faults.cluster import Cluster
+from tools.faults.flooding import Flood
+from tools.faults.host import LoggedProcess
 from tools.faults.sampled import VOCAB_SIZE
 from tools.launching.supervision import Run
 
@@ -35,16 +39,19 @@ FRAMES_PER_SESSION = 25
 NUM_REPEATED = 200
 OVERSIZED_EVERY = 50_000
 WELCOME_MS = 300
-SEND_MS = 10_000
+SEND_MS = 300  # after which a connection that takes nothing is replaced
 MAX_GROWTH = 50 << 20
 
 
 class Fuzzer(threading.Thread):
-    """Sends `num_frames` frames to the buffer at `address`, drawn from `seed`."""
+    """Sends `num_frames` frames to the buffer at `address`, drawn from `seed`.
 
-    def __init__(self, address: str, num_frames: int, seed: int) -> None:
+    `keys`: the run's, or "" if it has none. Strangers hold no key.
+    """
+
+    def __init__(self, address: str, keys: str, num_frames: int, seed: int) -> None:
         super().__init__(daemon=True, name="fuzzer")
-        self.address, self.num_frames = address, num_frames
+        self.address, self.keys, self.num_frames = address, keys, num_frames
         self.sent: Counter[str] = Counter()
         self.over = threading.Event()  # set it to end early
         self._rng = random.Random(f"fuzz {seed}")
@@ -62,14 +69,14 @@ class Fuzzer(threading.Thread):
                 with context.socket(zmq.DEALER) as socket:
                     socket.linger = 200
                     socket.sndtimeo = SEND_MS
-                    socket.connect(self.address)
                     who = self._rng.choice(sessions)(socket)
                     try:
                         self._flood(socket, who)
                     except zmq.Again:
                         continue  # the buffer has closed this connection
 
-    def _stranger(self, _: zmq.Socket[bytes]) -> str:
+    def _stranger(self, socket: zmq.Socket[bytes]) -> str:
+        socket.connect(self.address)
         return "strangers"
 
     def _engine(self, socket: zmq.Socket[bytes]) -> str:
@@ -78,7 +85,7 @@ class Fuzzer(threading.Thread):
             engine_id=f"fuzz/{self._rng.randrange(3)}", engine_type="fuzz", slots=1,
             policy_version=-1, pid=1, incarnation=str(self._session),
         )  # fmt: skip
-        return self._greet(socket, hello, "engines")
+        return self._greet(socket, hello, "engine")
 
     def _learner(self, socket: zmq.Socket[bytes]) -> str:
         """A rank of no learner that trains here."""
@@ -86,14 +93,16 @@ class Fuzzer(threading.Thread):
             rank=self._rng.randrange(3), num_ranks=4, step=self._rng.choice(INTEGERS), pid=1,
             vocab_size=VOCAB_SIZE, incarnation=str(self._session), resumed=self._rng.random() < 0.5,
         )  # fmt: skip
-        return self._greet(socket, hello, "learners")
+        return self._greet(socket, hello, "learner")
 
-    def _greet(self, socket: zmq.Socket[bytes], hello: msg.Message, who: str) -> str:
+    def _greet(self, socket: zmq.Socket[bytes], hello: msg.Message, role: msg.Role) -> str:
+        secure_client(socket, self.keys, role, "buffer")
+        socket.connect(self.address)
         socket.send(encode(hello))
         self.sent["hellos"] += 1
         if socket.poll(WELCOME_MS):
             self._listen(socket)
-        return who
+        return f"{role}s"
 
     def _flood(self, socket: zmq.Socket[bytes], who: str) -> None:
         for _ in range(FRAMES_PER_SESSION * (20 if who == "strangers" else 1)):
@@ -188,47 +197,74 @@ class Fuzzer(threading.Thread):
 
 
 class Attack:
-    """A fuzzer beside a run, from its first step to the last frame, and the buffer's memory."""
+    """A fuzzer beside a run, from its first step to the last frame, then a flood, and the buffer's
+    memory.
+    """
 
     def __init__(
-        self, cluster: Cluster, num_frames: int, seed: int, all_sent: Callable[[], None]
+        self,
+        cluster: Cluster,
+        num_frames: int,
+        flood_s: float,
+        seed: int,
+        all_sent: Callable[[], None],
     ) -> None:
-        address = f"tcp://127.0.0.1:{cluster.port}"
-        self._fuzzer = Fuzzer(address, num_frames, seed)
+        address, keys = f"tcp://127.0.0.1:{cluster.port}", cluster.config.buffer.keys
+        self._fuzzer = Fuzzer(address, keys, num_frames, seed)
+        self._flood = Flood(address, keys, flood_s)
         self._record, self._all_sent = cluster.record, all_sent
-        self._before = self._after = 0  # resident bytes
+        self._before = self._most = 0  # resident bytes
 
     def turn(self, run: Run) -> str:
         buffer = run.members[0].process
         assert isinstance(buffer, LoggedProcess)
-        if not self._fuzzer.is_alive():
-            self._after = resident_bytes(buffer.pid) or self._after
-            if self._fuzzer.sent:
-                self._all_sent()
-            elif self._record.exists():
-                self._before = self._after
+        if self._fuzzer.ident is None:
+            if self._record.exists():
+                forget_peak(buffer.pid)
+                self._before = resident_bytes(buffer.pid)
                 self._fuzzer.start()
+            return ""
+        self._most = max(self._most, resident_bytes(buffer.pid))
+        if self._fuzzer.is_alive() or self._flood.is_alive():
+            return ""
+        if self._flood.ident is None:
+            self._flood.start()
+        else:
+            self._all_sent()
         return ""
 
     def end(self) -> None:
-        self._fuzzer.over.set()
-        self._fuzzer.join()
+        for attack in (self._fuzzer, self._flood):
+            attack.over.set()
+            if attack.ident is not None:
+                attack.join()
 
     def faults(self) -> list[str]:
         faults: list[str] = []
-        if (grown := self._after - self._before) > MAX_GROWTH:
-            faults.append(f"the buffer has grown by {grown >> 20} MiB")
-        if self._fuzzer.sent.total() < self._fuzzer.num_frames:
-            faults.append("the run ended before all frames were sent")
+        if (grown := self._most - self._before) > MAX_GROWTH:
+            faults.append(f"the buffer has grown by {grown >> 20} MiB at most")
+        if self._fuzzer.sent.total() < self._fuzzer.num_frames or not self._flood.num_bytes:
+            faults.append("the run ended before all was sent")
         return faults
 
     def __str__(self) -> str:
         sent = ", ".join(f"{count:,} from {who}" for who, count in self._fuzzer.sent.items())
-        return f"frames: {sent}; the buffer grew by {(self._after - self._before) / 2**20:.0f} MiB"
+        return (
+            f"frames: {sent}, and a flood of {self._flood.num_bytes / 2**20:,.0f} MiB; "
+            f"the buffer grew by {(self._most - self._before) / 2**20:.0f} MiB at most"
+        )
+
+
+def forget_peak(pid: int) -> None:
+    """Have the kernel measure a process's peak of resident memory from now on."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def resident_bytes(pid: int) -> int:
+    """The peak of a process's resident memory, 0 if it has ended."""
     try:
-        return psutil.Process(pid).memory_info().rss
-    except psutil.Error:
-        return 0  # it has ended
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return int(found[1]) << 10 if found else 0

@@ -16,10 +16,11 @@ def main() -> None:
     train_step = train.train_step
 
     def recorded(state: train.LearnerState, shard: Shard) -> dict[str, float]:
-        record(path, shard)
+        record(path, shard, state.rank)
         return train_step(state, shard)
 
     train.train_step = recorded
+    command.RANK = ("-m", "tools.faults.real_learner", str(path))
     command.main()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from buffer.wire.messages import Shard
 
 
-def record(path: Path, shard: Shard) -> None:
+def record(path: Path, shard: Shard, rank: int = 0) -> None:
     rows = [
         {
             "rollout_id": t.rollout_id,
@@ -22,6 +22,11 @@ def record(path: Path, shard: Shard) -> None:
         }
         for t in shard.trajectories
     ]
-    line = {"step": shard.step, "policy_version": shard.policy_version, "trajectories": rows}
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    line = {
+        "step": shard.step,
+        "rank": rank,
+        "policy_version": shard.policy_version,
+        "trajectories": rows,
+    }
+    with path.open("ab", buffering=0) as file:  # one write, because the ranks share the file
+        file.write(json.dumps(line).encode() + b"\n")

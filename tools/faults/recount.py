@@ -7,23 +7,24 @@ which the log assigned the rollout.
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from buffer.records.event_log import read_sessions
+from buffer.records.row_segments import Row, begins_at, read_rows
 from configs.schema import Config
 from darts import events as ev
 from darts.checkpoint import restore
 from darts.core import Core
-from tools.faults.sampled import Life, faults_of
+from tools.faults.sampled import Life, score
+from tools.faults.sampled import faults_of as fake_faults
 from tools.replay import replay
 
-Row = dict[str, Any]
 MAX_SHOWN = 5
+EngineCheck = Callable[[Row, list[Life]], Iterator[str]]
 
 
 @dataclass
@@ -47,11 +48,18 @@ class History:
         return lives[::-1]
 
 
-def recount(folder: Path, config: Config, record: Path) -> list[str]:
-    """The violations found in a run that has ended; none if all guarantees hold."""
+def recount(
+    folder: Path, config: Config, record: Path, of_engine: EngineCheck = fake_faults
+) -> list[str]:
+    """The violations found in a run that has ended; none if all guarantees hold.
+
+    `of_engine` finds the faults of a trained row that its engines cannot have sampled.
+    """
     history = read_history(folder / "events")
-    rows, groups = _lines(folder / "metrics.jsonl"), _lines(folder / "groups.jsonl")
-    trained = {row["step"]: row for row in _lines(record)}  # the last time counts
+    rows, groups = (list(read_rows(folder / f"{name}.jsonl")) for name in ("metrics", "groups"))
+    trained = read_trained(record)
+    if faults := list(_removed(rows, groups, folder / "events")):
+        return faults
     faults = list(history.differences)
     steps = [row["step"] for row in rows]
     if steps != list(range(config.run.steps)):
@@ -59,8 +67,31 @@ def recount(folder: Path, config: Config, record: Path) -> list[str]:
     faults += _group_faults(groups, history)
     faults += _step_faults(config, groups, trained)
     for step, row in sorted(trained.items()):
-        faults += _token_faults(config, step, row, history)
+        faults += _token_faults(config, step, row, history, of_engine)
     return faults
+
+
+def _removed(rows: list[Row], groups: list[Row], events: Path) -> Iterator[str]:
+    """A recount needs all records, so it names those that a bound of their size has removed."""
+    begins = {
+        "metrics.jsonl": begins_at(rows),
+        "groups.jsonl": begins_at(groups),
+        "the event log": next((session.step for session in read_sessions(events)), 0),
+    }
+    for name, step in begins.items():
+        if step:
+            yield f"{name} begins at step {step}, since its older records were removed"
+
+
+def read_trained(record: Path) -> dict[int, Row]:
+    """The training of each step by all ranks together. Of several times, the last one counts."""
+    shards = {(row["step"], row["rank"]): row for row in read_rows(record)}
+    trained: dict[int, Row] = {}
+    for (step, _), shard in sorted(shards.items()):
+        if step in trained:
+            shard = shard | {"trajectories": trained[step]["trajectories"] + shard["trajectories"]}
+        trained[step] = shard
+    return trained
 
 
 def read_history(events: Path) -> History:
@@ -143,18 +174,39 @@ def _with_signal(row: Row) -> list[Row]:
     return selected if len({r["reward"] for r in selected}) > 1 else []
 
 
-def _token_faults(config: Config, step: int, row: Row, history: History) -> Iterator[str]:
+def _token_faults(
+    config: Config, step: int, row: Row, history: History, of_engine: EngineCheck
+) -> Iterator[str]:
     for trajectory in row["trajectories"]:
         rollout_id = trajectory["rollout_id"]
         name = f"step {step}, rollout {rollout_id}"
         if rollout_id not in history.launches:
             yield f"{name} was never launched"
             continue
-        for fault in faults_of(trajectory, history.lives(rollout_id)):
+        for fault in of_engine(trajectory, history.lives(rollout_id)):
             yield f"{name}: {fault}"
         lag = row["policy_version"] - min(version for version, _ in trajectory["versions"])
         if not 0 <= lag <= config.staleness.max_lag:
             yield f"{name}: its lag is {lag}"
+
+
+def text_faults(decode: Callable[[list[int]], str]) -> EngineCheck:
+    """For real engines, whose tokens prove nothing by themselves: lengths, signs and the reward.
+
+    The learner has compared the log-probabilities with those of the weights (`learner.agreement`).
+    """
+
+    def faults(row: Row, lives: list[Life]) -> Iterator[str]:
+        places = [place for place, is_sampled in enumerate(row["sampled"]) if is_sampled]
+        if sum(count for _, count in row["versions"]) != len(places):
+            yield f"{len(places)} tokens were sampled, and its versions are {row['versions']}"
+        if not all(-math.inf < row["logprobs"][place] <= 0 for place in places):
+            yield "a log-probability is not that of a sampled token"
+        response = [row["tokens"][place] for place in places]
+        if row["reward"] != score("", decode(response), "", {}):
+            yield f"its reward {row['reward']} is not that of its response"
+
+    return faults
 
 
 def _repeated(name: str, ids: Iterable[int]) -> list[str]:
@@ -164,11 +216,3 @@ def _repeated(name: str, ids: Iterable[int]) -> list[str]:
 def _listed(sentence: str, ids: set[int]) -> list[str]:
     some = ", ".join(map(str, sorted(ids)[:MAX_SHOWN]))
     return [f"{len(ids)} {sentence}: {some}"] if ids else []
-
-
-def _lines(path: Path) -> list[Row]:
-    """The rows of a file, without a last line that a kill has cut off."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tools.launching.processes import Role
-
 ON_PROCESS = ("kill", "stop")
-ON_NETWORK = ("reset", "delay", "cut", "slow")  # these need a proxy, and the buffer has none
+ON_NETWORK = ("reset", "delay", "cut", "slow")  # these need a proxy of the process's own
 ON_DISK = ("full",)
 KINDS = (*ON_PROCESS, *ON_NETWORK, *ON_DISK)
 DISK = "disk"  # the target of faults on the run's folder
@@ -40,14 +38,14 @@ class Fault:
 
 
 def draw(
-    seed: int, num_steps: int, num_faults: int, kinds: Sequence[str], targets: dict[str, Role]
+    seed: int, num_steps: int, num_faults: int, kinds: Sequence[str], targets: Mapping[str, str]
 ) -> list[Fault]:
     """Faults in the order of their steps, from before the first step to after the last one.
 
     Each role, and the disk, is equally likely to be hit, regardless of the number of engines.
     """
     rng = random.Random(f"faults {seed}")
-    places = {name: str(role) for name, role in targets.items()} | {DISK: DISK}
+    places = {**targets, DISK: DISK}
     roles = sorted(role for role in set(places.values()) if _possible(role, kinds))
     faults: list[Fault] = []
     for step in sorted(rng.randint(0, num_steps) for _ in range(num_faults)):
@@ -63,5 +61,6 @@ def draw(
 
 def _possible(role: str, kinds: Sequence[str]) -> list[str]:
     """The kinds that can hit a role, or the disk."""
-    allowed = {"buffer": ON_PROCESS, DISK: ON_DISK}.get(role, (*ON_PROCESS, *ON_NETWORK))
+    behind_proxy = (*ON_PROCESS, *ON_NETWORK)
+    allowed = {"actors": behind_proxy, "learner": behind_proxy, DISK: ON_DISK}.get(role, ON_PROCESS)
     return [kind for kind in kinds if kind in allowed]

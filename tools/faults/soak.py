@@ -6,31 +6,30 @@ Judges only growth; `tools.chaos` judges what a run under faults does.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import psutil
 
+from buffer.records.row_segments import begins_at, read_rows
 from buffer.wire.client import MonitorLink
-from tools.faults.cluster import LoggedProcess
+from tools.faults.host import LoggedProcess
 from tools.launching.supervision import Run
 
 SAMPLE_S = 1.0
-# The run's lasting records have lines for each step, so their growth is a rate, which is printed.
-PER_STEP = ("metrics.jsonl", "groups.jsonl", "samples.jsonl")
 
 
 class Sample(NamedTuple):
     step: int
     resident_bytes: int
     num_descriptors: int
-    row_bytes: int  # of the files in `PER_STEP`
-    other_bytes: int  # of all other files of the run
+    file_bytes: int  # of all files of the run
 
 
 class Tenths(NamedTuple):
@@ -76,19 +75,16 @@ class Soak:
             resident, num_descriptors = process.memory_info().rss, process.num_fds()
         except psutil.Error:
             return  # it has ended
-        sizes = dict(_sizes(self.folder))
-        rows = sum(size for path, size in sizes.items() if path.name in PER_STEP)
-        other = sum(sizes.values()) - rows
-        self.samples.append(Sample(self._step, resident, num_descriptors, rows, other))
+        self.samples.append(Sample(self._step, resident, num_descriptors, _size(self.folder)))
 
 
-def _sizes(folder: Path) -> Iterator[tuple[Path, int]]:
+def _size(folder: Path) -> int:
+    """Bytes of all files below `folder`."""
+    size = 0
     for path in folder.rglob("*"):
-        try:
-            if path.is_file():
-                yield path, path.stat().st_size
-        except FileNotFoundError:
-            continue  # a segment that was removed just now
+        with suppress(FileNotFoundError):  # a segment that was removed just now
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def tenths(samples: list[Sample], num_steps: int) -> Tenths:
@@ -119,7 +115,7 @@ def growth(found: Tenths, limits: Limits) -> list[str]:
             limits.descriptors,
             "descriptors",
         ),
-        ("files", last.other_bytes - first.other_bytes, limits.disk_bytes, "bytes"),
+        ("files", last.file_bytes - first.file_bytes, limits.disk_bytes, "bytes"),
     ]
     return [
         f"the buffer's {name} grew by {by:,} {unit}, above {most:,}"
@@ -130,7 +126,6 @@ def growth(found: Tenths, limits: Limits) -> list[str]:
 
 def table(found: Tenths) -> str:
     first, last = found
-    per_step = (last.row_bytes - first.row_bytes) / max(1, last.step - first.step)
     mib = 2**20
     return "\n".join(
         [
@@ -139,16 +134,22 @@ def table(found: Tenths) -> str:
             f"{'memory, MiB':<22}{first.resident_bytes / mib:>14,.1f}"
             f"{last.resident_bytes / mib:>14,.1f}",
             f"{'descriptors':<22}{first.num_descriptors:>14}{last.num_descriptors:>14}",
-            f"{'files, MiB':<22}{first.other_bytes / mib:>14,.1f}{last.other_bytes / mib:>14,.1f}",
-            f"{', '.join(PER_STEP)} grow by {per_step:,.0f} bytes per step, without a bound",
+            f"{'files, MiB':<22}{first.file_bytes / mib:>14,.1f}{last.file_bytes / mib:>14,.1f}",
         ]
     )
 
 
 def missing_steps(folder: Path, num_steps: int) -> list[str]:
-    """A sentence if metrics.jsonl does not hold every step once, in order."""
-    with (folder / "metrics.jsonl").open() as file:
-        steps = [json.loads(line)["step"] for line in file]
-    if steps == list(range(num_steps)):
-        return []
-    return [f"metrics.jsonl has {len(steps):,} rows, not steps 0 to {num_steps - 1:,} in order"]
+    """A sentence for each file of rows that lacks a step after the first one that it still has.
+
+    Such a file keeps its newest rows, so the oldest ones must be gone.
+    """
+    faults: list[str] = []
+    for name in ("metrics.jsonl", "groups.jsonl", "samples.jsonl"):
+        steps = [step for step, _ in groupby(row["step"] for row in read_rows(folder / name))]
+        first = begins_at({"step": step} for step in steps)
+        if steps != list(range(first, num_steps)):
+            faults.append(f"{name} has not every step from {first:,} to {num_steps - 1:,} in order")
+        if not first:
+            faults.append(f"{name} still has its first row, so its bound was not tested")
+    return faults

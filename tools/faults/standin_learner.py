@@ -25,11 +25,13 @@ from configs.command import run_command
 from configs.errors import ExitStatus
 from configs.schema import Config
 from learner import BufferLost, RunStopped
+from learner.background import Background
 from learner.session import BufferSession, RunEnded
 from tools.faults.record import record
 from tools.faults.sampled import VOCAB_SIZE, logprob
 
 STEP_S = 0.2
+OFFER_S = 0.1  # until a policy's snapshot is there
 HOLD = "hold"  # while this file is there, the last step is not taken
 PROBE = np.array(
     [logprob(token) for sequence in probe_sequences(VOCAB_SIZE) for token in sequence[1:]], "<f4"
@@ -44,12 +46,14 @@ class StandIn:
         self._checkpoint = Path(config.run.dir) / config.run.name / "checkpoint.json"
         self._hold = path.with_name(HOLD)
         self._step, self._version = 0, -1
+        self._offers = Background("publication")
         if config.run.resume and self._checkpoint.exists():
             self._step = json.loads(self._checkpoint.read_text())["step"]
 
     def train(self, session: BufferSession, server: SnapshotServer) -> NoReturn:
         """Take all remaining steps. Like `learner.train`, it always ends with an exception."""
         config = self._config
+        session.watch(self._offers.check)
         self._version = session.join(self._step)
         self._publish(session, server)
         while self._step < config.run.steps:
@@ -63,6 +67,7 @@ class StandIn:
             if last or self._step % config.weights.publish_every == 0:
                 self._publish(session, server)
             if last:
+                self._offers.wait()
                 self._save()
             num_tokens = sum(t.sampled.count(1) for t in shard.trajectories)
             session.trained(shard.step, num_tokens, {"train/loss": 0.0})
@@ -72,9 +77,15 @@ class StandIn:
         raise AssertionError("the end is an exception")
 
     def _publish(self, session: BufferSession, server: SnapshotServer) -> None:
+        self._offers.wait()
         self._version += 1
-        policy = server.publish(self._version, b"policy %d" % self._version)
-        session.announce(policy, 0.0, PROBE)
+        version = self._version
+        session.count(version)
+        self._offers.start(lambda: self._offer(session, server, version))
+
+    def _offer(self, session: BufferSession, server: SnapshotServer, version: int) -> None:
+        time.sleep(OFFER_S)
+        session.announce(server.publish(version, b"policy %d" % version), 0.0, PROBE)
 
     def _save(self) -> None:
         atomic_write(self._checkpoint, json.dumps({"step": self._step}))

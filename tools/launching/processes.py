@@ -21,8 +21,12 @@ import psutil
 
 from buffer.processes.child import Child
 from buffer.processes.private_folder import private_folder
+from buffer.wire.messages import Role as KeyRole
+from configs.schema import Place
 
 Role = Literal["buffer", "actors", "learner", "tracker"]
+# The keys that a process holds. A tracker needs none, since it only reads files.
+KEY_ROLES: dict[Role, KeyRole] = {"buffer": "buffer", "actors": "engine", "learner": "learner"}
 CONFIG = "{config}"  # in a command: the file that holds the run's configuration
 SMALL_BYTES = 30 << 20  # helpers of the Python runtime, which are not worth a line
 
@@ -34,7 +38,8 @@ class Command:
     role: Role
     name: str
     arguments: tuple[str, ...]
-    num_gpus: int = 0
+    num_gpus: float = 0
+    place: Place = field(default_factory=Place)  # on a cluster
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -42,8 +47,12 @@ class Process(Protocol):
     """A started command on any host. None of these methods waits for it to end."""
 
     name: str
-    where: str  # "pid 4711", for the user
     last_lines: deque[str]
+
+    @property
+    def where(self) -> str:
+        """For the user, such as "pid 4711"."""
+        ...
 
     def lines(self) -> list[str]:
         """The lines that it has printed since the last call."""

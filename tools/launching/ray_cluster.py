@@ -1,137 +1,38 @@
 """The processes of one run on a Ray cluster.
 
 One Ray actor per process runs the same command that the local launcher would run. This module owns
-where each process is placed and how it is reached. `tools.launch` drives it exactly as it drives
-`LocalHost`, and imports it only if launch.launcher=ray. Every node needs this repository and its
-environment at the same path, and run.dir on storage that all nodes share.
+the place of each process, and the keys that it gets there. `tools.launch` drives it exactly as it
+drives `LocalHost`, and imports it only if launch.launcher=ray. Every node needs this repository and
+its environment at the same path, and run.dir on storage that all nodes share.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import re
-import signal
 import socket
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from buffer.processes.child import ERROR, NUM_LAST_LINES, in_words, python_path
+from buffer.processes.child import python_path
 from buffer.processes.private_folder import private_folder
-from buffer.wire.transport import TransportError
+from buffer.wire.keys import key_files
+from buffer.wire.transport import TransportError, is_loopback
 from configs import cli
 from configs.errors import one_line
 from configs.schema import Config
-from tools.launching.processes import Command, LocalHost, Role
+from tools.launching.processes import KEY_ROLES, Command, Role
+from tools.launching.ray_nodes import Needs, Node, nodes_of, waits_for
+from tools.launching.ray_process import RayGroup, RayProcess, Runner
 
-LOOPBACK = re.compile(r"tcp://(127\.|localhost:|\[::1\])")
-START_S = 120.0  # for Ray to find the resources and start a worker
-CALL_S = 10.0
 LISTENER_TIMEOUT_S = 5.0
-FEW_CPUS = 0.01  # processes share a node's CPUs as under the local launcher; only GPUs are counted
-
-
-@dataclass
-class Poll:
-    """The state of a process. `lines` is its output since the last poll."""
-
-    status: int | None
-    how_it_ended: str
-    lines: list[str]
-    peaks: dict[str, int]
-
-
-class Runner:
-    """Runs one command on its node, inside a Ray actor."""
-
-    def __init__(self, command: Command, config_yaml: str, grace_s: float) -> None:
-        # Ray sets this to 1, which would confine the learner to one core.
-        os.environ.pop("OMP_NUM_THREADS", None)
-        self._host = LocalHost(config_yaml, grace_s).__enter__()
-        self._process = self._host.start(command)
-
-    def where(self) -> str:
-        return f"{self._process.where} on {ray.util.get_node_ip_address()}"
-
-    def poll(self) -> Poll:
-        """The status is read first, so that the lines are complete once the process has ended."""
-        status = self._process.status()
-        how = "" if status is None else self._process.how_it_ended()
-        return Poll(status, how, self._process.lines(), self._process.peaks())
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._host.__exit__()
-
-
-class RayProcess:
-    """A command in its Ray actor, as the launcher sees it."""
-
-    def __init__(self, name: str, runner: Any) -> None:
-        self.name, self._runner = name, runner
-        self.where: str = ray.get(runner.where.remote(), timeout=START_S)
-        self.last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
-        self._status: int | None = None
-        self._how_it_ended = ""
-        self._lines: list[str] = []
-        self._peaks: dict[str, int] = {}
-
-    def status(self) -> int | None:
-        if self._status is None:
-            self._ask(self._poll)
-        return self._status
-
-    def lines(self) -> list[str]:
-        lines, self._lines = self._lines, []
-        return lines
-
-    def how_it_ended(self) -> str:
-        return self._how_it_ended
-
-    def peaks(self) -> dict[str, int]:
-        return self._peaks
-
-    def terminate(self) -> None:
-        self._ask(lambda: ray.get(self._runner.terminate.remote(), timeout=CALL_S))
-
-    def kill(self) -> None:
-        self._ask(lambda: ray.get(self._runner.kill.remote(), timeout=CALL_S))
-        ray.kill(self._runner)
-        if self._status is None:
-            self._end_as_killed()
-
-    def _poll(self) -> None:
-        poll: Poll = ray.get(self._runner.poll.remote(), timeout=CALL_S)
-        self._status, self._how_it_ended, self._peaks = poll.status, poll.how_it_ended, poll.peaks
-        self._say(poll.lines)
-
-    def _say(self, lines: list[str]) -> None:
-        self._lines += lines
-        self.last_lines += lines
-
-    def _end_as_killed(self) -> None:
-        self._status = -signal.SIGKILL
-        self._how_it_ended = in_words(self._status)
-
-    def _ask(self, call: Callable[[], object]) -> None:
-        """Make a call. If the Ray actor has died, the kernel has killed its process as well."""
-        try:
-            call()
-        except (RayActorError, GetTimeoutError) as error:
-            if self._status is None:
-                what = "died" if isinstance(error, RayActorError) else "does not answer"
-                self._say([f"{ERROR}its Ray actor {what}: {one_line(error)}"])
-                self._end_as_killed()
+OBJECT_STORE_BYTES = 80_000_000  # nothing of a run goes through Ray's object store
+OUTPUT = "output"  # folder of a run with all lines that its processes print
 
 
 def _require_listener(address: str) -> None:
@@ -163,7 +64,9 @@ class RayCluster:
 
     def __enter__(self) -> Self:
         address = self._config.launch.ray_address
-        local: dict[str, Any] = {} if address else {"include_dashboard": False}
+        local: dict[str, Any] = {}
+        if not address:
+            local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         _require_listener(address)
         with ExitStack() as opened:
             opened.enter_context(private_folder(self._config.run.stop_s))  # for Ray's own files too
@@ -183,74 +86,86 @@ class RayCluster:
                     else "Ray did not start on this machine"
                 )
                 raise TransportError(f"{what}: {one_line(error)}") from error
-            self._check_gpus()
-            roles: tuple[Role, ...] = ("buffer", "learner", "actors")
-            self._places = {role: self._node_of(role) for role in roles}
-            self._places["tracker"] = self._places["buffer"]  # it reads the buffer's files
+            self._check_places()
             self._exit = opened.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._exit.close()
 
-    def start(self, command: Command) -> RayProcess:
-        node = self._places[command.role]
-        options: dict[str, Any] = {
-            "num_cpus": FEW_CPUS,
-            "num_gpus": command.num_gpus,
-            "max_restarts": 0,
-        }
-        if node:
+    def start(self, command: Command) -> RayProcess | RayGroup:
+        """Ask Ray to start it. Returns at once: the process may still wait for its place."""
+        needs, pinned = Needs.of(command), self._pinned_to(command.role)
+        options: dict[str, Any] = {**needs.options(), "max_restarts": 0}
+        if pinned:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
-                node_id=node, soft=False
+                node_id=pinned[0].node_id, soft=False
             )
-        config_yaml, grace_s = cli.to_yaml(self._config), self._config.run.stop_s
-        runner = ray.remote(Runner).options(**options).remote(command, config_yaml, grace_s)
-        try:
-            return RayProcess(command.name, runner)
-        except (RayActorError, GetTimeoutError) as error:
-            raise TransportError(
-                f"Ray did not start {command.name} within {START_S:g} s (it needs "
-                f"{command.num_gpus} GPUs on one node{', the one of its address' if node else ''}; "
-                f"`ray status` shows the free resources): {one_line(error)}"
-            ) from None
+        config = self._config
+        runners: list[Any] = [
+            ray.remote(Runner).options(**options).remote() for _ in range(command.place.num_nodes)
+        ]
+        first = runners[0].rendezvous.remote()
+        given = (command, cli.to_yaml(config), config.run.stop_s, self._keys_for(command.role))
+        log = Path(config.run.dir) / config.run.name / OUTPUT / f"{command.name}.log"
+        parts = [
+            RayProcess(
+                command,
+                runner,
+                runner.start.remote(*given, number, first),
+                log,
+                lambda: waits_for(needs, pinned or nodes_of(ray.nodes())),
+            )
+            for number, runner in enumerate(runners)
+        ]
+        return parts[0] if len(parts) == 1 else RayGroup(command.name, parts)
 
-    def _check_gpus(self) -> None:
-        needed = {command.name: command.num_gpus for command in self._commands if command.num_gpus}
-        there = int(ray.cluster_resources().get("GPU", 0))
-        if sum(needed.values()) > there:
-            wanted = ", ".join(f"{name} {count}" for name, count in needed.items())
+    def _keys_for(self, role: Role) -> dict[str, bytes]:
+        """The files of the keys that a process needs on its node. The buffer's has the folder."""
+        folder = self._config.buffer.keys
+        if not folder or role == "buffer" or role not in KEY_ROLES:
+            return {}
+        return {name: (Path(folder) / name).read_bytes() for name in key_files(KEY_ROLES[role])}
+
+    def _check_places(self) -> None:
+        """Refuse a process that no node could ever hold, and more GPUs than there are."""
+        nodes = nodes_of(ray.nodes())
+        for command in self._commands:
+            needs, allowed = Needs.of(command), self._pinned_to(command.role) or nodes
+            if not any(needs.fits(node) for node in allowed):
+                raise ValueError(
+                    f"launch.launcher=ray: {command.name} would wait forever for "
+                    f"{waits_for(needs, allowed)}"
+                )
+        wanted = {c.name: c.num_gpus * c.place.num_nodes for c in self._commands if c.num_gpus}
+        there = sum(node.resources.get("GPU", 0) for node in nodes)
+        if sum(wanted.values()) > there:
+            listed = ", ".join(f"{name} {count:g}" for name, count in wanted.items())
             raise ValueError(
-                f"launch.launcher=ray: the run needs {sum(needed.values())} GPUs ({wanted}), but "
-                f"the cluster has {there}, so the run would wait for them forever; lower "
+                f"launch.launcher=ray: the run needs {sum(wanted.values()):g} GPUs ({listed}), but "
+                f"the cluster has {there:g}, so the run would wait for them forever; lower "
                 "actors.num_engines or learner.num_ranks, or add nodes"
             )
 
-    def _node_of(self, role: str) -> str:
-        """The node that owns the address which a role binds; "" if any node will do."""
-        config = self._config
-        if LOOPBACK.match(config.buffer.address):
+    def _pinned_to(self, role: str) -> list[Node]:
+        """The node that owns the address which a role binds; [] if any node will do."""
+        config, nodes = self._config, nodes_of(ray.nodes())
+        own = ray.get_runtime_context().get_node_id()
+        if is_loopback(config.buffer.address):
             # No process on another node could reach the buffer.
-            return ray.get_runtime_context().get_node_id()
+            return [node for node in nodes if node.node_id == own]
         binds = {
             "buffer": config.buffer.address,
+            "tracker": config.buffer.address,  # it reads the buffer's files
             "learner": config.weights.address if config.weights.transport == "zmq" else "",
         }
-        address = binds.get(role, "")
-        if not address:
-            return ""
-        if LOOPBACK.match(address):
+        host = re.sub(r"^tcp://\[?|\]?:[^:]*$", "", binds.get(role, ""))
+        if host in ("", "0.0.0.0"):
+            return []
+        here = [node for node in nodes if node.address == host]
+        if not here:
             raise ValueError(
-                f"weights.address={address}: actors on other nodes cannot reach it; name the "
-                "learner's node, as in tcp://HOST:*"
+                f"{role} at {binds[role]}: no node of the Ray cluster has this address; the nodes "
+                f"are {', '.join(sorted(node.address for node in nodes))}"
             )
-        host = re.sub(r"^tcp://\[?|\]?:[^:]*$", "", address)
-        nodes = {
-            node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]
-        }
-        if host not in nodes:
-            raise ValueError(
-                f"{role} at {address}: no node of the Ray cluster has this address; the nodes are "
-                f"{', '.join(sorted(nodes))}"
-            )
-        return nodes[host]
+        return [node for node in here if node.node_id == own] or here[:1]

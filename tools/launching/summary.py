@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from tools.reporting.advice import RunFacts, advise
+from tools.reporting.compact import duration
 from tools.reporting.run_directory import RunDirectory, is_number
 
 HELD_OUT = {  # metric -> name, factor, unit
@@ -16,6 +18,8 @@ HELD_OUT = {  # metric -> name, factor, unit
     "eval/length_mean": ("held-out length, mean", 1.0, ""),
     "eval/length_p99": ("held-out length, p99", 1.0, ""),
 }
+
+MOST_ADVICE = 2  # the report has the rest
 
 
 def print_summary(run_dir: Path, ended: str, peaks: Mapping[str, int]) -> None:
@@ -26,21 +30,35 @@ def print_summary(run_dir: Path, ended: str, peaks: Mapping[str, int]) -> None:
     from tools.report import write_report  # here, because importing matplotlib takes a second
 
     run = RunDirectory.read(run_dir)
-    print(f"run {run.name} {ended}: {len(run.metrics)} steps")
+    print(f"run {run.name} {ended}: {run.num_steps} steps")
     for name, value in facts(run, peaks):
         print(f"  {name:<22} {value}")
+    for advice in advise(RunFacts.of(run))[:MOST_ADVICE]:
+        print(f"  advice: {advice.observation} {advice.action}")
     print(f"Report: {write_report(run_dir)}")
+
+
+def _held_out(run: RunDirectory, key: str, kind: str = "") -> Iterator[tuple[str, str]]:
+    """The first and the last result, of all held-out prompts or of those of one kind."""
+    name, factor, unit = HELD_OUT[key]
+    digits = 3 if key == "eval/reward_mean" else 1
+    recorded = run.series(key.replace("eval/", f"eval/{kind}/") if kind else key)[1]
+    if recorded:
+        values = [factor * value for value in recorded]
+        ends = values[:: max(1, len(values) - 1)]
+        text = " -> ".join(f"{value:.{digits}f}" for value in ends) + unit
+        yield (f"  {kind}: {name.removeprefix('held-out ')}" if kind else name, text)
 
 
 def facts(run: RunDirectory, peaks: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     """(name, value) of each fact that was recorded."""
     for key in (run.held_out, "eval/length_mean", "eval/length_p99"):
-        name, factor, unit = HELD_OUT[key]
-        digits = 3 if key == "eval/reward_mean" else 1
-        values = [factor * value for value in run.series(key)[1]]
-        if values:
-            ends = values[:: max(1, len(values) - 1)]
-            yield (name, " -> ".join(f"{value:.{digits}f}" for value in ends) + unit)
+        yield from _held_out(run, key)
+    for kind in run.kinds:
+        for key in (run.held_out, "eval/length_mean"):
+            yield from _held_out(run, key, kind)
+    if run.metrics:
+        yield ("wall time", f"{duration(run.seconds()[-1])} to the last step")
     if run.emulated:
         yield ("decode latency", "emulated (actors.min_step_ms)")
     last = run.metrics[-1] if run.metrics else {}

@@ -129,13 +129,13 @@ class Run:
         def wait(condition: Callable[[], bool]) -> None:
             while condition() and time.monotonic() < deadline and not self.request.repeated:
                 self._listen()
+                self._end_tracker()
                 time.sleep(POLL_S)
 
         if not self.error:
             self._tell("buffer")
             wait(lambda: any(m.command.role == "buffer" for m in self._running()))
         self._tell("buffer", "actors", "learner")
-        self._end_tracker()
         wait(lambda: bool(self._running()))
         if killed := self._running():
             for member in killed:

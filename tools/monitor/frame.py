@@ -18,6 +18,7 @@ from tools.monitor.views import (
     DIM,
     TITLE,
     Order,
+    Page,
     View,
     as_many_as_fit,
     engines_panel,
@@ -30,10 +31,12 @@ from tools.monitor.views import (
     prompts_panel,
     style,
 )
+from tools.monitor.waits import waits_page
 
 Panel = Callable[[LiveState, View, int, int], list[Text]]
 Layout = list[list[tuple[Panel, float]]]
 
+PAGES: dict[str, Page] = {"?": "help", "w": "waits"}
 ORDERS: tuple[Order, ...] = ("spread", "budget", "pass_rate")
 SILENCE_S = 3.0  # the buffer publishes several times a second
 HEADER_METRICS = {
@@ -48,6 +51,7 @@ HEADER_METRICS = {
     "busy": ("engine/busy_frac", "{:.0%}"),
     "tokens/s": ("engine/tokens_per_s", "{:.0f}"),
 }
+NARROW, TALL = 72, 60  # fewer columns and more lines than these: one panel above the other
 WIDE = 132  # number of columns at which three panels fit side by side
 
 HELP = """
@@ -55,6 +59,8 @@ up, down (k, j)     choose the prompt whose lengths and pattern are shown
 left, right (h, l)  choose the group in flight whose rollouts are drawn in full
 s                   order the prompts by spread, budget or pass rate
 space, + and -      pause a replay, play it faster, play it slower
+, .   < >   0 $     a step back or on, a tenth of the replay back or on, its start and end
+w                   show or hide the waits with their deadlines, the signal, and warnings
 ?                   show or hide this page
 q                   quit
 
@@ -69,17 +75,21 @@ def frame(snapshot: LiveState, view: View, width: int, height: int) -> list[Text
     """The whole screen as exactly `height` lines of exactly `width` cells."""
     head = header(snapshot, view, width)
     body = height - len(head) - 1
-    if view.help:
+    if view.page == "help":
         lines = [Text(line) for line in HELP.splitlines()[1:]]
+    elif view.page == "waits":
+        lines = waits_page(snapshot, view, width, body)
     elif body < 9 or width < 40:
         lines = titled(lengths_panel, snapshot, view, width, max(body, 0))
     elif width >= WIDE:
         lines = _columns(snapshot, view, width, body, WIDE_LAYOUT)
+    elif width < NARROW and body >= TALL:
+        lines = _columns(snapshot, view, width, body, STACKED_LAYOUT)
     else:
         lines = _columns(snapshot, view, width, body, NARROW_LAYOUT)
     lines = [*head, *lines, *[Text()] * max(0, body - len(lines))][: height - 1]
-    keys = "q quit   ? help   ↑↓ prompt   ←→ group   s order" + (
-        "   space +- speed" if view.source.startswith("replay") else ""
+    keys = "q quit   ? help   w waits   ↑↓ prompt   ←→ group   s order" + (
+        "   space +- speed   , . < > seek" if view.source.startswith("replay") else ""
     )
     return [fitted(line, width) for line in [*lines, Text(keys, style(view, DIM))]][:height]
 
@@ -99,7 +109,9 @@ def pressed(view: View, key: str, snapshot: LiveState) -> View:
         )
     if key == "s":
         return replace(view, order=ORDERS[(ORDERS.index(view.order) + 1) % len(ORDERS)])
-    return replace(view, help=not view.help) if key == "?" else view
+    if key in PAGES:
+        return replace(view, page="panels" if view.page == PAGES[key] else PAGES[key])
+    return view
 
 
 def header(snapshot: LiveState, view: View, width: int) -> list[Text]:
@@ -115,6 +127,8 @@ def header(snapshot: LiveState, view: View, width: int) -> list[Text]:
         Text(printable(snapshot.phase), style(view, TITLE)),
         Text(f"step {snapshot.step}/{snapshot.steps}"),
     ]
+    if snapshot.evaluated[1]:
+        facts += [Text("evaluation {} of {} prompts".format(*snapshot.evaluated))]
     facts += [Text(f"version {snapshot.policy_version}"), Text(f"lag ≤ {snapshot.max_lag}")]
     facts += [
         Text(f"groups {snapshot.groups_open} open, {snapshot.groups_ready} ready"),
@@ -167,6 +181,16 @@ WIDE_LAYOUT: Layout = [
     [(lengths_panel, 18), (prompts_panel, 28)],
     [(groups_panel, 46)],
     [(prompt_panel, 18), (lag_panel, 12), (engines_panel, 16)],
+]
+STACKED_LAYOUT: Layout = [
+    [
+        (lengths_panel, 16),
+        (groups_panel, 14),
+        (prompts_panel, 12),
+        (prompt_panel, 10),
+        (engines_panel, 6),
+        (lag_panel, 8),
+    ]
 ]
 
 

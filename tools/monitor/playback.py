@@ -8,28 +8,33 @@ how it grew, so a step shows its groups as they ended, and no engines. Driven by
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
-from math import log
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from math import log, log2
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import overload
+
+import msgspec
 
 from buffer.records.metrics import HISTOGRAM_EDGES
-from buffer.wire.messages import GroupView, LiveState, PromptView, RolloutView
+from buffer.wire.messages import GroupView, LiveState, PromptView, RolloutView, beginning
 from tools.reporting.run_directory import Row, RunDirectory, is_number
 
 WINDOW_GROUPS = 64  # number of recent groups in the histogram, the prompts and the lags
-STEPS_PER_S = 2.0
+FIRST_STEPS_PER_S = 2.0  # about as fast as this is played at first
+SLOWEST, FASTEST = 1 / 16, 2.0**16
 
 
 class Replay:
     """A finished run as a source of live states, in place of the `MonitorLink` of a live run.
 
-    A `speed` of 1 plays `STEPS_PER_S` learner steps per second.
+    A `speed` of 1 plays the run as it was recorded, and 2 twice as fast.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._snapshots = snapshots(RunDirectory.read(run_dir))
-        self.speed = 1.0
+        self._frames = Frames(RunDirectory.read(run_dir))
+        self.speed = first_speed(self._frames.seconds)
         self.held = False
         self._next = 0
         self._due_s = time.monotonic()
@@ -37,56 +42,91 @@ class Replay:
     def receive(self, timeout_s: float) -> LiveState | None:
         """The state of the next step, or None if none is due within `timeout_s`."""
         now = time.monotonic()
-        if self.held or self._next == len(self._snapshots) or self._due_s > now + timeout_s:
+        if self.held or self.ended() or self._due_s > now + timeout_s:
             time.sleep(timeout_s)
             return None
         time.sleep(max(0.0, self._due_s - now))
-        self._due_s = max(self._due_s, now) + 1 / (STEPS_PER_S * self.speed)
-        self._next += 1
-        return self._snapshots[self._next - 1]
+        return self._show(self._next)
+
+    def seek(self, frac: float, steps: int = 0) -> LiveState:
+        """Go on by that share of the run and that many steps; a negative one goes back."""
+        shown = max(0, self._next - 1)
+        place = shown + steps + round(frac * len(self._frames))
+        return self._show(max(0, min(len(self._frames) - 1, place)))
+
+    def change_speed(self, factor: float) -> None:
+        """Within bounds. The present step keeps the share of its time that it has left."""
+        before, now = self.speed, time.monotonic()
+        self.speed = min(max(self.speed * factor, SLOWEST), FASTEST)
+        self._due_s = now + max(0.0, self._due_s - now) * before / self.speed
+
+    def _show(self, place: int) -> LiveState:
+        self._next = place + 1
+        seconds = self._frames.seconds
+        lasts_s = seconds[self._next] - seconds[place] if self._next < len(seconds) else 0.0
+        self._due_s = time.monotonic() + max(0.0, lasts_s) / self.speed
+        return self._frames[place]
 
     def last(self) -> LiveState:
-        return self._snapshots[-1]
+        return self._frames[-1]
 
     def ended(self) -> bool:
-        return self._next == len(self._snapshots)
+        return self._next == len(self._frames)
 
     def close(self) -> None:
         """Does nothing, because no resource is held open."""
 
 
-def snapshots(run: RunDirectory) -> list[LiveState]:
-    """One state per recorded step. Raises `ValueError` without metrics.jsonl or groups.jsonl."""
-    if not run.metrics or not run.groups:
-        raise ValueError(f"{run.path} cannot be played: {' '.join(run.problems)}")
-    frames, first = [], 0
-    for row, seconds, last in zip(run.metrics, run.seconds(), _ends_of_steps(run), strict=True):
-        frames.append(
-            _snapshot(
-                run,
-                row,
-                seconds,
-                run.groups[first:last],
-                run.groups[max(0, last - WINDOW_GROUPS) : last],
-            )
-        )
-        first = last
-    return frames
+def first_speed(seconds: Sequence[float]) -> float:
+    """A power of two with which the steps follow one another at about `FIRST_STEPS_PER_S`."""
+    lasts_s = (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
+    return min(FASTEST, 2.0 ** round(log2(max(1.0, lasts_s * FIRST_STEPS_PER_S))))
+
+
+class Frames(Sequence[LiveState]):
+    """One state per recorded step, made when it is asked for, as a long run has many."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        """Raises `ValueError` without metrics.jsonl or groups.jsonl."""
+        if not run.metrics or not run.groups:
+            raise ValueError(f"{run.path} cannot be played: {' '.join(run.problems)}")
+        self._run, self.seconds = run, run.seconds()
+        first = bisect_left([group["step"] for group in run.groups], run.metrics[0]["step"])
+        self._ends = [first, *_ends_of_steps(run)]
+        self._texts = {str(row.get("prompt_id")): str(row.get("prompt", "")) for row in run.samples}
+
+    def __len__(self) -> int:
+        return len(self._run.metrics)
+
+    @overload
+    def __getitem__(self, place: int) -> LiveState: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[LiveState]: ...
+    def __getitem__(self, place: int | slice) -> LiveState | list[LiveState]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        run, (first, last) = self._run, self._ends[place : place + 2]
+        recent = run.groups[max(0, last - WINDOW_GROUPS) : last]
+        closed = run.groups[first:last]
+        state = _snapshot(run, run.metrics[place], self.seconds[place], closed, recent)
+        name, named = self._beginning, msgspec.structs.replace
+        groups = [named(view, text=name(view.prompt_id)) for view in state.groups]
+        prompts = [named(view, text=name(view.prompt_id)) for view in state.prompts]
+        return named(state, groups=groups, prompts=prompts)
+
+    def _beginning(self, prompt_id: str) -> str:
+        """Of a prompt's text, which is recorded if responses to it were sampled."""
+        return beginning(self._texts.get(prompt_id, ""))
 
 
 def _ends_of_steps(run: RunDirectory) -> list[int]:
     """For each row of metrics, the number of ledger rows up to the end of its step.
 
-    The ledger is in order, and every step trains on the same number of groups.
+    The ledger is in order of the steps.
     """
-    per_step = run.setting("batch.groups") or max(
-        1, round(len(run.trained_groups()) / len(run.metrics))
-    )
-    shipped = [place + 1 for place, group in enumerate(run.groups) if group["end"] == "shipped"]
-    ends = [
-        shipped[min((step + 1) * per_step, len(shipped)) - 1] if shipped else 0
-        for step in range(len(run.metrics))
-    ]
+    steps = [group["step"] for group in run.groups]
+    ends = [bisect_right(steps, row["step"]) for row in run.metrics]
     return [*ends[:-1], len(run.groups)]
 
 
@@ -100,16 +140,20 @@ def _snapshot(
         if group["end"] == "shipped"
     ]
     last_step = row is run.metrics[-1]
+    removed = row is run.metrics[0] and row["step"]
+    waited = row.get("wait/learner_s")
     return LiveState(
         time_s=seconds,
         run_name=run.name,
         phase="done" if last_step else "training",
         step=int(row["step"]),
-        steps=int(run.setting("run.steps") or len(run.metrics)),
+        steps=int(run.setting("run.steps") or run.num_steps),
         policy_version=int(row.get("policy_version", 0)),
         max_lag=int(bound) if is_number(bound) else max(spans, default=0),
-        waiting=f"the learner waited {row['wait/learner_s']:.1f} s in this step"
-        if is_number(row.get("wait/learner_s"))
+        waiting=f"the records begin at step {removed}: older ones were removed"
+        if removed
+        else f"the learner waited {waited:.1f} s in this step"
+        if is_number(waited)
         else "",
         groups_open=0,
         groups_ready=0,
@@ -172,6 +216,7 @@ def _prompt_views(groups: list[Row]) -> list[PromptView]:
                 pass_rate=fmean(rollout["reward"] > 0.5 for rollout in ended),
                 lengths_right=right,
                 lengths_wrong=wrong,
+                num_cancelled=sum(r["end"] == "cancelled" for r in _rollouts(group)),
             )
     return list(views.values())
 

@@ -6,8 +6,9 @@ A panel returns at most `height` lines. Pure: reads no clock, socket or keyboard
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Literal
 
 from rich.text import Text
@@ -29,6 +30,7 @@ from tools.monitor.charts import (
 from tools.reporting.ends import ENDS
 
 Order = Literal["spread", "budget", "pass_rate"]
+Page = Literal["panels", "help", "waits"]
 
 
 RIGHT, WRONG = Ink("#2fbf9b", "+"), Ink("#f0604d", "-")
@@ -47,7 +49,7 @@ class View:
     prompt_id: str = ""  # "": the first prompt of the table
     group_id: int = -1  # -1: the first group in flight
     order: Order = "spread"
-    help: bool = False
+    page: Page = "panels"
     silent_s: float = 0.0  # seconds since the last state
     source: str = ""  # such as "replay ×4"; "" for a live run
 
@@ -140,15 +142,33 @@ def groups_panel(snapshot: LiveState, view: View, width: int, height: int) -> li
     return lines[:height]
 
 
+COLUMNS: dict[str, tuple[int, Callable[[PromptView, list[int]], str]]] = {
+    "median": (7, lambda prompt, lengths: f"{median(lengths):.0f}" if lengths else "–"),
+    "p99": (6, lambda prompt, lengths: f"{_p99(lengths)}" if lengths else "–"),
+    "cut": (4, lambda prompt, lengths: f"{prompt.num_cancelled}"),
+    "pass": (6, lambda prompt, lengths: f"{prompt.pass_rate:.0%}"),
+    "pattern": (8, lambda prompt, lengths: pattern(prompt) or "–"),
+    "spread": (7, lambda prompt, lengths: f"{prompt.spread:.2f}"),
+    "budget": (7, lambda prompt, lengths: f"{prompt.budget}"),
+}  # heading -> width and value; a narrow panel shows the first ones
+NUM_LAST = 2  # of the columns, shown if there is room beside the lengths
+NAME, MOST_NAME, SPARK = 14, 32, 24  # cells: least and most of a prompt, most of its lengths
+
+
 def prompts_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
-    """Recently closed prompts. The chosen row stays visible."""
-    spark = min(width - 44, 24) if width >= 54 else 0
-    name = max(6, min(width - 28 - (2 + spark if spark else 0), 24))
-    heading = f"{'prompt':<{name}}{'spread':>7}{'budget':>7}{'pass':>6}{'pattern':>8}" + (
-        "  lengths" if spark else ""
-    )
-    lines = [Text(heading[:width], style(view, DIM))]
+    """Recently closed prompts, their lengths on one axis. The chosen row stays visible."""
+    shown, left = _fitting(list(COLUMNS)[:-NUM_LAST], width - NAME)
+    spark = min(left - 2, SPARK) if left >= 10 else 0
+    more, left = _fitting(list(COLUMNS)[-NUM_LAST:], left - (spark + 2 if spark else 0))
+    shown |= more
+    name = min(NAME + left, MOST_NAME)
     prompts = ordered(snapshot.prompts, view.order)
+    lengths = {p.prompt_id: p.lengths_right + p.lengths_wrong for p in prompts}
+    everything = [length for values in lengths.values() for length in values]
+    low, high = min(everything, default=1), max([1, *everything])
+    heading = f"{'prompt':<{name}}" + "".join(f"{key:>{cells}}" for key, cells in shown.items())
+    axis = f"{low}" + f"{high}".rjust(spark - len(f"{low}"))
+    lines = [Text((heading + (f"  {axis}" if spark else ""))[:width], style(view, DIM))]
     if not prompts:
         return [*lines, Text("no prompt has closed yet", style(view, DIM))]
     chosen = _chosen(prompts, view)
@@ -156,20 +176,30 @@ def prompts_panel(snapshot: LiveState, view: View, width: int, height: int) -> l
     top = max(0, min(prompts.index(chosen) - visible // 2, len(prompts) - visible))
     for prompt in prompts[top : top + visible]:
         mark = "" if view.color or prompt is not chosen else ">"
-        label = fitted(Text(mark + printable(prompt.prompt_id)), name).plain
-        row = (
-            f"{label}{prompt.spread:>7.2f}{prompt.budget:>7}{prompt.pass_rate:>6.0%}"
-            f"{pattern(prompt) or '–':>8}"
-        )
-        lengths = prompt.lengths_right + prompt.lengths_wrong
-        if spark and lengths:
-            row += "  " + sparkline(
-                counts_in_log_bins(lengths, min(lengths), max(lengths), spark), spark
-            )
+        own = lengths[prompt.prompt_id]
+        row = fitted(Text(mark + printable(prompt.text or prompt.prompt_id)), name).plain
+        row += "".join(f"{COLUMNS[key][1](prompt, own):>{cells}}" for key, cells in shown.items())
+        if spark and own:
+            row += "  " + sparkline(counts_in_log_bins(own, low, high, spark), spark)
         lines.append(fitted(Text(row), width))
         if prompt is chosen:
             lines[-1].stylize(style(view, "reverse"))
     return lines
+
+
+def _fitting(headings: list[str], left: int) -> tuple[dict[str, int], int]:
+    """The first columns that fit into `left` cells, with their widths, and the cells then left."""
+    shown: dict[str, int] = {}
+    for heading in headings:
+        cells = COLUMNS[heading][0]
+        if cells > left:
+            break
+        shown[heading], left = cells, left - cells
+    return shown, left
+
+
+def _p99(lengths: list[int]) -> int:
+    return sorted(lengths)[-(-99 * len(lengths) // 100) - 1]
 
 
 def prompt_title(snapshot: LiveState, view: View) -> str:
@@ -178,10 +208,8 @@ def prompt_title(snapshot: LiveState, view: View) -> str:
         return "Prompt"
     prompt = _chosen(ordered(snapshot.prompts, view.order), view)
     kinds = {"I": "pattern I, verbosity", "II": "pattern II, depth", "": "no pattern"}
-    return (
-        f"Prompt {fitted(Text(printable(prompt.prompt_id)), min(len(prompt.prompt_id), 14)).plain}"
-        f": {kinds[pattern(prompt)]}"
-    )
+    name = printable(prompt.text or prompt.prompt_id)
+    return f"Prompt {fitted(Text(name), min(len(name), 14)).plain}: {kinds[pattern(prompt)]}"
 
 
 def prompt_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
@@ -273,7 +301,7 @@ def _group_line(group: GroupView, width: int, view: View, track: bool) -> Text:
     states = [rollout.state for rollout in group.rollouts]
     running, cancelled = states.count("running"), states.count("cancelled")
     line = fitted(
-        Text(printable(group.prompt_id), "bold" if not track and view.color else ""),
+        Text(printable(group.text or group.prompt_id), "bold" if not track and view.color else ""),
         min(16, max(width // 4, 4)),
     )
     line.append(

@@ -1,1 +1,1 @@
-"""Reads a run's directory and draws its contents. Used by `tools.report` and `tools.compare`."""
+"""Reads a run's directory and draws its contents. Driven by `tools.report`."""

@@ -31,6 +31,8 @@ class Story:
             case ev.RolloutProgressed(rollout_id, num_tokens) if rollout_id in self._rollouts:
                 self._tokens[rollout_id] = num_tokens
                 yield f"rollout {rollout_id} has {num_tokens} tokens"
+            case ev.RolloutWaits(rollout_id) if rollout_id in self._rollouts:
+                yield f"rollout {rollout_id} waits for its environment"
             case ev.RolloutFinished(rollout_id) if rollout_id in self._rollouts:
                 how = "reached its length limit" if event.truncated else "finished"
                 yield (

@@ -16,9 +16,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from buffer.records.row_segments import Row, begins_at, exists, read_lines
 from configs.errors import one_line
-
-Row = dict[str, Any]
 
 FILES = {
     "config.yaml": "the settings are unknown",
@@ -29,8 +28,16 @@ FILES = {
 EVALUATIONS = "evaluations.jsonl"  # exists only if `tools.evaluate` was run
 REQUIRED_KEYS = {
     "metrics.jsonl": {"step"},
-    "groups.jsonl": {"prompt_id", "opened_version", "shipped_version", "budget", "end", "rollouts"},
-    "samples.jsonl": set(),
+    "groups.jsonl": {
+        "step",
+        "prompt_id",
+        "opened_version",
+        "shipped_version",
+        "budget",
+        "end",
+        "rollouts",
+    },
+    "samples.jsonl": {"step"},
 }
 
 
@@ -48,7 +55,7 @@ class RunDirectory:
     @classmethod
     def read(cls, path: Path) -> RunDirectory:
         """Read the directory. Raises `ValueError` if `path` holds none of a run's files."""
-        if not any((path / name).is_file() for name in FILES):
+        if not any(exists(path / name) for name in FILES):
             what = "is not a folder" if not path.is_dir() else f"holds none of {', '.join(FILES)}"
             raise ValueError(f"{path} {what}: give the directory of a run, such as runs/<name>")
         run = cls(path)
@@ -57,11 +64,16 @@ class RunDirectory:
         run.groups = run._read_rows("groups.jsonl")
         run.samples = run._read_rows("samples.jsonl")
         planned = run.setting("run.steps")
-        if run.metrics and isinstance(planned, int) and len(run.metrics) < planned:
+        if run.metrics and isinstance(planned, int) and run.num_steps < planned:
             run.problems.append(
-                f"The run has not finished: {len(run.metrics)} of {planned} steps are recorded."
+                f"The run has not finished: {run.num_steps} of {planned} steps are recorded."
             )
         return run
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps done, with those whose rows were removed since."""
+        return int(self.metrics[-1]["step"]) + 1 if self.metrics else 0
 
     @property
     def name(self) -> str:
@@ -77,10 +89,8 @@ class RunDirectory:
     @property
     def emulated(self) -> bool:
         """Whether engines of this run emulated the decode latency of another machine."""
-        pools = self.setting("launch.pools") or []
-        return bool(self.setting("actors.min_step_ms")) or any(
-            "actors.min_step_ms=" in str(pool) for pool in pools
-        )
+        pools = [self.setting("launch.pools"), self.setting("cluster.pools")]
+        return bool(self.setting("actors.min_step_ms")) or "min_step_ms" in str(pools)
 
     @property
     def held_out(self) -> str:
@@ -88,6 +98,12 @@ class RunDirectory:
         every = "eval/reward_mean"
         one = "eval/accuracy"
         return one if len(self.series(one)[0]) == len(self.series(every)[0]) else every
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of held-out prompts, if their results were recorded separately."""
+        names = {name for row in self.metrics for name in row if name.startswith("eval/")}
+        return sorted({name.split("/")[1] for name in names if name.count("/") == 2})
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """The steps at which metric `key` was recorded, and its values."""
@@ -145,14 +161,14 @@ class RunDirectory:
 
     def _read_rows(self, name: str) -> list[Row]:
         file = self.path / name
-        if not file.is_file():
+        if not exists(file):
             self.problems.append(f"{name} is missing: {FILES[name]}.")
             return []
         rows: list[Row] = []
         skipped: list[int] = []
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        for number, line in enumerate(read_lines(file), start=1):
             row = _parsed(line)
-            if row is not None and row.keys() >= REQUIRED_KEYS[name]:
+            if row is not None and row.keys() >= REQUIRED_KEYS[name] and is_number(row["step"]):
                 rows.append(row)
             elif line.strip():
                 skipped.append(number)
@@ -166,6 +182,11 @@ class RunDirectory:
             self.problems.append(
                 f"{name}: {lines}; the run may have been killed while it wrote them."
             )
+        if first := begins_at(rows):
+            self.problems.append(
+                f"{name}: its records begin at step {first}; those of earlier steps were removed "
+                f"(buffer.keep_row_bytes)."
+            )
         if not rows:
             self.problems.append(f"{name} has no rows: {FILES[name]}.")
         return rows
@@ -173,7 +194,7 @@ class RunDirectory:
     def _latest_per_step(self, rows: list[Row]) -> list[Row]:
         # A resumed run repeats the steps after its checkpoint. The later record describes the step
         # that led to the final weights.
-        latest = {row["step"]: row for row in rows if is_number(row["step"])}
+        latest = {row["step"]: row for row in rows}
         if len(latest) < len(rows):
             self.problems.append(
                 f"{len(rows) - len(latest)} steps are recorded twice, because the run was resumed; "

@@ -22,6 +22,7 @@ from configs.extras import check_extra, import_extra
 LENGTHS = "length/histogram"  # sampled tokens per response of the step's groups
 RESPONSES = "samples"
 NUM_BINS = 30
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -207,18 +208,53 @@ class Trackio:
         self._run.finish()
 
 
+class Prometheus:
+    """The newest step, as gauges to be scraped from this machine while the run goes on.
+
+    The metric `reward/mean` is called `darts_reward_mean`, with the label `run`; `darts_step` is
+    the number of the step.
+    """
+
+    def __init__(self, run: Identity) -> None:
+        client = import_extra("prometheus_client", _needed_by("prometheus"), "trackers")
+        self._gauge, self._run = client.Gauge, run.name
+        self._registry, self._gauges = client.CollectorRegistry(), dict[str, Any]()
+        port = run.config["run"]["prometheus_port"]
+        self._server, self._thread = client.start_http_server(port, LOOPBACK, self._registry)
+        self.known = ""
+        self.where = f"http://{LOOPBACK}:{self._server.server_port}/metrics"
+
+    def log(self, step: Step) -> None:
+        for name, value in {"step": step.number, **step.values}.items():
+            if name not in self._gauges:
+                gauge = self._gauge(gauge_name(name), name, ["run"], registry=self._registry)
+                self._gauges[name] = gauge.labels(self._run)
+            self._gauges[name].set(value)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def gauge_name(metric: str) -> str:
+    return "darts_" + metric.replace("/", "_")
+
+
 TRACKERS: dict[str, Callable[[Identity], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "mlflow": MLflow,
     "trackio": Trackio,
+    "prometheus": Prometheus,
 }
+MODULES = {name: name for name in TRACKERS} | {"prometheus": "prometheus_client"}
 
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raises `ValueError` if a package is missing. Imports none of them, as that takes seconds."""
     for name in names:
-        check_extra(name, _needed_by(name), "trackers")
+        check_extra(MODULES[name], _needed_by(name), "trackers")
 
 
 def _needed_by(name: str) -> str:
@@ -237,4 +273,4 @@ def _markdown(responses: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", "<br>")
+    return "" if value is None else str(value).replace("|", "\\|").replace("\n", "<br>")

@@ -37,6 +37,16 @@ def verify(prompt, response, answer, metadata):
     nonsense = {"nan": float("nan"), "text": "1.0", "none": None, "inf": float("inf")}
     return nonsense.get(response, metadata.get("bonus", 0) + (response == answer))
 
+async def later(prompt, response, answer, metadata):
+    return float(response == answer)
+
+def odd(prompt, response, answer, metadata):
+    import decimal, fractions, numpy
+    class Unprintable:
+        def __repr__(self):
+            raise ValueError("no text")
+    return eval(response)
+
 NOT_A_FUNCTION = 3
 """
 
@@ -194,6 +204,62 @@ def test_a_user_verifier_gets_the_answer_and_the_metadata(user_environment: Envi
     assert score(user_environment, prompt, "5") == 2.0
 
 
+ODD_REWARDS = {
+    "True": 1.0,
+    "numpy.bool_(True)": 1.0,
+    "numpy.float32(0.5)": 0.5,
+    "numpy.int64(-3)": -3.0,
+    "numpy.array(0.25)": 0.25,
+    "decimal.Decimal('0.1')": 0.1,
+    "fractions.Fraction(1, 4)": 0.25,
+    "-0.0": 0.0,
+    "None": "returned None",
+    "()": "returned ()",
+    "(1.0, 'why')": "returned (1.0, 'why')",
+    "[1.0]": "returned [1.0]",
+    "{'reward': 1.0}": "returned {'reward': 1.0}",
+    "b'1'": "returned b'1'",
+    "1j": "returned 1j",
+    "10 ** 400": "OverflowError",
+    "numpy.array([1.0, 2.0])": "TypeError",
+    "numpy.float64('nan')": "nan",
+    "decimal.Decimal('sNaN')": "ValueError",
+    "(x for x in [1.0])": "returned <generator",
+    "Unprintable()": "ValueError",
+    "'line\\nbreak'": "returned 'line",
+    "exit(0)": "SystemExit",
+}
+
+
+@pytest.fixture(scope="module")
+def odd_environment(user_environment: Environment) -> Iterator[Environment]:
+    environment = make_environment(config_of("my_verifiers:odd"))
+    yield environment
+    environment.close()
+
+
+@pytest.mark.parametrize("returned", ODD_REWARDS)
+def test_an_odd_reward_is_a_number_or_a_failure_in_one_line(
+    odd_environment: Environment, returned: str
+) -> None:
+    expected = ODD_REWARDS[returned]
+    if isinstance(expected, float):
+        assert score(odd_environment, payload(), returned) == expected
+        return
+    with pytest.raises(EnvironmentFailure) as failure:
+        score(odd_environment, payload(), returned)
+    assert expected in str(failure.value) and "\n" not in str(failure.value)
+
+
+def test_a_verifier_may_be_async(user_environment: Environment) -> None:
+    environment = make_environment(config_of("my_verifiers:later"))
+    try:
+        assert score(environment, payload(), "4") == 1.0
+        assert score(environment, payload(), "5") == 0.0
+    finally:
+        environment.close()
+
+
 # Failures
 
 
@@ -206,7 +272,7 @@ def test_a_user_verifier_gets_the_answer_and_the_metadata(user_environment: Envi
         ("text", "returned '1.0'"),
         ("none", "returned None"),
         ("die", "exit status 3"),
-        ("hang", "took longer than 1 s and was stopped; raise data.verifier_timeout_s"),
+        ("hang", " s and was stopped; raise data.verifier_timeout_s"),
     ],
 )
 def test_a_failing_verifier_is_a_failure_and_the_next_response_is_scored(

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from actors import pool
-from actors.pool import EngineFailed, Pool, check_model, engine_gpus
+from actors.inference.device import check_cache
+from actors.pool import EngineFailed, Pool, engine_gpus
 from actors.process import DIED, DONE, GAVE_UP, RUN_FAILED
 from configs import cli
 from configs.errors import ExitStatus
@@ -188,32 +189,13 @@ def test_a_second_signal_does_not_wait(
     leader = tmp_path / "leader"
 
     def act(_: str) -> None:
-        for _ in range(2):
+        for _again in range(2):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
 
     with once_written(leader, act):
         assert make_pool(STUBBORN.format(leader=leader)).run() == ExitStatus.INTERRUPTED
     assert not lives(int(leader.read_text()))
-
-
-def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"model.path={tmp_path}: .*config.json"):
-        check_model(str(tmp_path))
-
-
-@pytest.mark.parametrize("path", ["models/tiny-reasoner", "/nowhere/at/all", "tiny", "./a/b"])
-def test_a_missing_folder_is_refused_by_name(
-    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"model.path={path}: no such folder"):
-        check_model(path)
-
-
-def test_a_hub_name_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    check_model("Qwen/Qwen3-0.6B")
 
 
 def test_each_engine_gets_its_own_gpus() -> None:
@@ -229,3 +211,12 @@ def test_each_engine_gets_its_own_gpus() -> None:
 
 def test_cpu_engines_get_no_gpus() -> None:
     assert engine_gpus(cli.load(["actors.device=cpu"]), 0, "0") == {}
+
+
+@pytest.mark.parametrize("override", ["actors.kv_cache_gib=90000", "actors.num_engines=90000"])
+def test_caches_beyond_the_memory_of_the_machine_are_refused(override: str) -> None:
+    config = cli.load(["actors.device=cpu", override])
+    with pytest.raises(ValueError, match=r"^actors\.kv_cache_gib=.*actors\.num_engines="):
+        check_cache(config)
+    check_cache(cli.load(["actors.device=cpu"]))
+    check_cache(cli.load(["actors.device=cuda", override]))  # it bounds only a CPU engine's cache

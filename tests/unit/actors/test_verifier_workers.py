@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.verifier_load import VerifierFailure
+from actors.verifier_load import VerifierFailure, VerifierTimeout
 from actors.verifier_workers import OUTPUT_BYTES, WorkerPool
 from buffer.processes.child import python_path
 from buffer.processes.descendants import processes_of
@@ -27,6 +27,7 @@ MODULE = f"odd_verifiers_{os.getpid()}"
 VERIFIERS = '''
 import ctypes, mmap, os, signal, subprocess, sys, threading, time
 
+MOST_FILES = 4096  # a long test run has hundreds open, and pipes keep their numbers
 HELPER = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2000)"])
 
 
@@ -102,7 +103,7 @@ def stop_oneself():
 
 
 def write_to_every_pipe():
-    for fd in range(3, 64):
+    for fd in range(3, MOST_FILES):
         try:
             os.write(fd, b"1.0\\n")
         except OSError:
@@ -125,7 +126,7 @@ CASES = {
     "kills its group": lambda: os.killpg(0, signal.SIGKILL),
     "segfaults": lambda: ctypes.string_at(0),
     "stops itself": stop_oneself,
-    "closes everything": lambda: os.closerange(0, 1000) or 1.0,
+    "closes everything": lambda: os.closerange(0, MOST_FILES) or 1.0,
     "writes to every pipe": write_to_every_pipe,
     "unpicklable": raising(Unpicklable()),
     "SystemExit": raising(SystemExit(0)),
@@ -302,6 +303,17 @@ def test_closing_a_pool_ends_all_processes_of_its_verifiers(
     pool.close()
     assert wait_for(lambda: not sleepers())
     assert wait_for(lambda: not [c for c in commands(processes(before)) if MODULE in c])
+
+
+def test_a_deadline_grows_with_the_longest_verification_that_gave_a_reward(
+    make_pool: Callable[..., WorkerPool],
+) -> None:
+    pool = make_pool(verifier_timeout_s=1e-6)
+    with pytest.raises(VerifierTimeout, match="took longer than 1e-06 s"):
+        score(pool, "bool")
+    pool._load.rewarded(100.0)
+    assert pool._load.deadline_s(1e-6) == 500.0 and pool._load.deadline_s(600.0) == 600.0
+    assert score(pool, "bool") == 1.0
 
 
 def test_a_worker_that_died_while_it_was_idle_is_replaced(pool: WorkerPool) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from actors.environments import EnvironmentFailure
 from actors.inference.generation import EngineDied, Generation, Measurement, Meter
+from actors.verifier_load import Step
 from actors.worker import PolicyUnavailable, Worker, next_flush_s
 from buffer.wire.client import LinkLost
 from buffer.wire.messages import (
@@ -118,10 +119,14 @@ REPORT = VerifierReport(num_workers=2, num_waiting=3, num_verified=1, time_s=0.5
 
 class FakeEnvironment:
     keep_special_tokens = False
+    has_turns = False
 
     def __init__(self) -> None:
         self.prompt_ids = [1, 2]
+        self.observations: list[list[int]] = []  # one per turn but the last
         self.scored: list[str] = []
+        self.finished: list[str] = []  # the states of rollouts that a limit has ended
+        self.abandoned: list[str] = []  # and of those that ended otherwise between two steps
         self.reward: float | Exception = 1.0
         self.release = asyncio.Event()
         self.release.set()
@@ -129,12 +134,29 @@ class FakeEnvironment:
     def render(self, prompt: PromptPayload, tokenizer: Any) -> list[int]:
         return self.prompt_ids
 
-    async def score(self, prompt: PromptPayload, response_text: str) -> float:
+    def render_observation(self, observation: str, last_token: int, tokenizer: Any) -> list[int]:
+        return [int(token) for token in observation.split()]
+
+    async def step(self, prompt: PromptPayload, response_text: str, state: str = "") -> Step:
         self.scored.append(response_text)
         await self.release.wait()
         if isinstance(self.reward, Exception):
             raise self.reward
-        return self.reward
+        turn = len(state)
+        if turn < len(self.observations):
+            observed = " ".join(map(str, self.observations[turn]))
+            return Step(self.reward, observed, state + "x")
+        return Step(self.reward)
+
+    def abandon(self, state: str) -> None:
+        self.abandoned.append(state)
+
+    async def finish(self, prompt: PromptPayload, state: str) -> float:
+        self.finished.append(state)
+        return 0.5
+
+    async def score(self, prompt: PromptPayload, response_text: str) -> float:
+        return (await self.step(prompt, response_text)).reward
 
     def measure(self) -> VerifierReport:
         return REPORT
@@ -225,6 +247,9 @@ class Scene:
     async def answered(self, count: int) -> list[Any]:
         await self.until(lambda: len(self.answers()) >= count)
         return self.answers()
+
+    def waits(self) -> set[int]:
+        return {i for m in self.link.sent if isinstance(m, Progress) for i in m.waits}
 
     def chunks(self, rollout_id: int) -> list[Chunk]:
         sent = [
@@ -475,7 +500,7 @@ def test_a_cancelled_rollout_is_stopped_after_its_last_tokens() -> None:
 
     scene = play(script)
     (answer,) = scene.answers()
-    assert isinstance(answer, Stopped)
+    assert answer == Stopped(rollout_id=1, num_tokens=1, text="3")
     assert scene.sampled(1) == [(-1, [3])]
 
 

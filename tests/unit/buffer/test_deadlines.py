@@ -18,6 +18,7 @@ class Watched:
             BufferConfig(rollout_timeout_s=10, load_timeout_s=20, step_timeout_s=30)
         )
         self.now_s = 0.0
+        self.offered_version: int | None = None  # None: that of the core
         self.apply(ev.PolicyPublished(0), ev.EngineJoined("a", "cpu", 2, 0))
         self.apply(ev.PromptsDrawn((ev.Prompt("p"), ev.Prompt("q"))), ev.ShardsRequested(0))
 
@@ -29,7 +30,16 @@ class Watched:
         overdue: list[Overdue] = []
         for _ in range(seconds):
             self.now_s += tick_s
-            overdue += self.deadlines.look(self.core, self.now_s, learner_is_there=True)
+            overdue += self.deadlines.look(
+                self.core,
+                self.now_s,
+                learner_is_there=True,
+                offered_version=(
+                    self.core.policy_version
+                    if self.offered_version is None
+                    else self.offered_version
+                ),
+            )
         return overdue
 
     def grow(self, num_tokens: int, *rollout_ids: int) -> None:
@@ -99,6 +109,36 @@ def test_a_learner_that_neither_trains_nor_publishes_is_named() -> None:
     (overdue,) = watched.wait(1)
     assert overdue.engine_id == "" and "buffer.step_timeout_s=30" in overdue.problem
     watched.apply(ev.GroupTrained(0), ev.PolicyPublished(1), ev.PolicyLoaded("a", 1))
+    assert watched.wait(1) == []
+
+
+def test_the_longest_wait_of_each_kind_is_known_with_its_deadline() -> None:
+    watched = Watched()
+    watched.apply(ev.PolicyPublished(1))
+    watched.wait(1)
+    watched.grow(3, 0)
+    watched.wait(2)
+    waits = {wait.key: wait for wait in watched.deadlines.longest()}
+    assert waits["buffer.load_timeout_s"].what == "a to load a policy"
+    assert waits["buffer.load_timeout_s"].waited_s == 2
+    rollout = waits["buffer.rollout_timeout_s"]
+    assert (rollout.what, rollout.waited_s) == ("news of rollout 1", 2)
+    watched.apply(ev.PolicyLoaded("a", 1))
+    watched.wait(1)
+    assert "buffer.load_timeout_s" not in {wait.key for wait in watched.deadlines.longest()}
+
+
+def test_a_snapshot_that_does_not_come_is_the_learners_fault_and_no_engines() -> None:
+    watched = Watched()
+    watched.apply(ev.PolicyPublished(1))
+    watched.offered_version = 0
+    for tokens in range(1, 31):  # longer than engines have for a load
+        watched.grow(tokens, 0, 1)
+        assert watched.wait(1) == []
+    watched.grow(31, 0, 1)
+    (overdue,) = watched.wait(2)[:1]
+    assert overdue.engine_id == "" and "policy version 1" in overdue.problem
+    watched.offered_version = 1
     assert watched.wait(1) == []
 
 

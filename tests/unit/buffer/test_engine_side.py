@@ -83,6 +83,20 @@ def test_a_message_about_the_rollout_of_another_engine_dismisses_only_the_sender
     assert service.run.core.rollouts[victim].runs
 
 
+def test_a_rollout_lends_its_slot_from_its_wait_to_its_observation(service: Service) -> None:
+    mine = of(service, "a")
+    engine = service.run.core.engines.by_id["a"]
+    service._receive(b"a", msg.Progress(chunks=[sampled(mine, 3)], waits=[mine]))
+    assert engine.waiting == {mine} and engine.num_decoding <= engine.slots
+    given = chunk(mine, 3, [8, 9], None)
+    service._receive(b"a", msg.Progress(chunks=[given]))
+    assert engine.waiting == set()  # before it has sampled anything
+    more = msg.Progress(chunks=[sampled(mine, 2, offset=5)], waits=[mine])
+    service._receive(b"a", more)
+    assert engine.waiting == {mine}
+    assert service.run.store.num_sampled(mine) == 5
+
+
 def test_messages_about_a_finished_rollout_change_nothing(service: Service) -> None:
     mine = of(service, "a")
     service._receive(b"a", msg.Progress(chunks=[sampled(mine, 3)]))
@@ -155,19 +169,59 @@ def test_a_probe_of_other_tokens_dismisses_its_engine_and_ends_no_run(service: S
     assert engines(service) == {"b"}
 
 
-@pytest.mark.parametrize("version", [0, 1001 + 1])
-def test_an_implausible_publication_dismisses_the_learner(service: Service, version: int) -> None:
-    service._greet(b"l", msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=1, vocab_size=7))
-    policy = msg.SnapshotRef(version=version, digest="", num_bytes=0, address="", path="x")
-    service._receive(b"l", msg.Published(policy=policy, seconds=0.0))
-    assert service.run.core.policy_version == 0
+def published(version: int, path: str = "x") -> msg.Published:
+    policy = msg.SnapshotRef(version=version, digest="", num_bytes=0, address="", path=path)
+    return msg.Published(policy=policy, seconds=0.0)
+
+
+HELLO = msg.LearnerHello(rank=0, num_ranks=1, step=0, pid=1, vocab_size=7)
+
+
+@pytest.mark.parametrize(
+    ("message", "version"),
+    [
+        (msg.NewPolicy(version=2), 3),
+        (msg.NewPolicy(version=3 + 1001), 3),
+        (published(2), 3),
+        (published(3 + 1001), 3),
+        (published(3, "another"), 3),
+    ],
+)
+def test_an_implausible_publication_dismisses_the_learner(
+    service: Service, message: msg.NewPolicy | msg.Published, version: int
+) -> None:
+    service._greet(b"l", HELLO)
+    service._receive(b"l", published(3))
+    service._receive(b"l", message)
+    assert service.run.core.policy_version == service.run.offered_version == version
     assert service.run.peers.ranks() == []
+
+
+def test_a_policy_counts_before_its_snapshot_and_engines_hear_of_the_snapshot_once(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+
+    def send(identity: bytes, message: msg.Message) -> bool:
+        told.extend([message.policy.version] if isinstance(message, msg.PolicyPublished) else [])
+        return True
+
+    monkeypatch.setattr(service.run.router, "send", send)
+    service._greet(b"l", HELLO)
+    for message in (msg.NewPolicy(version=1), msg.NewPolicy(version=1)):
+        service._receive(b"l", message)
+        assert (service.run.core.policy_version, service.run.offered_version, told) == (1, -1, [])
+    for message in (published(1), published(1), msg.NewPolicy(version=1)):
+        service._receive(b"l", message)
+        assert (service.run.offered_version, told) == (1, [1, 1])  # one per engine
+    assert len(service.run.peers.ranks()) == 1
 
 
 def test_a_metric_of_the_learner_replaces_none_of_the_buffer(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service.run.metrics, "row", lambda records: {"tokens/trained": 0})
+    of_buffer = {"tokens/trained": 0, "darts/uniform_frac": 0.0}
+    monkeypatch.setattr(service.run.metrics, "row", lambda records: of_buffer)
     service.learner._trained_metrics = {"tokens/trained": -5.0, "train/loss": 0.5}
     record = ev.GroupRecord(
         group_id=0,
@@ -177,7 +231,7 @@ def test_a_metric_of_the_learner_replaces_none_of_the_buffer(
         budget=2,
         long_end="survivor",
         end="shipped",
-        rollouts=(),
+        rollouts=(ev.RolloutRecord(0, "a", 3, 1.0, "selected_short", 0),),
     )
     row = service.learner._finish_step([record])
     assert (row["step"], row["train/loss"], row["tokens/trained"]) == (0, 0.5, 0)
@@ -225,6 +279,13 @@ def test_a_wait_for_the_learner_is_reported_even_if_a_verifier_is_slow(
     before = live_state(service.run).waiting
     service._receive(b"a", engine_report(num_waiting=4, num_busy=2))
     assert live_state(service.run).waiting == before
+
+
+def test_monitors_get_the_newest_warnings_without_control_characters(service: Service) -> None:
+    for number in range(20):
+        service.run.warn(f"\x1b[31m warning {number}")
+    (_, first), *_, (_, newest) = live_state(service.run).warnings
+    assert newest == "?[31m warning 19" and first == "?[31m warning 12"
 
 
 def test_each_peer_has_one_name() -> None:

@@ -1,4 +1,4 @@
-"""Atomic writes, torn lines, and the lock on a run's folder."""
+"""Atomic writes, and the lock on a run's folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from buffer.records.files import (
     RunLock,
     atomic_folder,
     atomic_write,
-    cut_torn_line,
+    make_run_folder,
     replace_folder,
 )
 from tests.disks import MemoryDisk, PowerCutError
@@ -94,23 +94,6 @@ def test_a_folder_replaces_another(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["old"] and os.listdir(tmp_path / "old") == ["new"]
 
 
-@given(
-    lines=st.lists(st.sampled_from([b"\n", b"{}\n", b"x" * 70_000 + b"\n"]), max_size=4),
-    torn=st.sampled_from([b"", b'{"step": 1', b"\0" * 10, b"y" * 140_000]),
-)
-def test_a_torn_last_line_is_cut_off(tmp_path_factory, lines: list[bytes], torn: bytes) -> None:
-    path = tmp_path_factory.mktemp("lines") / "rows.jsonl"
-    path.write_bytes(b"".join(lines) + torn)
-    assert cut_torn_line(path) == len(torn)
-    assert path.read_bytes() == b"".join(lines)
-    assert cut_torn_line(path) == 0
-
-
-def test_a_missing_file_has_no_torn_line(tmp_path: Path) -> None:
-    assert cut_torn_line(tmp_path / "rows.jsonl") == 0
-    assert os.listdir(tmp_path) == []
-
-
 def test_a_second_process_is_refused_until_the_first_has_died(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(
@@ -127,3 +110,11 @@ def test_a_second_process_is_refused_until_the_first_has_died(tmp_path: Path) ->
             with pytest.raises(ValueError, match=f"process {os.getpid()} on "):
                 RunLock(tmp_path)
         RunLock(tmp_path).release()
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=rf"run\.dir={tmp_path}/file: .*Not a directory"):
+        make_run_folder(tmp_path / "file" / "run")
+    make_run_folder(tmp_path / "runs" / "run")
+    assert (tmp_path / "runs" / "run").is_dir()

@@ -22,21 +22,24 @@ CHUNK = {
     "tokens": b"",
     "logprobs": b"",
 }
-POLICY = {"version": 0, "digest": "a" * 64, "num_bytes": 1, "address": "", "path": ""}
+POLICY = {
+    "version": 0, "digest": "a" * 64, "num_bytes": 1, "address": "", "path": "",
+    "delta_bytes": 1, "base_digest": "b" * 64,
+}  # fmt: skip
 VERIFIER = {
     "num_workers": 1, "num_waiting": 0, "num_busy": 0, "num_verified": 0, "num_failed": 0,
     "num_timeouts": 0, "queue_s": 0.5, "time_s": 0.5, "longest_s": 0.5,
 }  # fmt: skip
-WORK = {"per_prediction": 0.5, "per_pair": 0.5}
+WORK = {"per_prediction": 0.5, "per_pair": 0.5, "shares_prompts": False}
 VALID: dict[str, dict[str, Any]] = {
     "EngineHello": {
         "engine_id": "pool b/0", "engine_type": "cpu/float32/tp1", "slots": 1,
         "policy_version": -1, "pid": 1, "incarnation": "a", "rollouts": [1], "run": "r",
     },
-    "Progress": {"chunks": [CHUNK]},
+    "Progress": {"chunks": [CHUNK], "waits": [1]},
     "Finished": {"rollout_id": 1, "num_tokens": 1, "truncated": False, "reward": 1.0, "text": "x"},
     "Failed": {"rollout_id": 1, "error": "x", "unusable": False},
-    "Stopped": {"rollout_id": 1, "num_tokens": 1},
+    "Stopped": {"rollout_id": 1, "num_tokens": 1, "text": "x"},
     "PolicyLoaded": {"version": 0, "fetch_s": 0.5, "pause_s": 0.5},
     "Probed": {"version": 0, "model_type": "qwen3", "logprobs": b"1234"},
     "EngineReport": {
@@ -50,10 +53,11 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "Pull": {"rank": 0, "step": 0},
     "Trained": {"step": 0, "num_tokens": 1, "metrics": {"train/loss": 0.5}},
+    "NewPolicy": {"version": 6},
     "Published": {"policy": POLICY, "seconds": 0.5, "probe": b"1234"},
     "LearnerFailed": {"rank": 0, "error": "x"},
     "Heartbeat": {},
-    "FetchSnapshot": {"version": 0, "offset": 0, "num_bytes": 1},
+    "FetchSnapshot": {"version": 0, "offset": 0, "num_bytes": 1, "delta": False},
 }  # fmt: skip
 TYPES: dict[str, type] = {t.__name__: t for t in (*get_args(msg.Inbound), msg.FetchSnapshot)}
 
@@ -85,14 +89,15 @@ HARMLESS = {  # by field: values that are hostile elsewhere but allowed here
     "reward": {"minus one", "minus two", "a half"},
     "fetch_s": {"a half"}, "pause_s": {"a half"}, "seconds": {"a half"}, "batch": {"a half"},
     "ms_per_token": {"a half"}, "tokens_per_s": {"a half"}, "busy_frac": {"a half"},
-    "per_prediction": {"a half"}, "per_pair": {"a half"},
+    "per_prediction": {"a half"}, "per_pair": {"a half"}, "shares_prompts": {"true"},
     "queue_s": {"a half"}, "time_s": {"a half"}, "longest_s": {"a half"},
     "engine_id": {"number as text", "parent folder"},
     "engine_type": {"number as text", "parent folder"},
     "model_type": {"number as text", "parent folder"},
     "run": {"empty", "number as text", "parent folder"},
-    "incarnation": {"number as text", "parent folder"}, "rollouts": {"list"},
-    "digest": {"empty"}, "address": FREE_TEXT, "path": FREE_TEXT, "text": FREE_TEXT,
+    "incarnation": {"number as text", "parent folder"}, "rollouts": {"list"}, "waits": {"list"},
+    "digest": {"empty"}, "base_digest": {"empty"}, "delta": {"true"},
+    "address": FREE_TEXT, "path": FREE_TEXT, "text": FREE_TEXT,
     "error": FREE_TEXT, "logprobs": {"bytes"}, "probe": {"bytes"},
     "sampled": {"true"}, "truncated": {"true"}, "unusable": {"true"}, "resumed": {"true"},
     "take_over": {"true"},
@@ -127,6 +132,8 @@ def with_value(name: str, outer: str, field: str, value: Any) -> dict[str, Any]:
 def is_harmless(name: str, outer: str, field: str, hostile: str) -> bool:
     if outer == "chunks" and field in CHUNK_BYTES_FIELDS:
         return hostile in ("bytes", "many bytes")
+    if (name, field) == ("NewPolicy", "version"):
+        return False
     if (name, field) == ("LearnerHello", "incarnation"):
         return hostile in HARMLESS["run"]
     return hostile in HARMLESS.get(field, set())
@@ -171,16 +178,18 @@ def test_unknown_and_missing_fields_are_refused(name: str) -> None:
 
 AT_THE_BOUND = [
     ("EngineHello", {"engine_id": "x" * 200}, {"engine_id": "x" * 201}),
-    ("EngineHello", {"slots": 2**16}, {"slots": 2**16 + 1}),
+    ("EngineHello", {"slots": 2**13}, {"slots": 2**13 + 1}),
     ("EngineHello", {"slots": 1}, {"slots": 0}),
     ("Finished", {"reward": -1e6}, {"reward": -1.1e6}),
     ("Finished", {"reward": 1}, {"reward": "1"}),
     ("Finished", {"text": "é" * msg.TEXT_CHARS}, {"text": "x" * (msg.TEXT_CHARS + 1)}),
     ("Failed", {"error": "x" * msg.LINE_CHARS}, {"error": "x" * (msg.LINE_CHARS + 1)}),
     ("Stopped", {"rollout_id": 2**53}, {"rollout_id": 2**53 + 1}),
+    ("Stopped", {"text": "é" * msg.TEXT_CHARS}, {"text": "x" * (msg.TEXT_CHARS + 1)}),
     ("EngineReport", {"busy_frac": 2.0}, {"busy_frac": 2.1}),
     ("LearnerHello", {"vocab_size": 2**31}, {"vocab_size": 0}),
     ("Trained", {"metrics": {"a/b": 1e300}}, {"metrics": {"a/b": 1e301}}),
+    ("Progress", {"waits": [1] * msg.MAX_CHUNKS}, {"waits": [1] * (msg.MAX_CHUNKS + 1)}),
     ("Progress", {"chunks": [CHUNK] * msg.MAX_CHUNKS}, {"chunks": [CHUNK] * (msg.MAX_CHUNKS + 1)}),
 ]
 
@@ -197,6 +206,7 @@ def test_a_value_equal_to_its_bound_is_allowed(
 def test_a_sender_cuts_texts_that_would_be_refused() -> None:
     long = "x" * 100_000
     for message in (
+        msg.Stopped(rollout_id=1, num_tokens=1, text=long),
         msg.Failed(rollout_id=1, error=long),
         msg.LearnerFailed(rank=0, error=long),
         msg.Finished(rollout_id=1, num_tokens=1, truncated=False, reward=0.0, text=long),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from buffer.records.metrics import Metrics, judged
+from buffer.records.metrics import Metrics
 from buffer.wire.messages import EngineReport, VerifierReport
 from darts import events as ev
 
@@ -32,25 +32,17 @@ def test_selected_tokens_count_as_trained_once_the_learner_reports_them() -> Non
     assert metrics.tokens == {"generated": 10, "trained": 4, "without_signal": 6, "cancelled": 0}
 
 
-@pytest.mark.parametrize(
-    ("rewards", "expected"),
-    [
-        ([0.0, 1.0, 1.0, 1.0], {"eval/reward_mean": 0.75, "eval/accuracy": 0.75}),
-        ([1.0], {"eval/reward_mean": 1.0, "eval/accuracy": 1.0}),
-        ([0.0, 0.5, 1.0], {"eval/reward_mean": 0.5}),
-        ([-1.0, 1.0], {"eval/reward_mean": 0.0}),
-        ([], {}),
-    ],
-)
-def test_a_mean_reward_is_an_accuracy_if_rewards_are_0_or_1(
-    rewards: list[float], expected: dict[str, float]
-) -> None:
-    assert judged(rewards) == expected
-
-
 def test_an_evaluation_without_a_single_reward_has_no_mean() -> None:
     lost = ev.RolloutRecord(0, "e", 10, None, "lost", 0)
     assert Metrics().evaluated([record(lost)], step=4) == {"eval/step": 4, "eval/responses": 0}
+
+
+def test_an_evaluation_is_also_reported_for_the_kind_of_its_prompts() -> None:
+    right = record(ev.RolloutRecord(0, "e", 10, 1.0, "selected_short", 0))
+    row = Metrics().evaluated([right], step=4, kinds={right.prompt_id: "deep"})
+    assert (row["eval/accuracy"], row["eval/deep/accuracy"]) == (1.0, 1.0)
+    assert (row["eval/length_mean"], row["eval/deep/length_mean"]) == (10.0, 10.0)
+    assert not any("/deep/" in name for name in Metrics().evaluated([right], step=4))
 
 
 def report(**verifier: float) -> EngineReport:

@@ -126,6 +126,11 @@ ACCEPTED: dict[str, tuple[str, Write, list[tuple[Any, str, dict[str, Any]]]]] = 
         ),
         [('What is "1,5"\r\ntimes 2?', "3", {"level": ""}), ("q", "007", {"level": "x"})],
     ),
+    "csv below blank lines": (
+        "a.csv",
+        content(b"\xef\xbb\xbf\n\r\nprompt,answer\na,b\n"),
+        [("a", "b", {})],
+    ),
     "csv with an index column": (
         "a.csv",
         content(b",prompt,answer\n0,a,b\n"),
@@ -345,6 +350,13 @@ REFUSED: dict[str, tuple[str, Write, list[str]]] = {
         ["two columns have the same name, of prompt, prompt, answer"],
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "a\0b.csv", "no/such/folder/a.parquet"])
+def test_a_file_that_cannot_be_there_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="there is no such file") as error:
+        read(Path(name))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buffer.records.event_log import Learner
-from buffer.shards import balance, make_shards, training_cost
+from buffer.shards import balance, balance_groups, make_shards, training_cost
 from buffer.wire.messages import Trajectory, Work
 from configs.schema import LossConfig
 
@@ -123,7 +123,7 @@ BY_TOKENS = Work()
 
 def shards_of(loss, num_ranks=2, selected=SELECTED, work=BY_TOKENS):
     learner = Learner("i", num_ranks, 100, work)
-    return make_shards(selected, loss, learner, step=3, policy_version=5)
+    return make_shards([selected], loss, learner, step=3, policy_version=5)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,8 @@ def test_trajectories_without_a_gradient_count_in_the_totals_alone(
     assert sorted(t.rollout_id for shard in shards for t in shard.trajectories) == rollouts
     for shard in shards:
         assert (shard.step, shard.policy_version) == (3, 5)
-        assert (shard.step_loss_tokens, shard.step_loss_responses) == (num_tokens, num_responses)
+        [minibatch] = shard.minibatches
+        assert (minibatch.loss_tokens, minibatch.loss_responses) == (num_tokens, num_responses)
 
 
 def test_those_without_a_gradient_leave_no_rank_idle():
@@ -155,12 +156,27 @@ def test_those_without_a_gradient_leave_no_rank_idle():
 
 def test_a_step_without_a_gradient_gives_empty_shards():
     shards = shards_of(LossConfig(), selected=[SELECTED[1]] * 3)
-    assert [(s.trajectories, s.step_loss_tokens) for s in shards] == [([], 60)] * 2
+    assert [(s.trajectories, s.loss_tokens) for s in shards] == [([], 60)] * 2
+
+
+def test_each_update_is_balanced_over_the_ranks():
+    """The first update has two long and two short trajectories, and the second one a single one."""
+    first = [trajectory(i, n, 1.0) for i, n in enumerate((50, 10, 50, 10))]
+    second = [trajectory(4, 30, 1.0), trajectory(5, 30, 0.0)]
+    learner = Learner("i", 2, 100, BY_TOKENS)
+    shards = make_shards([first, second], LossConfig(), learner, step=3, policy_version=5)
+    parts = [[[t.rollout_id for t in part] for part, _ in shard.split()] for shard in shards]
+    for of_first, _ in parts:
+        assert sorted(len(first[i].sampled) for i in of_first) == [12, 52]
+    assert sorted(of_second for _, of_second in parts) == [[], [4]]
+    for shard in shards:
+        totals = [(m.loss_tokens, m.loss_responses) for m in shard.minibatches]
+        assert totals == [(120, 4), (60, 2)] and shard.loss_tokens == 180
 
 
 def test_the_work_of_a_trajectory_is_that_of_layers_head_and_attention():
-    assert training_cost(SELECTED[0], Work()) == 1024 * 12
-    assert training_cost(SELECTED[0], Work(per_prediction=0.5, per_pair=0.25)) == 1024 * (
+    assert training_cost([SELECTED[0]], Work()) == 1024 * 12
+    assert training_cost([SELECTED[0]], Work(per_prediction=0.5, per_pair=0.25)) == 1024 * (
         12 + 5 + 36
     )
 
@@ -176,3 +192,87 @@ def test_long_trajectories_weigh_more_with_attention():
 
     assert lengths(Work()) == [[4, 32], [12, 12, 12]]
     assert lengths(Work(per_pair=1.0)) == [[4, 12, 12, 12], [32]]
+
+
+# Shared prompts -----------------------------------------------------------------------------------
+
+SHARED = Work(per_prediction=0.5, per_pair=0.25, shares_prompts=True)
+
+
+def group_of(group_id, prompt, responses):
+    """Responses of the given lengths to a prompt of `prompt` tokens, all of them the group's id."""
+    marks = [b"\0" * prompt + b"\1" * num_tokens for num_tokens in responses]
+    return [
+        Trajectory(
+            rollout_id=100 * group_id + number,
+            group_id=group_id,
+            tokens=group_id.to_bytes(4, "little") * len(sampled),
+            sampled=sampled,
+            actor_logprobs=bytes(4 * len(sampled)),
+            versions=[(0, len(sampled) - prompt)],
+            reward=0.0,
+            truncated=False,
+            advantage=1.0,
+        )
+        for number, sampled in enumerate(marks)
+    ]
+
+
+def test_a_shared_prompt_is_paid_for_once():
+    """Two responses of 4 and 10 tokens to a prompt of 10, of which 9 are shared."""
+    tokens = 9 + (1 + 4) + (1 + 10)
+    pairs = 9**2 + (14**2 - 9**2) + (20**2 - 9**2)
+    assert training_cost(group_of(0, 10, [4, 10]), SHARED) == 1024 * (
+        tokens + 0.5 * 14 + 0.25 * pairs
+    )
+    apart = Work(per_prediction=0.5, per_pair=0.25)
+    alone = [training_cost([t], apart) for t in group_of(0, 10, [4, 10])]
+    assert training_cost(group_of(0, 10, [4, 10]), apart) == sum(alone)
+    assert [training_cost([t], SHARED) for t in group_of(0, 10, [4, 10])] == alone
+
+
+def groups_by_shard(trajectories, work, num_shards):
+    parts = balance_groups(trajectories, work, num_shards)
+    assert sorted(index for part in parts for index in part) == list(range(len(trajectories)))
+    assert all(part == sorted(part) for part in parts)
+    return sorted(sorted(trajectories[index].group_id for index in part) for part in parts)
+
+
+def test_responses_stay_together_if_that_is_balanced():
+    four = [t for group_id in range(4) for t in group_of(group_id, 50, [10, 20])]
+    assert groups_by_shard(four, SHARED, 2) in (
+        [[0, 0, 1, 1], [2, 2, 3, 3]],
+        [[0, 0, 2, 2], [1, 1, 3, 3]],
+        [[0, 0, 3, 3], [1, 1, 2, 2]],
+    )
+
+
+def test_a_group_is_split_if_its_rank_would_be_the_slowest():
+    one = group_of(0, 50, [10, 10, 10, 10])
+    assert groups_by_shard(one, SHARED, 2) == [[0, 0], [0, 0]]
+    assert groups_by_shard(one, SHARED, 4) == [[0], [0], [0], [0]]
+    assert groups_by_shard([], SHARED, 2) == [[], []]
+
+
+SIZES = st.lists(
+    st.tuples(st.integers(1, 60), st.lists(st.integers(1, 80), min_size=1)), max_size=8
+)
+
+
+@given(SIZES, st.integers(1, 5))
+def test_the_slowest_rank_is_never_slower_than_with_repeated_prompts(sizes, num_shards):
+    trajectories = [t for n, (p, lengths) in enumerate(sizes) for t in group_of(n, p, lengths)]
+
+    def slowest(work):
+        loads = []
+        for part in balance_groups(trajectories, work, num_shards):
+            groups = {trajectories[index].group_id: [] for index in part}
+            for index in part:
+                groups[trajectories[index].group_id].append(trajectories[index])
+            loads.append(sum(training_cost(members, SHARED) for members in groups.values()))
+        return max(loads)
+
+    repeated = Work(per_prediction=0.5, per_pair=0.25)
+    parts = balance_groups(trajectories, repeated, num_shards)
+    apart = max(sum(training_cost([trajectories[i]], repeated) for i in part) for part in parts)
+    assert slowest(SHARED) <= apart + 1

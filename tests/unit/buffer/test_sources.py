@@ -71,6 +71,11 @@ def test_a_stream_resumes_from_any_position(position: int) -> None:
     assert resumed.position == position + 10
 
 
+def test_tagged_sums_of_six_digits_are_deep_and_the_others_easy() -> None:
+    kinds = {(p.kind, len(p.text) == 13) for p in TaggedSumSource(10, seed=0).hold_out(400)}
+    assert kinds == {("easy", False), ("deep", True)}
+
+
 def test_no_tagged_sum_is_both_trained_on_and_held_out_for_any_seed() -> None:
     held_out = set(ids(TaggedSumSource(10, seed=0).hold_out(400)))
     # Some of the few that recur in every stream.

@@ -113,6 +113,7 @@ def test_frames_are_plain_msgpack():
                 "logprobs": b"\0\0\0\xbf",
             }
         ],
+        "waits": [],
     }
     by_reference = msgpack.packb(
         {

@@ -108,7 +108,8 @@ def request_options(config: Config, _: Path) -> object:
 def scheduler_options(config: Config, _: Path) -> object:
     from actors.inference.engine import engine_args
 
-    return engine_args(config).additional_config
+    args = engine_args(config)
+    return args.additional_config, args.block_size
 
 
 MODEL, CUDA = "model.path={folder}", "actors.device=cuda"
@@ -124,6 +125,7 @@ TURNS = {
     "actors.name": Turn("a", "b", dying_pool, (MODEL, "actors.max_restarts=0")),
 }
 VLLM_TURNS = {
+    "actors.vllm": Turn("{{block_size: 64}}", "{{block_size: 16}}", scheduler_options),
     "actors.min_step_ms": Turn("[]", "[[1,12]]", scheduler_options),
     "sampling.seeded": Turn("false", "true", request_options),
     "actors.slots": Turn("16", "32", engine_options),

@@ -40,8 +40,9 @@ class Running:
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
         self.engine.start()
+        self.learner = FakeLearner(address, config.run.steps)
         if learner:
-            FakeLearner(address, config.run.steps).start()
+            self.learner.start()
 
     def _serve(self) -> None:
         self.status = self.service.serve()
@@ -81,6 +82,19 @@ def tokens_trained(config: Config, own: Path) -> object:
     return metrics(config)[-1]["tokens/trained"]
 
 
+def updates(config: Config, own: Path) -> object:
+    """The number of updates, and the responses of each, in one step."""
+    running = Running(in_folder(config, own))
+    assert running.wait() == 0
+    return [part.loss_responses for part in running.learner.shards[0].minibatches]
+
+
+def penalties(config: Config, own: Path) -> object:
+    """The mean overlong penalty of each step."""
+    assert Running(in_folder(config, own)).wait() == 0
+    return [row["reward/overlong_mean"] for row in metrics(config)]
+
+
 @contextmanager
 def opened(config: Config) -> Iterator[None]:
     """A service that has claimed its folder and its ports but does not serve yet."""
@@ -115,6 +129,17 @@ def segments(config: Config, own: Path) -> object:
         for _ in range(5):
             run.rotate_log()
         return len(list((run.folder / "events").glob("*.log")))
+
+
+def first_steps(config: Config, own: Path) -> object:
+    """The first step of each file of rows after a hundred steps."""
+    with recovered(config, own) as run:
+        logs = (run.files.metrics, run.files.groups, run.files.samples)
+        for run.step in range(1, 101):
+            for log in logs:
+                log.append({"step": run.step - 1})
+            run.rotate_rows()
+        return [log.first_step for log in logs]
 
 
 def folder_made(config: Config, own: Path) -> object:
@@ -215,9 +240,10 @@ def overdue_after_a_minute(config: Config, own: Path) -> object:
     ):
         core.handle(event)
     deadlines = Deadlines(config.buffer)
-    for second in range(60):
-        overdue = deadlines.look(core, second, learner_is_there=True)
-    return overdue
+    return [
+        deadlines.look(core, second, learner_is_there=True, offered_version=core.policy_version)
+        for second in range(60)
+    ][-1]
 
 
 TINY = (
@@ -233,10 +259,13 @@ TINY = (
 SKIP = ("data.on_error=skip", "darts.max_attempts=1", "darts.max_reopens=0")
 FULL = (*TINY, "run.steps=2", "batch.groups=4")
 EVALUATED = (*TINY, "eval.every=1", "eval.num_prompts=2")
-NETWORK = (*TINY, "buffer.address=tcp://0.0.0.0:{port}")
+NETWORK = (*TINY, "buffer.address=tcp://0.0.0.0:{port}", "weights.address=tcp://0.0.0.0:*")
 TRUNCATED = (*TINY, "sampling.max_tokens=2")
 TURNS = {
     "loss.train_truncated": Turn("false", "true", tokens_trained, TRUNCATED),
+    "batch.updates": Turn("1", "2", updates, (*FULL, "loss.train_truncated=true")),
+    "loss.overlong_buffer": Turn("0", "1", penalties, TRUNCATED),
+    "loss.overlong_factor": Turn("1", "2", penalties, (*TRUNCATED, "loss.overlong_buffer=1")),
     "run.steps": Turn("1", "2", steps_and_responses, TINY),
     "eval.samples_per_prompt": Turn("1", "3", steps_and_responses, EVALUATED),
     "run.name": Turn("a", "b", folder_made, TINY),
@@ -247,6 +276,7 @@ TURNS = {
     "buffer.fsync_s": Turn("0", "300", durable_at_once, TINY),
     "buffer.segment_bytes": Turn("1", "64000000", segments, TINY),
     "buffer.keep_event_bytes": Turn("0", "1000000", segments, (*TINY, "buffer.segment_bytes=1")),
+    "buffer.keep_row_bytes": Turn("200", "10000", first_steps, (*TINY, "buffer.segment_bytes=50")),
     "buffer.rollout_timeout_s": Turn("5", "600", overdue_after_a_minute, TINY),
     "buffer.load_timeout_s": Turn("5", "600", overdue_after_a_minute, TINY),
     "buffer.step_timeout_s": Turn("5", "1800", overdue_after_a_minute, TINY),

@@ -135,7 +135,9 @@ def test_a_wrong_type_names_key_value_and_type(override: str, expected: str) -> 
         ("optimizer.lr=0", "must be > 0"),
         ("optimizer.lr=nan", "must be > 0"),
         ("redundancy.upper=9", "must be >= 1 and <= 8"),
-        ("sampling.temperature=0.009", "must be >= 0.01"),
+        ("sampling.temperature=0.009", "must be >= 0.01 and <= 2"),
+        ("sampling.temperature=2.1", "must be >= 0.01 and <= 2"),
+        ("optimizer.schedule=step", "must be one of constant, linear, cosine"),
         ("loss.clip_low=1.1", "must be >= 0 and < 1"),
         ("optimizer.betas=[0.9,1.0]", "must be >= 0 and < 1"),
         ("darts.policy=dart", "must be one of darts, plain, first_finished, random"),
@@ -209,16 +211,25 @@ def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: str) -> No
             ["batch.groups=1", "darts.group_size=2", "learner.num_ranks=3", "redundancy.upper=2"],
             ["learner.num_ranks=3", "2"],
         ),
+        (
+            ["batch.groups=1", "learner.num_ranks=8", "cluster.learner.num_nodes=2"],
+            ["learner.num_ranks=8", "cluster.learner.num_nodes=2", "8 in total"],
+        ),
         (["model.attention=flash_attention_2"], ["model.attention", "model.dtype"]),
         (
             ["model.attention=flash_attention_2", "model.dtype=bfloat16", "learner.device=cpu"],
             ["model.attention", "learner.device"],
         ),
+        (["batch.updates=3"], ["batch.updates=3", "batch.groups=16"]),
+        (["batch.updates=17"], ["batch.updates=17", "batch.groups=16"]),
+        (["batch.updates=16", "learner.num_ranks=9"], ["learner.num_ranks=9", "= 8"]),
+        (["loss.overlong_buffer=513"], ["loss.overlong_buffer=513", "sampling.max_tokens=512"]),
         (["darts.pilot=9"], ["darts.pilot=9", "darts.group_size=8"]),
         (["darts.rank=reward_per_token"], ["darts.rank", "darts.long_end"]),
         (["buffer.address=localhost:5577"], ["buffer.address=localhost:5577", "tcp://"]),
         (["buffer.address=tcp://127.0.0.1:65535"], ["buffer.address", "65534"]),
         (["weights.address=tcp://127.0.0.1"], ["weights.address", "tcp://HOST:*"]),
+        (["weights.deltas=true", "weights.transport=file"], ["weights.deltas", "zmq"]),
         (["buffer.max_bytes=1000000"], ["buffer.max_bytes=1000000", "admission stalls"]),
     ],
 )
@@ -240,6 +251,8 @@ def test_keys_that_do_not_fit_together_are_refused(overrides: list[str], named: 
         ["buffer.max_bytes=3145728"],  # 16 groups x 16 rollouts x 1024 tokens x 12 bytes
         ["weights.address=tcp://0.0.0.0:6000", "buffer.address=tcp://[::1]:6001"],
         ["pipeline.mode=sync"],
+        ["loss.overlong_buffer=512"],
+        ["batch.updates=16", "learner.num_ranks=8"],
     ],
 )
 def test_limiting_values_that_still_fit_are_accepted(overrides: list[str]) -> None:
@@ -270,7 +283,9 @@ def test_any_dataclass_is_a_schema() -> None:
 
 def test_a_preset_is_offered_to_the_schema_that_has_its_keys() -> None:
     assert presets(Config) == [
-        "demo", "gfpo", "latency/a10_7b", "latency/h100_14b", "qwen2.5_7b_gpu", "smollm2_cpu",
+        "cluster/h100_a10", "darts_paper", "demo", "gfpo", "latency/a10_7b", "latency/h100_14b",
+        "qwen2.5_1.5b_2x24gb", "qwen2.5_7b_gpu", "qwen3_4b_lora_24gb",
+        "smollm2_cpu",
     ]  # fmt: skip
     assert "simulate/cpu" in presets(SimulateConfig) and "demo" not in presets(SimulateConfig)
     assert presets(Other) == []

@@ -28,9 +28,11 @@ ROOT = Path(__file__).parents[3]
 PRODUCT = ("actors", "buffer", "configs", "darts", "learner", "tools")
 # Started only by other processes of ours, with pipes.
 INTERNAL = {
-    "actors.process", "actors.verifier_process", "buffer.processes.janitor",
-    "tools.faults.fake_engine", "tools.faults.fast_learner", "tools.faults.real_learner",
-    "tools.faults.repeatable_engine", "tools.faults.standin_learner",
+    "actors.process", "actors.verifier_process", "buffer.data.public_rows",
+    "buffer.processes.janitor",
+    "tools.faults.fake_engine", "tools.faults.fake_pool", "tools.faults.fast_learner",
+    "tools.faults.launcher", "tools.faults.real_learner", "tools.faults.repeatable_engine",
+    "tools.faults.standin_learner",
 }  # fmt: skip
 
 
@@ -51,6 +53,7 @@ def find_commands() -> list[str]:
 COMMANDS = find_commands()
 # Arguments with which a command starts to run: a folder or a run if it needs one.
 VALID = {
+    "tools.bias": ["RUN"],
     "tools.bench": ["core"],
     "tools.evaluate": ["RUN"],
     "tools.export": ["RUN", "FOLDER"],
@@ -66,6 +69,7 @@ VALID = {
 MISSING = {
     **{name: ["--config", "no/such/file.yaml"] for name in COMMANDS if name not in VALID},
     "tools.bench": ["pipeline", "--config", "no/such/file.yaml"],
+    "tools.bias": ["no/such/run"],
     "tools.evaluate": ["no/such/run"],
     "tools.export": ["no/such/run", "FOLDER"],
     "tools.replay": ["no/such/run"],
@@ -233,7 +237,7 @@ def test_an_expected_failure_is_one_line_and_status_1(
 
 def test_a_user_mistake_found_late_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     def run(config: Schema) -> None:
-        from actors.pool import check_model
+        from configs.model_path import check_model
 
         check_model("models/no-such-model")
 

@@ -14,6 +14,8 @@ from buffer.data.sources import make_sources
 from buffer.wire.messages import PromptPayload
 from configs.schema import Config
 from tests.knobs import Turn, check_turn
+from tests.unit.actors.test_turns import respond
+from tests.unit.actors.test_worker import EOS, Scene, play
 
 
 def prompts(config: Config, _: Path) -> object:
@@ -73,6 +75,19 @@ def processes_that_verify(config: Config, _: Path) -> object:
         environment.close()
 
 
+def turns_played(config: Config, _: Path) -> object:
+    """The number of responses of a rollout whose environment always answers."""
+
+    async def script(scene: Scene) -> None:
+        scene.environment.has_turns, scene.environment.observations = True, [[20]] * 9
+        scene.launch(1)
+        for turn in range(config.data.max_turns):
+            await respond(scene, turn, EOS)
+        await scene.answered(1)
+
+    return len(play(script, config=config).engine.launched)
+
+
 ROWS, HELD_OUT = "data.train={folder}/rows.jsonl", "{folder}/held-out.jsonl"
 FEW = ("data.num_prompts=60", "eval.num_prompts=5")
 TURNS = {
@@ -93,6 +108,7 @@ TURNS = {
     "data.verifier_workers": Turn(
         "1", "2", processes_that_verify, ("data.environment=busy_verifier:verify",)
     ),
+    "data.max_turns": Turn("1", "3", turns_played),
     "data.system_prompt": Turn('""', "Be brief.", rendered),
     "data.chat_template": Turn("auto", "never", rendered),
 }

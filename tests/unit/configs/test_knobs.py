@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import shutil
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ SIMULATION: dict[str, tuple[str, list[str]]] = {
     "redundancy.rule": ("none", []),
     "redundancy.upper": ("1.5", []),
     "redundancy.price": ("5", []),
+    "redundancy.variance": ("ema", []),
+    "redundancy.alpha": ("1", ["redundancy.variance=ema", "run.steps=9"]),
     "sampling.max_tokens": ("60", []),
     "weights.publish_every": ("2", []),
     "weights.publish_s": ("1", []),
@@ -193,6 +196,8 @@ CORE: dict[str, str] = {
     "redundancy.rule": "fixed",
     "redundancy.upper": "1.5",
     "redundancy.price": "5",
+    "redundancy.variance": "ema",
+    "redundancy.alpha": "0.5",
     "sampling.max_tokens": "60",
 }
 
@@ -244,25 +249,39 @@ def last_name(node: ast.expr | None) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-SECTION_OF_CLASS = {type(section).__name__: name for name, section in vars(Config()).items()}
+def sections_by_class(config: object, prefix: str = "") -> dict[str, str]:
+    """The path of every section, also of those inside others, by the name of its class."""
+    found = {}
+    for name, section in vars(config).items():
+        if is_dataclass(section):
+            found[type(section).__name__] = prefix + name
+            found |= sections_by_class(section, f"{prefix}{name}.")
+    return found
+
+
+SECTION_OF_CLASS = sections_by_class(Config())
 
 
 def read_keys(tree: ast.Module) -> set[str]:
-    """`section.key` for every attribute that is read from a section.
+    """`section.key` for every key that is read from a section.
 
-    A section is `config.section`, or a name that is assigned from one or annotated as one.
+    A section is `config.section`, or a name that is assigned from one or annotated as one; trackers
+    read `config["section"]["key"]`, from the configuration that a run has recorded.
     """
     sections = set(SECTION_OF_CLASS.values())
     # Section -> names that refer to it in this module.
-    aliases = {section: {section} for section in sections}
+    aliases = {section: {section.rpartition(".")[2]} for section in sections}
+    by_name: dict[str, list[str]] = {}
+    for section in sections:  # cluster.learner has the last name of learner
+        by_name.setdefault(section.rpartition(".")[2], []).append(section)
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             targets = [(target, node.value) for target in node.targets]
             if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
                 targets = list(zip(node.targets[0].elts, node.value.elts, strict=False))
             for target, value in targets:
-                if last_name(value) in sections:
-                    aliases[last_name(value)].add(last_name(target))
+                for section in by_name.get(last_name(value), ()):
+                    aliases[section].add(last_name(target))
         elif isinstance(node, (ast.arg, ast.AnnAssign)):
             name = node.arg if isinstance(node, ast.arg) else last_name(node.target)
             annotation = last_name(node.annotation) if node.annotation else ""
@@ -273,7 +292,14 @@ def read_keys(tree: ast.Module) -> set[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     ]
-    return {
+    recorded = {
+        f"{section.value}.{key.value}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Subscript)
+        if isinstance(section := node.value.slice, ast.Constant)
+        if isinstance(key := node.slice, ast.Constant)
+    }
+    return recorded | {
         f"{section}.{node.attr}"
         for node in reads
         for section in sections
@@ -290,6 +316,8 @@ def test_every_key_is_read_by_the_product() -> None:
     ("code", "read"),
     [
         ("config.sampling.temperature", {"sampling.temperature"}),
+        ("config.model.lora.rank", {"model.lora", "model.lora.rank"}),
+        ("def f(given: LoraConfig): return given.rank", {"model.lora.rank"}),
         ("s = config.sampling\ns.temperature", {"sampling.temperature"}),
         ("def f(s: SamplingConfig): return s.temperature", {"sampling.temperature"}),
         ("config.sampling.temperature = 1.0", set()),

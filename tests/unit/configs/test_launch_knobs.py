@@ -8,11 +8,13 @@ import signal
 import threading
 import time
 from collections import deque
+from contextlib import closing
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
+from omegaconf import OmegaConf
 
 from buffer.wire.client import MonitorLink
 from configs.schema import Config
@@ -22,6 +24,7 @@ from tools.launching.processes import Command
 from tools.launching.progress import make_view
 from tools.launching.run_plan import commands_of
 from tools.launching.supervision import Run
+from tools.reporting.trackers import Identity, Prometheus
 
 
 class Stop(Exception):
@@ -38,7 +41,7 @@ def host(config: Config, own: Path) -> object:
     (own / "config.json").write_text("{}")
     config.model.path = str(own)
     with patch.object(launch, "conduct", lambda _, host, commands: type(host).__name__):
-        return launch.run_all(config)
+        return launch.run(config)
 
 
 def cluster_joined(config: Config, own: Path) -> object:
@@ -162,9 +165,24 @@ def patience(config: Config, own: Path) -> object:
 
 
 MANY = 5
+
+
+def endpoint(config: Config, own: Path) -> object:
+    """The address at which the newest step is served."""
+    settings = OmegaConf.to_container(OmegaConf.structured(config))
+    with closing(Prometheus(Identity(own, "", "r", cast(dict[str, Any], settings)))) as tracker:
+        return tracker.where
+
+
 RAY = ("launch.launcher=ray",)
 TURNS = {
     "learner.num_ranks": Turn("1", "2", plan, ("learner.device=cuda",)),
+    "cluster.pools": Turn("{{}}", "{{b: {{}}}}", plan),
+    "cluster.learner.num_nodes": Turn("1", "2", plan),
+    "cluster.learner.num_gpus": Turn("0", "0.5", plan),
+    "cluster.learner.accelerator_type": Turn('""', "A10", plan),
+    "cluster.learner.resources": Turn("{{}}", "{{fast: 1}}", plan),
+    "cluster.learner.labels": Turn("{{}}", "{{zone: b}}", plan),
     "launch.pools": Turn("[]", "['actors.name=b']", plan),
     "launch.launcher": Turn("local", "ray", host, ("buffer.address=tcp://127.0.0.1:{port}",)),
     "launch.ray_address": Turn('""', "10.0.0.1:6379", cluster_joined, RAY),
@@ -174,9 +192,10 @@ TURNS = {
     "run.stop_s": Turn("0.1", "20", patience),
     "run.trackers": Turn("[]", "[tensorboard]", plan),
     "run.project": Turn("a", "b", project),
+    "run.prometheus_port": Turn("{port}", "{port2}", endpoint),
 }
 
 
 @pytest.mark.parametrize("path", TURNS)
 def test_a_key_changes_what_is_launched(path: str, tmp_path: Path, free_port) -> None:
-    check_turn(path, TURNS[path], tmp_path, (free_port(), 0))
+    check_turn(path, TURNS[path], tmp_path, (free_port(), free_port()))

@@ -16,12 +16,13 @@ from buffer.wire.transport import TransportError
 from configs.schema import Config
 from learner import fsdp
 from learner.agreement import Disagreement
-from learner.publish import WeightPublisher
 from learner.session import BufferSession
+from learner.snapshots.publish import WeightPublisher, gather
 from learner.train import run_rank, train_step
 from tests.knobs import Turn, check_turn
 from tests.learner_cases import (
     FakeBuffer,
+    make_groups,
     make_shards,
     make_trajectories,
     save_model,
@@ -33,12 +34,12 @@ STEPS = 4
 
 
 def weights(config: Config, own: Path) -> object:
-    """All weights after two steps on the same trajectories."""
+    """All weights after two steps on the same trajectories, as they would be published."""
     with single_rank(config) as state:
         for step in range(2):
             train_step(state, shipped(make_trajectories(seed=step), config.loss, step)[0])
-        parameters = [fsdp.whole(p.detach()).flatten() for p in state.model.parameters()]
-        return torch.cat(parameters).tolist()
+        published = gather(state.model, torch.float32, keep=True)
+        return torch.cat([tensor.flatten() for tensor in published.values()]).tolist()
 
 
 def passes(config: Config, own: Path) -> object:
@@ -49,6 +50,15 @@ def passes(config: Config, own: Path) -> object:
         mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         train_step(state, make_shards(make_trajectories(seed=0))[0])
     return len(calls)
+
+
+def layout(config: Config, own: Path) -> object:
+    """The lengths of the first pack that goes through the model, and those of its prompts."""
+    with single_rank(config) as state:
+        with patch.object(state.boundaries, "logprobs", wraps=state.boundaries.logprobs) as forward:
+            train_step(state, make_shards(make_groups(seed=0))[0])
+        pack = forward.call_args_list[0].args[0]
+    return pack.lengths, pack.num_saved
 
 
 def asks_to_take_over(config: Config, own: Path) -> object:
@@ -94,11 +104,22 @@ def published(config: Config, own: Path) -> object:
     return folder.replace(own.name, "own"), snapshot.address.replace("*", "")
 
 
+def offers_a_delta(config: Config, own: Path) -> object:
+    """Whether the second of two equal snapshots can be had as a difference."""
+    config.run.dir = str(own)
+    with single_rank(config) as state, WeightPublisher(config, rank=0) as publisher:
+        publisher.publish(state.model, version=0)
+        snapshot = publisher.publish(state.model, version=1)
+    assert snapshot is not None
+    return snapshot.delta_bytes > 0
+
+
 def checkpoints(config: Config, own: Path) -> object:
-    """The folders that four steps leave."""
+    """The folders that four steps leave, of which the first does best on held-out prompts."""
     config.run.dir = str(own)
     shards = {step: make_shards(make_trajectories(seed=step), step) for step in range(STEPS)}
-    with FakeBuffer(config.buffer.address, shards, last_step=STEPS - 1):
+    rewards = {step + 1: 1 / (step + 1) for step in range(STEPS)}
+    with FakeBuffer(config.buffer.address, shards, last_step=STEPS - 1, rewards=rewards):
         assert run_rank(config) == 0
     return sorted(path.parent.name for path in own.rglob("meta.json"))
 
@@ -134,6 +155,7 @@ KEEP_ALL = (*FILES, "learner.keep_checkpoints=9")
 EVERY_STEP = (*FILES, "learner.checkpoint_every=1")
 SERVED = (*MODEL, "weights.address=tcp://127.0.0.1:{port}")
 MASK = (*MODEL, "loss.correction=mask")
+LORA = (*MODEL, "model.lora.rank=2")
 PENALTY = (*MODEL, "loss.kl=1")
 TURNS = {
     "learner.take_over": Turn("false", "true", asks_to_take_over, MODEL),
@@ -154,20 +176,28 @@ TURNS = {
     "optimizer.lr": Turn("1e-3", "1e-2", weights, MODEL),
     "optimizer.betas": Turn("[0.9,0.95]", "[0.5,0.5]", weights, MODEL),
     "optimizer.weight_decay": Turn("0", "0.1", weights, MODEL),
+    "optimizer.schedule": Turn("linear", "cosine", weights, MODEL),
     "optimizer.warmup_steps": Turn("0", "5", weights, MODEL),
     "optimizer.max_grad_norm": Turn("1", "0.01", weights, MODEL),
     "sampling.temperature": Turn("1", "2", weights, MODEL),
     "model.dtype": Turn("float32", "bfloat16", weights, MODEL),
+    "model.head_dtype": Turn("model", "float32", weights, (*MODEL, "model.dtype=bfloat16")),
+    "model.lora.rank": Turn("0", "2", weights, MODEL),
+    "model.lora.alpha": Turn("32", "4", weights, LORA),
+    "model.lora.targets": Turn("[all-linear]", "[q_proj]", weights, LORA),
     "model.path": Turn("{folder}/qwen3", "{folder}/llama", model, MODEL),
     "model.attention": Turn("sdpa", "eager", model, MODEL),
     "batch.max_tokens": Turn("64", "4096", passes, MODEL),
+    "batch.share_prompts": Turn("true", "false", layout, MODEL),
     "learner.activation_checkpointing": Turn("false", "true", passes, MODEL),
     "learner.device": Turn("cpu", "cuda", device, MODEL),
     "learner.checkpoint_every": Turn("1", "3", checkpoints, KEEP_ALL),
     "learner.max_logprob_diff": Turn("0", "9", stops, MODEL),
+    "learner.keep_best": Turn("0", "1", checkpoints, (*EVERY_STEP, "eval.every=1")),
     "learner.keep_checkpoints": Turn("1", "2", checkpoints, EVERY_STEP),
     "weights.transport": Turn("file", "zmq", published, SERVED),
     "weights.address": Turn("tcp://127.0.0.1:{port}", "tcp://127.0.0.1:{port2}", published, MODEL),
+    "weights.deltas": Turn("false", "true", offers_a_delta, SERVED),
     "weights.dir": Turn('""', "{folder}/shared", published, FILES),
     "buffer.connect_timeout_s": Turn("0.1", "2", is_patient, MODEL),
 }

@@ -4,6 +4,7 @@ rewards may differ.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from darts import checkpoint
 from darts import events as ev
 from darts.config import CoreConfig
 from darts.core import Core
+from darts.invariants import validate_state
 from darts.sizing.rewards import RewardStats
 
 SOLVED, FAILED = RewardStats(30.0, 0.0), RewardStats(0.0, 30.0)
@@ -124,6 +126,14 @@ def test_a_group_at_its_deadline_does_not_wait_for_its_pilot() -> None:
     assert len(story.running) == 4
 
 
+def test_a_resume_without_pilots_completes_the_groups_that_had_one() -> None:
+    story = Story(history=SOLVED)
+    story.apply(ev.SettingsChanged(replace(story.core.config, pilot=0)))
+    story.finish(1.0, 1.0)
+    assert story.records == []
+    assert [launch.index for launch in story.of(ev.Launch)] == [0, 1, 2, 3]
+
+
 def test_small_differences_are_no_signal() -> None:
     story = Story(SOLVED, min_spread=0.2)
     story.finish(0.9, 1.0)
@@ -146,6 +156,16 @@ def test_a_pilot_whose_engine_is_lost_continues_on_the_next_one() -> None:
     assert not story.running and len(story.core.orphaned) == 1
     story.apply(ev.EngineJoined("b", "cpu", 8, 0))
     assert [launch.index for launch in story.of(ev.Launch)] == [0, 1, 2, 3]
+
+
+def test_a_new_process_under_the_name_of_a_lost_engine_waits_for_its_policy() -> None:
+    story = Story(SOLVED, max_lag=0)
+    story.apply(ev.EngineLost("a"), ev.EngineJoined("a", "cpu", 8, -1))
+    story.apply(ev.ShardsRequested(0))  # the group is due, so its pilot is over
+    validate_state(story.core)
+    assert not story.running
+    story.apply(ev.PolicyLoaded("a", 0))
+    assert len(story.running) == 4
 
 
 def test_the_verdict_survives_a_restart() -> None:

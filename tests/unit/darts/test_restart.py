@@ -9,9 +9,9 @@ from darts.config import CoreConfig
 from darts.core import Core
 
 
-def make_core(num_prompts: int = 1) -> tuple[Core, list[ev.Decision]]:
-    """A core with groups of two, one per step, on an engine with two slots, and its decisions."""
-    core = Core(CoreConfig(groups_per_step=1, group_size=2, redundancy="none"))
+def make_core(num_prompts: int = 1, groups_per_step: int = 1) -> tuple[Core, list[ev.Decision]]:
+    """A core with groups of two on an engine with two slots, and its decisions."""
+    core = Core(CoreConfig(groups_per_step=groups_per_step, group_size=2, redundancy="none"))
     decisions: list[ev.Decision] = []
     for event in (
         ev.PolicyPublished(0),
@@ -33,6 +33,10 @@ def drops(decisions: Sequence[ev.Decision]) -> list[tuple[int, str, bool]]:
         for one in decisions
         if isinstance(one, ev.Drop)
     ]
+
+
+def shipped(decisions: Sequence[ev.Decision]) -> list[int]:
+    return [one.record.group_id for one in decisions if isinstance(one, ev.Ship)]
 
 
 def test_a_restarted_buffer_skips_ids_that_may_have_been_sent() -> None:
@@ -63,12 +67,23 @@ def test_a_ready_group_that_lost_tokens_is_dropped_and_its_prompt_returns() -> N
     assert [one.prompt_id for one in reopened] == ["p0"]
 
 
-def test_tokens_lost_after_the_hand_over_change_nothing() -> None:
-    core, _ = make_core()
+def test_a_step_that_lost_tokens_was_never_sent_and_is_made_again() -> None:
+    """The groups that have all their tokens are offered again; the other one is drawn again."""
+    core, _ = make_core(num_prompts=2, groups_per_step=2)
     finish(core, 0, 1)
-    shipped = core.handle(ev.ShardsRequested(0))
-    assert any(isinstance(one, ev.Ship) for one in shipped)
-    assert not core.handle(ev.TokensLost(1, 3))
+    finish(core, 2, 3)
+    assert shipped(core.handle(ev.ShardsRequested(0))) == [0, 1]
+    decisions = core.handle(ev.TokensLost(1, 3))
+    assert drops(decisions) == [(0, "tokens_lost", True)]
+    again = [one.rollout_id for one in decisions if isinstance(one, ev.Launch)]
+    assert core.num_ready == 1 and len(again) == 2
+    assert not shipped(core.handle(ev.ShardsRequested(0)))
+    decisions = [
+        decision
+        for rollout_id in again
+        for decision in core.handle(ev.RolloutFinished(rollout_id, 9, False, 1.0, 0))
+    ]
+    assert shipped(decisions) == [1, 2]
 
 
 def test_losing_no_tokens_or_those_of_an_unknown_rollout_changes_nothing() -> None:

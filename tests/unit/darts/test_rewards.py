@@ -38,6 +38,13 @@ def test_a_response_that_was_cut_off_counts_like_those_that_are_longer() -> None
     assert pass_rate(responses) == (pytest.approx(0.25), pytest.approx(2.0))
 
 
+@pytest.mark.parametrize("num", range(1, 40))
+def test_no_count_is_negative_if_all_are_right(num: int) -> None:
+    stats = update(None, [Response(tokens, 1.0) for tokens in range(num)], 0)
+    assert stats.num_right == pytest.approx(num)
+    assert stats.num_wrong >= 0
+
+
 def test_a_response_longer_than_all_others_is_unknown() -> None:
     responses = [Response(10, 1.0), Response(12, 0.0), Response(20, None), Response(20, None)]
     assert pass_rate(responses) == (pytest.approx(0.5), pytest.approx(1.0))

@@ -24,7 +24,7 @@ from darts.simulate.schema import LengthKeys, PatternKeys, ShapingKeys, Simulate
 from darts.simulate.tally import Files
 from darts.simulate.world import Simulation, simulate
 from darts.sizing.lengths import POOL_PRIOR
-from tools.monitor.playback import snapshots
+from tools.monitor.playback import Frames
 from tools.reporting.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[3]
@@ -136,7 +136,7 @@ def test_a_simulation_writes_the_files_of_a_run(tmp_path: Path) -> None:
     run = RunDirectory.read(tmp_path / "run")
     assert [row["step"] for row in run.metrics] == [0, 1, 2, 3]
     assert len(run.trained_groups()) == 32
-    assert len(snapshots(run)) == 4
+    assert len(Frames(run)) == 4
     with pytest.raises(ValueError, match="holds a run already"):
         Files(tmp_path / "run", "")
 

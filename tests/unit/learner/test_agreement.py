@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from configs.schema import Config
@@ -9,9 +11,9 @@ from learner.agreement import IN_FLIGHT_NATS, Agreement, Disagreement
 from learner.metrics import TokenSums
 
 
-def agreement(dtype: str = "float32", max_logprob_diff: float = 0.0) -> Agreement:
+def agreement(dtype: Any = "float32", max_logprob_diff: float = 0.0) -> Agreement:
     config = Config()
-    config.model.dtype, config.learner.max_logprob_diff = dtype, max_logprob_diff  # type: ignore[assignment]
+    config.model.dtype, config.learner.max_logprob_diff = dtype, max_logprob_diff
     return Agreement(config)
 
 

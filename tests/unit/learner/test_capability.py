@@ -1,5 +1,6 @@
 """Every family computes the same packed as alone: as it is, with split layers, or with one
-sequence per pack. Models that cannot are refused by name.
+sequence per pack, and those of plain attention also with shared prompts. Models that cannot are
+refused by name.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from learner.capability import Packing, probe_packing
 from learner.packs.attention import PACKED_SDPA
 from learner.packs.batch import make_packs
 from learner.packs.boundaries import Boundaries
+from learner.probes.capability import Packing, probe_packing
 from tests.families import FAMILIES, save_family
 from tests.learner_cases import (
+    assert_same_gradients,
     make_config,
+    make_groups,
     make_trajectories,
     pack_gradients,
     single_rank,
@@ -51,10 +54,14 @@ def test_every_family_trains_the_same_packed_as_alone(tmp_path: Path, family: st
         assert state.model.config._attn_implementation == expected
         alone = pack_gradients(state, max_tokens=1)
         packed = pack_gradients(state, packing.capacity(4096))
-        assert alone.keys() == packed.keys()
-        for name, gradient in alone.items():
-            scale = max(gradient.norm().item(), 1e-4)
-            assert (packed[name] - gradient).norm().item() < 1e-5 * scale, name
+        assert_same_gradients(packed, alone)
+        assert state.shares_prompts == (family not in SPLIT and family not in WINDOWED)
+        if state.shares_prompts:
+            groups = make_groups(seed=1)
+            repeated = pack_gradients(state, 1, groups)
+            for max_tokens in (64, 4096):
+                shared = pack_gradients(state, max_tokens, groups, share_prompts=True)
+                assert_same_gradients(shared, repeated)
 
 
 def test_a_leak_without_a_leaking_layer_is_packed_one_by_one(tmp_path: Path) -> None:

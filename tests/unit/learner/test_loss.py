@@ -1,4 +1,4 @@
-"""Advantages, log-probabilities and every branch of the surrogate equal numbers worked out by
+"""Advantages and every branch of the surrogate equal numbers worked out by
 hand.
 """
 
@@ -12,7 +12,6 @@ import torch
 
 from configs.schema import LossConfig
 from learner.packs.batch import Pack, plain_pack
-from learner.packs.logprobs import token_logprobs
 from learner.packs.loss import surrogate
 
 LOSS = LossConfig(clip_low=0.2, clip_high=0.28, tis_cap=2.0)
@@ -82,41 +81,27 @@ def test_an_absurd_ratio_stays_finite() -> None:
     assert torch.isfinite(made.ratio_S).all()
 
 
-def test_logprobs_and_entropy_by_hand() -> None:
-    logits_SV = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]))
-    logprobs_S, entropy_S = token_logprobs(logits_SV, torch.tensor([1, 0]), temperature=1.0)
-    assert logprobs_S.tolist() == pytest.approx([math.log(0.25), math.log(0.8)])
-    assert entropy_S[0].item() == pytest.approx(1.5 * math.log(2))
-
-
-def test_temperature_divides_the_logits() -> None:
-    # At temperature 1/2 probabilities are squared and renormalised: 4/5 and 1/5 become 16/17 and
-    # 1/17.
-    logits_SV = torch.log(torch.tensor([[0.8, 0.2]]))
-    logprobs_S, _ = token_logprobs(logits_SV, torch.tensor([1]), temperature=0.5)
-    assert logprobs_S.item() == pytest.approx(math.log(1 / 17))
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100])
-def test_chunking_changes_neither_values_nor_gradients(chunk_rows: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits_SV = torch.randn(7, 11, generator=generator, requires_grad=True)
-    targets_S = torch.randint(0, 11, (7,), generator=generator)
-    weights_S = torch.randn(7, generator=generator)
-    logprobs_S, entropy_S = token_logprobs(logits_SV, targets_S, 0.7, chunk_rows)
-    (gradient_SV,) = torch.autograd.grad((logprobs_S * weights_S).sum(), logits_SV)
-    expected_SV = torch.log_softmax(logits_SV / 0.7, -1)
-    expected_S = expected_SV.gather(1, targets_S[:, None])[:, 0]
-    (expected_gradient_SV,) = torch.autograd.grad((expected_S * weights_S).sum(), logits_SV)
-    torch.testing.assert_close(logprobs_S, expected_S)
-    torch.testing.assert_close(
-        entropy_S, torch.distributions.Categorical(logits=logits_SV.detach() / 0.7).entropy()
+@pytest.mark.parametrize(
+    ("to_start", "to_actor", "advantage", "gradient", "clipped"),
+    [
+        (1.5, 1.0, 1.0, 0.0, True),  # far from the start of the step, though not from the actor
+        (1.0, 1.5, 1.0, -1.5, False),  # far from the actor alone: a weight of start/actor
+        (1.2, 2.4, 1.0, -1.2 * 2.0, False),
+        (1.1, 5.5, 1.0, -1.1 * 2.0, False),  # start/actor is 5, capped at 2
+        (0.5, 1.0, -1.0, 0.0, True),
+        (0.9, 1.8, -1.0, 0.9 * 2.0, False),
+    ],
+)
+def test_decoupled_clips_against_the_start_of_the_step(
+    to_start: float, to_actor: float, advantage: float, gradient: float, clipped: bool
+) -> None:
+    logprob = torch.tensor([-1.0], requires_grad=True)
+    pack = replace(
+        pack_of([-1.0 - math.log(to_actor)], [advantage]),
+        start_logprobs_S=torch.tensor([-1.0 - math.log(to_start)]),
     )
-    torch.testing.assert_close(gradient_SV, expected_gradient_SV)
-
-
-def test_no_tokens_give_no_loss_and_a_zero_gradient() -> None:
-    logits_SV = torch.zeros(0, 5, requires_grad=True)
-    logprobs_S, _ = token_logprobs(logits_SV, torch.zeros(0, dtype=torch.int64), 1.0)
-    logprobs_S.sum().backward()
-    assert logits_SV.grad is not None and logits_SV.grad.shape == (0, 5)
+    made = surrogate(logprob, pack, LossConfig(kind="decoupled_ppo", clip_high=0.28))
+    made.loss_S.sum().backward()
+    assert logprob.grad is not None
+    assert logprob.grad.item() == pytest.approx(gradient, abs=1e-5)
+    assert bool(made.clipped_S) is clipped

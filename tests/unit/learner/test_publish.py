@@ -8,7 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from learner import publish
+from learner.fsdp import load_model
+from learner.snapshots import publish
 from learner.train import train_step
 from tests.families import FAMILIES, save_family
 from tests.learner_cases import make_config, make_shards, make_trajectories, single_rank
@@ -46,6 +47,15 @@ def test_a_trained_expert_is_published_under_its_own_name(tmp_path: Path, family
     for name in experts:
         # One step at a learning rate of 1e-3.
         assert 0 < (after[name] - before[name]).abs().max() < 2e-3, name
+
+
+def test_a_model_that_is_not_sharded_is_gathered_without_a_process_group(tmp_path: Path) -> None:
+    path = save_family(tmp_path / "model", "qwen3")
+    model = load_model(make_config(path, tmp_path / "run").model)
+    gathered = publish.gather(model, torch.bfloat16, keep=True)
+    checkpoint = safetensors.torch.load_file(path / "model.safetensors")
+    assert gathered.keys() == checkpoint.keys()
+    assert all(torch.equal(gathered[name], checkpoint[name].bfloat16()) for name in checkpoint)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -20,6 +20,7 @@ HEAD = 48 * 32
 def test_head_and_attention_are_in_units_of_the_layers(tmp_path: Path, tied: bool) -> None:
     model = load_model(ModelConfig(path=str(save_model(tmp_path / "model", tied=tied))))
     work = training_work(model)
+    assert not work.shares_prompts and training_work(model, True).shares_prompts
     assert work.per_prediction == pytest.approx(HEAD / (2 * LAYER))
     # Two layers with two heads: 2 FLOPs x 2 x 16 for each pair, against 2 per weight and token.
     assert work.per_pair == pytest.approx(2 * 2 * 16 / (2 * LAYER))

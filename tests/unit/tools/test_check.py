@@ -27,6 +27,7 @@ def make_config(folder: Path, rows: list[Any], template: str | None, *overrides:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder / "model")
+    (folder / "model" / "config.json").write_text("{}")
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return cli.load(

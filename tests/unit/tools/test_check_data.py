@@ -73,25 +73,37 @@ def test_reference_answers_are_worth_more_than_nonsense(
     answer: Any, environment: str, tmp_path: Path
 ) -> None:
     found = findings(make_config(tmp_path, rows(answer), None, f"data.environment={environment}"))
-    assert ("ok", "rewards") in found and ("SUSPECT", "rewards") not in found
+    assert ("ok", "rewards") in found and ("warning", "rewards") not in found
     assert "the reference answer 1, empty 0, nonsense 0" in found["ok", "rewards"]
 
 
 @pytest.mark.parametrize("body", ["return 0.0", "return 1.0", "return float(len(response) > 40)"])
 def test_a_verifier_that_prefers_nothing_to_nonsense_is_suspect(body: str, tmp_path: Path) -> None:
     found = findings(with_verifier(tmp_path, body))
-    assert "in 2 of 2 rows" in found["SUSPECT", "rewards"]
-    assert ", row 1) with the answer '4'" in found["SUSPECT", "rewards"]
+    assert "in 2 of 2 rows" in found["warning", "rewards"]
+    assert ", row 1) with the answer '4'" in found["warning", "rewards"]
 
 
 def test_a_penalty_for_nonsense_is_as_good_as_a_reward(tmp_path: Path) -> None:
     body = "return 0.0 if response == answer else -1.0"
-    assert ("SUSPECT", "rewards") not in findings(with_verifier(tmp_path, body))
+    assert ("warning", "rewards") not in findings(with_verifier(tmp_path, body))
+
+
+@pytest.mark.parametrize(("pays", "verdict"), [(True, "ok"), (False, "note")])
+def test_an_environment_is_played_to_its_end(pays: bool, verdict: str, tmp_path: Path) -> None:
+    """The reward of its second turn counts; one that expects other responses is no suspect."""
+    (tmp_path / "own_game.py").write_text(
+        "class Game:\n    turns = 0\n    def step(self, response):\n        self.turns += 1\n"
+        f"        return 'again' if self.turns < 2 else float({pays} and response == '4')\n"
+    )
+    found = findings(make_config(tmp_path, rows("4"), None, "data.environment=own_game:Game"))
+    assert (verdict, "rewards") in found and ("SUSPECT", "rewards") not in found
+    assert ("reference answer 1," in found["ok", "rewards"]) == pays
 
 
 def test_a_verifier_without_reference_answers_is_only_called(tmp_path: Path) -> None:
     found = findings(with_verifier(tmp_path, "return float(len(response))", [{"prompt": "write"}]))
-    assert ("note", "reference") in found and ("SUSPECT", "rewards") not in found
+    assert ("note", "reference") in found and ("warning", "rewards") not in found
 
 
 @pytest.mark.parametrize(
@@ -105,7 +117,7 @@ def test_a_verifier_without_reference_answers_is_only_called(tmp_path: Path) -> 
 def test_a_verifier_that_gives_no_reward_fails(
     body: str, cause: str, response: str, tmp_path: Path
 ) -> None:
-    result = findings(with_verifier(tmp_path, body))["FAILED", "verifier"]
+    result = findings(with_verifier(tmp_path, body))["error", "verifier"]
     assert result.startswith(f"gave no reward for 2 of 2 rows; on the response {response}")
     assert cause in result and ", row 1)" in result
 
@@ -113,7 +125,7 @@ def test_a_verifier_that_gives_no_reward_fails(
 def test_a_verifier_that_hangs_fails_after_its_time(tmp_path: Path) -> None:
     body = "import time; time.sleep(60)"
     limit = "data.verifier_timeout_s=0.2"
-    assert "0.2" in findings(with_verifier(tmp_path, body, rows("4"), limit))["FAILED", "verifier"]
+    assert "0.2" in findings(with_verifier(tmp_path, body, rows("4"), limit))["error", "verifier"]
 
 
 def test_a_long_row_is_counted_and_named(tmp_path: Path) -> None:
@@ -126,7 +138,7 @@ def test_a_long_row_is_counted_and_named(tmp_path: Path) -> None:
 
 def test_no_run_starts_if_every_row_is_too_long(tmp_path: Path) -> None:
     given = [{"prompt": "x" * 1400, "answer": "4"}]
-    assert ("FAILED", "too long") in findings(make_config(tmp_path, given, None))
+    assert ("error", "too long") in findings(make_config(tmp_path, given, None))
 
 
 def test_repeated_rows_and_several_answers_are_named(tmp_path: Path) -> None:
@@ -141,7 +153,7 @@ def test_held_out_prompts_that_are_trained_on_are_suspect(tmp_path: Path) -> Non
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text((tmp_path / "rows.jsonl").read_text())
     data, every = replace(config.data, eval=str(held_out)), replace(config.eval, every=1)
-    assert "2 of 2" in findings(replace(config, data=data, eval=every))["SUSPECT", "held out"]
+    assert "2 of 2" in findings(replace(config, data=data, eval=every))["warning", "held out"]
 
 
 # The commands ------------------------------------------------------------------------------------
@@ -159,7 +171,7 @@ def test_only_a_check_by_hand_fails_on_a_suspicion(
     assert "prompt 1: " in capsys.readouterr().out
     assert check.run(depth(config, "quick")) == ExitStatus.OK
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("  SUSPECT")
+    assert line.startswith("  warning")
 
 
 def test_every_depth_fails_if_no_run_could_work(tmp_path: Path) -> None:
@@ -176,9 +188,9 @@ def test_the_launcher_refuses_a_broken_verifier_and_prints_a_suspicion(
     with pytest.raises(ValueError, match=r"own_verifier:verify on prompt .* raised KeyError"):
         data_check.check_data(with_verifier(tmp_path, "raise KeyError(7)"))
     data_check.check_data(with_verifier(tmp_path, "return 0.0"))
-    assert "SUSPECT" in capfd.readouterr().out
+    assert "warning" in capfd.readouterr().out
     data_check.check_data(with_verifier(tmp_path, RIGHT))
-    assert "SUSPECT" not in capfd.readouterr().out
+    assert "warning" not in capfd.readouterr().out
 
 
 def test_the_launcher_does_not_check_the_data_that_come_with_it(

@@ -10,8 +10,10 @@ import pytest
 
 from configs import cli
 from darts.simulate.schema import SimulateConfig, check
-from tools.compare import SETS, CompareConfig, add_time_to_reach, run, summarise, table
-from tools.reporting.compare_page import plot_curves
+from tools.compare import CompareConfig, run
+from tools.comparing.page import markdown, plot_curves
+from tools.comparing.rows import add_cost_to_reach, half_width, summarise, table
+from tools.comparing.sets import SETS
 from tools.reporting.run_directory import RunDirectory
 
 
@@ -67,6 +69,7 @@ def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
         {"tokens": 99, "end": "cancelled"},
     ]
     group = {
+        "step": 0,
         "prompt_id": "p",
         "opened_version": 0,
         "shipped_version": 0,
@@ -88,29 +91,63 @@ def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
     )
     assert (summary["judged_length_mean"], summary["judged_length_p99"]) == (8.0, 20.0)
     # After two and after three steps, measured from the end of the first.
-    assert summary["curve"] == [[2.0, 0.6], [4.0, 0.7]]
+    times_rewards_steps = [point[:3] for point in summary["curve"]]
+    assert times_rewards_steps == [[2.0, 0.6, 2], [4.0, 0.7, 3]]
+    assert summary["curve"][1][3] == 60
 
 
-def test_time_to_reach_uses_the_final_reward_of_the_reference_with_the_same_seed() -> None:
+def test_the_cost_to_the_final_reward_of_the_reference_with_the_same_seed() -> None:
     rows: list[dict[str, Any]] = [
-        {"judged_reward": 0.90, "curve": [[5.0, 0.50], [9.0, 0.90]]},
-        {"judged_reward": 0.80, "curve": [[5.0, 0.79], [9.0, 0.80]]},
-        {"judged_reward": 0.89, "curve": [[2.0, 0.60], [4.0, 0.89]]},
-        {"judged_reward": 0.85, "curve": [[2.0, 0.81], [4.0, 0.85]]},
+        {"judged_reward": 0.90, "curve": [[5.0, 0.50, 2, 20], [9.0, 0.90, 4, 40]]},
+        {"judged_reward": 0.80, "curve": [[5.0, 0.79, 2, 20], [9.0, 0.80, 4, 40]]},
+        {"judged_reward": 0.89, "curve": [[2.0, 0.60, 2, 30], [4.0, 0.89, 4, 60]]},
+        {"judged_reward": 0.85, "curve": [[2.0, 0.81, 2, 30], [4.0, 0.85, 4, 60]]},
     ]
-    add_time_to_reach([0, 1, 0, 1], rows, margin=0.02)
+    add_cost_to_reach([0, 1, 0, 1], rows, margin=0.02)
     assert [(row.get("reach_s"), row["near_s"]) for row in rows] == [
         (9.0, 9.0),
         (9.0, 5.0),
         (None, 4.0),
         (2.0, 2.0),
     ]
+    costs = [(row.get("reach_steps"), row.get("tokens/to_reach")) for row in rows]
+    assert costs == [(4, 40), (4, 40), (None, None), (2, 30)]
+
+
+def test_the_cost_to_a_fixed_reward() -> None:
+    row: dict[str, Any] = {"judged_reward": 0.9, "curve": [[5.0, 0.5, 2, 20], [9.0, 0.9, 4, 40]]}
+    add_cost_to_reach([0], [row], margin=0.0, reach=0.4)
+    assert (row["reach_s"], row["reach_steps"], row["tokens/to_reach"]) == (5.0, 2, 20)
+
+
+def test_intervals_are_those_of_student() -> None:
+    assert half_width([3.0]) == 0.0
+    # The standard deviation is 1, and t is 4.303 for two degrees of freedom.
+    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
+    rows = table({"a": [result(1.0), result(2.0), result(3.0)]}, margin=0.0)
+    assert rows[0]["half_widths"]["step_s"] == pytest.approx(2.484, abs=1e-3)
+    assert "| 2 ± 2.484 |" in markdown(rows)
+
+
+def test_a_gain_within_the_spread_of_the_seeds_is_not_claimed() -> None:
+    rewards = {"judged_reward": 0.8}
+    plain = [result(2.0, **rewards), result(2.0, **rewards)]
+    rows = table(
+        {
+            "plain": plain,
+            "noisy": [result(1.0, **rewards), result(2.1, **rewards)],
+            "faster": [result(1.0, **rewards), result(1.001, **rewards)],
+        },
+        margin=0.0,
+    )
+    assert rows[1]["verdict"].startswith("no speedup claimed: 1.48x")
+    assert rows[2]["verdict"] == "2.00x ± 0.01 speedup"
 
 
 def test_curves_are_drawn_for_every_seed(tmp_path: Path) -> None:
     of_a, of_b = (
-        [{"curve": [[1.0, 0.5], [2.0, 0.7]]}, {"curve": [[1.0, 0.6]]}],
-        [{"curve": [[0.5, 0.6]]}],
+        [{"curve": [[1.0, 0.5, 1, 9], [2.0, 0.7, 2, 18]]}, {"curve": [[1.0, 0.6, 1, 9]]}],
+        [{"curve": [[0.5, 0.6, 1, 9]]}],
     )
     plot_curves({"a": of_a, "b": of_b}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
@@ -138,15 +175,19 @@ def test_simulated_variants_end_in_one_table(tmp_path: Path) -> None:
     assert "not modelled" in (tmp_path / "out" / "table.html").read_text()
 
 
-@pytest.mark.parametrize("chosen", sorted(set(SETS) - {"live"}))
+LIVE = {"live", "live_ablation", "live_async"}
+
+
+@pytest.mark.parametrize("chosen", sorted(set(SETS) - LIVE))
 def test_every_simulated_variant_can_be_simulated(chosen: str) -> None:
     for values in SETS[chosen].values():
         check(cli.load(["--config", "configs/simulate/qwen14b.yaml", *values], SimulateConfig))
 
 
-def test_every_live_variant_is_a_valid_run() -> None:
-    for values in SETS["live"].values():
-        cli.load(["--config", "demo", *values])
+@pytest.mark.parametrize("chosen", sorted(LIVE | {"sensitivity", "k_of_g"}))
+def test_every_live_variant_is_a_valid_run(chosen: str) -> None:
+    for values in SETS[chosen].values():
+        cli.load(["--config", "demo", "--config", "configs/latency/a10_7b.yaml", *values])
 
 
 def test_an_unknown_variant_is_named() -> None:

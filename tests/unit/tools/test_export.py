@@ -17,7 +17,7 @@ from learner.fsdp import whole
 from learner.train import save, train_step
 from tests.families import save_family
 from tests.learner_cases import make_config, make_shards, make_trajectories, single_rank
-from tools.export import export
+from tools.export import best_step, export
 
 UNWRITABLE = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5]}
 
@@ -64,3 +64,15 @@ def test_an_exported_model_computes_the_same_as_the_checkpoint(
     assert AutoTokenizer.from_pretrained(tmp_path / "out").encode(
         "ab"
     ) == AutoTokenizer.from_pretrained(tmp_path / "model").encode("ab")
+
+
+def test_the_best_checkpoint_is_that_with_the_highest_reward(tmp_path: Path) -> None:
+    run = trained_run(tmp_path, "llama", None)
+    with pytest.raises(ValueError, match="no checkpoint that was evaluated"):
+        best_step(run)
+    for step, reward_mean in ((1, 0.5), (2, 0.25), (3, 0.5)):
+        folder = run / "checkpoints" / f"step_{step:06d}"
+        folder.mkdir(exist_ok=True)
+        result = {"eval/step": step, "eval/reward_mean": reward_mean}
+        (folder / "evaluation.json").write_text(json.dumps(result))
+    assert best_step(run) == 3

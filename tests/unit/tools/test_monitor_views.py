@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+from argparse import ArgumentTypeError
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.cells import cell_len
 
-from buffer.wire.messages import EngineView, GroupView, LiveState, PromptView, RolloutView
+from buffer.wire.messages import (
+    EngineView,
+    GroupView,
+    LiveState,
+    PromptView,
+    RolloutView,
+    WaitView,
+)
 from tools.monitor.charts import (
     Bar,
     Ink,
@@ -20,8 +30,10 @@ from tools.monitor.charts import (
     stacked_columns,
 )
 from tools.monitor.frame import frame, pressed
-from tools.monitor.playback import snapshots
+from tools.monitor.picture import parse_size, picture
+from tools.monitor.playback import Frames, Replay, first_speed
 from tools.monitor.views import (
+    COLUMNS,
     View,
     engines_panel,
     groups_panel,
@@ -31,6 +43,7 @@ from tools.monitor.views import (
     pattern,
     prompts_panel,
 )
+from tools.monitor.waits import waits_page
 from tools.reporting.run_directory import RunDirectory
 
 PLAIN = View(color=False)
@@ -44,7 +57,7 @@ EMPTY = LiveState(
 
 
 def snapshot(**changes: object) -> LiveState:
-    return LiveState(**{name: getattr(EMPTY, name) for name in EMPTY.__struct_fields__} | changes)  # type: ignore[arg-type]
+    return msgspec.structs.replace(EMPTY, **changes)
 
 
 def prompt(
@@ -118,10 +131,29 @@ def busy() -> LiveState:
 
 @pytest.mark.parametrize(
     "size",
-    [(80, 24), (200, 50), (100, 30), (132, 24), (40, 12), (30, 10), (20, 4), (1, 1), (300, 90)],
+    [
+        (80, 24),
+        (200, 50),
+        (100, 30),
+        (132, 24),
+        (40, 12),
+        (30, 10),
+        (20, 4),
+        (1, 1),
+        (300, 90),
+        (45, 78),
+    ],
 )
 @pytest.mark.parametrize(
-    "view", [View(), PLAIN, View(help=True), View(silent_s=9), View(source="replay ×1")]
+    "view",
+    [
+        View(),
+        PLAIN,
+        View(page="help"),
+        View(page="waits"),
+        View(silent_s=9),
+        View(source="replay ×1"),
+    ],
 )
 @pytest.mark.parametrize("state", [EMPTY, busy()], ids=["empty", "busy"])
 def test_a_frame_has_exactly_the_size_of_the_terminal(
@@ -142,6 +174,16 @@ def test_untrusted_ids_cannot_disturb_the_screen(name: str) -> None:
     for line in frame(hostile, PLAIN, 80, 24):
         assert line.plain.isprintable()
         assert cell_len(line.plain) == 80
+
+
+def test_a_narrow_and_tall_screen_has_one_panel_above_the_other() -> None:
+    lines = [line.plain for line in frame(busy(), PLAIN, 48, 78)]
+    titles = ("Lengths by end", "Groups in", "Prompts by", "Prompt ", "Engines", "Lag of")
+    places = [
+        next(i for i, line in enumerate(lines) if line.startswith(title) and "──" in line)
+        for title in titles
+    ]
+    assert places == sorted(places) and len(set(places)) == 6
 
 
 def test_without_colour_a_frame_has_no_style() -> None:
@@ -261,6 +303,34 @@ def test_engines_that_do_not_fit_are_counted() -> None:
     assert engines_panel(busy(), PLAIN, 60, 5)[-1].plain == "and 5 more"
 
 
+def test_the_page_of_waits_begins_with_the_one_nearest_to_its_deadline() -> None:
+    waits = [
+        WaitView(what="news of rollout 7", waited_s=3, limit_s=60, key="buffer.rollout_timeout_s"),
+        WaitView(what="the learner's step", waited_s=50, limit_s=60, key="buffer.step_timeout_s"),
+    ]
+    state = snapshot(
+        waits=waits, waiting="", refused_frames=3, time_s=100.0, warnings=[(40.0, "e left")],
+        metrics={"darts/uniform_frac": 0.25},
+    )  # fmt: skip
+    page = [line.plain.strip() for line in waits_page(state, PLAIN, 80, 40)]
+    assert page[1] == "neither side waits for the other"
+    assert page[2] == f"{'━' * 17}───   50 of 60 s  the learner's step  buffer.step_timeout_s"
+    assert page[3].startswith("━───") and "news of rollout 7" in page[3]
+    assert " ".join(page[6].split()) == "25% groups without signal all their rewards were equal"
+    assert page[9:11] == ["3 frames refused", "60 s ago  e left"]
+
+
+def test_a_key_shows_and_hides_each_page() -> None:
+    view = pressed(pressed(View(), "w", EMPTY), "?", EMPTY)
+    assert view.page == "help"
+    assert pressed(view, "?", EMPTY).page == "panels"
+
+
+def test_an_evaluation_under_way_shows_its_progress() -> None:
+    first = frame(snapshot(phase="training", evaluated=(3, 16)), PLAIN, 100, 24)[0]
+    assert "evaluation 3 of 16 prompts" in first.plain
+
+
 def test_silence_replaces_the_waiting_side() -> None:
     text = "".join(line.plain for line in frame(busy(), View(color=False, silent_s=12.4), 80, 24))
     assert "no news for 12 s" in text and "learner waits" not in text
@@ -358,7 +428,9 @@ def run_dir(tmp_path: Path) -> Path:
             }
             for seat in range(4)
         ]
-        groups.append({"group_id": place, "prompt_id": f"p{place}", "opened_version": 0,
+        step = min(2, ends[:place].count("shipped") // 2)
+        groups.append({"step": step, "group_id": place, "prompt_id": f"p{place}",
+                       "opened_version": 0,
                        "shipped_version": place // 2, "budget": 4, "long_end": "survivor",
                        "end": end, "rollouts": rollouts})  # fmt: skip
     (tmp_path / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in groups))
@@ -374,7 +446,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_a_replay_shows_each_group_of_the_ledger_once(run_dir: Path) -> None:
-    played = snapshots(RunDirectory.read(run_dir))
+    played = Frames(RunDirectory.read(run_dir))
     assert [[shown.group_id for shown in state.groups] for state in played] == [
         [0, 1],
         [2, 3, 4],
@@ -384,7 +456,7 @@ def test_a_replay_shows_each_group_of_the_ledger_once(run_dir: Path) -> None:
 
 
 def test_a_replays_histogram_counts_every_rollout_of_its_window(run_dir: Path) -> None:
-    last = snapshots(RunDirectory.read(run_dir))[-1]
+    last = Frames(RunDirectory.read(run_dir))[-1]
     assert {name: sum(counts) for name, counts in last.histogram.items()} == {"selected_short": 28}
     assert len(last.lags) == 6
 
@@ -392,4 +464,67 @@ def test_a_replays_histogram_counts_every_rollout_of_its_window(run_dir: Path) -
 def test_a_replay_without_a_ledger_says_what_is_missing(run_dir: Path) -> None:
     (run_dir / "groups.jsonl").unlink()
     with pytest.raises(ValueError, match="groups.jsonl is missing"):
-        snapshots(RunDirectory.read(run_dir))
+        Frames(RunDirectory.read(run_dir))
+
+
+def test_a_replay_keeps_the_recorded_pace_and_can_be_moved(run_dir: Path) -> None:
+    replay = Replay(run_dir)
+    assert replay.speed == 2  # steps of 1 s, and about two of them per second
+    replay.change_speed(64)
+    seen = [state.step for _ in range(40) if (state := replay.receive(0.01))]
+    assert seen == [0, 1, 2] and replay.ended()
+    assert replay.seek(-1.0).step == 0
+    assert replay.seek(0.0, 1).step == 1
+    assert replay.seek(1.0).step == 2
+    assert replay.seek(0.0, -5).step == 0
+    replay.change_speed(1 / 1024)
+    assert replay.receive(0.05) is None  # the next step is due in several seconds
+
+
+def test_the_first_speed_fits_short_and_long_steps() -> None:
+    assert first_speed([0.0]) == first_speed([0.0, 0.1, 0.2]) == 1
+    assert first_speed([60.0 * step for step in range(100)]) == 128
+
+
+def test_a_picture_has_the_text_of_a_frame_and_refers_to_no_file() -> None:
+    svg = picture(frame(EMPTY, View(), 80, 24), 80, "little")
+    assert "little" in svg and "step&#160;0/60" in svg
+    assert not re.search(r"url\((?!#)|@font-face|<image|href", svg)
+
+
+def test_the_size_of_a_picture_is_columns_and_lines() -> None:
+    assert parse_size("80x24") == (80, 24)
+    with pytest.raises(ArgumentTypeError, match="COLUMNSxLINES"):
+        parse_size("80")
+
+
+def test_the_table_of_prompts_has_one_axis_and_the_beginnings_of_prompts() -> None:
+    prompts = [
+        msgspec.structs.replace(prompt("a", (1, 2, 3, 100)), text="add 1", num_cancelled=2),
+        prompt("b", (), (50,)),
+    ]
+    state = snapshot(prompts=prompts)
+    heading, first, second = [line.plain for line in prompts_panel(state, PLAIN, 100, 3)]
+    assert heading.split() == ["prompt", *COLUMNS, "1", "100"]
+    assert first.split()[:7] == [">add", "1", "2", "100", "2", "100%", "–"]
+    assert second.split()[:5] == ["b", "50", "50", "0", "0%"]
+    bars = second[heading.index(" 1 ") + 1 :]
+    place = bars.index(max(bars))  # not at the end, as it would be on an axis of its own
+    assert 0.75 < place / 24 < 0.95
+    for width in range(20, 140, 7):
+        lines = prompts_panel(state, PLAIN, width, 3)
+        assert all(cell_len(line.plain) <= width for line in lines)
+        assert ("p99" in lines[0].plain) == (width >= 27)
+
+
+def test_a_state_of_a_replay_is_made_when_it_is_shown(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of a million responses has too many states to make all of them first."""
+    made: list[int] = []
+    monkeypatch.setattr(
+        "tools.monitor.playback._prompt_views", lambda groups: made.append(len(groups)) or []
+    )
+    frames = Frames(RunDirectory.read(run_dir))
+    assert len(frames) == 3 and made == []
+    assert frames[1].step == 1 and made == [5]

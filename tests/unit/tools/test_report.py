@@ -6,12 +6,15 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tools.launching.summary import facts
 from tools.report import write_report
-from tools.reporting.plots import FIGURES, compact, evaluations
+from tools.reporting.compact import compact
+from tools.reporting.plots import FIGURES, evaluations
+from tools.reporting.responses import responses
 from tools.reporting.run_directory import RunDirectory
 
 STEPS, GROUPS = 8, 3
@@ -62,8 +65,9 @@ def group_row(group_id: int, end: str = "shipped") -> dict:
         }
         for seat, end in enumerate(END_OF_SEAT)
     ]
-    return {"group_id": group_id, "prompt_id": f"prompt-{group_id}", "opened_version": 1,
-            "shipped_version": 3 if end == "shipped" else -1, "budget": 5,
+    step = min(group_id // GROUPS, STEPS - 1)
+    return {"step": step, "group_id": group_id, "prompt_id": f"prompt-{group_id}",
+            "opened_version": 1, "shipped_version": 3 if end == "shipped" else -1, "budget": 5,
             "long_end": "survivor", "end": end, "rollouts": rollouts}  # fmt: skip
 
 
@@ -133,9 +137,10 @@ class Page(HTMLParser):
 
 
 def test_a_finished_run_gets_every_figure_and_lacks_nothing(finished_page: Path) -> None:
-    assert RunDirectory.read(finished_page.parent).problems == []
+    run = RunDirectory.read(finished_page.parent)
+    assert run.problems == []
     page = Page(finished_page)
-    assert page.tags.count("svg") == len(FIGURES)
+    assert page.tags.count("svg") == sum(FIGURES[name](run).count("<svg") for name in FIGURES)
     assert "Missing from this report" not in page.text
 
 
@@ -146,7 +151,7 @@ def test_the_page_needs_no_network(finished_page: Path) -> None:
 
 def test_samples_cannot_inject_markup(finished_page: Path) -> None:
     page = Page(finished_page)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1  # our own
     assert "<script>alert(1)</script>" in page.text
 
 
@@ -216,7 +221,7 @@ def test_any_single_file_is_enough_for_a_page(run_dir: Path, alone: str) -> None
 def test_a_single_step_is_drawn(run_dir: Path, name: str) -> None:
     write_rows(run_dir / "metrics.jsonl", [metrics_row(0)])
     write_rows(run_dir / "groups.jsonl", [group_row(0)])
-    assert FIGURES[name](RunDirectory.read(run_dir)).startswith("<svg")
+    assert "<svg" in FIGURES[name](RunDirectory.read(run_dir))
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -255,6 +260,20 @@ def test_evaluations_belong_to_the_step_that_was_evaluated(run_dir: Path) -> Non
     assert evaluations(RunDirectory.read(run_dir)) == [(1, 3, 0.7)]
 
 
+def test_the_work_per_row_does_not_grow_with_the_run() -> None:
+    reads = 0
+
+    class Counted(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            nonlocal reads
+            reads += 1
+            return super().get(key, default)
+
+    rows: list[dict[str, Any]] = [Counted(metrics_row(step)) for step in range(200)]
+    evaluations(RunDirectory(Path("r"), metrics=rows))
+    assert reads < 10 * len(rows)
+
+
 @pytest.mark.parametrize(("graded", "shown"), [(False, "accuracy"), (True, "mean reward")])
 def test_an_evaluation_is_called_accuracy_if_all_of_them_are(
     run_dir: Path, graded: bool, shown: str
@@ -266,6 +285,23 @@ def test_an_evaluation_is_called_accuracy_if_all_of_them_are(
     page = write_report(run_dir).read_text()
     assert f"Held-out {shown}" in page
     assert [step for step, _, _ in evaluations(RunDirectory.read(run_dir))] == [0, 7]
+
+
+def test_the_kinds_of_held_out_prompts_are_shown_separately(run_dir: Path) -> None:
+    kinds = [
+        {"eval/deep/accuracy": 0.25, "eval/deep/length_mean": 90.0},
+        {"eval/deep/accuracy": 0.75, "eval/deep/length_mean": 80.0},
+    ]
+    rows = [metrics_row(0) | kinds[0], metrics_row(7) | kinds[1]]
+    write_rows(run_dir / "metrics.jsonl", rows)
+    run = RunDirectory.read(run_dir)
+    assert run.kinds == ["deep"]
+    shown = dict(facts(run, {}))
+    assert shown["  deep: accuracy"] == "25.0 -> 75.0 %"
+    assert shown["  deep: length, mean"] == "90.0 -> 80.0"
+    page = write_report(run_dir).read_text()
+    assert "Held-out accuracy, deep prompts" in page
+    assert "Held-out length, mean, deep prompts" in page
 
 
 def test_an_empty_folder_is_one_clear_error(tmp_path: Path) -> None:
@@ -283,3 +319,16 @@ def test_compact_keeps_three_digits() -> None:
         "1.23M",
         "2.5G",
     ]
+
+
+def test_three_responses_of_each_kind_come_from_the_whole_run(run_dir: Path) -> None:
+    ends = ("selected_short", "selected_long", "cancelled")
+    rows = [
+        {"step": step, "response": f"{end} of {step}", "tokens": 9, "reward": 1.0, "end": end}
+        for step in range(9)
+        for end in ends
+    ]
+    write_rows(run_dir / "samples.jsonl", rows)
+    section = responses(RunDirectory.read(run_dir))
+    shown = re.findall(r"<pre>(.*?)</pre>", section)
+    assert shown == [f"{end} of {step}" for end in ends for step in (0, 4, 8)]

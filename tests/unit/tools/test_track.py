@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from configs import cli
 from configs.schema import Config
+from tests.pages import explained_metrics
 from tools import track
 from tools.reporting import trackers
+from tools.reporting.new_rows import NewSteps
 from tools.reporting.trackers import Identity, Step
 
 ROOT = Path(__file__).parents[3]
@@ -37,8 +44,9 @@ def write_run(folder: Path, steps: range, mode: str = "a") -> None:
         for step in steps:
             for group in range(GROUPS):
                 lengths = [{"tokens": 10 * step + group}, {"tokens": 100}]
-                row = {"end": "shipped", "rollouts": lengths}
-                groups.write(json.dumps({"end": "uniform", "rollouts": []}) + "\n")
+                row = {"step": step, "end": "shipped", "rollouts": lengths}
+                dropped = {"step": step, "end": "uniform", "rollouts": []}
+                groups.write(json.dumps(dropped) + "\n")
                 groups.write(json.dumps(row) + "\n")
                 for tokens in (7, 3, 5):
                     sample = {
@@ -46,6 +54,9 @@ def write_run(folder: Path, steps: range, mode: str = "a") -> None:
                         "response": f"r{tokens}", "reward": 1.0, "end": "selected_short",
                     }  # fmt: skip
                     samples.write(json.dumps(sample) + "\n")
+                for tokens in (8, 6):
+                    cut = {**sample, "tokens": tokens, "response": f"r{tokens}", "reward": None}
+                    samples.write(json.dumps({**cut, "end": "cancelled"}) + "\n")
             row = {"step": step, "reward/mean": step + 0.5, "lag/max": step, "note": "text"}
             metrics.write(json.dumps(row) + "\n")
 
@@ -70,19 +81,19 @@ def track_in_process(folder: Path, *names: str, **environment: str) -> str:
 
 
 def test_steps_have_their_values_lengths_and_extreme_responses(folder: Path) -> None:
-    steps = track.NewSteps(folder, GROUPS, 0)
+    steps = NewSteps(folder, 0)
     read = steps.read()
     assert [step.number for step in read] == [0, 1, 2]
     assert read[1].values == {"reward/mean": 1.5, "lag/max": 1.0}
     assert read[1].lengths == [10, 100, 11, 100]
-    assert [one["response"] for one in read[1].responses] == ["r3", "r7", "r3", "r7"]
+    assert [one["response"] for one in read[1].responses] == ["r3", "r7", "r8"] * 2
     assert steps.read() == []
     write_run(folder, range(3, 4))
     assert [(step.number, step.lengths[0]) for step in steps.read()] == [(3, 30)]
 
 
 def test_half_a_line_is_left_for_the_next_call(folder: Path) -> None:
-    steps = track.NewSteps(folder, GROUPS, STEPS)
+    steps = NewSteps(folder, STEPS)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "reward/mean"')
         file.flush()
@@ -92,7 +103,7 @@ def test_half_a_line_is_left_for_the_next_call(folder: Path) -> None:
 
 
 def test_steps_that_a_run_takes_back_are_read_again(folder: Path) -> None:
-    steps = track.NewSteps(folder, GROUPS, 0)
+    steps = NewSteps(folder, 0)
     for step in steps.read():
         steps.next_step = step.number + 1
     for name in ("groups.jsonl", "samples.jsonl", "metrics.jsonl"):
@@ -116,6 +127,39 @@ def test_tensorboard_stores_the_metrics_of_the_run(folder: Path) -> None:
     rewards = [(one.step, one.tensor_proto.float_val[0]) for one in tensors["reward/mean"]]
     assert rewards == [(0, 0.5), (1, 1.5), (2, 2.5), (3, 3.5)]
     assert len(tensors[trackers.LENGTHS]) == len(tensors[trackers.RESPONSES]) == 4
+
+
+def test_prometheus_scrapes_the_newest_step(folder: Path, free_port: Callable[[], int]) -> None:
+    port = free_port()
+    config = {"run": {"prometheus_port": port}}
+    url = f"http://127.0.0.1:{port}/metrics"
+    with closing(trackers.Prometheus(Identity(folder, "p", "one", config))) as tracker:
+        assert tracker.where == url
+        for step in NewSteps(folder, 0).read():
+            tracker.log(step)
+        with urlopen(url, timeout=10) as answer:
+            text = answer.read().decode()
+    served = {
+        (sample.name, sample.labels["run"]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert served == {
+        ("darts_step", "one"): 2.0,
+        ("darts_reward_mean", "one"): 2.5,
+        ("darts_lag_max", "one"): 2.0,
+    }
+    with pytest.raises(URLError):
+        urlopen(url, timeout=10)
+
+
+def test_the_dashboard_shows_metrics_that_runs_have() -> None:
+    dashboard = json.loads((ROOT / "examples/grafana/dashboard.json").read_text())
+    shown = [query["expr"] for panel in dashboard["panels"] for query in panel["targets"]]
+    names = {name for expr in shown for name in re.findall(r"darts_\w+", expr)}
+    known = {trackers.gauge_name(metric) for metric in explained_metrics()}
+    assert len(shown) >= 12
+    assert names <= known | {"darts_step"}
 
 
 @pytest.mark.slow

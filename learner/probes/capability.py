@@ -16,47 +16,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from configs.errors import one_line
 from learner.packs.attention import PACKED_SDPA
 from learner.packs.batch import Pack, concatenate, plain_pack
 from learner.packs.boundaries import Boundaries
-from learner.packs.logprobs import token_logprobs
+from learner.probes.differences import (
+    BOUNDS,
+    LEAK_BOUNDS,
+    Difference,
+    gradient_difference,
+    largest_of_ranks,
+    logprobs_of,
+    ordinary_ids,
+    run,
+    settle,
+)
 
 LENGTHS = (23, 17, 29)  # unequal, odd, and longer than any convolution's kernel
-# Correct layouts were off by at most 1e-6 in float32 and, with experts, 0.07 in bfloat16. Wrong
-# ones were off by at least 0.05 nats and 2 %.
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.2}
-# If sequences are kept apart, the tokens of the others change nothing at all, since the same
-# kernels run on the same shapes.
-LEAK_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
-# Share of the whole gradient's norm. A parameter's difference is relative to at least this much.
-SMALL_FRAC = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """How far the results of one layout are from those of each sequence alone."""
-
-    # The largest of any token, in nats.
-    logprob: float = float("inf")
-    # The largest of any parameter's gradient, relative to its norm.
-    gradient: float = float("inf")
-    # The change of a sequence's log-probabilities with its neighbours' tokens, in nats.
-    leak: float = float("inf")
-    error: str = ""  # why this layout cannot be run at all
-
-    def within_bounds(self, dtype: torch.dtype) -> bool:
-        return max(self.logprob, self.gradient) <= BOUNDS[dtype] and self.leak <= LEAK_BOUNDS[dtype]
-
-    def __str__(self) -> str:
-        measured = (
-            f"log-probabilities off by {self.logprob:.2g} nats, gradients by {self.gradient:.2g}"
-        )
-        return self.error or measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +77,7 @@ def probe_packing(boundaries: Boundaries, dtype: torch.dtype = torch.float32) ->
     difference, if no layout is correct.
     """
     model, probe = boundaries.model, _Probe(boundaries)
+    boundaries.fused = boundaries.fused and probe.head_difference() <= BOUNDS[dtype]
     given = str(model.config._attn_implementation)
     attentions = [PACKED_SDPA, "sdpa"] if given == PACKED_SDPA else [given]
     tried: list[Difference] = []
@@ -147,7 +126,7 @@ class _Probe:
         model = boundaries.model
         device = next(model.buffers(), next(model.parameters())).device
         generator = torch.Generator().manual_seed(0)
-        ids = _ordinary_ids(model)
+        ids = ordinary_ids(model)
         self._sequences = [_sequence(ids, n, generator).to(device) for n in LENGTHS]
         others = [_sequence(ids, n, generator).to(device) for n in LENGTHS]
         middle = self._sequences[1]
@@ -155,12 +134,21 @@ class _Probe:
         self._neighbours_changed = concatenate([others[0], middle, others[2]])
         with _reference_attention(model):
             try:
-                self._logprobs, self._gradients = self._run(self._sequences, plainly=True)
+                self._logprobs, self._gradients = run(boundaries, self._sequences, plainly=True)
             except Exception as error:  # a model's own code may raise anything
                 raise ValueError(
                     f"{model.config.model_type} models cannot be trained: a plain forward and "
                     f"backward pass fails: {one_line(error, with_type=True)}"
                 ) from error
+
+    @torch.no_grad()
+    def head_difference(self) -> float:
+        """The largest difference of a log-probability, in nats, if the head runs in chunks."""
+        with _reference_attention(self._boundaries.model):
+            fused = [self._boundaries.plain_logprobs(pack, fused=True) for pack in self._sequences]
+        settle(self._boundaries.model)
+        difference = (torch.cat(fused) - self._logprobs).abs().max().item()
+        return largest_of_ranks([difference])[0]
 
     def packed(self) -> Difference:
         return self._difference([self._pack])
@@ -170,45 +158,21 @@ class _Probe:
 
     def _difference(self, packs: list[Pack]) -> Difference:
         try:
-            logprobs, gradients = self._run(packs)
+            logprobs, gradients = run(self._boundaries, packs)
             leak = self._leak(logprobs) if len(packs) == 1 else 0.0
         except Exception as error:  # the next layout is tried
             return Difference(error=one_line(error, with_type=True))
         finally:
-            _settle(self._boundaries.model)
+            settle(self._boundaries.model)
         logprob = (logprobs - self._logprobs).abs().max().item()
-        gradient = _gradient_difference(gradients, self._gradients)
-        logprob, gradient, leak = _largest_of_ranks([logprob, gradient, leak])
+        gradient = gradient_difference(gradients, self._gradients)
+        logprob, gradient, leak = largest_of_ranks([logprob, gradient, leak])
         return Difference(logprob, gradient, leak)
-
-    def _run(
-        self, packs: list[Pack], plainly: bool = False
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Log-probabilities of all targets, and this rank's part of the gradients.
-
-        The gradients are those of a randomly weighted sum of the log-probabilities.
-        """
-        logprobs = []
-        for pack in packs:
-            logprobs_S = self._pack_logprobs(pack, plainly)
-            (logprobs_S * pack.advantages_S).sum().backward()
-            logprobs.append(logprobs_S.detach())
-        gradients = {
-            name: _local(parameter.grad)
-            for name, parameter in self._boundaries.model.named_parameters()
-            if parameter.grad is not None
-        }
-        _settle(self._boundaries.model)
-        return torch.cat(logprobs), gradients
-
-    def _pack_logprobs(self, pack: Pack, plainly: bool = False) -> torch.Tensor:
-        run = self._boundaries.plain_logits if plainly else self._boundaries.logits
-        return token_logprobs(run(pack), pack.targets_S, temperature=1.0)[0]
 
     @torch.no_grad()
     def _leak(self, logprobs: torch.Tensor) -> float:
         start, num = LENGTHS[0] - 1, LENGTHS[1] - 1
-        changed = self._pack_logprobs(self._neighbours_changed)
+        changed = logprobs_of(self._boundaries, self._neighbours_changed)
         return (changed - logprobs)[start : start + num].abs().max().item()
 
     @torch.no_grad()
@@ -221,8 +185,8 @@ class _Probe:
         before, now = _Watch(self._boundaries.model), _Watch(self._boundaries.model)
         for watch, pack in ((before, self._pack), (now, self._neighbours_changed)):
             with watch.watching():
-                self._pack_logprobs(pack)
-        _settle(self._boundaries.model)
+                logprobs_of(self._boundaries, pack)
+        settle(self._boundaries.model)
         leaking = [
             name
             for (name, given, made), (_, given_now, made_now) in zip(
@@ -282,18 +246,6 @@ def _middle_rows(values: tuple[Any, ...]) -> torch.Tensor | None:
     return None
 
 
-def _ordinary_ids(model: PreTrainedModel) -> torch.Tensor:
-    """Tokens to draw from: all but those that the configuration names.
-
-    These may stand for an image or for padding.
-    """
-    config = model.config.get_text_config()
-    named = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
-    named |= {value for name, value in model.config.to_dict().items() if name.endswith("token_id")}
-    size = min(config.vocab_size, 50_000)
-    return torch.tensor([token for token in range(size) if token not in named])
-
-
 def _sequence(ids: torch.Tensor, num_tokens: int, generator: torch.Generator) -> Pack:
     """A random sequence in which every token but the first is predicted.
 
@@ -314,50 +266,6 @@ def _reference_attention(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if ours:
             model.set_attn_implementation(PACKED_SDPA)
-
-
-def _settle(model: PreTrainedModel) -> None:
-    """Clear the gradients and reshard the model, as before a first step.
-
-    A forward pass without a backward pass leaves parameters gathered.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    model.zero_grad()
-
-
-def _local(gradient: torch.Tensor) -> torch.Tensor:
-    return (gradient.to_local() if isinstance(gradient, DTensor) else gradient).detach()
-
-
-def _gradient_difference(
-    gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
-) -> float:
-    """The largest norm of a parameter's difference, relative to its expected norm."""
-    if gradients.keys() != expected.keys():
-        return float("inf")
-    squares = []
-    for name, gradient in expected.items():
-        squares += [
-            (gradients[name] - gradient).double().pow(2).sum(),
-            gradient.double().pow(2).sum(),
-        ]
-    of_all = torch.stack(squares)
-    if dist.is_initialized():
-        dist.all_reduce(of_all)
-    off, norm = of_all.sqrt().view(-1, 2).unbind(1)
-    whole = norm.pow(2).sum().sqrt()
-    return (off / norm.clamp(min=SMALL_FRAC * whole.item())).max().item()
-
-
-def _largest_of_ranks(values: list[float]) -> list[float]:
-    """The largest values of any rank, so that all ranks reach the same verdict."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.tolist()
 
 
 def _same_on_all_ranks(names: list[str]) -> list[str]:

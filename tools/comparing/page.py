@@ -32,7 +32,9 @@ COLUMNS = {
     "long_wrong_frac": "long seat off",
     "judged_reward": "held-out reward",
     "trained_s": "s in total",
-    "reach_s": "s to the reference's held-out reward",
+    "reach_s": "s to the target held-out reward",
+    "reach_steps": "steps to it",
+    "tokens/to_reach": "generated until it",
     "near_s": "s to within the margin of it",
 }
 
@@ -40,16 +42,20 @@ COLUMNS = {
 def _cells(row: Row) -> list[str]:
     return [
         str(row["variant"]),
-        *(_shown(name, row.get(name)) for name in COLUMNS),
+        *(_shown(name, row.get(name), row["half_widths"].get(name, 0.0)) for name in COLUMNS),
         str(row["verdict"]),
     ]
 
 
-def _shown(name: str, value: float | None) -> str:
+def _shown(name: str, value: float | None, half_width: float) -> str:
     if value is None or value != value:
         return "-"
+    return _number(name, value) + (f" ± {_number(name, half_width)}" if half_width else "")
+
+
+def _number(name: str, value: float) -> str:
     if name.startswith("tokens/"):
-        return f"{value / 1e6:.2f}M"
+        return f"{value / 1e6:.3g}M"
     if name.endswith(("_frac", "reward")):
         return f"{value:.3f}"
     return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
@@ -126,10 +132,9 @@ def plot_curves(by_variant: dict[str, list[Row]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for index, (name, results) in enumerate(by_variant.items()):
         for number, result in enumerate(results):
-            times, accuracies = zip(*result["curve"], strict=True)
             axes.plot(
-                times,
-                accuracies,
+                [point[0] for point in result["curve"]],
+                [point[1] for point in result["curve"]],
                 color=f"C{index}",
                 linewidth=1.4,
                 marker=".",

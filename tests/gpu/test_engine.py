@@ -1,6 +1,6 @@
-"""Tests that need one CUDA GPU. They are skipped without one, and the maintainers never ran them.
+"""The engine and a whole run on one CUDA GPU. The maintainers never ran these tests.
 
-Run them with `pytest -m gpu`.
+Run by `make gpu-check`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from buffer.processes.private_folder import private_folder
 from configs.schema import Config
 from tools.warm_start import warm_start
+
+pytest.importorskip("vllm", reason="the engine needs vLLM: pip install 'darts-rl[gpu]'")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 MODEL = Path("models/tiny-reasoner")
@@ -33,7 +36,7 @@ def test_an_engine_keeps_to_its_share_of_memory() -> None:
 
     config = Config()
     config.model.path, config.actors.device, config.actors.gpu_memory_frac = str(MODEL), "cuda", 0.3
-    with asyncio.Runner() as runner:
+    with private_folder(), asyncio.Runner() as runner:
         engine = Engine(config)
         try:
 

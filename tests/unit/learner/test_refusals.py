@@ -1,0 +1,35 @@
+"""Mistakes that the learner's command finds before it loads a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs import cli
+from configs.schema import Config
+from learner import __main__ as learner
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path / "model"
+
+
+def refused(model: Path, *overrides: str) -> str:
+    config = cli.load([f"model.path={model}", f"run.dir={model.parent}", *overrides], Config)
+    with pytest.raises(ValueError) as caught:
+        learner.run(config)
+    return str(caught.value)
+
+
+def test_missing_keys_are_refused_by_name(model: Path) -> None:
+    keys = model.parent / "keys"
+    assert refused(model, f"buffer.keys={keys}").startswith(f"buffer.keys: {keys} cannot be used")
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_by_name(model: Path) -> None:
+    folder = model / "config.json"
+    assert refused(model, f"run.dir={folder}").startswith(f"run.dir={folder}: ")

@@ -1,0 +1,1 @@
+"""Comparisons of policies over seeds, and of selection rules by their gradients."""

@@ -1,0 +1,92 @@
+"""The sets of variants that `tools.compare` runs. Each variant is a list of overrides."""
+
+from __future__ import annotations
+
+Variants = dict[str, list[str]]
+
+PLAIN = ["darts.policy=plain"]
+SYNC, ASYNC = ["pipeline.mode=sync"], ["pipeline.mode=async"]
+FIXED = ["redundancy.rule=fixed", "redundancy.upper=1.5"]
+# The mean budget is about 12, the budget of FIXED.
+ADAPTIVE = ["redundancy.rule=paper", "redundancy.upper=2.0", "redundancy.price=0.6"]
+# The same 32 devices in two parts that are about equally busy under async plain.
+SPLIT_32 = ["engines.num_engines=12", "learner.num_gpus=20"]
+# The demo in smaller steps. A plain step has 32 responses, for which the latency of this engine is
+# flat, as on a GPU that is not full.
+FLAT = ["batch.groups=4", "run.steps=128", "optimizer.lr=1e-4"]
+LONGER = [*FLAT, "run.steps=192"]  # still ends earlier than sync plain
+
+SETS: dict[str, Variants] = {
+    "ablation": {  # the published order, with the published rule for the long seat
+        "sync plain": [*SYNC, *PLAIN, "learner.streaming=false"],
+        "+ streaming": [*SYNC, *PLAIN],
+        "+ sampling (longest)": [*SYNC, *FIXED, "darts.long_end=longest"],
+        "+ adaptive (longest)": [*SYNC, *ADAPTIVE, "darts.long_end=longest"],
+        "+ sampling (survivor)": [*SYNC, *FIXED],
+        "+ adaptive (survivor)": [*SYNC, *ADAPTIVE],
+        "random of 12": [*SYNC, *FIXED, "darts.policy=random"],
+    },
+    "sensitivity": {  # K:L
+        "sync plain": [*SYNC, *PLAIN],
+        "7:1": [*SYNC, *FIXED],
+        "6:2": [*SYNC, *FIXED, "darts.num_long=2"],
+        "4:4": [*SYNC, *FIXED, "darts.num_long=4"],
+    },
+    "async": {  # 32 devices each: sync uses all of them for both tasks, async splits them
+        "sync plain": [*SYNC, *PLAIN],
+        "sync tail batching": [*SYNC, "baseline.scheduler=tail_batching"],
+        "sync partial rollout": [*SYNC, "baseline.scheduler=partial_rollout"],
+        "sync darts": [*SYNC, *FIXED],
+        "async plain": [*ASYNC, *PLAIN, *SPLIT_32],
+        "async first finished": [*ASYNC, *FIXED, "darts.policy=first_finished", *SPLIT_32],
+        "async random of 12": [*ASYNC, *FIXED, "darts.policy=random", *SPLIT_32],
+        "async darts, longest": [*ASYNC, *FIXED, "darts.long_end=longest", *SPLIT_32],
+        "async darts, fixed 12": [*ASYNC, *FIXED, *SPLIT_32],
+        "async darts, marginal": [
+            *ASYNC,
+            "redundancy.rule=marginal",
+            "redundancy.upper=2.0",
+            *SPLIT_32,
+        ],
+    },
+    "rules": {  # on the hardware of the base configuration
+        "async plain": [*ASYNC, *PLAIN],
+        "random of 12": [*ASYNC, *FIXED, "darts.policy=random"],
+        "exact, longest": [*ASYNC, *FIXED, "darts.long_end=longest"],
+        "exact, survivor": [*ASYNC, *FIXED],
+        "exact, none": [*ASYNC, *FIXED, "darts.long_end=none"],
+        "eager": [*ASYNC, *FIXED, "darts.cancel=eager"],
+        "first finished": [*ASYNC, *FIXED, "darts.policy=first_finished"],
+        "marginal": [*ASYNC, "redundancy.rule=marginal", "redundancy.upper=2.0"],
+    },
+    "k_of_g": {  # M = 8 of a growing budget
+        "8 of 8": [*SYNC, *PLAIN],
+        **{
+            f"8 of {budget}": [*SYNC, "redundancy.rule=fixed", f"redundancy.upper={budget / 8}"]
+            for budget in (10, 12, 16, 24)
+        },
+    },
+    "live_ablation": {  # without "+ streaming", which needs a learner that takes single groups
+        "sync plain": [*SYNC, *PLAIN],
+        "+ sampling (longest)": [*SYNC, *FIXED, "darts.long_end=longest"],
+        "+ adaptive (longest)": [*SYNC, *ADAPTIVE, "darts.long_end=longest"],
+        "+ sampling (survivor)": [*SYNC, *FIXED],
+        "+ adaptive (survivor)": [*SYNC, *ADAPTIVE],
+        "random of 12": [*SYNC, *FIXED, "darts.policy=random"],
+    },
+    "live_async": {  # on the hardware and with the lag bound of the base configuration
+        "async plain": [*ASYNC, *PLAIN],
+        "first finished": [*ASYNC, *FIXED, "darts.policy=first_finished"],
+        "random of 12": [*ASYNC, *FIXED, "darts.policy=random"],
+        "as published": [*ASYNC, *ADAPTIVE, "darts.long_end=longest"],
+        "darts, 12": [*ASYNC, *FIXED],
+        "darts, marginal": [*ASYNC, "redundancy.rule=marginal", "redundancy.upper=2.0"],
+    },
+    "live": {
+        "sync plain": [*SYNC, *PLAIN, *FLAT],
+        "async plain": [*ASYNC, *PLAIN, *LONGER],
+        "async darts, 12": [*ASYNC, *FIXED, *LONGER],
+        "async darts, marginal": [*ASYNC, "redundancy.rule=marginal", *LONGER],  # the default rule
+        "async random of 12": [*ASYNC, *FIXED, "darts.policy=random", *LONGER],
+    },
+}
