@@ -1,4 +1,4 @@
-"""Shared by all tests: markers that skip with a reason, and free ports."""
+"""Shared by all tests: skips with a reason, second tries, and free ports."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,17 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Of real processes and clocks, so that a busy machine can fail one of thousands.
+SECOND_TRY = [Path(__file__).parent / folder for folder in ("chaos", "e2e", "integration")]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is no GPU."""
+    """Skip GPU tests where there is no GPU. A test of real processes that fails runs once more, and
+    the summary names it as RERUN: a fault to look for, which costs nobody a whole run.
+    """
+    for item in items:
+        if any(item.path.is_relative_to(folder) for folder in SECOND_TRY):
+            item.add_marker(pytest.mark.flaky(reruns=1))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests and not _has_gpu():
         for item in gpu_tests:

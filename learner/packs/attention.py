@@ -4,8 +4,8 @@ The cost grows with each sequence's length, not with the pack's. Owns one attent
 registered with transformers as `PACKED_SDPA`, which `model.attention=sdpa` tries first. It computes
 plain causal attention only. A layer that asks for a window, a bias or sinks is refused, and
 `learner.probes.capability` then falls back to transformers' own sdpa. That one builds a mask of
-pack x pack: on one core with the embedded default model, a whole step takes 1.4 times as long at 512
-tokens per pack, and several times as long at 4,096. Driven by the model's layers.
+pack x pack: on one core with the embedded default model, a whole step takes 1.4 times as long at
+512 tokens per pack, and several times as long at 4,096. Driven by the model's layers.
 """
 
 from __future__ import annotations
