@@ -2,9 +2,10 @@
 
 They are never half-written and contain no pickle.
 
-Owns <run>/checkpoints: `step_000040/` (model and optimizer as sharded safetensors, `meta.json`) and
-`latest`, which names the newest complete one. A checkpoint of step 40 holds the state after 40
-steps. Never decides when to save, or what to keep (`learner.retention`). Driven by `learner.train`.
+Owns the format of <run>/checkpoints: `step_000040/` (model and optimizer as sharded safetensors,
+`meta.json`) and `latest`, which names the newest complete one. A checkpoint of step 40 holds the
+state after 40 steps. Never decides when to save (`learner.train`), or what to keep
+(`learner.retention`). Driven by `learner.saving`.
 
 Left out: the random state (training draws no random numbers) and the learning rate's schedule (a
 function of the step).
@@ -13,56 +14,105 @@ function of the step).
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import re
 import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    FORMAT_KEY,
+    FORMAT_VALUE,
+    HF_DCP_VERSION,
+    _gen_file_name,
+)
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from buffer.records.files import UNFINISHED, atomic_write, replace_folder
+from buffer.records.files import UNFINISHED, atomic_write, replace_folder, sync_file
 from configs.errors import one_line
+from learner import retention
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save(
-    folder: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    meta: dict[str, int],
-) -> None:
-    """Write the checkpoint of `meta["step"]` and point `latest` at it. A collective.
+class CheckpointWriter(HuggingFaceStorageWriter):
+    """Writes the checkpoint of `meta["step"]` and points `latest` at it, for torch's `save`.
 
     It gets its name once it is complete and durable, so a kill or a power cut at any moment leaves
-    the previous one intact. If a rank cannot write (full disk), all ranks raise its `OSError`.
+    the previous one intact. Rank 0 makes its folder and completes it (`finish`) within torch's
+    collectives, so that an error there reaches all ranks; `completed` is the last part of that.
+    Sharded safetensors, because torch's default format keeps its metadata as a pickle.
     """
-    name = f"step_{meta['step']:06d}"
-    partial = folder / f".{name}{UNFINISHED}"
-    leads = dist.get_rank() == 0
-    if leads:
-        for leftover in folder.glob(f".step_*{UNFINISHED}"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    # Sharded safetensors: torch.distributed.checkpoint's default format keeps its metadata as a
-    # pickle.
+
+    def __init__(self, folder: Path, meta: dict[str, int], completed: Callable[[], None]) -> None:
+        self._folder, self._meta, self._completed = folder, meta, completed
+        self._name = f"step_{meta['step']:06d}"
+        self._partial = folder / f".{self._name}{UNFINISHED}"
+        super().__init__(str(self._partial), save_distributed=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan  # torch's own would make the folder on every rank
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        retention.remove_leftovers(self._folder)
+        self._partial.mkdir(parents=True)
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's shards to one file, durably.
+
+        Differs: torch serialises them in memory first, which takes as much memory again, and other
+        threads wait meanwhile. `save_file` does neither, so that training goes on.
+        """
+        if plan.items:
+            path = self._partial / _gen_file_name(1, 1, plan.storage_data["shard_index"])
+            tensors, offsets = dict[str, torch.Tensor](), dict[str, Any]()
+            for item in plan.items:
+                name, data = item.index.fqn, planner.resolve_data(item)
+                assert isinstance(data, torch.Tensor) and item.tensor_data is not None, name
+                tensors[name] = data.contiguous()
+                offsets[name] = {"saved_offsets": item.tensor_data.chunk.offsets}
+            metadata = {
+                CUSTOM_METADATA_KEY: json.dumps(offsets),
+                DCP_VERSION_KEY: str(HF_DCP_VERSION),
+                FORMAT_KEY: FORMAT_VALUE,
+            }
+            with _operating_system_errors():
+                save_file(tensors, path, metadata)
+            sync_file(path)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])  # only torch's own `finish` needs them
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        (self._partial / "meta.json").write_text(json.dumps(self._meta) + "\n")
+        with retention.LOCK:
+            replace_folder(self._partial, self._folder / self._name)
+            atomic_write(self._folder / "latest", self._name + "\n")
+            self._completed()
+
+
+@contextmanager
+def _operating_system_errors() -> Generator[None]:
+    """Raise the `OSError` of a full disk as such. safetensors has it in its text alone."""
     try:
-        dcp.save(
-            _tensors(model, optimizer),
-            storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
-        )
-    except dcp.CheckpointException as error:  # every rank gets it, whichever one has failed
-        raise next(cause for cause, _ in error.failures.values()) from None
-    dist.barrier()
-    if leads:
-        (partial / "meta.json").write_text(json.dumps(meta) + "\n")
-        replace_folder(partial, folder / name)
-        atomic_write(folder / "latest", name + "\n")
-    dist.barrier()
+        yield
+    except SafetensorError as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def load_latest(
@@ -78,7 +128,7 @@ def load_latest(
     source = folder / latest.read_text().strip()
     try:
         meta = json.loads((source / "meta.json").read_text())
-        dcp.load(_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(source)))
+        dcp.load(tensors_of(model, optimizer), storage_reader=HuggingFaceStorageReader(str(source)))
     except (OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException) as error:
         raise ValueError(
             f"run.resume=true: checkpoint {source} does not fit this model: {one_line(error)}; "
@@ -103,7 +153,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
         ) from error
 
 
-def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The content of a checkpoint, as sharded tensors by name. Tied weights appear once."""
     tensors: dict[str, Any] = {}
     _create_state(optimizer)

@@ -2,19 +2,22 @@
 
 Owns `evaluation.json` in a checkpoint's folder, which has the result of the evaluation after its
 step, and the removal of checkpoints. A checkpoint whose evaluation is still awaited is kept. Never
-writes a checkpoint. Driven by rank 0 of `learner.train`; `tools.export` reads it.
+writes a checkpoint. Driven by rank 0 of `learner.train` and, beside it, by `learner.saving`: `LOCK`
+is held by the one that changes the folder. `tools.export` reads it.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 from buffer.records.files import UNFINISHED, atomic_write
 from configs.schema import Config
 
 EVALUATION = "evaluation.json"
+LOCK = threading.RLock()
 
 
 def evaluations(folder: Path) -> dict[int, float]:
@@ -28,20 +31,32 @@ def evaluations(folder: Path) -> dict[int, float]:
 def note_evaluation(folder: Path, config: Config, step: int, reward_mean: float) -> None:
     """Write the result to the checkpoint of `step`, if there is one, and remove surplus ones."""
     checkpoint = folder / f"step_{step:06d}"
-    if checkpoint.is_dir():
-        result = {"eval/step": step, "eval/reward_mean": reward_mean}
-        atomic_write(checkpoint / EVALUATION, json.dumps(result) + "\n")
-        remove_surplus(folder, config)
+    with LOCK:
+        if checkpoint.is_dir():
+            result = {"eval/step": step, "eval/reward_mean": reward_mean}
+            atomic_write(checkpoint / EVALUATION, json.dumps(result) + "\n")
+            remove_surplus(folder, config)
 
 
 def remove_surplus(folder: Path, config: Config) -> None:
     """Remove the checkpoints that the run need not keep, each of them at once or not at all."""
-    saved = {_step(path): path for path in folder.glob("step_*")}
-    keep = kept(sorted(saved), evaluations(folder), config)
-    for step in saved.keys() - keep:
-        doomed = folder / f".{saved[step].name}{UNFINISHED}"
-        saved[step].rename(doomed)
-        shutil.rmtree(doomed)
+    with LOCK:
+        saved = {_step(path): path for path in folder.glob("step_*")}
+        keep = kept(sorted(saved), evaluations(folder), config)
+        for step in saved.keys() - keep:
+            doomed = folder / f".{saved[step].name}.removed{UNFINISHED}"
+            saved[step].rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill has left of checkpoints that were being written or removed.
+
+    No save may be under way.
+    """
+    with LOCK:
+        for leftover in folder.glob(f".step_*{UNFINISHED}"):
+            shutil.rmtree(leftover)
 
 
 def kept(steps: list[int], results: dict[int, float], config: Config) -> set[int]:

@@ -2,7 +2,7 @@
 
     buffer ──Shard──> train_step ──> publish ──NewPolicy, Trained──> buffer ──Pull──> (next step)
                           │             └──snapshot, beside the next step──> actors
-                          └──> checkpoint
+                          └──> checkpoint, beside the next steps
 
     consumes        one `Shard` per step and rank: token-balanced, of bounded staleness
     waits for       the buffer (a shard is ready), the other ranks (collectives)
@@ -12,7 +12,7 @@
 Owns the order of a step and its metrics. Never chooses trajectories, and never
 decides when one is too stale. Rank 0 speaks for all: it publishes and acknowledges. Every rank
 calls every collective in the same order: micro-batch count, forward and backward, token sums,
-gradient norm, publication, checkpoint, and whether all ranks have a shard or one is told to end.
+gradient norm, publication, and whether all ranks have a shard or one is told to end.
 
 Left out: a critic, pulling the next shard while this one trains.
 """
@@ -24,15 +24,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import torch
 from transformers import PreTrainedModel
 
 from buffer.processes import by_hand
-from buffer.wire.messages import LearnerFailed, Minibatch, Shard, Trajectory
+from buffer.wire.messages import Evaluated, LearnerFailed, Minibatch, Shard, Trajectory
 from buffer.wire.transport import TransportError
 from configs.errors import one_line, writing_to
 from configs.objectives import objective
@@ -49,6 +48,7 @@ from learner.probes.capability import Packing, probe_packing
 from learner.probes.sharing import probe_sharing
 from learner.publication import Publication
 from learner.reference import load_reference
+from learner.saving import Saver
 from learner.schedule import learning_rate
 from learner.session import BufferSession, RunEnded
 from learner.snapshots.publish import WeightPublisher
@@ -79,11 +79,13 @@ class LearnerState:
     shares_prompts: bool
     optimizer: torch.optim.AdamW
     agreement: Agreement
+    saver: Saver
     reference: Boundaries | None = None  # the frozen model of the KL penalty, if there is one
     step: int = 0  # the next one to train
     policy_version: int = -1  # the newest published one
-    saved_step: int = 0  # the step of the newest checkpoint; 0 needs none
+    saved_step: int = 0  # the step of the newest save; 0 needs none
     published: bool = False  # whether the weights are exactly those of `policy_version`
+    evaluations: list[Evaluated] = field(default_factory=list)  # not noted yet
 
     @property
     def model(self) -> PreTrainedModel:
@@ -110,6 +112,7 @@ def run_rank(
         vocab_size = state.model.config.get_text_config().vocab_size
         work = training_work(state.model, state.shares_prompts)
         with (
+            state.saver,
             BufferSession(
                 config,
                 rank,
@@ -122,6 +125,7 @@ def run_rank(
             ) as session,
             WeightPublisher(config, rank) as publisher,
         ):
+            session.watch(state.saver.check)
             _join(state, session)
             with (
                 _until_told_to_stop(state, session),
@@ -151,10 +155,10 @@ def _train(state: LearnerState, session: BufferSession, publication: Publication
             publication.wait()
             save(state)
         if state.rank == 0:
-            metrics |= publication.take_metrics()
+            metrics |= publication.take_metrics() | state.saver.take_metrics()
             session.trained(shard.step, int(metrics["train/tokens"]), metrics)
         if not last and state.step % config.learner.checkpoint_every == 0:
-            save(state)
+            start_save(state)
         _note_evaluations(state, session)
     session.wait_for_the_end()  # serves the last snapshot while the run is evaluated
 
@@ -205,6 +209,7 @@ def build_state(
         sharing is not None and sharing.works,
         optimizer,
         Agreement(config),
+        Saver(config, device),
         reference,
     )
 
@@ -370,12 +375,14 @@ def _until_told_to_stop(state: LearnerState, session: BufferSession) -> Iterator
     try:
         yield
     except RunEnded:
+        state.saver.wait()
         _note_evaluations(state, session)
         if state.rank == 0:
-            saved = _checkpoints(state.config)
+            saved = state.saver.folder
             by_hand.tell(f"learner: the run has ended after {state.step} steps; see {saved}")
     except RunStopped:
         save(state)  # every rank raises this, at the same step
+        _note_evaluations(state, session)
         session.leave()
         raise
     except TransportError:
@@ -392,30 +399,32 @@ def _until_told_to_stop(state: LearnerState, session: BufferSession) -> Iterator
 # Checkpoints ------------------------------------------------------------------------------------
 
 
-def _checkpoints(config: Config) -> Path:
-    return Path(config.run.dir) / config.run.name / "checkpoints"
-
-
 def save(state: LearnerState) -> None:
-    """Write a checkpoint of the present step, unless it was saved already. A collective."""
+    """Write a checkpoint of the present step, complete when this returns. A collective."""
+    start_save(state)
+    state.saver.wait()
+
+
+def start_save(state: LearnerState) -> None:
+    """Begin a checkpoint of the present step, unless it was saved already. A collective."""
     if state.saved_step == state.step:
         return
     state.saved_step = state.step
     meta = {"step": state.step, "policy_version": state.policy_version}
-    folder = _checkpoints(state.config)
-    with writing_to(folder):
-        checkpoint.save(folder, state.model, state.optimizer, meta)
-        if state.rank == 0:
-            retention.remove_surplus(folder, state.config)
+    state.saver.start(state.model, state.optimizer, meta)
 
 
 def _note_evaluations(state: LearnerState, session: BufferSession) -> None:
-    folder = _checkpoints(state.config)
+    """Write the results to their checkpoints. One that is still being saved gets its own later."""
+    found, under_way = state.evaluations + session.take_evaluations(), state.saver.under_way
+    state.evaluations = [result for result in found if result.step == under_way]
+    folder = state.saver.folder
     with writing_to(folder):
-        for found in session.take_evaluations():
-            retention.note_evaluation(folder, state.config, found.step, found.reward_mean)
+        for result in found:
+            if result.step != under_way:
+                retention.note_evaluation(folder, state.config, result.step, result.reward_mean)
 
 
 def _resume(state: LearnerState) -> None:
-    meta = checkpoint.load_latest(_checkpoints(state.config), state.model, state.optimizer)
+    meta = checkpoint.load_latest(state.saver.folder, state.model, state.optimizer)
     state.step = state.saved_step = meta["step"] if meta else 0

@@ -2,7 +2,8 @@
 its own, beyond that of the imports.
 
 Owns one measurement: the model in FOLDER trains on full packs, with all buffers of snapshots in
-use. Prints the peak in bytes. Driven by tests/unit/learner/test_model_shape.py.
+use and a checkpoint being saved. Prints the peak in bytes. Driven by
+tests/unit/learner/test_model_shape.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from configs import cli
 from configs.schema import Config
 from learner import fsdp
 from learner.snapshots.publish import WeightPublisher
-from learner.train import build_state, train_step
+from learner.train import build_state, start_save, train_step
 from tests.learner_cases import make_shards, make_trajectory, with_advantages
 
 NUM_PROMPT, NUM_RESPONSE = 4, 252
@@ -44,9 +45,12 @@ def measured(config: Config) -> int:
         for version in range(3):
             publisher.publish(state.model, version)
             train_step(state, shard)
+            start_save(state)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         train_step(state, shard)
-        return resident("VmHWM") - before
+        peak = resident("VmHWM") - before
+        state.saver.wait()
+        return peak
 
 
 def main(folder: str, *overrides: str) -> None:

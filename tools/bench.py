@@ -122,6 +122,13 @@ def learner(_: Sequence[str]) -> None:
     shared_prompts.main()
 
 
+def checkpoints(options: Sequence[str]) -> None:
+    from tools.benchmarks import checkpoints
+
+    _no_options("checkpoints", options)
+    checkpoints.main()
+
+
 def weights(options: Sequence[str]) -> None:
     from tools.benchmarks import weights
 
@@ -149,6 +156,7 @@ def _no_options(subject: str, options: Sequence[str]) -> None:
 
 SUBJECTS: dict[str, Callable[[Sequence[str]], None]] = {
     "buffer": buffer,
+    "checkpoints": checkpoints,
     "core": core,
     "learner": learner,
     "pipeline": pipeline,

@@ -146,12 +146,17 @@ def sync_tree(folder: Path) -> None:
     """Make everything below `folder` durable."""
     for place, _, names in os.walk(folder):
         for name in names:
-            handle = DISK.open(Path(place, name))
-            try:
-                DISK.sync(handle)
-            finally:
-                DISK.close(handle)
+            sync_file(Path(place, name))
         DISK.sync_folder(Path(place))
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    handle = DISK.open(path)
+    try:
+        DISK.sync(handle)
+    finally:
+        DISK.close(handle)
 
 
 def make_run_folder(folder: Path) -> None:

@@ -1,9 +1,9 @@
 """The peak memory of one rank of the learner: on its device, and in the machine's memory.
 
 The parts follow `learner.fsdp` (float32 master weights, sharded), `learner.packs` (activations of
-one pack, and a chunk of its logits) and `learner.snapshots.publish`. Measured peaks on a CPU are
-within `TOLERANCE` of it; nothing of it was measured on a GPU. A model whose head is not linear
-needs more, since the learner then keeps the logits of a whole pack.
+one pack, and a chunk of its logits), `learner.saving` and `learner.snapshots.publish`. Measured
+peaks on a CPU are within `TOLERANCE` of it; nothing of it was measured on a GPU. A model whose head
+is not linear needs more, since the learner then keeps the logits of a whole pack.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def on_device(shape: ModelShape, config: Config, cuda: bool) -> Memory:
     else:
         parts.append(Part("libraries", LIBRARY_BYTES + WORKSPACE_BYTES, "measured"))
         parts.append(_published(shape, config))
+        parts.append(_copied(shape, config, config.learner.num_ranks))
     return Memory(tuple(parts))
 
 
@@ -160,19 +161,27 @@ def _published(shape: ModelShape, config: Config) -> Part:
     return snapshots(shape, config, 3, "2 served, and 1 to copy to")
 
 
+def _copied(shape: ModelShape, config: Config, ranks: int) -> Part:
+    """The copy of weights and optimizer that `learner.saving` writes from, of one of `ranks`."""
+    trained = adapter_parameters(shape, config) if config.model.lora.rank else shape.parameters
+    of = f"{billions(trained)} parameters" + (f" / {ranks} ranks" if ranks > 1 else "")
+    return Part("checkpoint", 12 * (trained // ranks), f"a copy to write from: 12 B x {of}")
+
+
 def on_host(shape: ModelShape, config: Config) -> Memory:
     """Memory of the machine that all ranks on GPUs of one node need together.
 
-    Each rank loads the whole model before it is sharded. Rank 0 keeps buffers for snapshots. A
-    model whose experts are fused needs another copy while it publishes.
+    Each rank loads the whole model before it is sharded. Afterwards, rank 0 keeps buffers for
+    snapshots, and every rank a copy of its shard for checkpoints. A model whose experts are fused
+    needs another copy while it publishes.
     """
     p, ranks = shape.parameters, config.learner.num_ranks
     size = weight_bytes(config)
     loading = size * p * ranks
-    published = _published(shape, config)
+    later = (_published(shape, config), _copied(shape, config, 1))
     most = (
-        Part("loading", loading, f"{size} B x {billions(p)} parameters x {ranks} ranks")
-        if loading > published.num_bytes
-        else published
+        (Part("loading", loading, f"{size} B x {billions(p)} parameters x {ranks} ranks"),)
+        if loading > sum(part.num_bytes for part in later)
+        else later
     )
-    return Memory((Part("libraries", ranks * LIBRARY_BYTES, f"{ranks} ranks"), most))
+    return Memory((Part("libraries", ranks * LIBRARY_BYTES, f"{ranks} ranks"), *most))

@@ -81,7 +81,7 @@ def test_a_kill_during_a_removal_leaves_no_part_under_the_name_of_a_checkpoint(
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         retention.remove_surplus(tmp_path, config(1, 0, 1))
-    assert names(tmp_path) == [".step_000001.unfinished", "step_000002"]
+    assert names(tmp_path) == [".step_000001.removed.unfinished", "step_000002"]
 
 
 def test_a_learner_keeps_the_best_checkpoint_of_a_run(

@@ -48,6 +48,13 @@ def weights(state: LearnerState) -> dict[str, torch.Tensor]:
     }
 
 
+def save_as(state: LearnerState, folder: Path, meta: dict[str, int]) -> None:
+    """Write a checkpoint to another folder than the run's."""
+    state.saver.folder = folder
+    state.saver.start(state.model, state.optimizer, meta)
+    state.saver.wait()
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("max_tokens", [64, 4096])
 def test_the_gradient_does_not_depend_on_the_packing(
@@ -174,12 +181,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     with single_rank(config) as state:
         for shard in shards[:2]:
             train_step(state, shard)
-        checkpoint.save(
-            tmp_path / "checkpoints",
-            state.model,
-            state.optimizer,
-            {"step": 2, "policy_version": 1},
-        )
+        save_as(state, tmp_path / "checkpoints", {"step": 2, "policy_version": 1})
         losses = [train_step(state, shard)["train/loss"] for shard in shards[2:]]
         final = weights(state)
     with single_rank(config) as state:
@@ -196,15 +198,12 @@ def test_latest_names_the_newest_complete_checkpoint_and_leftovers_are_removed(
     model_path: Path, tmp_path: Path
 ) -> None:
     (tmp_path / ".step_000001.unfinished").mkdir()  # left by a learner killed while saving
-    with single_rank(make_config(model_path, tmp_path / "run")) as state:
+    with single_rank(
+        make_config(model_path, tmp_path / "run", learner__keep_checkpoints=3)
+    ) as state:
         train_step(state, make_shards(make_trajectories(seed=0))[0])
         for step in (1, 2, 3):
-            checkpoint.save(
-                tmp_path,
-                state.model,
-                state.optimizer,
-                {"step": step, "policy_version": step},
-            )
+            save_as(state, tmp_path, {"step": step, "policy_version": step})
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["latest", "step_000001", "step_000002", "step_000003"]
     assert (tmp_path / "latest").read_text().strip() == "step_000003"
@@ -237,7 +236,7 @@ def test_the_weights_of_a_checkpoint_load_without_ranks(model_path: Path, tmp_pa
     config = make_config(model_path, tmp_path / "run")
     with single_rank(config) as state:
         train_step(state, make_shards(make_trajectories(seed=0))[0])
-        checkpoint.save(tmp_path, state.model, state.optimizer, {"step": 1, "policy_version": 1})
+        save_as(state, tmp_path, {"step": 1, "policy_version": 1})
         trained = weights(state)
     model = load_model(config.model)
     checkpoint.load_weights(tmp_path / "step_000001", model)
@@ -256,12 +255,7 @@ def test_the_weights_of_a_checkpoint_load_without_ranks(model_path: Path, tmp_pa
 def test_a_checkpoint_of_another_model_is_refused(model_path: Path, tmp_path: Path) -> None:
     with single_rank(make_config(model_path, tmp_path / "run")) as state:
         train_step(state, make_shards(make_trajectories(seed=0))[0])
-        checkpoint.save(
-            tmp_path / "checkpoints",
-            state.model,
-            state.optimizer,
-            {"step": 1, "policy_version": 1},
-        )
+        save_as(state, tmp_path / "checkpoints", {"step": 1, "policy_version": 1})
     other = save_model(tmp_path / "other", family="llama", tied=False)
     with (
         single_rank(make_config(other, tmp_path / "run")) as state,
@@ -347,7 +341,7 @@ def test_a_checkpoint_on_a_full_disk_names_it_and_leaves_the_one_before(
         save(state)
         before = (folder / "latest").read_text()
         state.step += 1
-        monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
+        monkeypatch.setattr(checkpoint.CheckpointWriter, "write_data", full)
         with pytest.raises(OSError, match="No space left") as caught:
             save(state)
         assert caught.value.filename == str(folder)

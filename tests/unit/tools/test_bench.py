@@ -10,7 +10,7 @@ import pytest
 from actors import verifier_workers
 from actors.verifier_limit import CANCELLED_S
 from tools import bench
-from tools.benchmarks import buffer, shared_prompts, turns
+from tools.benchmarks import buffer, checkpoints, shared_prompts, turns
 
 
 def test_the_core_bench_measures_progress_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +76,18 @@ def test_the_learner_bench_takes_steps_with_shared_and_repeated_prompts(
     assert len(times) == shared_prompts.STEPS and min(times) > 0
     assert saved == 19 / (2 * 23)
     assert shared_prompts.steps(str(tmp_path), shared=False)[1] == 0.0
+
+
+def test_the_checkpoint_bench_saves_beside_optimizer_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = dict.fromkeys(checkpoints.SIZES, 8) | {"hidden_size": 32, "num_hidden_layers": 1}
+    monkeypatch.setattr(checkpoints, "SIZES", small)
+    monkeypatch.setattr(checkpoints, "ROUNDS", 1)
+    checkpoints.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(checkpoints.PARTS)
+    assert lines[0].startswith("0.00 GB on cpu")
 
 
 def _figures(text: str) -> list[float]:
