@@ -48,17 +48,18 @@ def release(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     event, write = threading.Event(), checkpoint.CheckpointWriter.write_data
 
     def held(*arguments: Any) -> Any:
-        assert event.wait(60)
+        assert event.wait(300)
         return write(*arguments)
 
     monkeypatch.setattr(checkpoint.CheckpointWriter, "write_data", held)
     return event
 
 
-def broken_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise SafetensorError("Error: I/O error: No space left on device (os error 28)")
+def full(*_: object) -> None:
+    raise SafetensorError("Error: I/O error: No space left on device (os error 28)")
 
+
+def broken_save(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "save_file", full)
 
 
@@ -213,7 +214,9 @@ def _killed_while_saving(config: Config, rank: int, folder: str) -> None:
             checkpoint.CheckpointWriter.write_data = lambda *_: threading.Event().wait()  # type: ignore[method-assign]
         start_save(state)
         train_both(state, 2)
-        fsdp.barrier()
+        (Path(folder) / f"trained_{rank}").touch()
+        while not all((Path(folder) / f"trained_{other}").exists() for other in range(2)):
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -226,6 +229,19 @@ def _resumed(config: Config, rank: int, folder: str) -> None:
         train_both(state, 3)
         with state.saver:
             start_save(state)
+
+
+def _full_on_one(config: Config, rank: int, folder: str) -> None:
+    """The disk of rank 1 is full, and both raise its error."""
+    os.environ["LEARNER_RENDEZVOUS"] = f"file://{folder}/full"
+    with fsdp.process_group(config, rank, 2) as device:
+        state = build_state(config, device, rank, 2)
+        train_both(state, 1)
+        if rank == 1:
+            checkpoint.save_file = full
+        start_save(state)
+        with pytest.raises(OSError, match="No space left"):
+            state.saver.wait()
 
 
 def train_both(state: train.LearnerState, num_steps: int) -> None:
@@ -268,3 +284,12 @@ def test_two_ranks_killed_in_a_save_resume_from_the_checkpoint_before(
         for name, tensor in contents(state).items():
             if name in expected:
                 torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_rank_that_cannot_write_fails_the_save_of_all(
+    config: Config, folder: Path, tmp_path: Path
+) -> None:
+    assert run_ranks(_full_on_one, config, str(tmp_path)) == [0, 0]
+    assert not (folder / "latest").exists()
