@@ -150,6 +150,12 @@ class LoraConfig:
         "them except the head.",
         fixed=True,
     )
+    merge: bool = key(
+        False,
+        "Publish whole weights, with the adapters merged into them, instead of the adapters alone. "
+        "Set it if vLLM cannot serve adapters of the model, which it says at start.",
+        fixed=True,
+    )
 
 
 @dataclass

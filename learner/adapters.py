@@ -1,10 +1,10 @@
 """LoRA adapters, through peft: small matrices that are trained in place of a model's own weights.
 
-Owns which layers have adapters, and how an adapter is merged into the weight to which it belongs.
-Engines never see an adapter: `learner.snapshots.publish` and `tools.export` write merged weights
-under the model's own names. Driven by `learner.fsdp`.
+Owns which layers have adapters, their names in a snapshot, and how an adapter is merged into the
+weight to which it belongs, as `tools.export` and `model.lora.merge` need it. Driven by
+`learner.fsdp`.
 
-Left out: adapters of the head, of embeddings and of experts, and engines that swap only adapters.
+Left out: adapters of the head, of embeddings and of experts.
 """
 
 from __future__ import annotations
@@ -84,6 +84,15 @@ def adapters_of(model: torch.nn.Module) -> dict[str, Adapter]:
             transposed=layer.fan_in_fan_out,
         )
         for name, layer in _layers(model).items()
+    }
+
+
+def only_adapters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The matrices of all adapters, by the names that peft gives them in a file."""
+    return {
+        f"base_model.model.{name}.{matrix}.weight": getattr(layer, matrix)[ADAPTER].weight.detach()
+        for name, layer in _layers(model).items()
+        for matrix in ("lora_A", "lora_B")
     }
 
 

@@ -39,8 +39,12 @@ def probe_logprobs(boundaries: Boundaries, device: torch.device) -> bytes:
 
 @torch.no_grad()
 def disturb(model: PreTrainedModel) -> None:
-    """Change every weight a little, in the same way each time. For a single rank."""
+    """Change every trained weight a little, in the same way each time. For a single rank."""
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         neighbours = local.flatten().roll(1).view_as(local)
+        if not local.any():  # an adapter's upper matrix, which begins at zero
+            neighbours = torch.arange(local.numel(), device=local.device).cos().view_as(local)
         local.add_(neighbours, alpha=DISTURBANCE)

@@ -72,11 +72,19 @@ def plan(config: DoctorConfig) -> Iterator[Finding]:
     if shape is None:
         return
     print("\nWith the keys as they are:")
-    yield from check_memory(config, shape, place)
+    as_given = list(check_memory(config, shape, place))
+    yield from as_given
     machine = f"{config.gpus} GPUs of {config.gpu_gib:g} GiB"
     suggestion = suggest(config, shape, place)
     if suggestion is None:
-        print(f"\nNo division of {machine} fits this model; use more GPUs, or larger ones.")
+        if all(finding.verdict in ("ok", "note") for finding in as_given):
+            print(f"\nNo other division of {machine} leaves more room than these keys, which fit.")
+            return
+        adapters = "" if config.model.lora.rank else ", or train adapters (model.lora.rank=32)"
+        print(
+            f"\nNo division of {machine} fits this model with room to spare; use more GPUs, or "
+            f"larger ones{adapters}."
+        )
         return
     print(f"\nA configuration that fits {machine} (computed, and never run on a GPU by us):")
     print(suggestion)

@@ -31,7 +31,7 @@ from buffer.records.held_out import Answer, judged
 from buffer.wire.messages import Failed, Finished, PromptPayload
 from configs.command import run_command
 from configs.model_path import check_model
-from configs.schema import Config
+from configs.schema import Config, LoraConfig
 from tools.export import load_checkpoint, run_config, steps_saved
 from tools.reporting.run_directory import EVALUATIONS, Row
 
@@ -116,7 +116,8 @@ def _judge(config: Config, run: Path, steps: list[int]) -> Iterator[Row]:
         flush=True,
     )
     with private_folder(), asyncio.Runner() as runner:
-        engine = Engine(config)
+        merged = replace(config, model=replace(config.model, lora=LoraConfig()))
+        engine = Engine(merged)
         try:
             for step in steps:
                 state = gather(

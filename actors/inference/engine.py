@@ -16,14 +16,17 @@ We depend on three internals of vLLM, to be checked at each upgrade: the place o
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
+import tempfile
 import time
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 from actors.inference import vllm_errors
 from actors.inference.device import engine_device
@@ -32,8 +35,9 @@ from actors.inference.step_pace import OPTION
 from actors.inference.vllm_options import check_options
 from actors.inference.weights import SwapFailed
 from buffer.processes.descendants import OWNER
+from configs.adapters import swaps_adapters
 from configs.errors import one_line
-from configs.schema import Config, SamplingConfig
+from configs.schema import Config, LoraConfig, SamplingConfig
 
 # vLLM reads these on import, here and in its processes.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -45,8 +49,10 @@ os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
 
 import pydantic
 from vllm import SamplingParams
+from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -56,6 +62,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from actors.inference.extension import FRONTEND_PID
 
+ADAPTER, ADAPTER_ID = "policy", 1  # of the only one; a new version takes its place
 CLOSE_S = 7.0  # after this, vLLM's processes are killed and leave shared memory behind
 
 
@@ -115,7 +122,24 @@ def engine_args(config: Config, seed: int = 0) -> AsyncEngineArgs:
         "use_tqdm_on_load": False,
         "seed": seed,
     }
+    if swaps_adapters(config):
+        options |= {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": _largest_rank(config.model.lora.rank),
+        }
     return AsyncEngineArgs(**options | special | check_options(config))
+
+
+def _largest_rank(rank: int) -> int:
+    """The smallest of the ranks for which vLLM reserves memory that is enough for `rank`."""
+    known = sorted(get_args(MaxLoRARanks))
+    if rank > known[-1]:
+        raise ValueError(
+            f"model.lora.rank={rank}: vLLM serves adapters of rank {known[-1]} at most; set "
+            "model.lora.merge=true, so that engines load merged weights"
+        )
+    return next(one for one in known if one >= rank)
 
 
 def sampling_params(sampling: SamplingConfig, max_tokens: int, seed: int) -> SamplingParams:
@@ -154,6 +178,8 @@ class Engine:
         logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)
         self.version = BASE_VERSION
         self._sampling = config.sampling
+        self._lora = config.model.lora if swaps_adapters(config) else None
+        self._adapter: LoRARequest | None = None  # none before the first swap, nor with merge
         self._meter = Meter(config.actors.slots, time.monotonic())
         self._router = _Router(self._meter)
         self._causes = vllm_errors.Causes()
@@ -163,8 +189,9 @@ class Engine:
         except Exception as error:  # a model can make vLLM raise anything
             cause = self.cause or _said(error)
             self._causes.close()
+            advice = "; with model.lora.merge=true it need not serve adapters" if self._lora else ""
             raise ValueError(
-                f"model.path={config.model.path}: vLLM cannot run it: {cause}"
+                f"model.path={config.model.path}: vLLM cannot run it: {cause}{advice}"
             ) from error
         # Inside a running loop, vLLM has made a handler, which has not taken its first step yet.
         if self._llm.output_handler is not None:
@@ -263,7 +290,9 @@ class Engine:
             # The salt keeps a request from reusing a prompt that another policy version prefilled.
             prompt = tokens_input(prompt_ids, cache_salt=f"policy {self.version}")
             try:
-                added = await self._llm.add_request(generation.request_id, prompt, params)
+                added = await self._llm.add_request(
+                    generation.request_id, prompt, params, lora_request=self._adapter
+                )
                 # It may have been aborted, or have ended, before vLLM told us its own id.
                 if generation.request_id not in self._router:
                     await self._llm.abort(added.request_id, internal=True)
@@ -292,18 +321,20 @@ class Engine:
     async def swap(self, path: str, version: int) -> float:
         """Load the safetensors file `path` as policy `version`, while all requests stay.
 
-        Returns the length of the pause in decoding, in seconds. Earlier tokens keep their version
-        and their key-value cache, and every later token carries the new version. Raises
-        `EngineDied`, or `SwapFailed`, after which the engine must not be used again.
+        It holds all weights, or adapters alone if `model.lora` says so. Returns the length of the
+        pause in decoding, in seconds. Earlier tokens keep their version and their key-value cache,
+        and every later token carries the new version. Raises `EngineDied`, or `SwapFailed`, after
+        which the engine must not be used again.
         """
         async with self._gate:
             started = time.monotonic()
             try:
                 await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
                 self._meter.interrupt()
-                errors = await self._llm.collective_rpc("load_snapshot", args=(path,))
-                if any(errors):
-                    raise ValueError(next(filter(None, errors)))
+                if self._lora is None:
+                    _raise_first(await self._llm.collective_rpc("load_snapshot", args=(path,)))
+                else:
+                    self._adapter = await self._load_adapter(path, self._lora)
                 await self._llm.update_weight_version(str(version))
                 await self._llm.resume_generation()
             except EngineDeadError as error:
@@ -315,6 +346,22 @@ class Engine:
             self.version = version
             return time.monotonic() - started
 
+    async def _load_adapter(self, path: str, lora: LoraConfig) -> LoRARequest:
+        """Put the adapters of the file `path` in the place of those before.
+
+        vLLM reads them from a folder, as peft writes it. Requests in flight name the adapter that
+        they use, so none may have started before there was one.
+        """
+        if self._adapter is None and self._router.num_expected:
+            raise ValueError("requests in flight use no adapter")
+        with tempfile.TemporaryDirectory(prefix="adapter-") as name:
+            settings = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.targets}
+            Path(name, "adapter_config.json").write_text(json.dumps(settings))
+            Path(name, "adapter_model.safetensors").symlink_to(path)
+            await self._llm.add_lora(LoRARequest(ADAPTER, ADAPTER_ID, name, load_inplace=True))
+            _raise_first(await self._llm.collective_rpc("check_adapter", args=(ADAPTER_ID,)))
+        return LoRARequest(ADAPTER, ADAPTER_ID, name)
+
     def measure(self) -> Measurement:
         """Return the engine's activity since the last call."""
         return self._meter.report(time.monotonic())
@@ -324,6 +371,12 @@ class Engine:
         self._llm.shutdown(timeout=CLOSE_S)
         self._causes.close()
         del self._llm  # now, since its destructor fails while the interpreter ends
+
+
+def _raise_first(errors: list[str]) -> None:
+    """Of vLLM's workers, which return "" if all went well."""
+    for error in filter(None, errors):
+        raise ValueError(error)
 
 
 def _said(error: Exception) -> str:
@@ -355,6 +408,10 @@ class _Router:
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._expected
+
+    @property
+    def num_expected(self) -> int:
+        return len(self._expected)
 
     def _drop(self, request_id: str) -> Generation | None:
         generation = self._expected.pop(request_id, None)

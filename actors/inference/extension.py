@@ -61,6 +61,16 @@ class SnapshotLoader:
         lacks = f"the snapshot lacks {len(missing)} of the model's parameters, such as "
         return lacks + missing[0] if missing else ""
 
+    def check_adapter(self, adapter_id: int) -> str:
+        """Whether every matrix of an adapter that was loaded has a layer to which it belongs.
+
+        Returns "" or, in one line, what has none. vLLM would not say so.
+        """
+        manager = self.model_runner.lora_manager._adapter_manager
+        unused = sorted(set(manager.get_adapter(adapter_id).loras) - set(manager.modules))
+        lacks = f"vLLM's model lacks {len(unused)} of the layers that have an adapter, such as "
+        return lacks + unused[0] if unused else ""
+
 
 def forget_packed_experts(model: torch.nn.Module) -> None:
     """Make the next reload pack the experts of a CPU engine as the first load did.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from configs.memory.learner import snapshots
+from configs.adapters import swaps_adapters
+from configs.memory.learner import adapter_parameters, snapshots
 from configs.memory.shape import DTYPE_BYTES, GIB, Memory, ModelShape, Part, billions
 from configs.schema import Config
 
@@ -31,6 +32,9 @@ def without_cache(shape: ModelShape, config: Config, cuda: bool) -> Memory:
         Part("activations", working, f"{tokens} prefilled tokens x one layer"),
         Part("logits", logits, f"{config.actors.slots + 1} requests x {shape.vocabulary}, twice"),
     ]
+    if swaps_adapters(config):
+        number = adapter_parameters(shape, config)
+        parts.append(Part("adapters", size * number // split, f"{size} B x {billions(number)}"))
     if cuda:
         parts.append(Part("CUDA", CUDA_BYTES, "context and graphs, a guess"))
     else:

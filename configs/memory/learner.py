@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from configs.adapters import swaps_adapters
 from configs.memory.shape import DTYPE_BYTES, Memory, ModelShape, Part, billions
 from configs.schema import Config
 
@@ -143,12 +144,14 @@ def _activation_bytes(shape: ModelShape, size: int) -> int:
 
 
 def snapshots(shape: ModelShape, config: Config, copies: int, what: str) -> Part:
-    """Copies of published weights in the machine's memory."""
-    size = DTYPE_BYTES[config.model.dtype]
+    """Copies in the machine's memory of what is published: all weights, or adapters alone."""
+    size, number, of = DTYPE_BYTES[config.model.dtype], shape.parameters, "parameters"
+    if swaps_adapters(config):
+        number, of = adapter_parameters(shape, config), "parameters of adapters"
     return Part(
         "snapshots",
-        copies * size * shape.parameters,
-        f"{what}: {copies} x {size} B x {billions(shape.parameters)} parameters",
+        copies * size * number,
+        f"{what}: {copies} x {size} B x {billions(number)} {of}",
     )
 
 

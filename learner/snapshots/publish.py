@@ -1,7 +1,8 @@
 """Immutable, versioned weight snapshots, gathered from all ranks and offered to the actors.
 
-Owns the content of a snapshot; `buffer.wire.snapshots` owns its transport. Never changes a weight.
-Driven by `learner.publication`, which trains on as soon as the weights are copied.
+Owns the content of a snapshot, which is a model's weights or only its adapters;
+`buffer.wire.snapshots` owns its transport. Never changes a weight. Driven by `learner.publication`,
+which trains on as soon as the weights are copied.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from buffer.wire.messages import SnapshotRef
 from buffer.wire.snapshots import NUM_KEPT, SnapshotServer, write_snapshot
+from configs.adapters import swaps_adapters
 from configs.schema import Config
 from learner import fsdp
-from learner.adapters import adapters_of, without_adapters
+from learner.adapters import adapters_of, only_adapters, without_adapters
 from learner.snapshots.gathering import gather_into
 from learner.snapshots.layout import Layout
 
@@ -30,20 +32,21 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the tensors of a model become those of its checkpoint."""
+    """How the tensors of a model become those of its checkpoint, or of its adapters' file."""
 
-    layout: Layout  # of the checkpoint's tensors
+    layout: Layout  # of the file's tensors
     in_place: bool  # whether they are the model's tensors, with the same names
     shapes: dict[str, torch.Tensor]  # of the model's tensors, in the published type, on meta
 
 
-def plan(model: PreTrainedModel, dtype: torch.dtype) -> Plan:
+def plan(model: PreTrainedModel, dtype: torch.dtype, adapters_alone: bool = False) -> Plan:
     """The plan for all snapshots of `model` in `dtype`."""
+    tensors = only_adapters(model) if adapters_alone else _untied(model)
     shapes = {
         name: torch.empty(tensor.shape, dtype=_published(tensor, dtype), device="meta")
-        for name, tensor in _untied(model).items()
+        for name, tensor in tensors.items()
     }
-    reverted = _as_in_checkpoint(model, shapes)
+    reverted = shapes if adapters_alone else _as_in_checkpoint(model, shapes)
     in_place = reverted.keys() == shapes.keys() and all(
         reverted[name] is tensor for name, tensor in shapes.items()
     )
@@ -124,6 +127,7 @@ class WeightPublisher:
 
     def __init__(self, config: Config, rank: int) -> None:
         self._dtype = DTYPES[config.model.dtype]
+        self._adapters_alone = swaps_adapters(config)
         self._keep = rank == 0
         self._folder = Path(
             config.weights.dir or Path(config.run.dir) / config.run.name / "weights"
@@ -153,14 +157,14 @@ class WeightPublisher:
         and must have returned before the next copy.
         """
         if not self._keep:
-            _copy(model, self._dtype, None)
+            self._copy(model, None)
             return None
         if self._plan is None:
-            self._plan = plan(model, self._dtype)
+            self._plan = plan(model, self._dtype, self._adapters_alone)
         planned, buffer = self._plan, self._next_buffer(self._plan.layout)
         views = planned.layout.views(buffer)
         targets = views if planned.in_place else _targets(planned.shapes)
-        _copy(model, self._dtype, targets)
+        self._copy(model, targets)
 
         def finish(go_on: Callable[[], None]) -> SnapshotRef:
             if not planned.in_place:
@@ -173,6 +177,12 @@ class WeightPublisher:
             return write_snapshot(self._folder, version, data, go_on)
 
         return finish
+
+    def _copy(self, model: PreTrainedModel, targets: dict[str, torch.Tensor] | None) -> None:
+        if not self._adapters_alone:
+            _copy(model, self._dtype, targets)
+            return
+        gather_into(only_adapters(model), targets, lambda _, rows, first: rows.to(self._dtype))
 
     def _next_buffer(self, layout: Layout) -> torch.Tensor:
         if len(self._buffers) == self._buffers.maxlen:

@@ -27,7 +27,7 @@ import actors.inference.engine  # noqa: F401  before any other part of vLLM
 from buffer.processes.private_folder import private_folder
 from buffer.wire.probe import largest, probe_sequences
 from buffer.wire.snapshots import fetch
-from configs.schema import Config
+from configs.schema import Config, LoraConfig
 from learner.fsdp import load_model
 from tests.families import VOCABULARY, save_family
 from tools.checking.gate import LearnerSide, Refused, ask_engine, ask_learner, local_publisher
@@ -50,21 +50,25 @@ class Outcome:
 def judge(family: str, folder: Path) -> Outcome:
     outcome, started = Outcome(family), time.monotonic()
     config = Config()
-    model_type, _, tied = family.partition(":")
-    changes = {"tie_word_embeddings": True} if tied else {}
+    model_type, _, variant = family.partition(":")
+    changes = {"tie_word_embeddings": True} if variant == "tied" else {}
+    if variant == "adapters":
+        targets = ["q_proj", "o_proj"] if "moe" in model_type else ["all-linear"]
+        config.model.lora = LoraConfig(rank=3, alpha=6, targets=targets)
     config.model.path = str(save_family(folder / family, model_type, **changes))
     config.model.max_context, config.actors.slots, config.actors.kv_cache_gib = 256, 4, 0.1
     config.learner.device = config.actors.device = "cpu"
     exported = folder / f"{family} exported"
     (folder / family / "generation_config.json").write_text(json.dumps(UNWRITABLE))
-    write_model(load_model(config.model), config.model.path, exported)
+    whole = load_model(replace(config.model, lora=LoraConfig()))
+    write_model(whole, config.model.path, exported)
     of_engine = replace(config, model=replace(config.model, path=str(exported)))
     try:
         with local_publisher(config) as publisher:
             learner = ask_learner(config, publisher)
-            outcome.differences["learner equals transformers"] = plain_difference(
-                folder / family, learner
-            )
+            if variant != "adapters":
+                difference = plain_difference(folder / family, learner)
+                outcome.differences["learner equals transformers"] = difference
             for verdict in [learner.packing, *ask_engine(of_engine, learner)]:
                 outcome.differences[verdict.check] = verdict.difference
     except Refused as error:

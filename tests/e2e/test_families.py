@@ -35,6 +35,9 @@ RIGHT = [
     "gpt_neox",
     "gpt_neox:tied",
     "qwen3_moe",
+    "qwen3:adapters",
+    "phi3:adapters",
+    "gpt_neox:adapters",
 ]
 # vLLM needs torchvision for the first, and on a CPU it computes wrong results for the second.
 RIGHT_OR_REFUSED = ["qwen3_5_text", "lfm2"]
@@ -71,7 +74,8 @@ def test_a_family_is_computed_right_before_and_after_a_swap(
     record_property("seconds", round(outcome["seconds"], 1))
     record_property("differences", outcome["differences"])
     assert outcome["refused"] == ""
-    assert len(outcome["differences"]) == NUM_CHECKS
+    # Transformers' own loader reads no adapters, so there is one check fewer.
+    assert len(outcome["differences"]) == NUM_CHECKS - family.endswith(":adapters")
     assert max(outcome["differences"].values()) < BOUND
 
 

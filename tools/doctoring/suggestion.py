@@ -18,7 +18,7 @@ from tools.doctoring.sizing import COMFORTABLE_ROLLOUTS, Place
 
 SPARE_FRAC = 0.05  # of a GPU, left to estimates that are too low
 ALONE_FRAC = 0.9  # of a GPU, for an engine with a GPU of its own
-PACKS = (16384, 8192, 4096, 2048)  # batch.max_tokens, from the fastest to the smallest
+PACKS = (16384, 8192, 4096, 2048, 1024)  # batch.max_tokens, from the fastest to the smallest
 SLOTS = (128, 64, 32, 16)
 SHARED = "shared"
 

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from buffer.wire.client import LearnerLink
 from buffer.wire.transport import TransportError
@@ -104,6 +105,15 @@ def published(config: Config, own: Path) -> object:
     return folder.replace(own.name, "own"), snapshot.address.replace("*", "")
 
 
+def published_tensors(config: Config, own: Path) -> object:
+    """The names of the tensors in a snapshot."""
+    config.run.dir = str(own)
+    with single_rank(config) as state, WeightPublisher(config, rank=0) as publisher:
+        snapshot = publisher.publish(state.model, version=0)
+    assert snapshot is not None
+    return sorted(load_file(snapshot.path))
+
+
 def offers_a_delta(config: Config, own: Path) -> object:
     """Whether the second of two equal snapshots can be had as a difference."""
     config.run.dir = str(own)
@@ -185,6 +195,7 @@ TURNS = {
     "model.lora.rank": Turn("0", "2", weights, MODEL),
     "model.lora.alpha": Turn("32", "4", weights, LORA),
     "model.lora.targets": Turn("[all-linear]", "[q_proj]", weights, LORA),
+    "model.lora.merge": Turn("false", "true", published_tensors, (*LORA, "weights.transport=file")),
     "model.path": Turn("{folder}/qwen3", "{folder}/llama", model, MODEL),
     "model.attention": Turn("sdpa", "eager", model, MODEL),
     "batch.max_tokens": Turn("64", "4096", passes, MODEL),

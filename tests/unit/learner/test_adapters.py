@@ -1,5 +1,5 @@
-"""Adapters alone are trained and saved, and published weights are those of a model in which they
-are merged.
+"""Adapters alone are trained, saved and published, and merged weights are those of a model in which
+they are merged.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from configs import cli
 from configs.schema import Config, LoraConfig
 from learner import fsdp
-from learner.adapters import adapters_of
+from learner.adapters import adapters_of, only_adapters
 from learner.snapshots.publish import WeightPublisher, gather, published_names
 from learner.train import save, train_step
 from tests.families import save_family
@@ -46,10 +47,9 @@ def logits(model: PreTrainedModel, **arguments: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_snapshot_computes_what_the_learner_computes(tmp_path: Path, family: str) -> None:
-    config = lora_config(
-        tmp_path, family, LoraConfig(rank=4), optimizer__lr=1e-2, weights__transport="file"
-    )
+def test_a_merged_snapshot_computes_what_the_learner_computes(tmp_path: Path, family: str) -> None:
+    lora = LoraConfig(rank=4, merge=True)
+    config = lora_config(tmp_path, family, lora, optimizer__lr=1e-2, weights__transport="file")
     base = load_file(tmp_path / "model" / "model.safetensors")
     with single_rank(config) as state, WeightPublisher(config, rank=0) as publisher:
         first = gather(state.model, torch.float32, keep=True)
@@ -65,6 +65,43 @@ def test_a_snapshot_computes_what_the_learner_computes(tmp_path: Path, family: s
     plain.load_state_dict(published, strict=False)
     torch.testing.assert_close(logits(plain), expected, rtol=0, atol=2e-5)
     assert (expected - unchanged).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_adapters_are_a_file_that_peft_reads(tmp_path: Path, family: str) -> None:
+    config = lora_config(
+        tmp_path, family, LoraConfig(rank=4), optimizer__lr=1e-2, weights__transport="file"
+    )
+    with single_rank(config) as state, WeightPublisher(config, rank=0) as publisher:
+        train(state, 2)
+        snapshot = publisher.publish(state.model, version=1)
+        expected = logits(state.model, lengths=(30,))
+    assert snapshot is not None
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    unchanged = logits(plain)
+    settings = peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear")
+    adapted = peft.PeftModel(plain, settings)
+    read = peft.set_peft_model_state_dict(adapted, load_file(snapshot.path))
+    assert not read.unexpected_keys
+    assert not [name for name in read.missing_keys if ".lora_" in name]
+    torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=2e-5)
+    assert (expected - unchanged).abs().max() > 1e-2
+
+
+def test_adapters_are_published_in_the_type_of_the_model(tmp_path: Path) -> None:
+    lora = LoraConfig(rank=4)
+    config = lora_config(
+        tmp_path, "llama", lora, model__dtype="bfloat16", weights__transport="file"
+    )
+    with single_rank(config) as state, WeightPublisher(config, rank=0) as publisher:
+        train(state, 1)
+        snapshot = publisher.publish(state.model, version=1)
+        held = only_adapters(state.model)
+        assert snapshot is not None
+        published = load_file(snapshot.path)
+        assert published.keys() == held.keys()
+        for name, tensor in published.items():
+            assert torch.equal(tensor, fsdp.whole(held[name]).bfloat16()), name
 
 
 def test_only_adapters_change_and_only_they_are_saved(tmp_path: Path) -> None:
