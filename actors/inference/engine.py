@@ -16,17 +16,14 @@ We depend on three internals of vLLM, to be checked at each upgrade: the place o
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
-import tempfile
 import time
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from actors.inference import vllm_errors
 from actors.inference.device import engine_device
@@ -49,7 +46,6 @@ os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
 
 import pydantic
 from vllm import SamplingParams
-from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
@@ -60,6 +56,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessorOutput
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from actors.inference import adapters
 from actors.inference.extension import FRONTEND_PID
 
 ADAPTER, ADAPTER_ID = "policy", 1  # of the only one; a new version takes its place
@@ -123,23 +120,8 @@ def engine_args(config: Config, seed: int = 0) -> AsyncEngineArgs:
         "seed": seed,
     }
     if swaps_adapters(config):
-        options |= {
-            "enable_lora": True,
-            "max_loras": 1,
-            "max_lora_rank": _largest_rank(config.model.lora.rank),
-        }
+        options |= adapters.options(config)
     return AsyncEngineArgs(**options | special | check_options(config))
-
-
-def _largest_rank(rank: int) -> int:
-    """The smallest of the ranks for which vLLM reserves memory that is enough for `rank`."""
-    known = sorted(get_args(MaxLoRARanks))
-    if rank > known[-1]:
-        raise ValueError(
-            f"model.lora.rank={rank}: vLLM serves adapters of rank {known[-1]} at most; set "
-            "model.lora.merge=true, so that engines load merged weights"
-        )
-    return next(one for one in known if one >= rank)
 
 
 def sampling_params(sampling: SamplingConfig, max_tokens: int, seed: int) -> SamplingParams:
@@ -349,15 +331,12 @@ class Engine:
     async def _load_adapter(self, path: str, lora: LoraConfig) -> LoRARequest:
         """Put the adapters of the file `path` in the place of those before.
 
-        vLLM reads them from a folder, as peft writes it. Requests in flight name the adapter that
-        they use, so none may have started before there was one.
+        Requests in flight name the adapter that they use, so none may have started before there
+        was one.
         """
         if self._adapter is None and self._router.num_expected:
             raise ValueError("requests in flight use no adapter")
-        with tempfile.TemporaryDirectory(prefix="adapter-") as name:
-            settings = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.targets}
-            Path(name, "adapter_config.json").write_text(json.dumps(settings))
-            Path(name, "adapter_model.safetensors").symlink_to(path)
+        with adapters.folder(path, lora) as name:
             await self._llm.add_lora(LoRARequest(ADAPTER, ADAPTER_ID, name, load_inplace=True))
             _raise_first(await self._llm.collective_rpc("check_adapter", args=(ADAPTER_ID,)))
         return LoRARequest(ADAPTER, ADAPTER_ID, name)
