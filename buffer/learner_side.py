@@ -1,10 +1,10 @@
 """The buffer's side of the learner: pulls become shards, and trained steps become records.
 
     consumes       LearnerHello, Pull, Trained, NewPolicy, Published, LearnerFailed, Leaving
-    waits for      a full batch of ready groups, which the core ships
+    waits for      a full batch of ready groups, or a portion of it, which the core ships
     unblocked by   the core's `Ship`, and `Close` once the learner says that it has trained
 
-Owns the step that is being shipped: the time of its request, its groups and its shards. Driven by
+Owns the step that is being shipped: the times of its requests, its groups and its shards. Driven by
 `buffer.service`.
 """
 
@@ -31,7 +31,10 @@ MAX_VERSIONS_AHEAD = 1000
 
 
 class LearnerSide:
-    """`handle` takes messages, `ship` and `group_trained` take decisions."""
+    """`handle` takes messages, `ship` and `group_trained` take decisions.
+
+    `answer` sends a portion once all decisions of an event were taken.
+    """
 
     def __init__(self, run: RunState) -> None:
         self.run = run
@@ -44,9 +47,10 @@ class LearnerSide:
             msg.Leaving: self._leaving,
         }
         self._signal = SignalWatch(run.config.run.steps)
-        self._pulls: dict[int, tuple[int, float]] = {}  # rank -> requested step, and since when
-        self._shipped: list[ev.GroupRecord] = []  # groups of the step that the learner has
-        self._shards: list[msg.Shard] = []  # of that step by rank, once a rank asked for them
+        self._pulls: dict[int, tuple[msg.Pull, float]] = {}  # rank -> request, and since when
+        self._shipped: list[ev.Ship] = []  # groups of the step that the learner has or may pull
+        # Portion of that step -> its shards by rank, once a rank asked for them.
+        self._shards: dict[int, list[msg.Shard]] = {}
         self._closed: list[ev.GroupRecord] = []  # those of its groups that were trained
         self._num_trained = 0  # tokens of that step, as reported by the learner
         self._trained_metrics: dict[str, float] = {}
@@ -55,8 +59,8 @@ class LearnerSide:
 
     @property
     def trains(self) -> bool:
-        """Whether a learner has a step to train."""
-        return bool(self._shipped) and bool(self.run.peers.ranks())
+        """Whether a learner has a whole step to train."""
+        return self._is_shipped and bool(self.run.peers.ranks())
 
     # Peers
     # ----------------------------------------------------------------------------------------------
@@ -148,7 +152,7 @@ class LearnerSide:
         events: list[ev.Event] = []
         if hello.step == run.step + 1:  # it trained the batch, and its report was lost
             self._log_trained(Trained(run.step, 0, {}))
-            events += [ev.GroupTrained(record.group_id) for record in self._shipped]
+            events += self._all_trained()
         elif hello.step < run.step:
             run.rewind(hello.step)
         self.forget_step()
@@ -160,8 +164,18 @@ class LearnerSide:
 
     def forget_step(self) -> None:
         """Forget the shipped step, because a new learner has none yet."""
-        self._closed, self._shipped, self._shards = [], [], []
+        self._closed, self._shipped, self._waited_s = [], [], 0.0
+        self._shards.clear()
         self._pulls.clear()
+
+    def forget_taken_back(self) -> None:
+        """Forget groups of a portion that lost tokens before it was sent."""
+        groups = self.run.core.groups
+        self._shipped = [
+            ship
+            for ship in self._shipped
+            if (group := groups.get(ship.record.group_id)) and group.state is GroupState.SHIPPED
+        ]
 
     def lose(self, peer: Peer, reason: str, keep_tokens: bool = True) -> list[ev.Event]:
         self.run.peers.remove(peer)
@@ -171,18 +185,11 @@ class LearnerSide:
     def restore(self) -> list[ev.Event]:
         """After a restart of the buffer, keep the groups that the learner still has, or may pull.
 
-        If the learner had reported their step, those that are still open close now. There are none
-        if tokens of the step were lost.
+        If the learner had reported their step, those that are still open close now. A portion is
+        not kept if tokens of it were lost.
         """
-        run, groups = self.run, self.run.core.groups
-        self._shipped = [
-            record
-            for record in self._shipped
-            if (group := groups.get(record.group_id)) and group.state is GroupState.SHIPPED
-        ]
-        if run.reported_step < run.step:
-            return []
-        return [ev.GroupTrained(record.group_id) for record in self._shipped]
+        self.forget_taken_back()
+        return [] if self.run.reported_step < self.run.step else self._all_trained()
 
     # Decisions
     # ----------------------------------------------------------------------------------------------
@@ -192,35 +199,43 @@ class LearnerSide:
         """Whether the learner has a whole batch, including groups that closed already."""
         return len(self._shipped) + len(self._closed) == self.run.config.batch.groups
 
-    def ship(self, decision: ev.Ship) -> None:
-        self._shipped.append(decision.record)
-        if self._is_shipped and not self.run.replaying:
-            self._answer()
+    @property
+    def _num_portions(self) -> int:
+        """Portions of the step that were shipped."""
+        return self._shipped[-1].portion + 1 if self._shipped else 0
 
-    def _answer(self) -> None:
+    def ship(self, decision: ev.Ship) -> None:
+        self._shipped.append(decision)
+
+    def answer(self) -> None:
         """Send its shard to each rank that has asked for it, as often as it asks."""
         run = self.run
-        if run.learner is None or not self._is_shipped or self._closed:
+        if run.learner is None or run.replaying or self._closed:
             return
         for peer in run.peers.ranks():
-            step, since_s = self._pulls.get(peer.rank, (-1, 0.0))
-            if step == run.step and peer.rank < run.learner.num_ranks:
-                if not self._shards:
-                    self._waited_s = time.monotonic() - since_s
-                    self._shards = self._make_shards(run.learner)
+            pull, since_s = self._pulls.get(peer.rank, (None, 0.0))
+            if pull is None or pull.step != run.step or peer.rank >= run.learner.num_ranks:
+                continue
+            portion = pull.portion
+            if portion < self._num_portions:
+                if portion not in self._shards:
+                    self._waited_s += time.monotonic() - since_s
+                    self._shards[portion] = self._make_shards(run.learner, portion)
                 del self._pulls[peer.rank]
-                run.send(peer, self._shards[peer.rank])
+                run.send(peer, self._shards[portion][peer.rank])
 
-    def _make_shards(self, learner: Learner) -> list[msg.Shard]:
-        """One shard per rank. The same batch always gives the same shards.
+    def _make_shards(self, learner: Learner, portion: int) -> list[msg.Shard]:
+        """One shard per rank. The same portion always gives the same shards.
 
         Its order is that of the visits, and of the responses to each. Groups and rollouts have
         other numbers after a restart, and sums of floating-point numbers depend on their order.
         """
         run = self.run
         run.make_durable()
-        records = sorted(self._shipped, key=lambda record: record.visit)
-        size = len(records) // run.config.batch.updates
+        records = [ship.record for ship in self._shipped if ship.portion == portion]
+        records.sort(key=lambda record: record.visit)
+        is_whole = len(records) == run.config.batch.groups
+        size = len(records) // (run.config.batch.updates if is_whole else 1)
         return make_shards(
             [
                 [t for record in records[start : start + size] for t in self._trajectories(record)]
@@ -229,7 +244,9 @@ class LearnerSide:
             run.config.loss,
             learner,
             step=run.step,
-            policy_version=self._shipped[0].shipped_version,
+            policy_version=records[0].shipped_version,
+            portion=portion,
+            last=self._is_shipped and portion == self._num_portions - 1,
         )
 
     def _trajectories(self, record: ev.GroupRecord) -> list[msg.Trajectory]:
@@ -292,7 +309,7 @@ class LearnerSide:
         if line and not run.replaying:
             run.warn(line)
         self._row_s = now
-        self._shipped = []
+        self._shipped, self._waited_s = [], 0.0
         run.step += 1
         return row
 
@@ -330,15 +347,22 @@ class LearnerSide:
 
     def _pull(self, peer: Peer, message: msg.Pull) -> list[ev.Event]:
         """Rank 0 publishes and reports before it pulls. Another rank may be one step early."""
-        step = self.run.step
+        step, portion = self.run.step, message.portion
         if not step <= message.step <= step + (peer.rank > 0):
             raise ev.ProtocolError(
                 f"{peer.name} pulls step {message.step}, but step {step} is next"
             )
-        self._pulls[peer.rank] = (message.step, time.monotonic())
-        self._answer()
-        if peer.rank == 0 and not self._shipped and self.run.core.requested_step is None:
-            return [ev.ShardsRequested(message.step)]
+        num_portions = self._num_portions if message.step == step else 0
+        is_next = portion == num_portions
+        if portion > num_portions or (is_next and message.step == step and self._is_shipped):
+            raise ev.ProtocolError(
+                f"{peer.name} pulls portion {portion} of step {message.step}, of which "
+                f"{num_portions} were shipped"
+            )
+        self._pulls[peer.rank] = (message, time.monotonic())
+        self.answer()
+        if peer.rank == 0 and is_next and self.run.core.requested_step is None:
+            return [ev.ShardsRequested(message.step, portion)]
         return []
 
     def _new_policy(self, peer: Peer, message: msg.NewPolicy) -> list[ev.Event]:
@@ -385,7 +409,7 @@ class LearnerSide:
             )
         most = sum(
             r.tokens
-            for record in [*self._shipped, *self._closed]
+            for record in [*(ship.record for ship in self._shipped), *self._closed]
             for r in record.rollouts
             if r.end.startswith("selected")
         )
@@ -395,8 +419,13 @@ class LearnerSide:
                 f"has only {most}"
             )
         self._log_trained(Trained(message.step, message.num_tokens, message.metrics))
-        records, self._shipped, self._shards = self._shipped, [], []
-        return [ev.GroupTrained(record.group_id) for record in records]
+        trained = self._all_trained()
+        self._shipped = []
+        self._shards.clear()
+        return trained
+
+    def _all_trained(self) -> list[ev.Event]:
+        return [ev.GroupTrained(ship.record.group_id) for ship in self._shipped]
 
     def _log_trained(self, note: Trained) -> None:
         """Record the report, and samples of its step before it.
@@ -404,8 +433,8 @@ class LearnerSide:
         After a restart, a step that the log records has its samples, and those of a later step are
         cut.
         """
-        for record in self._shipped[:SAMPLED_GROUPS]:
-            self._write_samples(record)
+        for ship in self._shipped[:SAMPLED_GROUPS]:
+            self._write_samples(ship.record)
         self.run.files.sync()
         self.note_trained(note)
         self.run.log.note(note, self.run.now())

@@ -117,6 +117,7 @@ class Service:
         while queue:
             for decision in self.run.handle(queue.popleft()):
                 queue.extend(self._perform(decision))
+            self.learner.answer()
 
     def _begin_training(self) -> list[ev.Event]:
         """Start once the first policy is published. A fresh run is evaluated before it trains."""
@@ -170,6 +171,8 @@ class Service:
             self.evaluation.requested(self.run.step)
         elif isinstance(event, ev.LearnerJoined):
             self.learner.forget_step()
+        elif isinstance(event, ev.TokensLost):
+            self.learner.forget_taken_back()
 
     def _record_again(self, decision: ev.Decision) -> None:
         """Make the records of an earlier process's decision again, and do nothing else."""

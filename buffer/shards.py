@@ -27,15 +27,26 @@ def make_shards(
     *,
     step: int,
     policy_version: int,
+    portion: int = 0,
+    last: bool = True,
 ) -> list[Shard]:
     """One shard for each rank of `learner`, given the selected trajectories of each update.
+
+    They are a whole step, or a portion of it, which has one update.
 
     Trajectories without a gradient go to no rank: truncated ones, unless `loss.train_truncated`,
     and those without an advantage, unless a KL penalty moves them, too. The latter still count in
     the loss's totals, so the gradient does not change.
     """
     shards = [
-        Shard(step=step, policy_version=policy_version, trajectories=[], minibatches=[])
+        Shard(
+            step=step,
+            policy_version=policy_version,
+            trajectories=[],
+            minibatches=[],
+            portion=portion,
+            last=last,
+        )
         for _ in range(learner.num_ranks)
     ]
     for selected in minibatches:

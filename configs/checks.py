@@ -22,6 +22,7 @@ def check(config: Config) -> None:
         _pilot,
         _rank,
         _updates,
+        _stream,
         _upper,
         _context,
         _overlong,
@@ -72,6 +73,15 @@ def _updates(config: Config) -> None:
             f"batch.updates={batch.updates}: must divide batch.groups={batch.groups}; otherwise "
             "some groups would be left over, since each update takes whole groups and all take "
             "equally many"
+        )
+
+
+def _stream(config: Config) -> None:
+    batch = config.batch
+    if batch.stream == "group" and batch.updates > 1:
+        raise ValueError(
+            f"batch.stream=group: needs batch.updates=1, not {batch.updates}; the first of several "
+            "updates would need log-probabilities of the whole batch before it is there"
         )
 
 

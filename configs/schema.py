@@ -305,6 +305,14 @@ class SharedBatch:
         ge=1,
         fixed=True,
     )
+    stream: Literal["batch", "group"] = key(
+        "batch",
+        "When the learner gets the groups of a step. batch: all at once, when the batch is full. "
+        "group: in portions, as groups are decided; the learner accumulates their gradients while "
+        "the others are still decoded, and the step ends with the last portion. The gradient is "
+        "the same up to rounding. Set it to group if the learner waits for long responses; it "
+        "needs batch.updates=1.",
+    )
 
 
 @dataclass

@@ -73,6 +73,7 @@ class SavedGroup:
     review_above: float
     at_deadline: bool
     shipped_version: int
+    portion: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +112,11 @@ class CoreState:
     outstanding: tuple[int, ...]
     learner_version: int
     steps_left: int
+    num_taken: int
     pool: LengthStats
     reward_pool: RewardPool
     requested_step: int | None
+    requested_portion: int
     num_refilled: int
     admission_paused: bool
     run_ended: bool
@@ -138,9 +141,11 @@ def save(core: Core) -> CoreState:
         outstanding=tuple(group.group_id for group in core.outstanding),
         learner_version=core.outstanding.learner_version,
         steps_left=core.outstanding.steps_left,
+        num_taken=core.outstanding.num_taken,
         pool=core.memory.lengths,
         reward_pool=core.memory.rewards,
         requested_step=core.requested_step,
+        requested_portion=core.requested_portion,
         num_refilled=core.num_refilled,
         admission_paused=core.admission_paused,
         run_ended=core.run_ended,
@@ -177,10 +182,12 @@ def restore(config: CoreConfig, state: CoreState) -> Core:
     core.orphaned.extend(groups[group_id] for group_id in state.orphaned)
     core.outstanding.published(state.learner_version)
     core.outstanding.steps_left = state.steps_left
+    core.outstanding.num_taken = state.num_taken
     for group_id in state.outstanding:
         core.outstanding.add(groups[group_id])
     core.memory.lengths, core.memory.rewards = state.pool, state.reward_pool
     core.requested_step = state.requested_step
+    core.requested_portion = state.requested_portion
     core.num_refilled = state.num_refilled
     core.admission_paused = state.admission_paused
     core.run_ended = state.run_ended
@@ -231,6 +238,7 @@ def _save_group(group: Group) -> SavedGroup:
         review_above=group.review_above,
         at_deadline=group.at_deadline,
         shipped_version=group.shipped_version,
+        portion=group.portion,
     )
 
 
@@ -272,6 +280,7 @@ def _restore_group(saved: SavedGroup) -> Group:
         review_above=saved.review_above,
         at_deadline=saved.at_deadline,
         shipped_version=saved.shipped_version,
+        portion=saved.portion,
         survivors=set(saved.survivors),
         num_survivors_chosen=saved.num_survivors_chosen,
         selection=saved.selection,

@@ -24,6 +24,7 @@ class CoreConfig:
     on_deadline: Literal["wait", "drop"] = "wait"
     # False in sync mode, as the learner waits for the whole window by design.
     release_at_deadline: bool = True
+    stream: Literal["group", "batch"] = "batch"
     policy: Literal["darts", "plain", "first_finished", "random"] = "darts"
     group_size: int = 8
     num_long: int = 1
@@ -101,6 +102,7 @@ def core_config(config: CoreKeys) -> CoreConfig:
         max_lag=0 if sync else config.staleness.max_lag,
         on_deadline="drop" if not sync and config.staleness.on_deadline == "drop" else "wait",
         release_at_deadline=not sync and config.staleness.on_deadline != "complete",
+        stream=config.batch.stream,
         policy=darts.policy,
         group_size=darts.group_size,
         num_long=0 if darts.long_end == "none" else darts.num_long,

@@ -60,6 +60,7 @@ class Core:
         self.orphaned: deque[Group] = deque()
         self.memory = Memory(config)
         self.requested_step: int | None = None
+        self.requested_portion = 0  # of that step
         self.num_refilled = 0  # groups without signal that were replaced since the last batch
         self.admission_paused = False
         self.run_ended = False
@@ -168,9 +169,9 @@ class Core:
             rollout.tokens = event.num_tokens  # its replacement continues from there
         elif rollout.group.purpose == "train":
             if rollout.group.state is GroupState.SHIPPED:
-                # Shards wait until their tokens are durable, so the learner has none of this step.
-                self._take_back()
-                self.outstanding.steps_left += 1
+                # Shards wait until their tokens are durable, so the learner has none of this
+                # portion, and this is the newest one.
+                self._reopen(rollout.group.portion)
             self._drop(rollout.group, "tokens_lost", requeue=True)
             self._admit()
 
@@ -182,6 +183,7 @@ class Core:
     def _run_ended(self, event: ev.RunEnded) -> None:
         self.run_ended = True
         self.requested_step = None
+        self.outstanding.num_taken = 0
         self.prompts.training.clear()
         for group in [g for g in self.groups.values() if g.purpose == "train"]:
             self._drop(group, "run_ended", requeue=False)
@@ -316,12 +318,28 @@ class Core:
         """
         self.requested_step = None
         self._take_back()
+        self.outstanding.num_taken = 0
 
-    def _take_back(self) -> None:
-        for group in self.groups.values():
-            if group.state is GroupState.SHIPPED:
-                group.move(GroupState.READY)
-                self.outstanding.add(group)
+    def _reopen(self, portion: int) -> None:
+        """Take back this portion of the newest batch. The learner asks for it again."""
+        outstanding = self.outstanding
+        if not outstanding.num_taken:  # the batch was full
+            outstanding.num_taken = self.config.groups_per_step
+            outstanding.steps_left += 1
+        self.requested_step = None
+        outstanding.num_taken -= self._take_back(portion)
+
+    def _take_back(self, portion: int = 0) -> int:
+        """Offer shipped groups again, from `portion` on. Returns their number."""
+        taken = [
+            group
+            for group in self.groups.values()
+            if group.state is GroupState.SHIPPED and group.portion >= portion
+        ]
+        for group in taken:
+            group.move(GroupState.READY)
+            self.outstanding.add(group)
+        return len(taken)
 
     def _policy_published(self, event: ev.PolicyPublished) -> None:
         if event.version <= self.policy_version:
@@ -340,13 +358,19 @@ class Core:
                 f"shards of step {event.step} requested before those of step "
                 f"{self.requested_step} were shipped"
             )
+        if (event.portion > 0) != (self.outstanding.num_taken > 0):
+            raise ev.ProtocolError(
+                f"portion {event.portion} of step {event.step} requested, but "
+                f"{self.outstanding.num_taken} of its {self.config.groups_per_step} groups were "
+                "shipped"
+            )
         if self.outstanding.steps_left < 1:
             raise ev.ProtocolError(
                 f"shards of step {event.step} requested, but version {self.policy_version} has "
                 f"had its {self.config.steps_per_version} step(s): publish the next version first"
             )
-        self.requested_step = event.step
-        for group in self.outstanding.due():
+        self.requested_step, self.requested_portion = event.step, event.portion
+        for group in self.outstanding.due() if event.portion == 0 else ():
             if group.state is not GroupState.OPEN:
                 continue
             if len(group.finished) < group.group_size and self.config.on_deadline == "drop":
@@ -657,20 +681,24 @@ class Core:
         group.review_above = inf
 
     def _ship(self) -> None:
-        """Answer the learner once a full batch is ready that contains every due group."""
+        """Answer the learner once its batch, or the next portion of it, is ready.
+
+        A full batch contains every due group.
+        """
         if self.requested_step is None:
             return
         for group in self.outstanding.releasable():
             self._decide(group, "deadline")
-        batch = self.outstanding.take_batch()
-        if not batch:
+        shipped = self.outstanding.take_portion(self.config.stream == "group")
+        if not shipped:
             return
         step, self.requested_step = self.requested_step, None
-        self.num_refilled = 0
-        for group in batch:
-            group.shipped_version = self.policy_version
+        if not self.outstanding.num_taken:  # the batch is full
+            self.num_refilled = 0
+        for group in shipped:
+            group.shipped_version, group.portion = self.policy_version, self.requested_portion
             self.prompts.forget(group.prompt)
-            self._decisions.append(ev.Ship(step, group.record("shipped")))
+            self._decisions.append(ev.Ship(step, group.record("shipped"), group.portion))
 
     def _drop(self, group: Group, end: ev.GroupEnd, requeue: bool) -> None:
         self._stop(group, "dropped")

@@ -198,12 +198,14 @@ class PolicyPublished:
 
 @dataclass(frozen=True, slots=True)
 class ShardsRequested:
-    """The learner asks for the groups of its next step.
+    """The learner asks for the next portion of its present step, or for the first of its next one.
 
-    The answer is `groups_per_step` `Ship` decisions, at once or later.
+    The answer is one or more `Ship` decisions, at once or later. The portions of a step have
+    `groups_per_step` groups in total; without `stream=group` the first one has all of them.
     """
 
     step: int
+    portion: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,10 +364,11 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Ship:
-    """Hand the selected trajectories of this group to the learner, for `step`."""
+    """Hand the selected trajectories of this group to the learner, for a portion of `step`."""
 
     step: int
     record: GroupRecord
+    portion: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,5 +84,14 @@ def _validate_outstanding(core: Core) -> None:
     assert all(group in core.outstanding for group in outstanding)
     for group in core.orphaned:
         assert group.planned and not group.engine_id, group.group_id
-    step_waits = core.requested_step is not None and core.num_ready >= core.config.groups_per_step
-    assert not step_waits or any(g.state is GroupState.OPEN for g in core.outstanding.due())
+    num_taken, num_missing = core.outstanding.num_taken, core.outstanding.num_missing
+    num_shipped = sum(g.state is GroupState.SHIPPED for g in training)
+    assert 0 <= num_taken <= num_shipped and 0 < num_missing <= core.config.groups_per_step
+    num_open = sum(g.state is GroupState.OPEN for g in core.outstanding.due())
+    # A requested portion waits only for ready groups, or for due ones that need the room.
+    if core.requested_step is None:
+        return
+    if core.config.stream == "group":
+        assert not core.num_ready or num_missing <= num_open
+    else:
+        assert core.num_ready < num_missing or num_open

@@ -30,7 +30,8 @@ def _missing(core: Core) -> str:
     if not core.engines.by_id:
         return "actors: no engine has joined"
     wanted = core.config.groups_per_step
-    return f"actors: {wanted - core.num_ready} of {wanted} groups missing"
+    missing = core.outstanding.num_missing - core.num_ready
+    return f"actors: {missing} of {wanted} groups missing"
 
 
 def _has_idle(core: Core) -> bool:

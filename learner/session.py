@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from enum import IntEnum
 from typing import NoReturn, Self, TypeVar
@@ -108,14 +108,22 @@ class BufferSession:
         """Call `check` whenever this rank waits for the buffer. The session raises its errors."""
         self._checks.append(check)
 
-    def pull(self, step: int) -> tuple[Shard, float]:
-        """This rank's shard of `step`, and the seconds until every rank had its own.
+    def portions(self, step: int) -> Iterator[tuple[Shard, float]]:
+        """Pull every portion of `step`, each when the next one is taken. The last one says so."""
+        portion, last = 0, False
+        while not last:
+            shard, waited_s = self.pull(step, portion)
+            portion, last = portion + 1, shard.last
+            yield shard, waited_s
+
+    def pull(self, step: int, portion: int = 0) -> tuple[Shard, float]:
+        """This rank's shard of a portion of `step`, and the seconds until every rank had its own.
 
         Raises `RunEnded` or `RunStopped` on every rank, once one of them is told to end.
         """
         started = time.monotonic()
         self._step = step
-        request = Pull(rank=self._rank, step=step)
+        request = Pull(rank=self._rank, step=step, portion=portion)
         self._go_on_together(ready=False)
         self._send(request)
         shard: Shard | None = None
@@ -227,7 +235,11 @@ class BufferSession:
             self._reconnect(error)
             self._send(request)
             return None
-        return message if isinstance(message, answer) and message.step == request.step else None
+        if not isinstance(message, answer) or message.step != request.step:
+            return None
+        if isinstance(message, Shard) and isinstance(request, Pull):
+            return message if message.portion == request.portion else None
+        return message
 
     def _receive(self, timeout_s: float) -> LearnerCommand | None:
         message = self.link.receive(timeout_s)

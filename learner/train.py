@@ -4,7 +4,8 @@
                           │             └──snapshot, beside the next step──> actors
                           └──> checkpoint, beside the next steps
 
-    consumes        one `Shard` per step and rank: token-balanced, of bounded staleness
+    consumes        one `Shard` per step and rank, or one per portion of a step
+                    (`batch.stream=group`): token-balanced, of bounded staleness
     waits for       the buffer (a shard is ready), the other ranks (collectives)
     unblocked by    enough finished groups; a `Shutdown` ends every wait on the buffer, and a silent
                     buffer raises `TransportError`
@@ -142,8 +143,7 @@ def _train(state: LearnerState, session: BufferSession, publication: Publication
     _note_evaluations(state, session)
     first = state.step
     while state.step < config.run.steps:
-        shard, pull_s = session.pull(state.step)
-        metrics = train_step(state, shard) | {"wait/pull_s": pull_s}
+        shard, metrics = _take_step(state, session)
         if state.rank == 0 and state.shares_prompts and shard.step == first:
             saved = metrics["train/shared_tokens_frac"]
             line = f"learner: step {first}: shared prompts save {100 * saved:.1f} % of the tokens"
@@ -161,6 +161,17 @@ def _train(state: LearnerState, session: BufferSession, publication: Publication
             start_save(state)
         _note_evaluations(state, session)
     session.wait_for_the_end()  # serves the last snapshot while the run is evaluated
+
+
+def _take_step(state: LearnerState, session: BufferSession) -> tuple[Shard, dict[str, float]]:
+    """Train a step as its portions come. Returns its last shard and its metrics."""
+    earlier, pull_s = Accumulated(), 0.0
+    for shard, waited_s in session.portions(state.step):
+        pull_s += waited_s
+        if shard.last:
+            return shard, train_step(state, shard, earlier) | {"wait/pull_s": pull_s}
+        accumulate(state, shard, earlier)
+    raise AssertionError("a step has a last portion")
 
 
 def build_state(
@@ -214,9 +225,47 @@ def build_state(
     )
 
 
-def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
+@dataclass
+class Accumulated:
+    """The portions of a step before its last one.
+
+    Their gradients are in the model, as sums: the loss's denominator is a total of the whole step,
+    so it is known only at the end.
+    """
+
+    sums: TokenSums = field(default_factory=TokenSums)
+    loss_tokens: int = 0
+    loss_responses: int = 0
+    has_gradient: bool = False
+    num_portions: int = 0
+    seconds: float = 0.0
+
+    @property
+    def totals(self) -> Minibatch:
+        return Minibatch(
+            num_trajectories=0, loss_tokens=self.loss_tokens, loss_responses=self.loss_responses
+        )
+
+
+def accumulate(state: LearnerState, shard: Shard, into: Accumulated) -> None:
+    """Add the gradient of a portion, not divided yet. Takes the collectives of `train_step`."""
+    started = time.monotonic()
+    [(trajectories, minibatch)] = shard.split()
+    packs = _packed(state, trajectories)
+    into.sums += _accumulate(state, packs, 1)
+    into.loss_tokens += minibatch.loss_tokens
+    into.loss_responses += minibatch.loss_responses
+    into.has_gradient |= bool(packs)
+    into.num_portions += 1
+    into.seconds += time.monotonic() - started
+
+
+def train_step(
+    state: LearnerState, shard: Shard, earlier: Accumulated | None = None
+) -> dict[str, float]:
     """Make the updates of this rank's shard. Returns the step's metrics, equal on every rank.
 
+    The shard is the last portion of its step, and `earlier` has the others, if there are any.
     `state.step` is one higher afterwards. The loss of an update is the weighted sum of the
     surrogate over its tokens, divided by a total over all ranks: neither the packing nor the number
     of ranks changes the gradient. An update in which no trajectory has a gradient leaves weights
@@ -224,11 +273,34 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
     `FloatingPointError` if a gradient is not finite, before it changes the weights, and
     `Disagreement` if engines and learner do not have the same policy, before any update.
     """
-    started = time.monotonic()
-    updates = [_packed(state, *part) for part in shard.split()]
+    earlier = earlier or Accumulated()
+    started = time.monotonic() - earlier.seconds
     lr = learning_rate(state.config, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
+    if earlier.num_portions:
+        accumulate(state, shard, earlier)
+        sums, norms = _divided_update(state, earlier)
+    else:
+        sums, norms = _updates(state, shard)
+    if state.rank == 0 and not norms:
+        print(f"learner: step {state.step}: {NOTHING_TO_TRAIN_ON}", file=sys.stderr, flush=True)
+    state.step += 1
+    state.published = False
+    return sums.metrics(len(shard.minibatches), time.monotonic() - started) | {
+        "train/grad_norm": fmean(norms or [0.0]),
+        "train/portions": float(max(1, earlier.num_portions)),
+        "train/lr": lr,
+        "memory/learner_peak_bytes": fsdp.all_max(peak_bytes(state.device), state.device),
+    }
+
+
+def _updates(state: LearnerState, shard: Shard) -> tuple[TokenSums, list[float]]:
+    """Make the updates of a whole step. Returns its measurements and the norm of each gradient."""
+    updates = [
+        (_packed(state, trajectories), _denominator(state, minibatch))
+        for trajectories, minibatch in shard.split()
+    ]
     if len(updates) > 1:
         updates = [(_with_start_logprobs(state, packs), total) for packs, total in updates]
     sums, norms = TokenSums(), list[float]()
@@ -239,21 +311,30 @@ def train_step(state: LearnerState, shard: Shard) -> dict[str, float]:
         if packs:
             norms.append(update(state))
         sums += part
-    if state.rank == 0 and not norms:
-        print(f"learner: step {state.step}: {NOTHING_TO_TRAIN_ON}", file=sys.stderr, flush=True)
-    state.step += 1
-    state.published = False
-    return sums.metrics(len(updates), time.monotonic() - started) | {
-        "train/grad_norm": fmean(norms or [0.0]),
-        "train/lr": lr,
-        "memory/learner_peak_bytes": fsdp.all_max(peak_bytes(state.device), state.device),
-    }
+    return sums, norms
 
 
-def _packed(
-    state: LearnerState, trajectories: list[Trajectory], minibatch: Minibatch
-) -> tuple[list[Pack], int]:
-    """The micro-batches of an update, and the denominator of its loss. A collective."""
+def _divided_update(state: LearnerState, step: Accumulated) -> tuple[TokenSums, list[float]]:
+    """Make the update of a step that came in portions, of which all are accumulated."""
+    denominator = _denominator(state, step.totals)
+    sums = replace(step.sums, loss=step.sums.loss / denominator)
+    state.agreement.judge(state.step, sums)
+    if not step.has_gradient:
+        return sums, []
+    for parameter in state.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.div_(denominator)
+    return sums, [update(state)]
+
+
+def _denominator(state: LearnerState, minibatch: Minibatch) -> int:
+    """The total by which the loss of an update is divided."""
+    aggregation = AGGREGATIONS[objective(state.config.loss).aggregation]
+    return max(1, aggregation.denominator(minibatch))
+
+
+def _packed(state: LearnerState, trajectories: list[Trajectory]) -> list[Pack]:
+    """The micro-batches of an update, or of a portion of one. A collective."""
     config = state.config
     current = state.policy_version if state.published else UNPUBLISHED
     capacity = state.packing.capacity(config.batch.max_tokens)
@@ -268,8 +349,7 @@ def _packed(
     )
     # Ranks with fewer micro-batches take part in the others' collectives with empty ones.
     num_packs = int(fsdp.all_max(len(packs), state.device))
-    packs += [empty_pack()] * (num_packs - len(packs))
-    return packs, max(1, aggregation.denominator(minibatch))
+    return packs + [empty_pack()] * (num_packs - len(packs))
 
 
 @torch.no_grad()

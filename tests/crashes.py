@@ -87,7 +87,7 @@ class CrashingBuffer:
     def __init__(self, folder: Path, config: Config) -> None:
         self._folders = folder
         self._num_lives = 0
-        self._config = config
+        self.config = config
         self.clock = Clock()
         self.fuses: list[int] = []
         self.fate: Fate = "kill"
@@ -112,8 +112,8 @@ class CrashingBuffer:
     def start(self, resume: bool) -> None:
         """Raises `KilledError` if a fuse blows meanwhile."""
         self.service = None
-        place = replace(self._config.run, dir=str(self.folder), name="r", resume=resume)
-        config = replace(self._config, run=place)
+        place = replace(self.config.run, dir=str(self.folder), name="r", resume=resume)
+        config = replace(self.config, run=place)
         started = Service(config)
         started.run.router.deliver = self.deliver  # pyright: ignore[reportAttributeAccessIssue]
         started._recover()

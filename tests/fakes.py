@@ -66,9 +66,12 @@ class World:
     events: list[ev.Event] = field(default_factory=list)
     decisions: list[ev.Decision] = field(default_factory=list)
     next_step: int = 0
-    answered: int = 0  # shipped groups of steps that are completely answered
+    taken: int = 0  # groups of the open step that were shipped
+    opened_at: int = 0  # number of shipped groups before the newest step
     steps_left: int = 0
     step_pending: bool = False
+    portion: int = 0  # of the next step, that was requested last
+    portion_pending: bool = False
     num_replaced: int = 0  # groups without signal that were replaced since the last batch
     rewards: dict[str, RewardStats] = field(default_factory=dict)  # as a journal keeps them
 
@@ -177,9 +180,16 @@ class World:
         self.steps_left = self.config.steps_per_version
         self.send(ev.PolicyPublished(self.version))
 
+    @property
+    def is_between_portions(self) -> bool:
+        """Whether the learner has some portions of a step, and has not asked for the next one."""
+        return self.step_pending and not self.portion_pending
+
     def request(self) -> None:
-        self.step_pending = True
-        self.send(ev.ShardsRequested(self.next_step))
+        """Ask for the next portion of the open step, or for the first one of the next step."""
+        self.portion = self.portion + 1 if self.step_pending else 0
+        self.step_pending = self.portion_pending = True
+        self.send(ev.ShardsRequested(self.next_step, self.portion))
 
     def train(self) -> None:
         for group_id in list(self.shipped):
@@ -190,21 +200,31 @@ class World:
 
     @property
     def unsent_step(self) -> list[ev.GroupRecord]:
-        """The groups of a step that may not have been sent to the learner yet."""
-        records = list(self.shipped.values())
-        whole = len(records) == self.config.groups_per_step
-        return [r for r in records if whole and r.shipped_version == self.version]
+        """The newest portion of a step, if it may not have been sent to the learner yet."""
+        if self.portion_pending:
+            return []  # the learner asked for more, so it has the earlier ones
+        return [
+            self.shipped[ship.record.group_id]
+            for ship in self.ships[self.opened_at :]
+            if ship.portion == self.portion and ship.record.group_id in self.shipped
+        ]
 
     def lose_tokens(self, rollout_id: int) -> None:
         """The buffer's machine loses power before `unsent_step` is sent."""
-        self.shipped.clear()
-        self.next_step -= 1
-        self.steps_left += 1
+        for record in self.unsent_step:
+            del self.shipped[record.group_id]
+        if not self.step_pending:  # it was the last portion
+            self.next_step -= 1
+            self.steps_left += 1
+        self.step_pending = bool(self.shipped)
+        self.portion -= 1
+        self.taken = len(self.shipped)
         self.send(ev.TokensLost(rollout_id, 0))
 
     def rejoin_learner(self) -> None:
         self.shipped.clear()
-        self.step_pending = False
+        self.step_pending = self.portion_pending = False
+        self.taken = 0
         self.send(ev.LearnerJoined())
         self.publish()
 
@@ -231,9 +251,9 @@ class World:
                 rollouts = self.rng.choice(self.unsent_step).rollouts
                 selected = [r.rollout_id for r in rollouts if r.end.startswith("selected")]
                 self.lose_tokens(self.rng.choice(selected))
-            if self.shipped:
+            if self.shipped and not self.step_pending:
                 self.train()
-            if not self.step_pending:
+            if not self.portion_pending:
                 if self.steps_left == 0:
                     self.publish()
                 self.request()
@@ -245,7 +265,8 @@ class World:
             )
             if (
                 idle
-                and self.core.num_ready == self.core.num_outstanding < self.config.groups_per_step
+                and self.core.num_ready == self.core.num_outstanding
+                and self.core.num_ready < self.config.groups_per_step - self.taken
             ):
                 return
         raise AssertionError(f"no end in sight: {waiting.describe(self.core)}")
@@ -349,15 +370,17 @@ class World:
             for r in selected
         )
         assert record.shipped_version == self.version
+        assert self.step_pending and ship.portion == self.portion
         self.check_record(record)
         self.check_short_seats(record)
         self.shipped[record.group_id] = record
+        if self.taken == 0:
+            self.opened_at = len(self.ships)
         self.ships.append(ship)
-        if (
-            sum(s.step == self.next_step for s in self.ships[self.answered :])
-            == self.config.groups_per_step
-        ):
-            self.answered = len(self.ships)
+        self.taken += 1
+        self.portion_pending = False
+        if self.taken == self.config.groups_per_step:
+            self.taken = 0
             self.num_replaced = 0
             self.next_step += 1
             self.steps_left -= 1

@@ -256,6 +256,7 @@ class ModelLearner(Peer):
         super().__init__("learner", send)
         self._steps, self._trained_file = steps, trained_file
         self.step = self.version = 0
+        self.portion = self.num_tokens = 0  # of its step: the next portion, and the tokens so far
         self.checkpoints = [0]
         self.resumed = False
         self.published: msg.Published | None = None
@@ -283,7 +284,8 @@ class ModelLearner(Peer):
                 if self.offered and message.offered_version < self.version:
                     self.send(self.published)
             case msg.Shard():
-                if message.step == self.step and self.report is None:
+                wanted = self.step, self.portion
+                if (message.step, message.portion) == wanted and self.report is None:
                     self.shard = message
             case msg.Acknowledged() if message.step == self.step and self.report is not None:
                 self.step += 1
@@ -303,15 +305,22 @@ class ModelLearner(Peer):
         return self.step == self._steps
 
     def pull(self) -> None:
-        self.send(msg.Pull(rank=0, step=self.step))
+        self.send(msg.Pull(rank=0, step=self.step, portion=self.portion))
 
     def train(self) -> None:
-        """Train on the shard, publish, and report. The last step is saved before its report."""
+        """Train on the shard. After a step's last one, publish and report.
+
+        The last step is saved before its report.
+        """
         assert self.shard is not None
         shard, self.shard = self.shard, None
         self.shards.append(shard)
         record(self._trained_file, shard)
-        num_tokens = sum(t.sampled.count(1) for t in shard.trajectories)
+        self.num_tokens += sum(t.sampled.count(1) for t in shard.trajectories)
+        self.portion += 1
+        if not shard.last:
+            return
+        num_tokens, self.num_tokens, self.portion = self.num_tokens, 0, 0
         self.report = msg.Trained(step=shard.step, num_tokens=num_tokens, metrics={"train/x": 1.0})
         if shard.step + 1 == self._steps:
             self.checkpoints.append(self._steps)
@@ -324,6 +333,7 @@ class ModelLearner(Peer):
         self.resumed, self.step = True, step
         self.checkpoints = [s for s in self.checkpoints if s <= step]
         self.published = self.shard = self.report = None
+        self.portion = self.num_tokens = 0
         self.offered = False
 
     def offer(self) -> None:

@@ -382,10 +382,11 @@ class LearnerHello(Message):
 
 
 class Pull(Message):
-    """Rank asks for its shard of `step`."""
+    """Rank asks for its shard of a portion of `step`."""
 
     rank: Whole
     step: Whole
+    portion: Whole = 0
 
 
 class Trained(Message):
@@ -490,7 +491,8 @@ class Minibatch(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
 
 
 class Shard(Message):
-    """One rank's part of a step. In each update, all shards take about equal work.
+    """One rank's part of a step, or of one portion of it. In each update, all shards of a portion
+    take about equal work.
 
     Only trajectories with a gradient are in it. A truncated one, unless loss.train_truncated,
     counts in its group's rewards alone. One without an advantage counts in the totals alone, unless
@@ -507,7 +509,9 @@ class Shard(Message):
     step: int
     policy_version: int
     trajectories: list[Trajectory]  # those of the first update, then of the second, and so on
-    minibatches: list[Minibatch]  # one per update
+    minibatches: list[Minibatch]  # one per update; of this portion
+    portion: int = 0
+    last: bool = True  # whether the step is complete with this portion
 
     @property
     def loss_tokens(self) -> int:

@@ -280,6 +280,11 @@ def _check_scheduling(config: SimulateConfig) -> None:
                 f"baseline.scheduler={config.baseline.scheduler}: needs pipeline.mode=sync, "
                 "because it schedules whole steps"
             )
+        if config.batch.stream != "batch":
+            raise ValueError(
+                f"batch.stream={config.batch.stream}: needs baseline.scheduler=core, not "
+                f"{config.baseline.scheduler}, which ships whole batches"
+            )
         return
     if darts.policy == "random" and redundancy.rule == "none":
         raise ValueError(

@@ -71,7 +71,9 @@ class Simulation:
         self._rollouts: dict[int, SimRollout] = {}
         self._cancelled: set[int] = set()
         self._version = self._step = 0
-        self._shipped: list[ev.GroupRecord] = []
+        self._shipped: list[ev.GroupRecord] = []  # groups of the present step
+        self._portion: list[ev.GroupRecord] = []  # those of them that the learner gets next
+        self._num_portions = 0  # of the present step, that the learner got
         self._requested_s = 0.0
         self._waited_s = 0.0
         self._at_last_row = (0.0, 0.0)  # time, occupied slot seconds
@@ -173,6 +175,8 @@ class Simulation:
                     self._stream.remember(decision.prompt_id, decision.lengths)
                 case ev.RememberRewards():
                     self._stream.rewards[decision.prompt_id] = decision.rewards
+        if self._portion:
+            self._train_portion()
 
     # Engines
     # ----------------------------------------------------------------------------------------------
@@ -283,27 +287,31 @@ class Simulation:
 
     def _request(self) -> None:
         self._requested_s = self.now
-        self._send(ev.ShardsRequested(self._step))
+        self._send(ev.ShardsRequested(self._step, self._num_portions))
 
     def _ship(self, ship: ev.Ship) -> None:
         group = self._groups[ship.record.group_id]
         if isinstance(self.scheduler, Core):
             self.tally.compare_offline(ship.record, self._offline_draws(ship.record, group))
-        self._shipped.append(ship.record)
-        if len(self._shipped) < self.config.batch.groups:
-            return
-        self._waited_s = self.now - self._requested_s
+        self._portion.append(ship.record)
+
+    def _train_portion(self) -> None:
+        """The learner works on the groups that it was shipped, and updates after the last ones."""
+        portion, self._portion = self._portion, []
+        self._shipped += portion
+        self._num_portions += 1
+        self._waited_s += self.now - self._requested_s
         keys, per_ms = self.config.learner, 1e-3 / self.config.learner.num_gpus
         trained = [
-            r.tokens
-            for record in self._shipped
-            for r in record.rollouts
-            if r.end.startswith("selected")
+            r.tokens for record in portion for r in record.rollouts if r.end.startswith("selected")
         ]
         tokens = sum(trained) + len(trained) * self.config.lengths.prompt_tokens
         preparing = 0.0 if keys.streaming else keys.prepare_ms_per_token * tokens * per_ms
+        is_last = len(self._shipped) == self.config.batch.groups
+        fixed_s = keys.fixed_s if is_last else 0.0
         self._at(
-            self.now + preparing + keys.fixed_s + keys.ms_per_token * tokens * per_ms, self._trained
+            self.now + preparing + fixed_s + keys.ms_per_token * tokens * per_ms,
+            self._trained if is_last else self._request,
         )
 
     def _offline_draws(self, record: ev.GroupRecord, group: OpenedGroup) -> list[Any]:
@@ -313,7 +321,7 @@ class Simulation:
         return group.responses.draws
 
     def _trained(self) -> None:
-        records, self._shipped = self._shipped, []
+        records, self._shipped, self._num_portions = self._shipped, [], 0
         lessons: list[tuple[SimPrompt, list[int], list[int]]] = []
         for record in records:
             group = self._groups[record.group_id]
@@ -365,7 +373,7 @@ class Simulation:
             "engine/busy_frac": (occupied - occupied_before) / (slots * took_s),
             "engine/preemptions": sum(engine.num_preemptions for engine in self._engines.values()),
         }
-        self._at_last_row = (self.now, occupied)
+        self._at_last_row, self._waited_s = (self.now, occupied), 0.0
         self.rows.append(row)
         if self._files is not None:
             self._files.metrics(row)

@@ -109,6 +109,7 @@ class Group:
     review_above: float = inf
     at_deadline: bool = False  # may be released once `group_size` rollouts have finished
     shipped_version: int = -1
+    portion: int = 0  # of its step, once it has shipped
     rollouts: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
     running: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
     finished: list[Candidate] = field(default_factory=list[Candidate])  # sorted by length

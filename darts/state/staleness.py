@@ -52,7 +52,9 @@ class OutstandingGroups:
     """Training groups that have opened and not yet shipped, in order of their deadlines.
 
     Owns the learner's clock as well: `learner_version` is its newest published version (-1 before
-    the first), and `steps_left` the number of batches that it takes before it publishes again.
+    the first), and `steps_left` the number of batches that it takes before it publishes again. A
+    batch that is taken in portions counts in `steps_left` until it is full, and `num_taken` of its
+    groups have shipped until then.
     """
 
     def __init__(self, groups_per_step: int, steps_per_version: int, max_lag: int = 0) -> None:
@@ -61,6 +63,7 @@ class OutstandingGroups:
         self.steps_per_version = steps_per_version
         self.learner_version = -1
         self.steps_left = 0
+        self.num_taken = 0  # groups of the open batch that have shipped; 0 if no batch is open
         self.num_outstanding = 0
         self.num_ready = 0  # outstanding groups whose selection is decided
         self._by_min_version: dict[int, dict[int, Group]] = {}
@@ -87,7 +90,7 @@ class OutstandingGroups:
             self.groups_per_step,
             self.steps_per_version,
         )
-        return self.learner_version >= 0 and self.num_outstanding < left
+        return self.learner_version >= 0 and self.num_taken + self.num_outstanding < left
 
     def add(self, group: Group) -> None:
         self._by_min_version.setdefault(group.min_version, {})[group.group_id] = group
@@ -128,29 +131,39 @@ class OutstandingGroups:
         one would end its long responses and ship no batch earlier.
         """
         due = [group for group in self.due() if group.state is GroupState.OPEN]
-        if self.num_ready + len(due) < self.groups_per_step:
+        if self.num_ready + len(due) < self.num_missing:
             return []
         enough = all(g.at_deadline and len(g.finished) >= g.group_size for g in due)
         return due if enough else []
 
-    def take_batch(self) -> list[Group]:
-        """The learner's next batch, oldest first.
+    @property
+    def num_missing(self) -> int:
+        """Groups that the learner's present or next batch still lacks."""
+        return self.groups_per_step - self.num_taken
 
-        Empty unless the batch is full and every due group is ready.
+    def take_portion(self, stream: bool) -> list[Group]:
+        """The next portion of the learner's batch, oldest first.
+
+        With `stream`, all ready groups for which the batch has room besides the due groups that
+        are still open. Otherwise the whole batch, and nothing until it is full and every due group
+        is ready.
         """
-        if self.num_ready < self.groups_per_step or any(
-            group.state is GroupState.OPEN for group in self.due()
-        ):
+        num_open = sum(group.state is GroupState.OPEN for group in self.due())
+        size = min(self.num_ready, self.num_missing - num_open)
+        if size < (1 if stream else self.num_missing):
             return []
-        batch: list[Group] = []
-        while len(batch) < self.groups_per_step:
+        portion: list[Group] = []
+        while len(portion) < size:
             group = heapq.heappop(self._ready)[2]
             if group.state is GroupState.READY:
                 self.remove(group)
                 group.move(GroupState.SHIPPED)
-                batch.append(group)
-        self.steps_left -= 1
-        return batch
+                portion.append(group)
+        self.num_taken += size
+        if self.num_taken == self.groups_per_step:
+            self.num_taken = 0
+            self.steps_left -= 1
+        return portion
 
     def _versions(self) -> list[int]:
         return sorted(self._by_min_version)

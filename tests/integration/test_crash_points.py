@@ -43,6 +43,7 @@ class Learner:
     kept: int = 0
     version: int = -1
     reported: bool = False  # whether the current step, not yet acknowledged, was reported
+    portion: int = 0  # of the current step, that it takes next
     trained: dict[int, set[int]] = field(default_factory=dict)
 
     @property
@@ -73,6 +74,7 @@ class Script:
         self.learner, self.launched = learner, list[msg.LaunchedRollout]()
         self.cancelled: set[int] = set()
         self.shard: msg.Shard | None = None
+        self.portions: list[int] = []  # the number of each shard in its step
         self.known_version = self.offered_version = self.loaded = -1
         self.to_load: msg.SnapshotRef | None = None
         self.service = Service(config)
@@ -156,6 +158,8 @@ class Script:
         launched, self.launched = self.launched, []
         for rollout in launched:
             self.decode(rollout)
+            if service.config.batch.stream == "group":
+                self.train()  # while the others decode
         self.stop_cancelled()
         self.train()
 
@@ -191,16 +195,23 @@ class Script:
         self.service._receive(ENGINE, msg.Progress(chunks=[chunk]))
 
     def train(self) -> None:
-        """Take one step unless the run has ended: pull, or train, publish and report."""
+        """Take one portion, unless the run has ended: pull, or train, publish and report."""
         learner = self.learner
         if learner.step == STEPS:
             return
         if self.shard is None and not learner.reported:
-            self.service._receive(self.learner.identity, msg.Pull(rank=0, step=learner.step))
+            pull = msg.Pull(rank=0, step=learner.step, portion=learner.portion)
+            self.service._receive(self.learner.identity, pull)
         if self.shard is not None and not learner.reported:
-            assert self.shard.step == learner.step
-            learner.trained[learner.step] = {t.rollout_id for t in self.shard.trajectories}
-            self.shard = None
+            shard, self.shard = self.shard, None
+            assert (shard.step, shard.portion) == (learner.step, learner.portion)
+            earlier = learner.trained[learner.step] if shard.portion else set[int]()
+            trained = {t.rollout_id for t in shard.trajectories}
+            learner.trained[learner.step] = earlier | trained
+            learner.portion = 0 if shard.last else learner.portion + 1
+            self.portions.append(shard.portion)
+            if not shard.last:
+                return
             learner.reported = True
             self.publish()
             if learner.step == STEPS - 1:
@@ -310,6 +321,7 @@ def run_and_copy(
                 script.join()
         script.service.run.close("")
     check(folder / "whole", script.learner.trained)
+    assert any(script.portions) == ("batch.stream=group" in settings)
     return crashes
 
 
@@ -321,6 +333,7 @@ def run_and_copy(
         ({4: 2}, ("buffer.segment_bytes=2000",)),
         ({3: 2, 4: 1}, ("learner.keep_checkpoints=5",)),
         ({4: 2}, ("buffer.segment_bytes=2000", "buffer.keep_row_bytes=0")),
+        ({4: 2}, ("batch.stream=group", "buffer.segment_bytes=2000")),
     ],
 )
 def test_a_crash_between_any_two_records(

@@ -13,9 +13,10 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -89,8 +90,9 @@ class BufferMachine(RuleBasedStateMachine):
         self.arrives = False  # whether messages on their way survive the next crash
         self.ended: dict[int, str] = {}
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(stream=st.sampled_from(["batch", "group"]))
+    def begin(self, stream: Literal["batch", "group"]) -> None:
+        self.buffer.config = replace(CONFIG, batch=replace(CONFIG.batch, stream=stream))
         self.buffer.start(resume=False)
 
     # Messages -------------------------------------------------------------------------------------

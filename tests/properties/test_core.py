@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections import Counter
 from dataclasses import replace
 from math import nan
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -30,6 +31,7 @@ CONFIGS = st.builds(
     max_lag=st.integers(0, 3),
     on_deadline=st.sampled_from(["wait", "drop"]),
     release_at_deadline=st.booleans(),
+    stream=st.sampled_from(["batch", "group"]),
     policy=st.sampled_from(["darts", "darts", "darts", "plain", "first_finished", "random"]),
     group_size=st.just(3),
     num_long=st.integers(0, 2),
@@ -134,6 +136,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(
         max_lag=st.integers(0, 3),
         on_deadline=st.sampled_from(["wait", "drop"]),
+        stream=st.sampled_from(["batch", "group"]),
         uniform=st.sampled_from(["train", "drop"]),
         pilot=st.integers(0, 3),
         min_mixed_prob=st.sampled_from([0.1, 0.5, 0.9]),
@@ -152,6 +155,11 @@ class CoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.steps_left > 0 and not self.world.step_pending)
     @rule()
     def request(self) -> None:
+        self.world.request()
+
+    @precondition(lambda self: self.world.is_between_portions)
+    @rule()
+    def request_more(self) -> None:
         self.world.request()
 
     @precondition(lambda self: self.world.shipped and not self.world.step_pending)
@@ -211,6 +219,8 @@ class CoreMachine(RuleBasedStateMachine):
         ]
         if world.step_pending or world.steps_left == 0:
             events.append(ev.ShardsRequested(0))
+        if not world.is_between_portions:
+            events.append(ev.ShardsRequested(world.next_step, 1))
         if world.engine_versions:
             engine_id = sorted(world.engine_versions)[0]
             events += [
@@ -286,13 +296,17 @@ TestCore.settings = settings(
 )
 
 
+@pytest.mark.parametrize("stream", ["batch", "group"])
 @pytest.mark.parametrize("max_lag", [0, 1, 3])
 @pytest.mark.parametrize("seed", range(10))
-def test_a_step_that_lost_tokens_before_it_was_sent_is_made_again(seed: int, max_lag: int) -> None:
+def test_a_step_that_lost_tokens_before_it_was_sent_is_made_again(
+    seed: int, max_lag: int, stream: Literal["batch", "group"]
+) -> None:
     """The group that lost them is drawn again. Every prompt is trained exactly once."""
     config = CoreConfig(
-        3, max_lag=max_lag, group_size=4, redundancy="fixed", upper=1.5, max_tokens=60
-    )
+        3, max_lag=max_lag, group_size=4, redundancy="fixed", upper=1.5, max_tokens=60,
+        stream=stream,
+    )  # fmt: skip
     world = World(config, random.Random(seed))
     world.publish()
     for engine in ("a", "b"):
@@ -301,8 +315,65 @@ def test_a_step_that_lost_tokens_before_it_was_sent_is_made_again(seed: int, max
     world.draw(prompts)
     world.finish_everything(power_cuts=3)
     assert [drop.record.end for drop in world.drops] == ["tokens_lost"] * 3
-    assert len(world.ships) == 4 * 3 + 3 * 3
+    if stream == "batch":
+        assert len(world.ships) == 4 * 3 + 3 * 3
+    else:  # of each step, the portion that lost tokens is made again, and no other
+        assert 4 * 3 + 3 <= len(world.ships) <= 4 * 3 + 3 * 3
     assert world.settled == dict.fromkeys(prompts, 1)
+
+
+def random_steps(world: World, num_actions: int, faults: bool) -> None:
+    """Let engines decode and the learner ask, train and publish, in an arbitrary order."""
+    rng = world.rng
+    for _ in range(num_actions):
+        for engine_id, version in list(world.engine_versions.items()):
+            if version < world.version and rng.random() < 0.3:
+                world.load(engine_id, world.version)
+        for rollout in world.cancelling():
+            world.confirm(rollout)
+        if world.running():
+            world.advance(rng.choice(world.running()), rng.randint(1, 9))
+        if world.shipped and not world.step_pending:
+            world.train()
+        if not world.step_pending and world.steps_left == 0:
+            world.publish()
+        if not world.portion_pending and world.steps_left and rng.random() < 0.3:
+            world.request()
+        if rng.random() < 0.05:
+            state = checkpoint.save(world.core)
+            world.twin = checkpoint.restore(world.config, state)
+            assert checkpoint.save(world.twin) == state
+        validate_state(world.core)
+        if faults and rng.random() < 0.02:
+            world.rejoin_learner()
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("faults", [False, True])
+def test_steps_in_portions_train_every_prompt_once(seed: int, max_lag: int, faults: bool) -> None:
+    """A portion leaves room for the groups that are due: with a bound of at most one version, none
+    of them becomes stale.
+    """
+    rng = random.Random(seed)
+    config = CoreConfig(
+        rng.randint(2, 4), steps_per_version=rng.randint(1, 2), max_lag=max_lag, group_size=3,
+        redundancy="fixed", upper=1.5, max_tokens=60, stream="group",
+        release_at_deadline=rng.random() < 0.5,
+    )  # fmt: skip
+    world = World(config, rng)
+    world.publish()
+    for engine in ("a", "b"):
+        world.join(engine, 16, 0)
+    prompts = [f"q{number}" for number in range(12 * config.groups_per_step)]
+    world.draw(prompts)
+    random_steps(world, 800, faults)
+    assert max(ship.portion for ship in world.ships) > 0
+    if not faults and max_lag * config.steps_per_version <= 1:
+        assert not [drop for drop in world.drops if drop.record.end == "stale"]
+    world.finish_everything()
+    assert world.settled == dict.fromkeys(prompts, 1)
+    assert Counter(ship.record.group_id for ship in world.ships).most_common(1)[0][1] == 1 or faults
 
 
 @pytest.mark.parametrize("long_end", ["none", "longest"])

@@ -13,13 +13,20 @@ from tools.faults.record import record
 
 def main() -> None:
     path = Path(sys.argv.pop(1))
-    train_step = train.train_step
+    train_step, accumulate = train.train_step, train.accumulate
 
-    def recorded(state: train.LearnerState, shard: Shard) -> dict[str, float]:
+    def recorded(
+        state: train.LearnerState, shard: Shard, earlier: train.Accumulated
+    ) -> dict[str, float]:
+        if not earlier.num_portions:  # `accumulate` records the last one of several
+            record(path, shard, state.rank)
+        return train_step(state, shard, earlier)
+
+    def portion_recorded(state: train.LearnerState, shard: Shard, into: train.Accumulated) -> None:
         record(path, shard, state.rank)
-        return train_step(state, shard)
+        accumulate(state, shard, into)
 
-    train.train_step = recorded
+    train.train_step, train.accumulate = recorded, portion_recorded
     command.RANK = ("-m", "tools.faults.real_learner", str(path))
     command.main()
 

@@ -25,6 +25,7 @@ def record(path: Path, shard: Shard, rank: int = 0) -> None:
     line = {
         "step": shard.step,
         "rank": rank,
+        "portion": shard.portion,
         "policy_version": shard.policy_version,
         "trajectories": rows,
     }

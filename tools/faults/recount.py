@@ -84,8 +84,16 @@ def _removed(rows: list[Row], groups: list[Row], events: Path) -> Iterator[str]:
 
 
 def read_trained(record: Path) -> dict[int, Row]:
-    """The training of each step by all ranks together. Of several times, the last one counts."""
-    shards = {(row["step"], row["rank"]): row for row in read_rows(record)}
+    """The training of each step by all ranks together. Of several times, the last one counts.
+
+    A training begins with its first portion.
+    """
+    shards: dict[tuple[int, int], Row] = {}
+    for row in read_rows(record):
+        key = row["step"], row["rank"]
+        if row["portion"]:
+            row = row | {"trajectories": shards[key]["trajectories"] + row["trajectories"]}
+        shards[key] = row
     trained: dict[int, Row] = {}
     for (step, _), shard in sorted(shards.items()):
         if step in trained:

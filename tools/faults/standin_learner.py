@@ -57,8 +57,10 @@ class StandIn:
         self._version = session.join(self._step)
         self._publish(session, server)
         while self._step < config.run.steps:
-            shard, _ = session.pull(self._step)
-            record(self._record, shard)
+            num_tokens = 0
+            for shard, _ in session.portions(self._step):
+                record(self._record, shard)
+                num_tokens += sum(t.sampled.count(1) for t in shard.trajectories)
             time.sleep(STEP_S)
             self._step += 1
             last = self._step == config.run.steps
@@ -69,8 +71,7 @@ class StandIn:
             if last:
                 self._offers.wait()
                 self._save()
-            num_tokens = sum(t.sampled.count(1) for t in shard.trajectories)
-            session.trained(shard.step, num_tokens, {"train/loss": 0.0})
+            session.trained(self._step - 1, num_tokens, {"train/loss": 0.0})
             if not last and self._step % config.learner.checkpoint_every == 0:
                 self._save()
         session.wait_for_the_end()

@@ -51,7 +51,7 @@ VALID: dict[str, dict[str, Any]] = {
         "rank": 0, "num_ranks": 1, "step": 0, "pid": 1, "vocab_size": 100, "incarnation": "a",
         "resumed": False, "take_over": False, "run": "r", "work": WORK,
     },
-    "Pull": {"rank": 0, "step": 0},
+    "Pull": {"rank": 0, "step": 0, "portion": 1},
     "Trained": {"step": 0, "num_tokens": 1, "metrics": {"train/loss": 0.5}},
     "NewPolicy": {"version": 6},
     "Published": {"policy": POLICY, "seconds": 0.5, "probe": b"1234"},

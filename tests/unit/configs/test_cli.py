@@ -223,6 +223,7 @@ def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: str) -> No
         (["batch.updates=3"], ["batch.updates=3", "batch.groups=16"]),
         (["batch.updates=17"], ["batch.updates=17", "batch.groups=16"]),
         (["batch.updates=16", "learner.num_ranks=9"], ["learner.num_ranks=9", "= 8"]),
+        (["batch.stream=group", "batch.updates=2"], ["batch.stream=group", "batch.updates=1"]),
         (["loss.overlong_buffer=513"], ["loss.overlong_buffer=513", "sampling.max_tokens=512"]),
         (["darts.pilot=9"], ["darts.pilot=9", "darts.group_size=8"]),
         (["darts.rank=reward_per_token"], ["darts.rank", "darts.long_end"]),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
 
 from darts import events as ev
 from darts.config import CoreConfig
@@ -84,6 +87,25 @@ def test_a_step_that_lost_tokens_was_never_sent_and_is_made_again() -> None:
         for decision in core.handle(ev.RolloutFinished(rollout_id, 9, False, 1.0, 0))
     ]
     assert shipped(decisions) == [1, 2]
+
+
+def test_a_portion_that_lost_tokens_is_made_again_and_the_earlier_ones_stay() -> None:
+    core, _ = make_core(num_prompts=4, groups_per_step=3)
+    core.handle(ev.SettingsChanged(replace(core.config, stream="group")))
+    assert not core.handle(ev.ShardsRequested(0))
+    finish(core, 0)
+    decisions = core.handle(ev.RolloutFinished(1, 9, False, 1.0, 0))
+    assert [(d.record.group_id, d.portion) for d in decisions if isinstance(d, ev.Ship)] == [(0, 0)]
+    finish(core, 2, 3)
+    finish(core, 4, 5)
+    decisions = core.handle(ev.ShardsRequested(0, 1))  # the step is complete with it
+    assert shipped(decisions) == [1, 2] and core.outstanding.steps_left == 0
+    assert drops(core.handle(ev.TokensLost(4, 3))) == [(2, "tokens_lost", True)]
+    assert core.outstanding.steps_left == 1
+    decisions = core.handle(ev.ShardsRequested(0, 1))
+    assert [(d.record.group_id, d.portion) for d in decisions if isinstance(d, ev.Ship)] == [(1, 1)]
+    with pytest.raises(ev.ProtocolError, match="portion 0 of step 0"):
+        core.handle(ev.ShardsRequested(0))
 
 
 def test_losing_no_tokens_or_those_of_an_unknown_rollout_changes_nothing() -> None:
