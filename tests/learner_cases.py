@@ -203,6 +203,23 @@ def shipped(
     return split_step(minibatches, loss, learner, step=step, policy_version=0)
 
 
+def in_portions(
+    trajectories: list[Trajectory], loss: LossConfig, step: int = 0, num_ranks: int = 1
+) -> list[list[Shard]]:
+    """A step's portions, of one group each, as the buffer makes them: the shards of every rank."""
+    groups: dict[int, list[Trajectory]] = {}
+    for t in trajectories:
+        groups.setdefault(t.group_id, []).append(t)
+    portions = [shipped(group, loss, step, num_ranks) for group in groups.values()]
+    return [
+        [
+            msgspec.structs.replace(shard, portion=number, last=number == len(portions) - 1)
+            for shard in shards
+        ]
+        for number, shards in enumerate(portions)
+    ]
+
+
 @contextmanager
 def single_rank(config: Config) -> Iterator[LearnerState]:
     """A learner state in this process."""
@@ -283,7 +300,7 @@ def step_gradients(
 @dataclass
 class FakeBuffer:
     """Answers hellos, and pulls with prepared shards, `steps[step][rank]`, then sends `Shutdown`.
-    Records all messages.
+    Records all messages. `more` has the later portions of steps, by step and portion.
     """
 
     address: str
@@ -292,6 +309,7 @@ class FakeBuffer:
     policy_version: int = -1
     error: str = ""
     rewards: dict[int, float] = field(default_factory=dict)  # of the evaluation after a step
+    more: dict[tuple[int, int], list[Shard]] = field(default_factory=dict)
     heard: list[Message] = field(default_factory=list)
     trained: dict[int, dict[str, float]] = field(default_factory=dict)
     on_pull: threading.Event = field(default_factory=threading.Event)
@@ -328,7 +346,9 @@ class FakeBuffer:
                 elif isinstance(message, Pull):
                     self.on_pull.set()
                     if message.step in self.steps:
-                        self._router.send(peer, self.steps[message.step][message.rank])
+                        step, portion = message.step, message.portion
+                        shards = self.more[step, portion] if portion else self.steps[step]
+                        self._router.send(peer, shards[message.rank])
                 elif isinstance(message, Trained):
                     self.trained[message.step] = message.metrics
                     self._router.send(peer, Acknowledged(step=message.step))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import safetensors.torch
 import torch
@@ -30,7 +31,14 @@ from buffer.wire.messages import (
 from configs.errors import ExitStatus
 from configs.schema import LossConfig
 from tests.families import save_family
-from tests.learner_cases import FakeBuffer, make_shards, make_trajectories, save_model, shipped
+from tests.learner_cases import (
+    FakeBuffer,
+    in_portions,
+    make_shards,
+    make_trajectories,
+    save_model,
+    shipped,
+)
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 3
@@ -102,9 +110,15 @@ def train(
     first: int = 0,
     last: int = NUM_STEPS,
     updates: int = 1,
+    portions: list[list[list[Shard]]] | None = None,
 ) -> FakeBuffer:
+    """`portions` has the shards of each step, portion and rank, if steps come in portions."""
     steps = steps_for(parts, first, last, updates)
-    with FakeBuffer(address, steps, last_step=last - 1) as buffer:
+    more: dict[tuple[int, int], list[Shard]] = {}
+    for step, shards in enumerate(portions or []):
+        steps[step] = shards[0]
+        more |= {(step, number): shards[number] for number in range(1, len(shards))}
+    with FakeBuffer(address, steps, last_step=last - 1, more=more) as buffer:
         with started(
             model,
             run,
@@ -169,6 +183,7 @@ def test_the_messages_of_a_run_have_the_right_order(reference: FakeBuffer) -> No
         *("train/logprob_diff", "train/logprob_diff_all", "train/step_s", "publish/seconds"),
         *("publish/bytes", "publish/wait_s", "publish/wait_frac", "wait/pull_s", "train/kl"),
         *("memory/learner_peak_bytes", "train/shared_tokens_frac", "checkpoint/wait_s"),
+        "train/portions",
     }
     saved = {"checkpoint/copy_s", "checkpoint/seconds"}  # the last step's, before its report
     for step, metrics in reference.trained.items():
@@ -207,6 +222,37 @@ def test_two_ranks_make_the_updates_of_one(
     for name, tensor in newest_weights(one).items():
         torch.testing.assert_close(newest_weights(two)[name], tensor, rtol=1e-3, atol=1e-5)
     for name in ("train/loss", "train/grad_norm", "train/clip_frac", "train/logprob_diff_all"):
+        assert two.trained[1][name] == pytest.approx(one.trained[1][name], rel=1e-3), name
+
+
+def test_two_ranks_train_portions_as_one_rank_trains_the_whole(
+    model_path: Path, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """In one portion the second rank has no trajectory, and in another one neither has."""
+    batches = [make_trajectories(seed=seed, num_groups=4) for seed in range(2)]
+    for batch in batches:
+        for index, t in enumerate(batch):
+            if t.group_id == 1:
+                batch[index] = msgspec.structs.replace(t, reward=1.0)
+            elif t.group_id == 2 and t.reward == 0.0:
+                batch[index] = msgspec.structs.replace(t, truncated=True)
+    loss = LossConfig()
+    one = train(
+        model_path, tmp_path / "one", f"tcp://127.0.0.1:{free_port()}", None, last=2,
+        portions=[[shipped(batch, loss, step)] for step, batch in enumerate(batches)],
+    )  # fmt: skip
+    portions = [in_portions(batch, loss, step, 2) for step, batch in enumerate(batches)]
+    assert [len(shard.trajectories) for shard in portions[0][1]] == [0, 0]
+    assert [len(shard.trajectories) for shard in portions[0][2]] == [1, 0]
+    two = train(
+        model_path, tmp_path / "two", f"tcp://127.0.0.1:{free_port()}", [6, 6], last=2,
+        portions=portions,
+    )  # fmt: skip
+    asked = [(pull.step, pull.portion) for pull in two.of(Pull) if pull.rank == 0]
+    assert asked == [(step, portion) for step in range(2) for portion in range(4)]
+    for name, tensor in newest_weights(one).items():
+        torch.testing.assert_close(newest_weights(two)[name], tensor, rtol=1e-3, atol=1e-5)
+    for name in ("train/loss", "train/grad_norm", "train/entropy", "train/tokens"):
         assert two.trained[1][name] == pytest.approx(one.trained[1][name], rel=1e-3), name
 
 

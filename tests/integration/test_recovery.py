@@ -86,15 +86,17 @@ class Learner(threading.Thread):
                 self.version = max(self.version, self.session.join(self.step))
                 self.publish()
                 while self.step < self.config.run.steps:
-                    shard, _ = self.session.pull(self.step)
-                    self.shards.append(shard)
-                    time.sleep(0.1)
-                    groups = {t.group_id for t in shard.trajectories}
-                    num_tokens = sum(t.sampled.count(1) for t in shard.trajectories)
+                    trajectories: list[msg.Trajectory] = []
+                    for shard, _ in self.session.portions(self.step):
+                        self.shards.append(shard)
+                        trajectories += shard.trajectories
+                        time.sleep(0.1)
+                    groups = {t.group_id for t in trajectories}
+                    num_tokens = sum(t.sampled.count(1) for t in trajectories)
                     self.step += 1
                     self.publish()
-                    self.session.trained(shard.step, num_tokens, {"train/loss": 0.0})
-                    self.trained.append((shard.step, groups))
+                    self.session.trained(self.step - 1, num_tokens, {"train/loss": 0.0})
+                    self.trained.append((self.step - 1, groups))
                 self.session.wait_for_the_end()
             except RunEnded:
                 self.outcome = "ended well"
@@ -144,13 +146,15 @@ def check_replay(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "stream"), [(0, "batch"), (1, "batch"), (2, "group")])
 def test_a_buffer_killed_at_any_moment_continues_after_a_restart(
-    tmp_path: Path, free_port: Callable[[], int], seed: int
+    tmp_path: Path, free_port: Callable[[], int], seed: int, stream: str
 ) -> None:
     rng, steps = random.Random(seed), 12
     small = "buffer.segment_bytes=20000"  # several segments, so that checkpoints are used
-    config = make_config(tmp_path, free_port(), f"run.steps={steps}", small)
+    config = make_config(
+        tmp_path, free_port(), f"run.steps={steps}", small, f"batch.stream={stream}"
+    )
     buffer = Buffer(tmp_path, config)
     engines = [FakeEngine(config.buffer.address, f"e/{i}") for i in range(2)]
     learner = Learner(config, "a")
@@ -175,6 +179,7 @@ def test_a_buffer_killed_at_any_moment_continues_after_a_restart(
     }
     assert set().union(*(groups for _, groups in learner.trained)) == by_group
     assert [step for step, _ in learner.trained] == list(range(steps))
+    assert stream == "batch" or len(learner.shards) > steps
 
 
 @pytest.mark.slow

@@ -9,13 +9,13 @@ import msgspec
 import pytest
 import torch
 
-from buffer.wire.messages import Shard, Trajectory
+from buffer.wire.messages import Shard
 from configs.objectives import PRESETS
-from configs.schema import LossConfig
 from learner.fsdp import whole
 from learner.train import Accumulated, LearnerState, accumulate, train_step
 from tests.learner_cases import (
     assert_same_gradients,
+    in_portions,
     make_config,
     make_groups,
     make_trajectories,
@@ -35,20 +35,8 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def in_portions(trajectories: list[Trajectory], loss: LossConfig, step: int = 0) -> list[Shard]:
-    """One portion per group, as the buffer makes them."""
-    groups: dict[int, list[Trajectory]] = {}
-    for t in trajectories:
-        groups.setdefault(t.group_id, []).append(t)
-    shards = [shipped(group, loss, step)[0] for group in groups.values()]
-    return [
-        msgspec.structs.replace(shard, portion=number, last=number == len(shards) - 1)
-        for number, shard in enumerate(shards)
-    ]
-
-
 def gradients_of_portions(
-    state: LearnerState, shards: list[Shard]
+    state: LearnerState, portions: list[list[Shard]]
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     found: dict[str, torch.Tensor] = {}
 
@@ -59,9 +47,9 @@ def gradients_of_portions(
 
     handle = state.optimizer.register_step_pre_hook(keep)
     earlier = Accumulated()
-    for shard in shards[:-1]:
+    for [shard] in portions[:-1]:
         accumulate(state, shard, earlier)
-    metrics = train_step(state, shards[-1], earlier)
+    metrics = train_step(state, portions[-1][0], earlier)
     handle.remove()
     return metrics, found
 
@@ -81,10 +69,10 @@ def test_portions_have_the_gradient_of_the_whole_batch(
     with single_rank(config) as state:
         [one] = shipped(trajectories, config.loss)
         single, expected = step_gradients(state, one)
-        shards = in_portions(trajectories, config.loss, step=1)
-        metrics, measured = gradients_of_portions(state, shards)
+        portions = in_portions(trajectories, config.loss, step=1)
+        metrics, measured = gradients_of_portions(state, portions)
         assert all(parameter.grad is None for parameter in state.model.parameters())
-    assert len(shards) == 3 and metrics["train/portions"] == 3 and single["train/portions"] == 1
+    assert len(portions) == 3 and metrics["train/portions"] == 3 and single["train/portions"] == 1
     assert_same_gradients(measured, expected)
     for name in SAME:
         assert metrics[name] == pytest.approx(single[name], rel=1e-4, abs=1e-9), name
@@ -97,8 +85,8 @@ def test_a_step_without_any_gradient_changes_nothing(model_path: Path, tmp_path:
     mute = [msgspec.structs.replace(t, reward=1.0) for t in make_trajectories(seed=0)]
     with single_rank(config) as state:
         before = [whole(p.detach()).clone() for p in state.model.parameters()]
-        shards = in_portions(with_advantages(mute), config.loss)
-        metrics, measured = gradients_of_portions(state, shards)
+        portions = in_portions(with_advantages(mute), config.loss)
+        metrics, measured = gradients_of_portions(state, portions)
         assert metrics["train/skipped"] == 1.0 and not measured
         after = [whole(p.detach()) for p in state.model.parameters()]
         assert all(map(torch.equal, before, after))
@@ -117,7 +105,7 @@ def test_a_portion_without_a_gradient_still_counts_in_the_denominator(
     config.optimizer.lr = 0.0
     with single_rank(config) as state:
         _, expected = step_gradients(state, shipped(trajectories, config.loss)[0])
-        shards = in_portions(trajectories, config.loss, step=1)
-        assert not shards[-1].trajectories and shards[-1].loss_tokens
-        _, measured = gradients_of_portions(state, shards)
+        portions = in_portions(trajectories, config.loss, step=1)
+        assert not portions[-1][0].trajectories and portions[-1][0].loss_tokens
+        _, measured = gradients_of_portions(state, portions)
     assert_same_gradients(measured, expected)
