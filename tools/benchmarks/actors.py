@@ -323,13 +323,16 @@ def _acknowledge(
             )
             link.send(msg.Published(policy=server.publish(0, snapshot), seconds=0.0))
             for step in itertools.count():
-                link.send(msg.Pull(rank=0, step=step))
-                message = None
-                while not isinstance(message, msg.Shard):
-                    message = link.receive(POLL_S)
-                    if stop.is_set() or isinstance(message, msg.Shutdown):
-                        return
-                shards.append(message)
+                last, portion = False, 0
+                while not last:
+                    link.send(msg.Pull(rank=0, step=step, portion=portion))
+                    message = None
+                    while not isinstance(message, msg.Shard):
+                        message = link.receive(POLL_S)
+                        if stop.is_set() or isinstance(message, msg.Shutdown):
+                            return
+                    shards.append(message)
+                    last, portion = message.last, portion + 1
                 if (step + 1) % config.weights.publish_every == 0:
                     version = (step + 1) // config.weights.publish_every
                     link.send(msg.Published(policy=server.publish(version, snapshot), seconds=0.0))

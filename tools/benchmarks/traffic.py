@@ -82,7 +82,8 @@ class Learner(threading.Thread):
         version = self._publish(self._session.join(0))
         try:
             for step in range(1_000_000):
-                self._session.pull(step)
+                for _ in self._session.portions(step):
+                    pass
                 version = self._publish(version)
                 self._session.trained(step, 1, {})
                 self.num_steps = step + 1
