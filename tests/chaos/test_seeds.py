@@ -206,11 +206,19 @@ def test_a_falsified_row_of_a_real_engine_is_detected(name: str, value: Any) -> 
 
 def test_steps_of_several_ranks_are_merged_and_the_last_time_counts(tmp_path: Path) -> None:
     record = tmp_path / "trained.jsonl"
-    rows = [(0, 0, "a"), (0, 1, "b"), (0, 1, "c"), (1, 0, "d")]
-    lines = [{"step": s, "rank": r, "policy_version": 1, "trajectories": [t]} for s, r, t in rows]
+    """A training begins with its first portion, so another one of the same step replaces it."""
+    rows = [
+        (0, 0, 0, "a"), (0, 1, 0, "b"), (0, 1, 1, "lost"), (0, 1, 0, "c"), (1, 0, 0, "d"),
+        (1, 0, 1, "e"),
+    ]  # fmt: skip
+    lines = [
+        {"step": s, "rank": r, "portion": p, "policy_version": 1, "trajectories": [t]}
+        for s, r, p, t in rows
+    ]
     record.write_text("".join(json.dumps(line) + "\n" for line in lines))
     trained = read_trained(record)
-    assert {step: row["trajectories"] for step, row in trained.items()} == {0: ["a", "c"], 1: ["d"]}
+    found = {step: row["trajectories"] for step, row in trained.items()}
+    assert found == {0: ["a", "c"], 1: ["d", "e"]}
 
 
 @pytest.mark.parametrize("keys", ["true", "false"])
