@@ -149,6 +149,7 @@ class Core:
         self._configure(event.config)
         for group in self.outstanding.stale():
             self._drop(group, "stale", requeue=True)
+        self._ship()
         self._admit()
 
     def _admission_changed(self, event: ev.AdmissionPaused) -> None:
