@@ -123,7 +123,7 @@ class RunConfig(SharedRun):
     stop_s: float = key(
         30.0,
         "Seconds after Ctrl-C in which the learner finishes and saves its step and the other "
-        "processes end. After that, all are killed. Raise it if a step takes longer.",
+        "processes end. After that, all are killed. Raise it if a step, with a save, takes longer.",
         gt=0,
     )
 

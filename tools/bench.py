@@ -118,8 +118,8 @@ def pipeline(options: Sequence[str]) -> None:
 def learner(_: Sequence[str]) -> None:
     from tools.benchmarks import learner, shared_prompts
 
-    learner.main()
     shared_prompts.main()
+    learner.main()
 
 
 def checkpoints(options: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 from learner.packs.logprobs import Head, token_logprobs
 
 VOCABULARY, HIDDEN = 151_936, 128
-LENGTHS = (2048, 4096, 8192, 16384)
+LENGTHS = (2048, 4096, 16384)
 WHOLE_UP_TO = 4096  # whole logits of more tokens need more memory than a small machine has
 GIB = 2**30
 
@@ -26,9 +26,10 @@ GIB = 2**30
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(
-        f"peak memory of log-probabilities, entropies and their gradients on {device}, float32, "
+        f"\npeak memory of log-probabilities, entropies and their gradients on {device}, float32, "
         f"V = {VOCABULARY:,}, H = {HIDDEN}, above weight and hidden states; the weight's gradient "
-        f"is {VOCABULARY * HIDDEN * 4 / GIB:.2f} GiB of each"
+        f"is {VOCABULARY * HIDDEN * 4 / GIB:.2f} GiB of each",
+        flush=True,
     )
     for num_tokens in LENGTHS:
         for fused in (True, False) if num_tokens <= WHOLE_UP_TO else (True,):
