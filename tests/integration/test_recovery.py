@@ -179,7 +179,6 @@ def test_a_buffer_killed_at_any_moment_continues_after_a_restart(
     }
     assert set().union(*(groups for _, groups in learner.trained)) == by_group
     assert [step for step, _ in learner.trained] == list(range(steps))
-    assert stream == "batch" or len(learner.shards) > steps
 
 
 @pytest.mark.slow
