@@ -36,6 +36,7 @@ def make_config(folder: Path, model: Path, seed: int) -> Config:
     config = run_config(folder, model, seed, STEPS)
     config.pipeline.mode, config.darts.policy, config.redundancy.rule = "sync", "plain", "none"
     config.weights.publish_every = 1
+    config.batch.stream = "batch"  # portions depend on the time at which groups are decided
     config.optimizer.lr = 1e-3
     config.eval.every = 0
     return config
