@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from configs.model_path import check_model
 from configs.schema import Config, ModelConfig
 from learner.adapters import add_adapters
 from learner.packs.attention import PACKED_SDPA
+from learner.stored import cast_shards, uncast
 
 # float16 gradients would underflow without loss scaling, so a learner whose engines use float16
 # computes in float32.
@@ -99,9 +100,13 @@ def load_sharded(
 ) -> PreTrainedModel:
     """The model of `model.path`, sharded over all ranks, with weights in `dtype`.
 
-    None: as training needs them (`held_dtype`). Raises `ValueError` if it cannot be loaded.
+    None: as training needs them (`held_dtype`). A rank maps the files (`learner.stored`), and
+    copies and casts only its shard; a model that gets adapters is cast before. Raises `ValueError`
+    if it cannot be loaded.
     """
-    model = load_model(config.model, dtype or held_dtype(config.model))
+    dtype = dtype or held_dtype(config.model)
+    with nullcontext([]) if config.model.lora.rank else uncast() as left_as_stored:
+        model = load_model(config.model, dtype)
     # Evaluation mode: dropout would make the learner's log-probabilities differ from the actors'.
     model.eval()
     blocks = [
@@ -124,6 +129,8 @@ def load_sharded(
             # summed; FSDP would average them.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    if left_as_stored:
+        cast_shards(model, dtype)
     return model.to(device)  # pyright: ignore[reportArgumentType] -- moves the other buffers
 
 

@@ -174,16 +174,18 @@ def _copied(shape: ModelShape, config: Config, ranks: int) -> Part:
 def on_host(shape: ModelShape, config: Config) -> Memory:
     """Memory of the machine that all ranks on GPUs of one node need together.
 
-    Each rank loads the whole model before it is sharded. Afterwards, rank 0 keeps buffers for
-    snapshots, and every rank a copy of its shard for checkpoints. A model whose experts are fused
-    needs another copy while it publishes.
+    Ranks share the files of the model, which they map (`learner.stored`); of a model whose experts
+    are packed, each rank makes a copy. Afterwards, rank 0 keeps buffers for snapshots, and every
+    rank a copy of its shard for checkpoints. A model whose experts are fused needs another copy
+    while it publishes.
     """
     p, ranks = shape.parameters, config.learner.num_ranks
     size = weight_bytes(config)
-    loading = size * p * ranks
+    loading = size * p * (ranks if shape.has_experts else 1)
+    shared = f"x {ranks} ranks" if shape.has_experts else "in files that all ranks share"
     later = (_published(shape, config), _copied(shape, config, 1))
     most = (
-        (Part("loading", loading, f"{size} B x {billions(p)} parameters x {ranks} ranks"),)
+        (Part("loading", loading, f"{size} B x {billions(p)} parameters {shared}"),)
         if loading > sum(part.num_bytes for part in later)
         else later
     )

@@ -25,6 +25,7 @@ class ModelShape:
     query_width: int  # heads x head size
     kv_width: int  # key-value heads x head size
     vocabulary: int
+    has_experts: bool = False
 
     def kv_bytes(self, dtype: str) -> int:
         """Bytes of an engine's key-value cache per token.
@@ -34,7 +35,7 @@ class ModelShape:
         return 2 * self.num_layers * self.kv_width * DTYPE_BYTES[dtype]
 
 
-def widths(entry: Callable[[str], Any]) -> dict[str, int]:
+def widths(entry: Callable[[str], Any]) -> dict[str, Any]:
     """The fields of `ModelShape` that a Hugging Face configuration states directly.
 
     `entry` returns one of its entries, or None. A model without attention has no such widths.
@@ -51,6 +52,7 @@ def widths(entry: Callable[[str], Any]) -> dict[str, int]:
         "query_width": heads * head_size,
         "kv_width": (entry("num_key_value_heads") or heads) * head_size,
         "vocabulary": entry("vocab_size") or 0,
+        "has_experts": bool(experts),
     }
 
 
