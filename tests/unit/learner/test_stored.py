@@ -94,6 +94,15 @@ def test_weights_stay_views_of_their_file(tmp_path: Path) -> None:
     assert next(fsdp.load_model(config.model).parameters()).dtype == torch.float32
 
 
+def test_only_shards_are_cast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stored_as(tmp_path / "model", "llama", torch.bfloat16)
+    config = make_config(path, tmp_path / "run")
+    monkeypatch.setattr(fsdp, "cast_shards", lambda model, dtype: None)
+    with fsdp.process_group(config) as device:
+        model = fsdp.load_sharded(config, device)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def check_rank(rank: int, num_ranks: int, config: Config, path: Path, store: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -115,6 +124,7 @@ def check_rank(rank: int, num_ranks: int, config: Config, path: Path, store: str
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("tied", [True, False])
 def test_ranks_of_unequal_shards_hold_the_same_weights(tmp_path: Path, tied: bool) -> None:
     """Three ranks divide neither 64 nor 320 rows evenly, so that shards are padded."""
