@@ -116,6 +116,23 @@ def error(model: Qwen3ForCausalLM, run: TokenRun, before: list[int] | None = Non
     )
 
 
+async def score_beside_others(engine: Engine, running: list[Generation]) -> torch.Tensor:
+    """Score `PROMPT` while all of `running` decode, which are aborted afterwards."""
+    await until(lambda: all(len(generation.tokens) > 5 for generation in running))
+    scores = await engine.score(PROMPT)
+    assert not any(generation.finished.done() for generation in running)
+    await engine.abort([generation.request_id for generation in running])
+    return torch.tensor(list(scores))
+
+
+def scores_of(model: Qwen3ForCausalLM) -> torch.Tensor:
+    """A plain forward pass: the log-probability of each token of `PROMPT` but the first."""
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        logprobs = model(ids, use_cache=False).logits[0].log_softmax(-1)
+    return logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
+
+
 @dataclass
 class Served:
     """An engine, the model that it started with, and its event loop."""
@@ -258,23 +275,16 @@ def test_an_abort_frees_the_slot(
 
 @untied_only
 def test_a_sequence_is_scored_while_every_slot_decodes(served: Served) -> None:
-    async def generate() -> list[float]:
+    async def generate() -> torch.Tensor:
         running = [served.launch(800) for _ in range(SLOTS)]
-        await until(lambda: all(len(generation.tokens) > 5 for generation in running))
-        scores = await served.engine.score(PROMPT)
-        assert not any(generation.finished.done() for generation in running)
-        await served.engine.abort([generation.request_id for generation in running])
+        scores = await score_beside_others(served.engine, running)
         for generation in running:
             (run,) = generation.take()
             # Their own log-probabilities, not those of `score`.
             assert error(make_model(False, seed=0), run) < BOUND
-        return list(scores)
+        return scores
 
-    scores = torch.tensor(served.run(generate()))
-    ids = torch.tensor([PROMPT])
-    with torch.no_grad():
-        logprobs = make_model(False, seed=0)(ids, use_cache=False).logits[0].log_softmax(-1)
-    expected = logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    scores, expected = served.run(generate()), scores_of(make_model(False, seed=0))
     torch.testing.assert_close(scores, expected, rtol=0, atol=BOUND)
 
 

@@ -18,7 +18,17 @@ from actors.inference.generation import Generation, TokenRun
 from actors.inference.weights import SwapFailed
 from buffer.processes.private_folder import private_folder
 from configs.schema import Config
-from tests.e2e.test_engine import BOUND, PROMPT, SLOTS, error, make_model, save_model, until
+from tests.e2e.test_engine import (
+    BOUND,
+    PROMPT,
+    SLOTS,
+    error,
+    make_model,
+    save_model,
+    score_beside_others,
+    scores_of,
+    until,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
 
@@ -147,20 +157,11 @@ def test_a_prompt_that_other_adapters_prefilled_is_computed_anew(served: Served)
 def test_a_sequence_is_scored_while_others_decode(served: Served) -> None:
     """vLLM cannot do so if its head has an adapter."""
 
-    async def generate() -> list[float]:
+    async def generate() -> torch.Tensor:
         running = [served.launch(800) for _ in range(SLOTS)]
-        await until(lambda: all(len(generation.tokens) > 5 for generation in running))
-        scores = await served.engine.score(PROMPT)
-        assert not any(generation.finished.done() for generation in running)
-        await served.engine.abort([generation.request_id for generation in running])
-        return list(scores)
+        return await score_beside_others(served.engine, running)
 
-    new = make_adapters(3)
-    scores = torch.tensor(served.run(generate()))
-    ids = torch.tensor([PROMPT])
-    with torch.no_grad():
-        logprobs = merged(new)(ids, use_cache=False).logits[0].log_softmax(-1)
-    expected = logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    scores, expected = served.run(generate()), scores_of(merged(make_adapters(3)))
     torch.testing.assert_close(scores, expected, rtol=0, atol=BOUND)
 
 
