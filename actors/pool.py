@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-from actors.inference.device import check_cache, engine_device
+from actors.inference.device import check_cache, check_device, engine_device
 from actors.inference.vllm_options import check_options
 from actors.process import DONE, GAVE_UP, RUN_FAILED
 from buffer.processes.child import Child, forward, given_reason, stop
@@ -73,9 +73,10 @@ class Pool:
         """Run the engines until the run ends.
 
         Returns 0 if it ended well, and 130 if the pool or its last engine was asked to stop. Raises
-        `EngineFailed`, or `ValueError` for `model.path` or `actors.vllm`.
+        `EngineFailed`, or `ValueError` for `model.path`, `actors.device` or `actors.vllm`.
         """
         check_model(self._config.model.path)
+        check_device(self._config)
         check_options(self._config)
         check_cache(self._config)
         with (

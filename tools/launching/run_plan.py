@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from actors.inference.device import check_cache, engine_device
+from actors.inference.device import check_cache, check_device, engine_device
 from actors.inference.vllm_options import check_options
 from buffer.records import settings
 from buffer.records.files import make_run_folder
@@ -40,6 +40,7 @@ def prepare(config: Config) -> Config:
     """
     if config.launch.launcher == "local":
         check_model(config.model.path)
+        check_device(config)
         check_cache(config)
     check_trackers(config.run.trackers)
     folder = Path(config.run.dir) / config.run.name

