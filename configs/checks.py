@@ -29,6 +29,7 @@ def check(config: Config) -> None:
         _min_step_ms,
         _betas,
         _ranks,
+        _shards,
         _attention,
         _addresses,
         _deltas,
@@ -155,6 +156,16 @@ def _ranks(config: Config) -> None:
             + ": must be <= batch.groups / batch.updates x darts.group_size = "
             + f"{trajectories}{' in total' if nodes > 1 else ''}; otherwise a rank has nothing to "
             "train on"
+        )
+
+
+def _shards(config: Config) -> None:
+    per_node, nodes = config.learner.num_ranks, config.cluster.learner.num_nodes
+    if (shards := config.learner.shard_ranks) and per_node * nodes % shards:
+        raise ValueError(
+            f"learner.shard_ranks={shards}: must be 0 or divide learner.num_ranks"
+            + (" x cluster.learner.num_nodes" if nodes > 1 else "")
+            + f" = {per_node * nodes}; otherwise some ranks would hold no whole copy of the model"
         )
 
 

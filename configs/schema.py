@@ -826,6 +826,14 @@ class LearnerConfig:
     num_ranks: int = key(
         1, "Number of data-parallel (FSDP) processes on this node, one per GPU.", ge=1
     )
+    shard_ranks: int = key(
+        0,
+        "Number of ranks that a copy of the model is divided among; it must divide the number of "
+        "all ranks, which then hold several copies (HSDP). 0: all ranks. With the ranks of one "
+        "node, weights are exchanged within nodes and only gradients between them, and a rank "
+        "holds more.",
+        ge=0,
+    )
     device: Device = key("auto", "Device of the ranks; auto uses CUDA if there is a GPU.")
     take_over: bool = key(
         False,

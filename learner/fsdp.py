@@ -1,8 +1,9 @@
 """Process group, model and sharding of one learner rank.
 
 Owns everything that differs between devices and numbers of ranks: device and threads of a rank,
-FSDP2, mixed precision, activation checkpointing, and the few collectives that training needs
-besides FSDP's own. One rank takes the same path as many. Never trains. Driven by `learner.train`.
+FSDP2 on one or several copies of the model, mixed precision, activation checkpointing, and the few
+collectives that training needs besides FSDP's own. One rank takes the same path as many. Never
+trains. Driven by `learner.train`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -98,13 +99,14 @@ def process_group(
 def load_sharded(
     config: Config, device: torch.device, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The model of `model.path`, sharded over all ranks, with weights in `dtype`.
+    """The model of `model.path`, sharded over `learner.shard_ranks`, with weights in `dtype`.
 
     None: as training needs them (`held_dtype`). A rank maps the files (`learner.stored`), and
     copies and casts only its shard; a model that gets adapters is cast before. Raises `ValueError`
     if it cannot be loaded.
     """
     dtype = dtype or held_dtype(config.model)
+    mesh = make_mesh(config, device)
     with nullcontext([]) if config.model.lora.rank else uncast() as left_as_stored:
         model = load_model(config.model, dtype)
     # Evaluation mode: dropout would make the learner's log-probabilities differ from the actors'.
@@ -117,7 +119,6 @@ def load_sharded(
     if config.learner.activation_checkpointing:
         for block in blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(
         param_dtype=COMPUTE_DTYPE[config.model.dtype], reduce_dtype=torch.float32
     )
@@ -132,6 +133,26 @@ def load_sharded(
     if left_as_stored:
         cast_shards(model, dtype)
     return model.to(device)  # pyright: ignore[reportArgumentType] -- moves the other buffers
+
+
+def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
+    """All ranks, as replicas of the model by shards of each. A collective.
+
+    One replica is a mesh of one dimension. Otherwise a replica's ranks follow each other, so that
+    they share a node if there is room for them. Raises `ValueError` if ranks are left over.
+    """
+    num_ranks = dist.get_world_size()
+    shards = config.learner.shard_ranks or num_ranks
+    if num_ranks % shards:
+        raise ValueError(
+            f"learner.shard_ranks={shards}: must be 0 or divide the number of ranks, {num_ranks}; "
+            "otherwise some ranks would hold no whole copy of the model"
+        )
+    if shards == num_ranks:
+        return init_device_mesh(device.type, (num_ranks,))
+    return init_device_mesh(
+        device.type, (num_ranks // shards, shards), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def held_dtype(config: ModelConfig) -> torch.dtype:

@@ -48,12 +48,18 @@ def on_device(shape: ModelShape, config: Config, cuda: bool) -> Memory:
     else:
         parts.append(Part("libraries", LIBRARY_BYTES + WORKSPACE_BYTES, "measured"))
         parts.append(_published(shape, config))
-        parts.append(_copied(shape, config, config.learner.num_ranks))
+        parts.append(_copied(shape, config, 1))
     return Memory(tuple(parts))
 
 
+def num_shards(config: Config) -> int:
+    """Ranks that a copy of the model is divided among."""
+    learner = config.learner
+    return learner.shard_ranks or learner.num_ranks * config.cluster.learner.num_nodes
+
+
 def _per_rank(parameters: int, config: Config) -> tuple[int, str]:
-    ranks = config.learner.num_ranks
+    ranks = num_shards(config)
     of = f"{billions(parameters)} parameters" + (f" / {ranks} ranks" if ranks > 1 else "")
     return parameters // ranks, of
 
@@ -165,10 +171,11 @@ def _published(shape: ModelShape, config: Config) -> Part:
 
 
 def _copied(shape: ModelShape, config: Config, ranks: int) -> Part:
-    """The copy of weights and optimizer that `learner.saving` writes from, of one of `ranks`."""
+    """The copies of weights and optimizer that `ranks` ranks write checkpoints from."""
     trained = adapter_parameters(shape, config) if config.model.lora.rank else shape.parameters
-    of = f"{billions(trained)} parameters" + (f" / {ranks} ranks" if ranks > 1 else "")
-    return Part("checkpoint", 12 * (trained // ranks), f"a copy to write from: 12 B x {of}")
+    number, of = _per_rank(trained, config)
+    of += f" x {ranks} ranks" if ranks > 1 else ""
+    return Part("checkpoint", 12 * number * ranks, f"copies to write from: 12 B x {of}")
 
 
 def on_host(shape: ModelShape, config: Config) -> Memory:
@@ -183,7 +190,7 @@ def on_host(shape: ModelShape, config: Config) -> Memory:
     size = weight_bytes(config)
     loading = size * p * (ranks if shape.has_experts else 1)
     shared = f"x {ranks} ranks" if shape.has_experts else "in files that all ranks share"
-    later = (_published(shape, config), _copied(shape, config, 1))
+    later = (_published(shape, config), _copied(shape, config, ranks))
     most = (
         (Part("loading", loading, f"{size} B x {billions(p)} parameters {shared}"),)
         if loading > sum(part.num_bytes for part in later)

@@ -1,7 +1,8 @@
 """Copies a sharded model's tensors, whole, to the memory of rank 0.
 
 Each rank casts its shard first, so that ranks exchange no more bytes than are published, and sends
-many tensors at once. Never changes a weight. Driven by `learner.snapshots.publish`.
+many tensors at once. If ranks hold several copies of the model, those of the first one send it.
+Never changes a weight. Driven by `learner.snapshots.publish`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 BUCKET_BYTES = 2**26  # of one rank; a larger shard is sent by itself
 
@@ -25,6 +26,7 @@ class Piece:
     rows: torch.Tensor
     shape: torch.Size  # of the whole tensor
     rows_per_rank: int
+    group: dist.ProcessGroup  # of the ranks that hold its rows, of which rank 0 is the first
 
     @property
     def numel(self) -> int:
@@ -46,16 +48,15 @@ def gather_into(
     """
     bucket: list[Piece] = []
     for name, tensor in tensors.items():
-        num_ranks = tensor.device_mesh.size() if isinstance(tensor, DTensor) else 1
-        if not isinstance(tensor, DTensor) or num_ranks == 1:
+        group = _owners(name, tensor) if isinstance(tensor, DTensor) else None
+        if not isinstance(tensor, DTensor) or group is None or group.size() == 1:
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             if targets is not None:
                 targets[name].copy_(cast(name, local, 0), non_blocking=True)
             continue
-        assert tensor.placements == (Shard(0),), f"{name} is not sharded by rows"
-        per_rank = math.ceil(tensor.shape[0] / num_ranks)
-        rows = cast(name, tensor.to_local(), dist.get_rank() * per_rank)
-        piece = Piece(name, rows, tensor.shape, per_rank)
+        per_rank = math.ceil(tensor.shape[0] / group.size())
+        rows = cast(name, tensor.to_local(), group.rank() * per_rank)
+        piece = Piece(name, rows, tensor.shape, per_rank, group)
         if bucket and not _fits(bucket, piece):
             _send(bucket, targets)
             bucket = []
@@ -64,6 +65,14 @@ def gather_into(
         _send(bucket, targets)
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # for the copies to pinned memory
+
+
+def _owners(name: str, tensor: DTensor) -> dist.ProcessGroup | None:
+    """The ranks of the first copy of a sharded tensor, or None on a rank of another copy."""
+    mesh, (*copies, by_rows) = tensor.device_mesh, tensor.placements
+    assert by_rows == Shard(0) and copies in ([], [Replicate()]), f"{name} is not sharded by rows"
+    first = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
+    return mesh.get_group(mesh.ndim - 1) if first else None
 
 
 def _fits(bucket: list[Piece], piece: Piece) -> bool:
@@ -79,9 +88,11 @@ def _send(bucket: list[Piece], targets: Mapping[str, torch.Tensor] | None) -> No
     for piece in bucket:
         mine[start : start + piece.rows.numel()] = piece.rows.flatten()
         start += piece.numel
-    num_ranks = dist.get_world_size()
-    received = [torch.empty_like(mine) for _ in range(num_ranks)] if targets is not None else None
-    dist.gather(mine, received, dst=0)
+    group = bucket[0].group
+    received = (
+        [torch.empty_like(mine) for _ in range(group.size())] if targets is not None else None
+    )
+    dist.gather(mine, received, dst=0, group=group)
     if received is None or targets is None:
         return
     start = 0

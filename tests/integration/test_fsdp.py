@@ -192,11 +192,18 @@ def test_the_messages_of_a_run_have_the_right_order(reference: FakeBuffer) -> No
 
 # 11 trajectories against 1: the second rank runs out of micro-batches and must still join the
 # collectives of the first.
-@pytest.mark.parametrize("parts", [[11, 1], [5, 0, 7]])
+@pytest.mark.parametrize(("parts", "shards"), [([11, 1], 0), ([5, 0, 7], 0), ([5, 0, 4, 3], 2)])
 def test_several_ranks_train_the_same_weights_as_one(
-    reference: FakeBuffer, model_path: Path, tmp_path: Path, address: str, parts: list[int]
+    reference: FakeBuffer,
+    model_path: Path,
+    tmp_path: Path,
+    address: str,
+    parts: list[int],
+    shards: int,
 ) -> None:
-    several = train(model_path, tmp_path / "several", address, parts)
+    several = train(
+        model_path, tmp_path / "several", address, parts, f"learner.shard_ranks={shards}"
+    )
     expected, measured = newest_weights(reference), newest_weights(several)
     assert expected.keys() == measured.keys()
     for name, tensor in expected.items():

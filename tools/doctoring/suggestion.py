@@ -84,6 +84,7 @@ def _candidates(given: Config, place: Place) -> Iterator[tuple[Config, str]]:
                     config.actors.tensor_parallel = size
                     config.actors.gpu_memory_frac = ALONE_FRAC
                     config.learner.num_ranks = ranks
+                    config.learner.shard_ranks = 0
                     config.learner.activation_checkpointing = checkpointing
                     config.batch.max_tokens = max_tokens
                     yield config, why

@@ -215,6 +215,14 @@ def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: str) -> No
             ["batch.groups=1", "learner.num_ranks=8", "cluster.learner.num_nodes=2"],
             ["learner.num_ranks=8", "cluster.learner.num_nodes=2", "8 in total"],
         ),
+        (
+            ["learner.num_ranks=4", "learner.shard_ranks=3"],
+            ["learner.shard_ranks=3", "divide learner.num_ranks = 4", "no whole copy"],
+        ),
+        (
+            ["cluster.learner.num_nodes=3", "learner.num_ranks=2", "learner.shard_ranks=4"],
+            ["learner.shard_ranks=4", "cluster.learner.num_nodes = 6"],
+        ),
         (["model.attention=flash_attention_2"], ["model.attention", "model.dtype"]),
         (
             ["model.attention=flash_attention_2", "model.dtype=bfloat16", "learner.device=cpu"],

@@ -10,7 +10,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # has the backend "fake"
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from buffer.wire.client import LearnerLink
 from buffer.wire.transport import TransportError
@@ -82,6 +85,20 @@ def device(config: Config, own: Path) -> object:
             return found.type
     except ValueError:
         return "refused"
+
+
+def rows_held(config: Config, own: Path) -> object:
+    """The rows of the embeddings that a rank holds, beside ranks that do not exist."""
+    dist.init_process_group(
+        "fake", rank=0, world_size=config.learner.num_ranks, store=dist.HashStore()
+    )
+    try:
+        model = fsdp.load_sharded(config, torch.device("cpu"))
+        weight = next(model.parameters())
+        assert isinstance(weight, DTensor)
+        return weight.to_local().shape[0]
+    finally:
+        dist.destroy_process_group()
 
 
 def stops(config: Config, own: Path) -> object:
@@ -201,6 +218,7 @@ TURNS = {
     "batch.max_tokens": Turn("64", "4096", passes, MODEL),
     "batch.share_prompts": Turn("true", "false", layout, MODEL),
     "learner.activation_checkpointing": Turn("false", "true", passes, MODEL),
+    "learner.shard_ranks": Turn("0", "2", rows_held, (*MODEL, "learner.num_ranks=4")),
     "learner.device": Turn("cpu", "cuda", device, MODEL),
     "learner.checkpoint_every": Turn("1", "3", checkpoints, KEEP_ALL),
     "learner.max_logprob_diff": Turn("0", "9", stops, MODEL),
