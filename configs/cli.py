@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,10 @@ BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "le": ("<=", lambda value, bound: value <= bound),
     "lt": ("<", lambda value, bound: value < bound),
 }
+# Advice on an unknown key: a name counts as similar from this likeness on, of 0 to 1. Names made of
+# the same words have at least the second; the likeness of the sections counts less.
+LEAST_LIKENESS, SAME_WORDS, SECTION_WEIGHT = 0.75, 0.8, 0.3
+AS_NEAR, MOST_SUGGESTED = 0.1, 3  # keys that are less near than the nearest by this are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,10 +255,7 @@ def _assign(
             raise ValueError(
                 f"{path} ({where}): is a section, not a key; its keys are {', '.join(inside)}"
             )
-        raise ValueError(
-            f"{path} ({where}): unknown key; did you mean {_nearest(path, known)}? "
-            "--help lists every key"
-        )
+        raise ValueError(f"{path} ({where}): unknown key; {_advice(path, known)}")
     try:
         OmegaConf.update(config, path, value)
     except OmegaConfBaseException:
@@ -273,10 +275,29 @@ def _plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=False)
 
 
-def _nearest(path: str, known: Mapping[str, Key]) -> str:
-    last = path.rpartition(".")[2]
-    same_name = [key for key in known if key.rpartition(".")[2] == last]
-    return difflib.get_close_matches(path, same_name or list(known), n=1, cutoff=0.0)[0]
+def _advice(path: str, known: Mapping[str, Key]) -> str:
+    """What to do about an unknown key: similar names in any section, and the keys of its own."""
+    section, _, last = path.rpartition(".")
+    nearness: dict[str, float] = {}
+    for key in known:
+        of_section, _, name = key.rpartition(".")
+        likeness = _likeness(last, name)
+        if set(last.split("_")) <= set(re.split("[._]", key)) or name in last.split("_"):
+            likeness = max(likeness, SAME_WORDS)
+        if likeness >= LEAST_LIKENESS:
+            nearness[key] = likeness + SECTION_WEIGHT * _likeness(section, of_section)
+    best = max(nearness.values(), default=0.0)
+    near = [key for key in nearness if nearness[key] > best - AS_NEAR]
+    near = sorted(near, key=lambda key: -nearness[key])[:MOST_SUGGESTED]
+    parts = [f"did you mean {' or '.join(near)}?"] if near else []
+    inside = [key for key in known if section and key.startswith(f"{section}.")]
+    if inside and not set(near) & set(inside):
+        parts += [f"{section} has the keys {', '.join(key[len(section) + 1 :] for key in inside)};"]
+    return " ".join([*parts, "--help lists every key"])
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _finish(config: DictConfig) -> Any:

@@ -33,7 +33,7 @@ def live_state(
         steps=config.run.steps,
         policy_version=core.policy_version,
         max_lag=core.config.max_lag,
-        waiting=_waiting(run),
+        waiting=_waiting(run, evaluated),
         groups_open=core.num_outstanding - core.num_ready,
         groups_ready=core.num_ready,
         bytes_held=run.store.bytes_held,
@@ -54,18 +54,23 @@ def live_state(
     )
 
 
-def _waiting(run: RunState) -> str:
+def _waiting(run: RunState, evaluated: tuple[int, int]) -> str:
     """Which side waits for the other, in words.
 
-    If the learner waits and most of the rollouts in flight are with a verifier, the text names the
-    verifier instead of the engines.
+    Before the first step, it names what the start waits for. If the learner waits and most of the
+    rollouts in flight are with a verifier, the text names the verifier instead of the engines.
     """
     if run.core.policy_version < 0:
         return _missing_at_start(run)
+    engines = run.core.engines.by_id.values()
+    if run.step == 0 and engines and all(engine.version < 0 for engine in engines):
+        return f"the start waits for engines to load the model; {_joined(len(engines))}"
+    if run.step == 0 and engines and evaluated[1]:
+        return "the first policy is evaluated: {} of {} prompts done".format(*evaluated)
     described = waiting.describe(run.core)
     if run.core.requested_step is None:
         return described
-    in_flight = sum(len(engine.in_flight) for engine in run.core.engines.by_id.values())
+    in_flight = sum(len(engine.in_flight) for engine in engines)
     reports = [
         report.verifier
         for engine_id, report in run.metrics.latest.reports.items()
@@ -87,11 +92,14 @@ def _waiting(run: RunState) -> str:
 
 
 def _missing_at_start(run: RunState) -> str:
-    num_engines = len(run.core.engines.by_id)
-    engines = f"{num_engines} engine{'' if num_engines == 1 else 's'} joined"
+    engines = _joined(len(run.core.engines.by_id))
     if not run.peers.ranks():
         return f"the start waits for a learner; {engines}"
     return f"the start waits for the learner's first policy; {engines}"
+
+
+def _joined(num_engines: int) -> str:
+    return f"{num_engines} engine{'' if num_engines == 1 else 's'} joined"
 
 
 def _group(group: Group, run: RunState) -> msg.GroupView:

@@ -324,6 +324,6 @@ def test_a_replay_plays_to_its_end_and_can_be_paused(tmp_path: Path) -> None:
         screen.press(b" ")
         screen.until(holds("replay paused"))
         screen.press(b" ++++")
-        screen.until(holds("replay ended", "step 29/30"))
+        screen.until(holds("replay ended", "step 30/30"))
         screen.press(b"q")
         assert screen.ended() == 0

@@ -55,7 +55,7 @@ def clock(seconds: float) -> str:
 class Pace:
     """Estimates when the run will end, from the steps taken since this launch."""
 
-    # (time_s, step) when training was first seen; the time before it is spent waiting for engines.
+    # (time_s, step) when training was first seen, after the start and the first evaluation.
     first: tuple[float, int] | None = None
 
     def eta(self, snapshot: LiveState) -> str:
@@ -78,7 +78,8 @@ class Pace:
 def state(snapshot: LiveState) -> str:
     """The current phase of the run, in words."""
     if any(engine.policy_version >= 0 for engine in snapshot.engines) or snapshot.phase == "done":
-        return snapshot.phase
+        first = snapshot.phase == "training" and snapshot.step == 0 and snapshot.evaluated[1]
+        return "first evaluation" if first else snapshot.phase
     missing = ["the learner's first weights"] if snapshot.policy_version < 0 else []
     missing += ["engines to load the model"] if snapshot.engines else ["engines to join"]
     return f"starting: waiting for {' and '.join(missing)}"
@@ -135,12 +136,17 @@ def outcome_facts(metrics: dict[str, float], evaluations: dict[int, Evaluated]) 
 
 
 def flow_facts(snapshot: LiveState) -> list[str]:
-    """Cancellation, signal, staleness, throughput and utilisation."""
+    """Cancellation, signal, an evaluation, staleness, throughput and utilisation.
+
+    The first evaluation is told by `LiveState.waiting`.
+    """
     metrics, facts = snapshot.metrics, []
     if "darts/cancelled_frac" in metrics:
         facts.append(f"{100 * metrics['darts/cancelled_frac']:.0f} % cancelled")
     if "darts/uniform_frac" in metrics:
         facts.append(f"{100 * metrics['darts/uniform_frac']:.0f} % without signal")
+    if snapshot.evaluated[1] and snapshot.step:
+        facts.append("evaluation {} of {} prompts".format(*snapshot.evaluated))
     if snapshot.lags:
         facts.append(f"lag {max(snapshot.lags)} of at most {snapshot.max_lag}")
     if snapshot.engines:

@@ -127,9 +127,11 @@ def header(snapshot: LiveState, view: View, width: int) -> list[Text]:
         Text(printable(snapshot.phase), style(view, TITLE)),
         Text(f"step {snapshot.step}/{snapshot.steps}"),
     ]
-    if snapshot.evaluated[1]:
+    if snapshot.evaluated[1] and snapshot.step:  # the third line tells the first one
         facts += [Text("evaluation {} of {} prompts".format(*snapshot.evaluated))]
-    facts += [Text(f"version {snapshot.policy_version}"), Text(f"lag ≤ {snapshot.max_lag}")]
+    if snapshot.policy_version >= 0:
+        facts += [Text(f"version {snapshot.policy_version}")]
+    facts += [Text(f"lag ≤ {snapshot.max_lag}")]
     facts += [
         Text(f"groups {snapshot.groups_open} open, {snapshot.groups_ready} ready"),
         Text(f"{snapshot.bytes_held / 1e6:.1f} MB held"),
@@ -166,7 +168,9 @@ def header(snapshot: LiveState, view: View, width: int) -> list[Text]:
 
 TITLES: dict[Panel, Callable[[LiveState, View], str]] = {
     lengths_panel: lambda snapshot, view: "Lengths by end",
-    groups_panel: lambda snapshot, view: "Groups in flight",
+    groups_panel: lambda snapshot, view: (
+        "Groups of this step" if view.source.startswith("replay") else "Groups in flight"
+    ),
     prompts_panel: lambda snapshot, view: f"Prompts by {view.order.replace('_', ' ')}",
     prompt_panel: prompt_title,
     lag_panel: lambda snapshot, view: f"Lag of trained responses, bound {snapshot.max_lag}",
@@ -217,6 +221,8 @@ def _columns(
     ]
     blocks: list[list[Text]] = []
     for column, column_width in zip(layout, widths, strict=True):
+        if view.source.startswith("replay"):  # the ledger does not record engines
+            column = [(panel, share) for panel, share in column if panel is not engines_panel]
         total, used, block = sum(share for _, share in column), 0.0, []
         for panel, share in column:
             used += share

@@ -146,7 +146,7 @@ def _snapshot(
         time_s=seconds,
         run_name=run.name,
         phase="done" if last_step else "training",
-        step=int(row["step"]),
+        step=int(row["step"]) + 1,  # the number of steps taken, as in a live state
         steps=int(run.setting("run.steps") or run.num_steps),
         policy_version=int(row.get("policy_version", 0)),
         max_lag=int(bound) if is_number(bound) else max(spans, default=0),

@@ -167,7 +167,7 @@ def prompts_panel(snapshot: LiveState, view: View, width: int, height: int) -> l
     everything = [length for values in lengths.values() for length in values]
     low, high = min(everything, default=1), max([1, *everything])
     heading = f"{'prompt':<{name}}" + "".join(f"{key:>{cells}}" for key, cells in shown.items())
-    axis = f"{low}" + f"{high}".rjust(spark - len(f"{low}"))
+    axis = f"{low}" + f"{high}".rjust(spark - len(f"{low}")) if everything else ""
     lines = [Text((heading + (f"  {axis}" if spark else ""))[:width], style(view, DIM))]
     if not prompts:
         return [*lines, Text("no prompt has closed yet", style(view, DIM))]
@@ -179,11 +179,12 @@ def prompts_panel(snapshot: LiveState, view: View, width: int, height: int) -> l
         own = lengths[prompt.prompt_id]
         row = fitted(Text(mark + printable(prompt.text or prompt.prompt_id)), name).plain
         row += "".join(f"{COLUMNS[key][1](prompt, own):>{cells}}" for key, cells in shown.items())
-        if spark and own:
-            row += "  " + sparkline(counts_in_log_bins(own, low, high, spark), spark)
-        lines.append(fitted(Text(row), width))
-        if prompt is chosen:
-            lines[-1].stylize(style(view, "reverse"))
+        line = Text(row, style(view, "reverse") if prompt is chosen else "")
+        if spark and own:  # in reverse, columns and gaps would change places
+            line = Text("  ").join(
+                [line, Text(sparkline(counts_in_log_bins(own, low, high, spark), spark))]
+            )
+        lines.append(fitted(line, width))
     return lines
 
 
@@ -261,17 +262,7 @@ def lag_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[
 def engines_panel(snapshot: LiveState, view: View, width: int, height: int) -> list[Text]:
     """Per engine: slots in use, speed, version, and its latency per token over the batch size."""
     if not snapshot.engines:
-        return [
-            Text(
-                "none: "
-                + (
-                    "the ledger does not record engines"
-                    if view.source.startswith("replay")
-                    else "no engine has joined"
-                ),
-                style(view, DIM),
-            )
-        ]
+        return [Text("no engine has joined", style(view, DIM))]
     name = min(max(len(engine.engine_id) for engine in snapshot.engines), 16, max(width - 32, 4))
     gauge = max(0, min(width - name - 52, 24))
     lines = []
@@ -283,7 +274,8 @@ def engines_panel(snapshot: LiveState, view: View, width: int, height: int) -> l
             line.append("━" * full, style(view, RUNNING.color)).append(
                 "─" * (gauge - full) + " ", style(view, DIM)
             )
-        line.append(f"{engine.tokens_per_s:>6.0f}/s v{engine.policy_version:<3} ")
+        version = f"v{engine.policy_version}" if engine.policy_version >= 0 else "loading"
+        line.append(f"{engine.tokens_per_s:>6.0f}/s {version:<4} ")
         latencies = [latency for _, latency in sorted(engine.curve)]
         spark = max(0, min(12, width - line.cell_len - (22 if gauge else 1)))
         line.append(
@@ -323,9 +315,10 @@ def _group_line(group: GroupView, width: int, view: View, track: bool) -> Text:
         facts.append(Text(f"cut {group.short_cutoff}", style(view, "bright_white")))
     if cancelled:
         facts.append(Text(f"{cancelled} cancelled", style(view, ENDS["cancelled"].on_screen)))
-    facts.append(Text(f"{running} running", style(view, RUNNING.color)))
+    if running:
+        facts.append(Text(f"{running} running", style(view, RUNNING.color)))
     scale = f"{_scale(group)} ▏"  # the length that a full bar stands for
-    line = fitted(as_many_as_fit(facts, width - len(scale)), width - len(scale))
+    line = fitted(as_many_as_fit(facts, width - len(scale) - 1), width - len(scale))
     return line.append(scale, style(view, DIM))
 
 

@@ -22,13 +22,17 @@ Draw = Callable[[int, int], list[Text]]
 SMALLEST, LARGEST = (20, 10), (400, 200)  # columns and lines of a frame
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>Run</title>
-<link rel="stylesheet" href="monitor.css"></head>
+<link rel="icon" href="monitor.svg"><link rel="stylesheet" href="monitor.css"></head>
 <body><pre id="frame">waiting for the first state</pre><p id="note"></p>
 <script src="monitor.js"></script></body></html>
 """
 CSS = """body { margin:0; padding:10px; background:#14181d; color:#d7dde4 }
 pre { margin:0; font:13px/1.2 ui-monospace,"DejaVu Sans Mono",Menlo,monospace; overflow:hidden }
 #note { color:#f0604d; font:14px system-ui,sans-serif; margin:8px 0 }
+"""
+# Without an icon of its own, a browser asks for /favicon.ico and reports that it is missing.
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><path fill="#2fbf9b"
+d="M1 9h4v6H1z"/><path fill="#6f8cff" d="M6 1h4v14H6z"/><path fill="#eeb02e" d="M11 6h4v9h-4z"/></svg>
 """
 SCRIPT = """const frame = document.getElementById("frame"), note = document.getElementById("note")
 function cell() {
@@ -87,6 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer("text/javascript", SCRIPT.encode())
             case "/monitor.css":
                 self._answer("text/css", CSS.encode())
+            case "/monitor.svg":
+                self._answer("image/svg+xml", ICON.encode())
             case "/frame":
                 width, height = _size(url.query)
                 self._answer("text/html", as_html(self.server.draw(width, height), width).encode())

@@ -21,7 +21,8 @@ from tools.reporting.run_directory import RunDirectory
 
 COLORS = (BLUE, RED, TEAL, VIOLET, "#e3a11f", INK, "#9aa3ad", "#b0570f")
 # These differ between any two runs on one machine and have no effect on its results.
-IDENTITY = {"run.name", "run.dir", "run.resume", "buffer.address", "buffer.keys"}
+IDENTITY = {"run.name", "run.dir", "run.resume", "run.prometheus_port"}
+IDENTITY |= {"buffer.address", "buffer.keys", "weights.address"}
 WINDOW = 5  # steps at the end of the comparison, over which single steps are averaged
 TOTALS = {
     "tokens/generated": "Tokens generated",
@@ -105,7 +106,7 @@ def outcome(runs: Sequence[RunDirectory]) -> dict[str, list[float | None]]:
     rows[f"Held-out {HELD_OUT[key]}"] = [_last(run, key) for run in runs]
     for name in ("mean", "p99"):
         rows[f"Held-out length, {name}"] = [_last(run, f"eval/length_{name}") for run in runs]
-    rows["Wall time, s"] = [run.seconds()[-1] for run in runs]
+    rows["Wall time"] = [run.seconds()[-1] for run in runs]
     facts = [RunFacts.of(run) for run in runs]
     rows["Seconds per step, after the first"] = [
         one.step_s if one.steady else None for one in facts
@@ -185,8 +186,9 @@ def _held_out_key(runs: Sequence[RunDirectory]) -> str:
     return max(run.held_out for run in runs)
 
 
-def _steps(run: RunDirectory) -> dict[float, float]:
-    return {row["step"]: row["step"] for row in run.metrics}
+def _evaluated_steps(run: RunDirectory) -> dict[float, float]:
+    """An evaluation belongs to the step of its policy, as in the report of one run."""
+    return {row: step for step, row, _ in evaluations(run)}
 
 
 def _minutes(run: RunDirectory) -> dict[float, float]:
@@ -198,8 +200,8 @@ def _tokens(run: RunDirectory) -> dict[float, float]:
     return dict(zip(*run.series("tokens/generated"), strict=True))
 
 
-CLOCKS = {  # the place of each step on the axis
-    "learner step": _steps,
+CLOCKS = {  # the place on the axis of what the row of a step reports
+    "learner step": _evaluated_steps,
     "minutes since the run began": _minutes,
     "tokens generated": _tokens,
 }

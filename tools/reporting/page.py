@@ -73,8 +73,11 @@ summary { cursor:pointer; font-weight:600 } details[open] summary { margin-botto
 .tag b { color:var(--ink) }
 @media (max-width:700px) {
   main { padding:18px 10px 40px } section { padding:14px 12px; overflow-x:auto }
+  table { font-size:13.5px } th,td { padding-right:8px; overflow-wrap:anywhere }
+  td.n,th.n { overflow-wrap:normal }
   .panels { grid-template-columns:minmax(0,1fr) } .facts { gap:8px 22px }
-  td.tag { display:block; width:auto; white-space:normal } td.tag + td { display:block }
+  td.tag { display:block; width:auto; white-space:normal; border:0; padding-bottom:0 }
+  td.tag + td { display:block }
 }
 """
 
@@ -84,6 +87,7 @@ def page_of(title: str, body: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">'  # so that a browser asks no server for one
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
         f"<body><main>{body}</main><script>{SCRIPT.read_text(encoding='utf-8')}</script>"
         "</body></html>\n"

@@ -98,7 +98,7 @@ def prompts(run: RunDirectory) -> str:
         axis = panels.axes[panel]
         axis.set(xlim=(-0.6, num - 0.4), xlabel="prompt", ylabel="sampled tokens")
         names = [_shortened(str(group["prompt_id"])) for group in part]
-        axis.set_xticks(range(len(part)), names, fontsize=7.5)
+        axis.set_xticks(range(len(part)), names, fontsize=6.5)
         log_lengths(axis, values)
     panels.share_y()
     return panels.render()
@@ -175,4 +175,4 @@ def _told(rollout: Row) -> str:
 
 
 def _shortened(prompt_id: str) -> str:
-    return prompt_id if len(prompt_id) <= 8 else prompt_id[:6] + "…"
+    return prompt_id if len(prompt_id) <= 7 else prompt_id[:6] + "…"

@@ -96,10 +96,24 @@ def test_every_preset_is_valid_by_name_and_by_path(preset: Path) -> None:
         ("actor.slots=8", "actors.slots"),
         ("max_lag=2", "staleness.max_lag"),
         ("sampling.max_token=9", "sampling.max_tokens"),
+        ("learner.lrr=1", "optimizer.lr"),
+        ("model.lora_rank=4", "model.lora.rank"),
+        ("eval.eval_every=4", "eval.every"),
+        ("warmup=4", "optimizer.warmup_steps"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(override: str, nearest: str) -> None:
     assert f"did you mean {nearest}?" in refusal(override)
+
+
+@pytest.mark.parametrize("override", ["optimizer.learning_rate=1", "optimizer.temperature=1"])
+def test_the_keys_of_a_section_are_listed_if_none_of_them_is_near(override: str) -> None:
+    assert "optimizer has the keys lr, betas, " in refusal(override)
+
+
+@pytest.mark.parametrize("override", ["optimizer.learning_rate=1", "foo.bar=1", "rollout.n=8"])
+def test_no_key_is_suggested_that_is_not_near(override: str) -> None:
+    assert "did you mean" not in refusal(override)
 
 
 def test_an_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:

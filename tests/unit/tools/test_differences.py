@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ def make(name: str, num_steps: int = 6, **settings: Any) -> RunDirectory:
 
 def test_settings_that_differ_are_listed_and_the_identity_of_a_run_is_not_one() -> None:
     one = make("a", darts={"group_size": 8, "long_end": "none"}, buffer={"address": "x"})
-    other = make("b", darts={"group_size": 16}, buffer={"address": "y"})
+    ends = {"buffer": {"address": "y"}, "weights": {"address": "z"}}
+    other = make("b", darts={"group_size": 16}, **ends)
     assert different_settings([one, other]) == {
         "darts.group_size": [8, 16],
         "darts.long_end": ["none", None],
@@ -53,11 +56,22 @@ def test_a_longer_run_is_compared_at_the_last_step_of_the_shorter_one() -> None:
 def test_the_outcome_is_in_the_units_of_the_metrics() -> None:
     rows = outcome([make("a"), make("b")])
     assert rows["Held-out accuracy"] == [0.5, 0.5]
-    assert rows["Wall time, s"] == [80.0, 80.0]
+    assert rows["Wall time"] == [80.0, 80.0]
     assert rows["Seconds per step, after the first"] == [10.0, 10.0]
     assert rows["Learner waiting, share of time"] == [0.2, 0.2]
     assert rows["Reward"] == pytest.approx([0.3, 0.3])  # of steps 1 to 5
     assert "Tokens cancelled" not in rows  # no run has it
+
+
+def test_an_evaluation_is_drawn_at_the_step_of_its_policy() -> None:
+    """A later row reports it. The other axes are the time and the tokens of that row."""
+    late = make("a")
+    for row in late.metrics:
+        row["eval/step"] = row["step"] / 2
+    drawn = re.findall(r'data-plot="(.*?)"', compare([late, make("b")]))
+    places = [json.loads(unescape(plot))["series"][0]["x"] for plot in drawn[:3]]
+    assert places[0] == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert places[2] == [100, 200, 300, 400, 500, 600]
 
 
 def test_an_accuracy_is_compared_with_a_mean_reward_as_a_mean_reward() -> None:

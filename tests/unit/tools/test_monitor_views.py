@@ -327,8 +327,35 @@ def test_a_key_shows_and_hides_each_page() -> None:
 
 
 def test_an_evaluation_under_way_shows_its_progress() -> None:
-    first = frame(snapshot(phase="training", evaluated=(3, 16)), PLAIN, 100, 24)[0]
+    first = frame(snapshot(phase="training", step=9, evaluated=(3, 16)), PLAIN, 100, 24)[0]
     assert "evaluation 3 of 16 prompts" in first.plain
+
+
+def test_what_does_not_exist_yet_is_not_drawn_as_a_number() -> None:
+    loading = msgspec.structs.replace(engine(), policy_version=-1)
+    state = snapshot(policy_version=-1, engines=[loading])
+    text = "\n".join(line.plain for line in frame(state, PLAIN, 200, 50))
+    assert "version" not in text and "v-1" not in text and "loading" in text
+
+
+def test_a_replay_gives_the_place_of_its_engines_to_other_panels() -> None:
+    drawn = [frame(busy(), View(source=source), 200, 50) for source in ("", "replay")]
+    live, played = ("\n".join(line.plain for line in lines) for lines in drawn)
+    assert "Engines" in live and "Engines" not in played
+
+
+@pytest.mark.parametrize("width", range(30, 60))
+def test_a_gap_separates_the_facts_of_a_group_from_its_scale(width: int) -> None:
+    states = ((20, "finished"), (60, "running"), (30, "cancelled"))
+    line = groups_panel(snapshot(groups=[group(1, 25, states)]), PLAIN, width, 10)[0].plain
+    assert re.search(r" 64 ▏$", line)
+
+
+def test_the_lengths_of_the_chosen_prompt_are_not_in_reverse() -> None:
+    state = snapshot(prompts=[prompt("a", (1, 2, 3, 100))])
+    row = prompts_panel(state, View(), 100, 3)[1]
+    spans = [span for span in row.spans if "reverse" in str(span.style)]
+    assert row.style != "reverse" and spans[-1].end < len(row.plain.rstrip()) - 10
 
 
 def test_silence_replaces_the_waiting_side() -> None:
@@ -472,11 +499,11 @@ def test_a_replay_keeps_the_recorded_pace_and_can_be_moved(run_dir: Path) -> Non
     assert replay.speed == 2  # steps of 1 s, and about two of them per second
     replay.change_speed(64)
     seen = [state.step for _ in range(40) if (state := replay.receive(0.01))]
-    assert seen == [0, 1, 2] and replay.ended()
-    assert replay.seek(-1.0).step == 0
-    assert replay.seek(0.0, 1).step == 1
-    assert replay.seek(1.0).step == 2
-    assert replay.seek(0.0, -5).step == 0
+    assert seen == [1, 2, 3] and replay.ended()
+    assert replay.seek(-1.0).step == 1
+    assert replay.seek(0.0, 1).step == 2
+    assert replay.seek(1.0).step == 3
+    assert replay.seek(0.0, -5).step == 1
     replay.change_speed(1 / 1024)
     assert replay.receive(0.05) is None  # the next step is due in several seconds
 
@@ -527,4 +554,4 @@ def test_a_state_of_a_replay_is_made_when_it_is_shown(
     )
     frames = Frames(RunDirectory.read(run_dir))
     assert len(frames) == 3 and made == []
-    assert frames[1].step == 1 and made == [5]
+    assert frames[1].step == 2 and made == [5]

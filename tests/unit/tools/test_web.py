@@ -72,7 +72,7 @@ def test_the_page_names_only_files_of_this_server_and_no_inline_script(
     _, headers, page = ask(server, "/")
     assert "//" not in page.replace("<!doctype", "")
     assert "script-src" not in headers["Content-Security-Policy"]  # so default-src: 'self'
-    for name in ("monitor.js", "monitor.css"):
+    for name in ("monitor.js", "monitor.css", "monitor.svg"):
         assert name in page and ask(server, f"/{name}")[0] == 200
 
 
