@@ -37,8 +37,7 @@ def make(name: str, num_steps: int = 6, **settings: Any) -> RunDirectory:
 
 def test_settings_that_differ_are_listed_and_the_identity_of_a_run_is_not_one() -> None:
     one = make("a", darts={"group_size": 8, "long_end": "none"}, buffer={"address": "x"})
-    ends = {"buffer": {"address": "y"}, "weights": {"address": "z"}}
-    other = make("b", darts={"group_size": 16}, **ends)
+    other = make("b", darts={"group_size": 16}, buffer={"address": "y"}, weights={"address": "z"})
     assert different_settings([one, other]) == {
         "darts.group_size": [8, 16],
         "darts.long_end": ["none", None],
