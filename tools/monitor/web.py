@@ -32,7 +32,8 @@ pre { margin:0; font:13px/1.2 ui-monospace,"DejaVu Sans Mono",Menlo,monospace; o
 """
 # Without an icon of its own, a browser asks for /favicon.ico and reports that it is missing.
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><path fill="#2fbf9b"
-d="M1 9h4v6H1z"/><path fill="#6f8cff" d="M6 1h4v14H6z"/><path fill="#eeb02e" d="M11 6h4v9h-4z"/></svg>
+d="M1 9h4v6H1z"/><path fill="#6f8cff" d="M6 1h4v14H6z"/><path fill="#eeb02e" d="M11 6h4v9h-4z"/>
+</svg>
 """
 SCRIPT = """const frame = document.getElementById("frame"), note = document.getElementById("note")
 function cell() {
