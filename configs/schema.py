@@ -845,6 +845,12 @@ class LearnerConfig:
         "Recompute activations in the backward pass. It saves memory and costs about a third more "
         "time.",
     )
+    offload: bool = key(
+        False,
+        "Hold weights, gradients and moments of the optimizer in the machine's memory, and step "
+        "the optimizer on its processors. For a model that does not fit on its GPUs otherwise; "
+        "each pass copies all weights to them, so steps take longer. On a CPU it changes nothing.",
+    )
     checkpoint_every: int = key(
         20, "Number of steps between two checkpoints. The last step always writes one.", ge=1
     )

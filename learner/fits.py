@@ -9,7 +9,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from configs.memory.learner import HELD, on_device
+from configs.memory.learner import HELD, on_device, on_host
 from configs.memory.shape import ModelShape, gib
 from configs.schema import Config
 from learner.model_shape import shape_of_path
@@ -27,7 +27,23 @@ def check_fits(config: Config, device: torch.device) -> str:
     Raises `ValueError` if it certainly does, or if the model cannot be loaded.
     """
     shape = shape_of_path(config.model.path)
-    return compare(shape, config, available_bytes(device), device.type == "cuda")
+    tight = compare(shape, config, available_bytes(device), device.type == "cuda")
+    if tight or device.type != "cuda" or not config.learner.offload:
+        return tight
+    return compare_offloaded(shape, config, psutil.virtual_memory().available)
+
+
+def compare_offloaded(shape: ModelShape, config: Config, available: int) -> str:
+    """A warning if the ranks of a machine probably need more than `available` bytes of its memory,
+    "" otherwise.
+    """
+    memory = on_host(shape, config)
+    if memory.total <= available:
+        return ""
+    return (
+        f"learner.offload=true: the ranks of this machine probably need {memory} of its memory, "
+        f"and {gib(available)} are free; ranks on more machines need less on each"
+    )
 
 
 def compare(shape: ModelShape, config: Config, available: int, cuda: bool) -> str:
@@ -41,8 +57,12 @@ def compare(shape: ModelShape, config: Config, available: int, cuda: bool) -> st
     if cuda and certain > available:
         raise ValueError(
             f"model.path={config.model.path}, learner.num_ranks={config.learner.num_ranks}: a rank "
-            f"needs at least {gib(certain)} on a GPU of {gib(available)}: {memory}; use more ranks "
-            "or larger GPUs"
+            f"needs at least {gib(certain)} on a GPU of {gib(available)}: {memory}; use more ranks"
+            + (
+                " or larger GPUs"
+                if config.learner.offload
+                else ", larger GPUs or learner.offload=true"
+            )
         )
     if memory.total > available:
         return f"a rank probably needs {memory}, and there are {gib(available)}; {REMEDY}"

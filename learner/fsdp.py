@@ -18,7 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -76,14 +82,15 @@ def process_group(
     A single rank needs no rendezvous. Several ranks meet at the rendezvous that `learner.__main__`
     (`LEARNER_RENDEZVOUS`) or torchrun sets.
     """
-    device = pick_device(config, local_rank)
+    device, offload = pick_device(config, local_rank), config.learner.offload
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
+    if device.type == "cpu" or offload:
         # Leave one core to the engine and the buffer, which share this machine in a small run.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
         torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // ranks_here))
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    on_gpus = "cpu:gloo,cuda:nccl" if offload else "nccl"
+    backend = on_gpus if device.type == "cuda" else "gloo"
     rendezvous: dict[str, Any] = (
         {"store": dist.HashStore()}
         if num_ranks == 1
@@ -122,8 +129,11 @@ def load_sharded(
     precision = MixedPrecisionPolicy(
         param_dtype=COMPUTE_DTYPE[config.model.dtype], reduce_dtype=torch.float32
     )
+    offload = OffloadPolicy()
+    if config.learner.offload:
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is already divided by the token count of the whole step, so gradients are
@@ -132,7 +142,9 @@ def load_sharded(
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     if left_as_stored:
         cast_shards(model, dtype)
-    return model.to(device)  # pyright: ignore[reportArgumentType] -- moves the other buffers
+    for buffer in model.buffers():  # parameters are where `fully_shard` holds them
+        buffer.data = buffer.data.to(device)
+    return model
 
 
 def make_mesh(config: Config, device: torch.device) -> DeviceMesh:

@@ -5,7 +5,7 @@ out prepared shards.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any, Self
 import msgspec
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from buffer.advantages import group_advantages
@@ -225,6 +227,21 @@ def single_rank(config: Config) -> Iterator[LearnerState]:
     """A learner state in this process."""
     with fsdp.process_group(config) as device:
         yield build_state(config, device)
+
+
+def in_ranks(
+    num_ranks: int, check: Callable[[int, Config], None], config: Config, folder: Path
+) -> None:
+    """Call `check(rank, config)` in processes that gloo connects."""
+    arguments = (num_ranks, check, config, str(folder / "store"))
+    multiprocessing.spawn(_rank, arguments, nprocs=num_ranks)
+
+
+def _rank(rank: int, num_ranks: int, check: Any, config: Config, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=num_ranks, init_method=f"file://{store}")
+    check(rank, config)
+    dist.destroy_process_group()
 
 
 def train(state: LearnerState, num_steps: int) -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.adapters import swaps_adapters
-from configs.memory.shape import DTYPE_BYTES, Memory, ModelShape, Part, billions
+from configs.memory.shape import DTYPE_BYTES, Memory, ModelShape, Part, billions, gib
 from configs.schema import Config
 
 TOLERANCE = 0.25
-HELD = ("weights", "gradients", "optimizer", "adapters")  # parts that a rank holds between steps
+# Parts that a rank holds between steps.
+HELD = ("weights", "gradients", "optimizer", "adapters", "reference model")
 MIB = 2**20
 CHUNK_ELEMENTS = 2**26  # float32 elements of logits per chunk: 256 MiB, of which two exist at once
 CUDA_BYTES = 1024 * MIB  # context, kernels' workspaces and the allocator's rounding
@@ -35,14 +36,9 @@ def pack_tokens(config: Config) -> int:
 
 def on_device(shape: ModelShape, config: Config, cuda: bool) -> Memory:
     """Peak of one rank during a step: on its GPU if `cuda`, otherwise in the machine's memory."""
-    parts = [
-        *_held(shape, config),
-        _gathered(shape, config),
-        *_passes(shape, config),
-    ]
-    if config.loss.kl:
-        size, (number, of) = compute_bytes(config), _per_rank(shape.parameters, config)
-        parts.append(Part("reference model", size * number, f"{size} B x {of}"))
+    offloads = cuda and config.learner.offload
+    held = _under_way(shape, config) if offloads else _held(shape, config)
+    parts = [*held, _gathered(shape, config), *_passes(shape, config)]
     if cuda:
         parts.append(Part("CUDA", CUDA_BYTES, "context and kernels, a guess"))
     else:
@@ -73,12 +69,23 @@ def _held(shape: ModelShape, config: Config) -> Iterator[Part]:
     """All that a rank holds between steps."""
     size, (number, of) = weight_bytes(config), _per_rank(shape.parameters, config)
     yield Part("weights", size * number, f"{size} B x {of}")
+    if config.loss.kl:
+        size = compute_bytes(config)
+        yield Part("reference model", size * number, f"{size} B x {of}")
+    number, of = _per_rank(shape.parameters, config)
     if not config.model.lora.rank:
         yield Part("gradients", 4 * number, f"4 B x {of}")
         yield Part("optimizer", 8 * number, f"8 B x {of}")
         return
     number, of = _per_rank(adapter_parameters(shape, config), config)
     yield Part("adapters", 16 * number, f"16 B x {of}, with gradients and optimizer")
+
+
+def _under_way(shape: ModelShape, config: Config) -> Iterator[Part]:
+    """Shards that a GPU has only while it gathers them, of a rank that holds its own elsewhere."""
+    size = weight_bytes(config)
+    number, of = _per_rank(shape.outer_parameters + 2 * shape.block_parameters, config)
+    yield Part("shards under way", size * number, f"{size} B x {of}: embeddings and two layers")
 
 
 def adapter_parameters(shape: ModelShape, config: Config) -> int:
@@ -184,7 +191,8 @@ def on_host(shape: ModelShape, config: Config) -> Memory:
     Ranks share the files of the model, which they map (`learner.stored`); of a model whose experts
     are packed, each rank makes a copy. Afterwards, rank 0 keeps buffers for snapshots, and every
     rank a copy of its shard for checkpoints. A model whose experts are fused needs another copy
-    while it publishes.
+    while it publishes. With `learner.offload` ranks hold everything here; torch rounds the size of
+    a tensor that it pins up to a power of two, which is not counted.
     """
     p, ranks = shape.parameters, config.learner.num_ranks
     size = weight_bytes(config)
@@ -196,4 +204,7 @@ def on_host(shape: ModelShape, config: Config) -> Memory:
         if loading > sum(part.num_bytes for part in later)
         else later
     )
+    if config.learner.offload:
+        held = sum(part.num_bytes for part in _held(shape, config))
+        most = (*most, Part("offloaded", ranks * held, f"{gib(held)} x {ranks} ranks"))
     return Memory((Part("libraries", ranks * LIBRARY_BYTES, f"{ranks} ranks"), *most))

@@ -26,6 +26,7 @@ from learner.probes.differences import (
     BOUNDS,
     LEAK_BOUNDS,
     Difference,
+    device_of,
     gradient_difference,
     largest_of_ranks,
     logprobs_of,
@@ -124,7 +125,7 @@ class _Probe:
     def __init__(self, boundaries: Boundaries) -> None:
         self._boundaries = boundaries
         model = boundaries.model
-        device = next(model.buffers(), next(model.parameters())).device
+        device = device_of(model)
         generator = torch.Generator().manual_seed(0)
         ids = ordinary_ids(model)
         self._sequences = [_sequence(ids, n, generator).to(device) for n in LENGTHS]

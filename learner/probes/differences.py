@@ -101,6 +101,14 @@ def settle(model: PreTrainedModel) -> None:
     model.zero_grad()
 
 
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The device that computes, which is not the one that holds offloaded parameters."""
+    parameter = next(model.parameters())
+    if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != "cpu":
+        return torch.device(parameter.device_mesh.device_type, torch.cuda.current_device())
+    return parameter.device
+
+
 def _local(gradient: torch.Tensor) -> torch.Tensor:
     return (gradient.to_local() if isinstance(gradient, DTensor) else gradient).detach()
 

@@ -20,6 +20,7 @@ from learner.packs.boundaries import Boundaries
 from learner.probes.capability import Packing
 from learner.probes.differences import (
     Difference,
+    device_of,
     gradient_difference,
     largest_of_ranks,
     logprobs_of,
@@ -78,7 +79,7 @@ def _excluded(boundaries: Boundaries, packing: Packing) -> str:
 
 
 def _measure(boundaries: Boundaries) -> Difference:
-    device = next(boundaries.model.buffers(), next(boundaries.model.parameters())).device
+    device = device_of(boundaries.model)
     generator = torch.Generator().manual_seed(0)
     ids = ordinary_ids(boundaries.model)
     groups = [_group(ids, *sizes, generator) for sizes in GROUPS]

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from configs.schema import Config, LoraConfig
 from learner import fsdp
+from learner.snapshots.publish import gather
 from learner.train import train_step
 from tests.gpu.conftest import DEVICE, Note
 from tests.learner_cases import (
@@ -101,9 +102,39 @@ def test_a_step_has_the_gradient_that_it_has_on_a_cpu(
     assert metrics["train/entropy"] == pytest.approx(on_a_cpu[0]["train/entropy"], rel=0.02)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_a_checkpoint_continues_the_curve(rank: int, model: Path, tmp_path: Path) -> None:
-    config = on_the_device(model, tmp_path / "run")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_offloaded_weights_have_the_gradient_of_those_on_the_device(
+    dtype: str, model: Path, tmp_path: Path, note: Note
+) -> None:
+    shard = make_shards(make_trajectories(seed=0))[0]
+    found: list[tuple[dict[str, float], dict[str, torch.Tensor]]] = []
+    for offload in (False, True):
+        run = tmp_path / f"offload-{offload}"
+        config = on_the_device(model, run, model__dtype=dtype, learner__offload=offload)
+        with single_rank(config) as state:
+            before = gather(state.model, torch.float32, keep=True)
+            found.append(step_gradients(state, shard))
+            after = gather(state.model, torch.float32, keep=True)
+            assert not all(torch.equal(after[name], before[name]) for name in before)
+            held = "cpu" if offload else DEVICE
+            for parameter in state.model.parameters():
+                moments = [state.optimizer.state[parameter][n] for n in ("exp_avg", "exp_avg_sq")]
+                assert parameter.grad is None
+                assert {tensor.device.type for tensor in (parameter, *moments)} == {held}
+    gradients = [{n: g.float().cpu() for n, g in gradients.items()} for _, gradients in found]
+    difference = largest_difference(gradients[1], gradients[0])
+    note("largest difference of a gradient", f"{difference:.1e}")
+    peaks = [metrics["memory/learner_peak_bytes"] / 2**20 for metrics, _ in found]
+    note("MiB at the peak", f"{peaks[1]:.1f} instead of {peaks[0]:.1f}")
+    assert difference < TOLERANCE[dtype]
+    assert found[1][0]["train/loss"] == pytest.approx(found[0][0]["train/loss"], rel=0.02)
+
+
+@pytest.mark.parametrize(("rank", "offload"), [(0, False), (4, False), (0, True), (4, True)])
+def test_a_checkpoint_continues_the_curve(
+    rank: int, offload: bool, model: Path, tmp_path: Path
+) -> None:
+    config = on_the_device(model, tmp_path / "run", learner__offload=offload)
     config.model = replace(config.model, lora=LoraConfig(rank=rank))
     resumed, undisturbed = with_and_without_restart(config)
     # Sums over many threads of a GPU have no fixed order.

@@ -115,7 +115,7 @@ def _compared(
         return Finding("ok", subject, f"{needed}; there are {gib(available)}")
     advice = {
         "learner": "learner.activation_checkpointing=true, a smaller batch.max_tokens, and more "
-        "learner.num_ranks need less per GPU",
+        "learner.num_ranks need less per GPU, and learner.offload=true the least",
         "engine": "raise actors.gpu_memory_frac or actors.tensor_parallel",
         "shared gpu": "lower actors.gpu_memory_frac, or use GPUs of their own",
         "memory": "lower buffer.max_bytes or actors.kv_cache_gib, or use fewer processes",

@@ -115,15 +115,18 @@ def _choices(
 
 def _learner(config: Config, rank: Memory) -> Iterator[Choice]:
     ranks = config.learner.num_ranks
-    held = ranks * sum(part.num_bytes for part in rank.parts if part.name in learner.HELD)
+    held = sum(part.num_bytes for part in rank.parts if part.name in learner.HELD)
     loss = next(part for part in rank.parts if part.name == "loss")
     yield Choice(
         "batch.max_tokens",
         str(config.batch.max_tokens),
         f"the largest pack that fits; its logits and their gradient are {gib(loss.num_bytes)}",
     )
-    what = f"weights, gradients and optimizer are {gib(held)}"
-    what += f", so {gib(held / ranks)} per GPU" if ranks > 1 else ", which fit on one GPU"
+    what = f"weights, gradients and optimizer are {gib(ranks * held)}"
+    what += f", so {gib(held)} per GPU" if ranks > 1 else ", which fit on one GPU"
+    if config.learner.offload:
+        yield Choice("learner.offload", "true", "as given; the machine's memory holds the state")
+        what = "layers and activations alone are on a GPU"
     yield Choice("learner.num_ranks", str(ranks), f"{what}; a rank needs {gib(rank.total)}")
     yield Choice("learner.device", "cuda", "the learner trains on GPUs")
     checkpointing = config.learner.activation_checkpointing

@@ -101,6 +101,12 @@ def rows_held(config: Config, own: Path) -> object:
         dist.destroy_process_group()
 
 
+def holds_in_memory(config: Config, own: Path) -> object:
+    """The policy by which FSDP holds shards; on a CPU, all of them are in its memory."""
+    with patch.object(fsdp, "fully_shard", wraps=fsdp.fully_shard) as shard, single_rank(config):
+        return {type(call.kwargs["offload_policy"]).__name__ for call in shard.call_args_list}
+
+
 def stops(config: Config, own: Path) -> object:
     """Whether a step stops a run whose actors' log-probabilities are random, and so disagree."""
     with single_rank(config) as state:
@@ -219,6 +225,7 @@ TURNS = {
     "batch.share_prompts": Turn("true", "false", layout, MODEL),
     "learner.activation_checkpointing": Turn("false", "true", passes, MODEL),
     "learner.shard_ranks": Turn("0", "2", rows_held, (*MODEL, "learner.num_ranks=4")),
+    "learner.offload": Turn("false", "true", holds_in_memory, MODEL),
     "learner.device": Turn("cpu", "cuda", device, MODEL),
     "learner.checkpoint_every": Turn("1", "3", checkpoints, KEEP_ALL),
     "learner.max_logprob_diff": Turn("0", "9", stops, MODEL),

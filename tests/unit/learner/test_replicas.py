@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.testing._internal.distributed.fake_pg  # has the backend "fake"
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
@@ -24,6 +23,7 @@ from learner.model_shape import shape_of_path
 from learner.snapshots.publish import WeightPublisher, gather
 from learner.train import LearnerState, build_state, save, train_step
 from tests.learner_cases import (
+    in_ranks,
     make_config,
     make_shards,
     make_trajectories,
@@ -52,18 +52,6 @@ def on_mesh(config: Config, shards: int, name: str, **changes: Any) -> Config:
         weights=replace(config.weights, transport="file"),
         **changes,
     )
-
-
-def in_ranks(check: Any, config: Config, folder: Path) -> None:
-    """Call `check(rank, config)` in each of the ranks."""
-    multiprocessing.spawn(_rank, (check, config, str(folder / "store")), nprocs=NUM_RANKS)
-
-
-def _rank(rank: int, check: Any, config: Config, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=NUM_RANKS, init_method=f"file://{store}")
-    check(rank, config)
-    dist.destroy_process_group()
 
 
 def shard(step: int, rank: int) -> Any:
@@ -112,7 +100,7 @@ def check_curve(rank: int, config: Config) -> None:
 
 @pytest.mark.slow
 def test_the_curve_is_that_of_one_copy(config: Config, tmp_path: Path) -> None:
-    in_ranks(check_curve, config, tmp_path)
+    in_ranks(NUM_RANKS, check_curve, config, tmp_path)
 
 
 def check_publication(rank: int, config: Config) -> None:
@@ -136,7 +124,7 @@ def check_publication(rank: int, config: Config) -> None:
 
 @pytest.mark.slow
 def test_snapshots_have_the_bits_of_the_weights(config: Config, tmp_path: Path) -> None:
-    in_ranks(check_publication, config, tmp_path)
+    in_ranks(NUM_RANKS, check_publication, config, tmp_path)
 
 
 def check_adapters(rank: int, config: Config) -> None:
@@ -157,7 +145,7 @@ def check_adapters(rank: int, config: Config) -> None:
 
 @pytest.mark.slow
 def test_adapters_are_published_merged_and_alone(config: Config, tmp_path: Path) -> None:
-    in_ranks(check_adapters, config, tmp_path)
+    in_ranks(NUM_RANKS, check_adapters, config, tmp_path)
 
 
 def check_checkpoints(rank: int, config: Config) -> None:
@@ -188,7 +176,7 @@ def check_checkpoints(rank: int, config: Config) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_continues_on_another_mesh(config: Config, tmp_path: Path) -> None:
-    in_ranks(check_checkpoints, config, tmp_path)
+    in_ranks(NUM_RANKS, check_checkpoints, config, tmp_path)
 
 
 def test_ranks_that_are_left_over_are_refused(config: Config) -> None:
