@@ -816,6 +816,12 @@ class OptimizerConfig:
     warmup_steps: int = key(
         0, "Number of steps over which the learning rate rises linearly from 0.", ge=0
     )
+    moments: Literal["float32", "bfloat16"] = key(
+        "float32",
+        "Type in which AdamW holds its two moments between steps. bfloat16 takes 4 bytes per "
+        "parameter less, and rounds them at random, so that they are exact on average; the noise "
+        "is small with the default betas (docs/sizing.md).",
+    )
     max_grad_norm: float = key(
         1.0, "Largest norm of the gradient; larger ones are scaled down.", gt=0
     )

@@ -43,6 +43,7 @@ from torch.futures import Future
 from buffer.records.files import UNFINISHED, atomic_write, replace_folder, sync_file
 from configs.errors import one_line
 from learner import retention
+from learner.optimizer import CompactAdamW, first_state
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
@@ -174,13 +175,9 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
 
     A parameter has none if it was never stepped or never had a gradient.
     """
+    dtype = torch.bfloat16 if isinstance(optimizer, CompactAdamW) else torch.float32
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if optimizer.state[parameter]:
                 continue
-            step_device = parameter.device if group["fused"] else "cpu"
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=step_device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            optimizer.state[parameter] = first_state(parameter, dtype)

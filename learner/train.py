@@ -41,6 +41,7 @@ from learner import RunStopped, checkpoint, fsdp, retention
 from learner.agreement import Agreement
 from learner.fits import check_fits
 from learner.metrics import TokenSums, peak_bytes
+from learner.optimizer import make_optimizer
 from learner.packs.batch import Pack, empty_pack, make_packs
 from learner.packs.boundaries import Boundaries
 from learner.packs.loss import AGGREGATIONS, kl_penalty, surrogate
@@ -201,14 +202,7 @@ def build_state(
         print(f"learner: {packing.model_type}: {sharing}", file=sys.stderr, flush=True)
     if rank == 0 and not boundaries.fused:
         print(f"learner: {packing.model_type}: {WHOLE_LOGITS}", file=sys.stderr, flush=True)
-    beta1, beta2 = config.optimizer.betas
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.optimizer.lr,
-        betas=(beta1, beta2),
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(model, config.optimizer)
     reference = load_reference(config, device, boundaries) if config.loss.kl else None
     return LearnerState(
         config,

@@ -65,6 +65,16 @@ def weight_bytes(config: Config) -> int:
     return compute_bytes(config) if config.model.lora.rank else 4
 
 
+def moment_bytes(config: Config) -> int:
+    """Bytes of both of AdamW's moments of a number that is trained."""
+    return 4 if config.optimizer.moments == "bfloat16" else 8
+
+
+def saved_bytes(config: Config) -> int:
+    """Bytes that a checkpoint has of a number that is trained: float32 and its moments."""
+    return 4 + moment_bytes(config)
+
+
 def _held(shape: ModelShape, config: Config) -> Iterator[Part]:
     """All that a rank holds between steps."""
     size, (number, of) = weight_bytes(config), _per_rank(shape.parameters, config)
@@ -75,10 +85,12 @@ def _held(shape: ModelShape, config: Config) -> Iterator[Part]:
     number, of = _per_rank(shape.parameters, config)
     if not config.model.lora.rank:
         yield Part("gradients", 4 * number, f"4 B x {of}")
-        yield Part("optimizer", 8 * number, f"8 B x {of}")
+        moments = moment_bytes(config)
+        yield Part("optimizer", moments * number, f"{moments} B x {of}")
         return
     number, of = _per_rank(adapter_parameters(shape, config), config)
-    yield Part("adapters", 16 * number, f"16 B x {of}, with gradients and optimizer")
+    size = 8 + moment_bytes(config)
+    yield Part("adapters", size * number, f"{size} B x {of}, with gradients and optimizer")
 
 
 def _under_way(shape: ModelShape, config: Config) -> Iterator[Part]:
@@ -182,7 +194,8 @@ def _copied(shape: ModelShape, config: Config, ranks: int) -> Part:
     trained = adapter_parameters(shape, config) if config.model.lora.rank else shape.parameters
     number, of = _per_rank(trained, config)
     of += f" x {ranks} ranks" if ranks > 1 else ""
-    return Part("checkpoint", 12 * number * ranks, f"copies to write from: 12 B x {of}")
+    size = saved_bytes(config)
+    return Part("checkpoint", size * number * ranks, f"copies to write from: {size} B x {of}")
 
 
 def on_host(shape: ModelShape, config: Config) -> Memory:

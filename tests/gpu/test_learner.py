@@ -130,6 +130,27 @@ def test_offloaded_weights_have_the_gradient_of_those_on_the_device(
     assert found[1][0]["train/loss"] == pytest.approx(found[0][0]["train/loss"], rel=0.02)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_moments_in_bfloat16_move_the_weights_alike(
+    offload: bool, model: Path, tmp_path: Path, note: Note
+) -> None:
+    ended: list[dict[str, torch.Tensor]] = []
+    for moments in ("float32", "bfloat16"):
+        config = on_the_device(
+            model, tmp_path / moments, optimizer__moments=moments, learner__offload=offload
+        )
+        with single_rank(config) as state:
+            begun = gather(state.model, torch.float32, keep=True)
+            train(state, 4)
+            ended.append(gather(state.model, torch.float32, keep=True))
+    begun_all, exact, rounded = (
+        torch.cat([weights[name].flatten() for name in begun]) for weights in (begun, *ended)
+    )
+    difference = float((rounded - exact).norm() / (exact - begun_all).norm())
+    note("difference, relative to all movement", f"{difference:.1e}")
+    assert 0 < difference < 0.05
+
+
 @pytest.mark.parametrize(("rank", "offload"), [(0, False), (4, False), (0, True), (4, True)])
 def test_a_checkpoint_continues_the_curve(
     rank: int, offload: bool, model: Path, tmp_path: Path

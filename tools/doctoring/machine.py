@@ -16,6 +16,7 @@ from pathlib import Path
 from buffer.wire.keys import ROLES, check_keys
 from buffer.wire.transport import is_loopback, next_port
 from configs.errors import one_line
+from configs.memory.learner import saved_bytes
 from configs.memory.shape import GIB, ModelShape, gib
 from configs.schema import Config
 from tools.checking.findings import Finding
@@ -69,7 +70,7 @@ def _keys(config: Config) -> Finding:
 
 
 def _disk(config: Config, shape: ModelShape | None) -> Finding:
-    """Each checkpoint holds the float32 weights and two moments of each."""
+    """Each checkpoint holds float32 weights and two moments of each."""
     folder = Path(config.run.dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
@@ -77,7 +78,7 @@ def _disk(config: Config, shape: ModelShape | None) -> Finding:
         return Finding("error", "disk", f"run.dir={config.run.dir}: {existing} is not writable")
     # One more than are kept, while a new one is written.
     number = config.learner.keep_checkpoints + 1
-    checkpoints = number * 12 * shape.parameters if shape else 0
+    checkpoints = number * saved_bytes(config) * shape.parameters if shape else 0
     log = config.buffer.keep_event_bytes
     rows = 3 * config.buffer.keep_row_bytes  # metrics, ledger, samples
     needed = checkpoints + log + rows

@@ -211,6 +211,7 @@ TURNS = {
     "optimizer.weight_decay": Turn("0", "0.1", weights, MODEL),
     "optimizer.schedule": Turn("linear", "cosine", weights, MODEL),
     "optimizer.warmup_steps": Turn("0", "5", weights, MODEL),
+    "optimizer.moments": Turn("float32", "bfloat16", weights, MODEL),
     "optimizer.max_grad_norm": Turn("1", "0.01", weights, MODEL),
     "sampling.temperature": Turn("1", "2", weights, MODEL),
     "model.dtype": Turn("float32", "bfloat16", weights, MODEL),

@@ -103,6 +103,27 @@ def test_the_curve_is_that_of_one_copy(config: Config, tmp_path: Path) -> None:
     in_ranks(NUM_RANKS, check_curve, config, tmp_path)
 
 
+def check_rounding(rank: int, config: Config) -> None:
+    """Moments in bfloat16 are rounded at random, in each copy alike, and saved as such."""
+    optimizer = replace(config.optimizer, moments="bfloat16")
+    on = on_mesh(config, 2, "rounded", optimizer=optimizer)
+    state = build_state(on, CPU, rank, NUM_RANKS)
+    with state.saver:
+        curve(state, range(3))
+        save(state)
+    assert_replicas_are_equal(state)
+    resumed = build_state(on_mesh(on, 0, "rounded"), CPU, rank, NUM_RANKS)
+    assert checkpoint.load_latest(resumed.saver.folder, resumed.model, resumed.optimizer)
+    saved, loaded = contents(state), contents(resumed)
+    assert {saved[name].dtype for name in saved if name.startswith("exp_")} == {torch.bfloat16}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.slow
+def test_copies_round_moments_alike(config: Config, tmp_path: Path) -> None:
+    in_ranks(NUM_RANKS, check_rounding, config, tmp_path)
+
+
 def check_publication(rank: int, config: Config) -> None:
     for shards in (1, 2):
         on = on_mesh(config, shards, f"by-{shards}")
