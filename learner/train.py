@@ -15,7 +15,8 @@ decides when one is too stale. Rank 0 speaks for all: it publishes and acknowled
 calls every collective in the same order: micro-batch count, forward and backward, token sums,
 gradient norm, publication, and whether all ranks have a shard or one is told to end.
 
-Left out: a critic, pulling the next shard while this one trains.
+Left out: a critic, and pulling the next shard while this one trains
+(docs/decisions/0010-no-prefetch.md).
 """
 
 from __future__ import annotations
