@@ -144,8 +144,8 @@
       const {x: px, y: py} = new DOMPoint(event.clientX, event.clientY)
         .matrixTransform(svg.getScreenCTM().inverse())
       const inside = px >= left && px <= right && py >= top && py <= bottom
-      tell(event, inside ? [px, py] : null)
       handlers[name](inside ? [px, py] : null)
+      tell(event, inside ? [px, py] : null) // after a zoom, by the new scales
     })
   }
 

@@ -160,13 +160,24 @@ def ledger(run: RunDirectory) -> str:
     if not ledger:
         return ""
     most = max(counts["opened"] for counts in ledger.values())
-    header = "".join(f'<th class="n">{times}x</th>' for times in range(most + 1))
+    # Each number of times up to 7, and then ranges: a small set is drawn hundreds of times.
+    columns = [(n, n) for n in range(min(most, 7) + 1)]
+    while columns[-1][1] < most:
+        first = columns[-1][1] + 1
+        columns.append((first, 2 * first - 1))
+    header = "".join(
+        f'<th class="n">{first}{f"–{last}" if last > first else ""}x</th>'
+        for first, last in columns
+    )
     body = ""
     for outcome in ("opened", "shipped", "filled", "dropped"):
         times = Counter(counts[outcome] for counts in ledger.values())
         body += (
             f"<tr><td>{outcome}</td>"
-            + "".join(f'<td class="n">{times[n] or ""}</td>' for n in range(most + 1))
+            + "".join(
+                f'<td class="n">{sum(times[n] for n in range(first, last + 1)) or ""}</td>'
+                for first, last in columns
+            )
             + "</tr>"
         )
     note = (

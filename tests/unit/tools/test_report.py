@@ -12,6 +12,7 @@ import pytest
 
 from tools.launching.summary import facts
 from tools.report import write_report
+from tools.reporting import sections
 from tools.reporting.compact import compact
 from tools.reporting.plots import FIGURES, evaluations
 from tools.reporting.responses import responses
@@ -332,3 +333,22 @@ def test_three_responses_of_each_kind_come_from_the_whole_run(run_dir: Path) -> 
     section = responses(RunDirectory.read(run_dir))
     shown = re.findall(r"<pre>(.*?)</pre>", section)
     assert shown == [f"{end} of {step}" for end in ends for step in (0, 4, 8)]
+
+
+def test_a_prompt_that_is_drawn_hundreds_of_times_does_not_widen_the_page() -> None:
+    """Its number of times falls into a range, and every prompt is counted once per row."""
+    often = [group_row(0, end="shipped" if place % 3 else "deadline") for place in range(300)]
+    groups = [*often, group_row(1), group_row(2, end="deadline")]
+    page = sections.ledger(RunDirectory(Path("r"), groups=groups))
+    header, opened, shipped, _, dropped = (
+        re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in page.split("<tr>")[1:]
+    )
+    assert header == [
+        "prompts", *[f"{n}x" for n in range(8)],
+        "8–15x", "16–31x", "32–63x", "64–127x", "128–255x", "256–511x",
+    ]  # fmt: skip
+    assert [(header[place], cell) for place, cell in enumerate(opened) if cell] == [
+        ("prompts", "opened"), ("1x", "2"), ("256–511x", "1")
+    ]  # fmt: skip
+    assert shipped[header.index("128–255x")] == "1"
+    assert [dropped[header.index(name)] for name in ("0x", "1x", "64–127x")] == ["1", "1", "1"]
