@@ -137,10 +137,15 @@ def start(config: Config) -> int:
 def main() -> NoReturn:
     run_command(
         "Start a whole run (buffer, actors and learner), show its progress, end it cleanly and "
-        "write its report.",
+        "write its report. --print-commands starts nothing: it is short for "
+        "launch.launcher=commands.",
         start,
         schema=Config,
         errors=(TransportError,),
+        argv=[
+            "launch.launcher=commands" if word == "--print-commands" else word
+            for word in sys.argv[1:]
+        ],
     )
 
 

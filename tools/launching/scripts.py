@@ -88,8 +88,9 @@ def _slurm(config: Config, commands: list[Command]) -> str:
     lines += [
         "set -euo pipefail",
         'cd "$SLURM_SUBMIT_DIR"  # on storage that all nodes share',
-        "export host=$(hostname -I | cut -d' ' -f1)",
-        f"export address=tcp://$host:{port}",
+        "host=$(hostname -I | cut -d' ' -f1)",
+        f"address=tcp://$host:{port}",
+        "export host address",
         f"[ -e {config.buffer.keys} ] || {PYTHON} -m tools.keys {config.buffer.keys}",
         *_file(config),
     ]
@@ -107,9 +108,13 @@ def _slurm(config: Config, commands: list[Command]) -> str:
         if prefix:
             line = f"bash -c {shlex.quote(prefix + 'exec ' + line)}"
         lines.append(f"{start} {line} &")
-        if command.role == "buffer":
-            lines.append("buffer=$!")
-    return "\n".join([*lines, 'wait "$buffer"', "wait", ""])
+        if command.role in ("buffer", "tracker"):
+            lines.append(f"{command.role}=$!")
+    lines.append('wait "$buffer"')
+    if any(command.role == "tracker" for command in commands):
+        # It follows the run until a signal, and then logs the rest. srun passes the signal on.
+        lines.append('kill "$tracker" || true')
+    return "\n".join([*lines, "wait", ""])
 
 
 SCRIPTS: dict[str, Callable[[Config, list[Command]], str]] = {

@@ -110,6 +110,14 @@ def test_every_command_loads_with_the_file_that_is_printed_with_it(tmp_path: Pat
     assert learners == [[f"GROUP_RANK={node}", "GROUP_WORLD_SIZE=2"] for node in range(2)]
 
 
+def test_an_option_prints_the_commands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.launch", *WIDE, "--print-commands"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.rstrip()) == (0, printed("commands").rstrip())
+
+
 def test_the_slurm_script_has_a_component_for_the_learner_and_for_each_pool(tmp_path: Path) -> None:
     text = printed("slurm", "cluster.pools.a10.labels.zone=b")
     subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=20)
@@ -122,10 +130,13 @@ def test_the_slurm_script_has_a_component_for_the_learner_and_for_each_pool(tmp_
 
 
 def test_the_slurm_script_starts_every_process(tmp_path: Path) -> None:
-    """`srun` is replaced by a program that records its arguments."""
+    """`srun` is replaced by a program that records its arguments. The buffer ends last."""
     (tmp_path / "keys").mkdir()
     fake = tmp_path / "srun"
-    fake.write_text('#!/bin/bash\necho "$*" >> started\n')
+    fake.write_text(
+        '#!/bin/bash\necho "$*" >> started\n[[ "$*" != *"-m buffer"* ]] || '
+        "until (($(wc -l < started) == 6)); do sleep 0.05; done\n"
+    )
     fake.chmod(0o755)
     subprocess.run(
         ["bash"], input=printed("slurm"), text=True, check=True, timeout=20, cwd=tmp_path,
