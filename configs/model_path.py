@@ -1,15 +1,17 @@
-"""Whether `model.path` names a model that can be loaded, without loading it.
+"""Whether `model.path` names a model that can be loaded, without loading it, and the hub's answer.
 
-Each process that loads a model asks this first, since libraries try a name that is on no hub, and a
-hub that does not answer, for half a minute. Owns no knowledge of the model itself.
+Each process that loads a model or a dataset asks this first, since libraries try a name that is on
+no hub, and a hub that does not answer, for half a minute. Owns no knowledge of the model itself.
 """
 
 from __future__ import annotations
 
 import re
 import socket
+import threading
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 CONNECT_S = 3.0
 # The tool that makes a missing model, by a part of the name of its folder.
@@ -55,12 +57,34 @@ def _check_hub(name: str) -> None:
         raise ValueError(
             f"model.path={name}: HF_HUB_OFFLINE is set, and it is not cached; {remedy}"
         )
+    if trouble := hub_trouble():
+        raise ValueError(f"model.path={name}: {trouble}; {remedy}")
+
+
+def hub_trouble() -> str:
+    """A text that says why the hub cannot be reached, "" if it, or the proxy to it, answers."""
+    from huggingface_hub import constants
+
     hub = urlsplit(constants.ENDPOINT)
-    port = hub.port or (443 if hub.scheme == "https" else 80)
-    try:
-        socket.create_connection((hub.hostname or "", port), CONNECT_S).close()
-    except OSError as error:
-        raise ValueError(
-            f"model.path={name}: the hub, {constants.ENDPOINT}, cannot be reached ({error}); "
-            f"{remedy}"
-        ) from error
+    proxies = {} if proxy_bypass(hub.hostname or "") else getproxies()
+    proxy = proxies.get(hub.scheme) or proxies.get("all")
+    target = urlsplit(proxy) if proxy else hub
+    port = target.port or (443 if target.scheme == "https" else 80)
+    answers = [f"no answer within {CONNECT_S:g} s"]
+
+    def connect() -> None:
+        try:
+            socket.create_connection((target.hostname or "", port), CONNECT_S).close()
+        except OSError as error:
+            answers.append(str(error))
+        else:
+            answers.append("")
+
+    # In a thread, since a name server that does not answer takes longer than the timeout given.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_S)
+    if not (trouble := answers[-1]):
+        return ""
+    through = f" through the proxy {target.hostname}:{port}" if proxy else ""
+    return f"the hub, {constants.ENDPOINT}, cannot be reached{through} ({trouble})"

@@ -12,7 +12,8 @@ import gzip
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from buffer.data.rows import BadRow, not_utf8, parsed, payload_of_row
 from buffer.wire.messages import PromptPayload
 from configs.errors import one_line
 from configs.extras import import_extra
+from configs.model_path import hub_trouble
 from configs.schema import DataConfig
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
@@ -194,9 +196,16 @@ def _read_dataset(key: str, form: str) -> Iterator[tuple[int, Any]]:
     configuration = None
     if name.count("/") == 2 and not Path(name).exists():
         name, _, configuration = name.rpartition("/")
+    trouble = "" if Path(name).exists() else hub_trouble()
     try:
-        rows = datasets.load_dataset(name, configuration, split=split or "train")
+        with _offline(bool(trouble)):
+            rows = datasets.load_dataset(name, configuration, split=split or "train")
     except Exception as error:  # a wrong name, split or network raises a dozen unrelated types
+        if trouble:
+            raise ValueError(
+                f"{key}={form}: {trouble}, and it is not cached; write it to a .jsonl or .parquet "
+                f"file where the hub is reachable, and set {key} to this file"
+            ) from error
         raise ValueError(
             f"{key}={form}: cannot load it: {one_line(error, with_type=True)}; check name and "
             "split, and that the hub is reachable or the dataset cached"
@@ -210,6 +219,18 @@ def _read_dataset(key: str, form: str) -> Iterator[tuple[int, Any]]:
             f"{key}={form}, row {number + 1}: cannot be read: {one_line(error, with_type=True)}; "
             "fix or remove the row"
         ) from error
+
+
+@contextmanager
+def _offline(offline: bool) -> Generator[None]:
+    """Within it, if `offline`, a library takes from its cache what it would ask the hub for."""
+    constants = import_extra("huggingface_hub.constants", "hf:", "data")
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or before
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 READERS: dict[str, Callable[[str], Iterator[Numbered]]] = {

@@ -5,15 +5,17 @@ and the remedy.
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 import buffer.data.generators
 from actors.verifiers import INLINE
@@ -340,6 +342,31 @@ def test_a_row_that_its_library_cannot_read_is_named(monkeypatch: pytest.MonkeyP
     assert str(error.value).startswith(
         "data.train=hf:owner/name, row 2: cannot be read: OSError: cannot identify image file"
     )
+
+
+def test_a_library_is_not_left_to_retry_a_hub_that_is_unreachable(
+    monkeypatch: pytest.MonkeyPatch, free_port: Callable[[], int]
+) -> None:
+    """It may still load a dataset of its cache."""
+    offline: list[bool] = []
+
+    def load_dataset(*_: Any, **__: Any) -> Any:
+        offline.append(constants.HF_HUB_OFFLINE)
+        if len(offline) == 1:
+            return [{"prompt": f"a{number}", "answer": "b"} for number in range(50)]
+        raise OSError("not cached")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    port = free_port()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    make_sources(config_of("hf:owner/name"))
+    with pytest.raises(ValueError, match=rf"hub, http://127.0.0.1:{port}, cannot be reached"):
+        make_sources(config_of("hf:owner/name"))
+    with socket.create_server(("127.0.0.1", port)):
+        with pytest.raises(ValueError, match="cannot load it: OSError: not cached; check name"):
+            make_sources(config_of("hf:owner/name"))
+    assert offline == [True, True, False] and constants.HF_HUB_OFFLINE is False
 
 
 def test_a_value_that_cannot_be_sent_is_named() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from huggingface_hub import constants
 
 from actors.pool import Pool
 from configs import cli
-from configs.model_path import check_model
+from configs.model_path import check_model, hub_trouble
 from configs.schema import Config
 from learner import __main__ as learner
 from tools import check
@@ -85,6 +87,32 @@ def test_a_model_that_is_cached_needs_no_hub(
     (refs / "main").write_text("abc")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     check_model("some/model")
+
+
+def test_behind_a_proxy_it_is_the_proxy_that_must_answer(
+    monkeypatch: pytest.MonkeyPatch, free_port: Callable[[], int]
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    port = free_port()
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+    assert f"cannot be reached through the proxy 127.0.0.1:{port} (" in hub_trouble()
+    with socket.create_server(("127.0.0.1", port)):
+        assert hub_trouble() == ""
+        check_model("some/model")
+
+
+def test_a_name_server_that_does_not_answer_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait() and [])
+    monkeypatch.setattr("configs.model_path.getproxies", dict)
+    monkeypatch.setattr("configs.model_path.CONNECT_S", 0.1)
+    assert "no answer within 0.1 s" in hub_trouble()
+    released.set()
 
 
 def test_an_offline_hub_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
