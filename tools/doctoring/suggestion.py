@@ -124,6 +124,8 @@ def _learner(config: Config, rank: Memory) -> Iterator[Choice]:
     )
     what = f"weights, gradients and optimizer are {gib(ranks * held)}"
     what += f", so {gib(held)} per GPU" if ranks > 1 else ", which fit on one GPU"
+    if config.optimizer.moments != "float32":
+        yield Choice("optimizer.moments", config.optimizer.moments, "as given")
     if config.learner.offload:
         yield Choice("learner.offload", "true", "as given; the machine's memory holds the state")
         what = "layers and activations alone are on a GPU"

@@ -283,17 +283,31 @@ def test_a_processor_with_little_memory_is_a_warning() -> None:
 def test_a_suggestion_fits_and_is_a_configuration(
     name: str, gpus: int, gpu_gib: int, ranks: int, engines: int, tmp_path: Path
 ) -> None:
-    place, shape = Place(gpus, gpu_gib * GIB, 0), known_shape(name)
-    given = load(f"model.path={name}", "model.max_context=1536", "data.train=hf:openai/gsm8k/main")
+    config = suggested(name, Place(gpus, gpu_gib * GIB, 0), tmp_path)
+    assert (config.learner.num_ranks, config.actors.num_engines) == (ranks, engines)
+
+
+@pytest.mark.parametrize("given", ["learner.offload=true", "optimizer.moments=bfloat16"])
+def test_a_suggestion_keeps_a_choice_that_needs_less_memory(given: str, tmp_path: Path) -> None:
+    name, one_gpu = "Qwen/Qwen2.5-1.5B", Place(1, 32 * GIB, 0)
+    without = load(f"model.path={name}", "model.max_context=1536")
+    assert suggest(without, known_shape(name), one_gpu) is None
+    suggested(name, one_gpu, tmp_path, given)
+
+
+def suggested(name: str, place: Place, folder: Path, *others: str) -> Config:
+    """A suggestion, read from its file, which fits and has a reason for each of its keys."""
+    shape, data = known_shape(name), "data.train=hf:openai/gsm8k/main"
+    given = load(f"model.path={name}", "model.max_context=1536", data, *others)
     suggestion = suggest(given, shape, place)
     assert suggestion is not None
-    file = tmp_path / "suggested.yaml"
+    file = folder / "suggested.yaml"
     file.write_text(str(suggestion))
     config = cli.load(["--config", str(file)])
     assert config == suggestion.config
-    assert (config.learner.num_ranks, config.actors.num_engines) == (ranks, engines)
     assert {finding.verdict for finding in check_memory(config, shape, place)} <= {"ok", "note"}
     assert all(choice.reason for choice in suggestion.choices)
+    return config
 
 
 @pytest.mark.parametrize(
