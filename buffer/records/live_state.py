@@ -28,7 +28,7 @@ def live_state(
     return msg.LiveState(
         time_s=run.now(),
         run_name=config.run.name,
-        phase=run.phase,
+        phase=_phase(run, evaluated),
         step=run.step,
         steps=config.run.steps,
         policy_version=core.policy_version,
@@ -54,6 +54,20 @@ def live_state(
     )
 
 
+def _phase(run: RunState, evaluated: tuple[int, int]) -> str:
+    """The phase of the run, which in a monitor's eyes starts until an engine has a policy."""
+    if run.phase != "training" or run.step:
+        return run.phase
+    if _is_loading(run):
+        return "starting"
+    return "first evaluation" if evaluated[1] else "training"
+
+
+def _is_loading(run: RunState) -> bool:
+    """Whether no engine has loaded the first policy yet."""
+    return run.step == 0 and all(e.version < 0 for e in run.core.engines.by_id.values())
+
+
 def _waiting(run: RunState, evaluated: tuple[int, int]) -> str:
     """Which side waits for the other, in words.
 
@@ -63,9 +77,9 @@ def _waiting(run: RunState, evaluated: tuple[int, int]) -> str:
     if run.core.policy_version < 0:
         return _missing_at_start(run)
     engines = run.core.engines.by_id.values()
-    if run.step == 0 and engines and all(engine.version < 0 for engine in engines):
+    if engines and _is_loading(run):
         return f"the start waits for engines to load the model; {_joined(len(engines))}"
-    if run.step == 0 and engines and evaluated[1]:
+    if engines and _phase(run, evaluated) == "first evaluation":
         return "the first policy is evaluated: {} of {} prompts done".format(*evaluated)
     described = waiting.describe(run.core)
     if run.core.requested_step is None:

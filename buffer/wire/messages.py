@@ -613,7 +613,7 @@ class LiveState(Message):
 
     time_s: float
     run_name: str
-    phase: str  # "starting", "training", "evaluating", "done"
+    phase: str  # "starting", "first evaluation", "training", "evaluating", "done"
     step: int
     steps: int
     policy_version: int

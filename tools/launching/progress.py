@@ -78,8 +78,7 @@ class Pace:
 def state(snapshot: LiveState) -> str:
     """The current phase of the run, in words."""
     if any(engine.policy_version >= 0 for engine in snapshot.engines) or snapshot.phase == "done":
-        first = snapshot.phase == "training" and snapshot.step == 0 and snapshot.evaluated[1]
-        return "first evaluation" if first else snapshot.phase
+        return snapshot.phase
     missing = ["the learner's first weights"] if snapshot.policy_version < 0 else []
     missing += ["engines to load the model"] if snapshot.engines else ["engines to join"]
     return f"starting: waiting for {' and '.join(missing)}"

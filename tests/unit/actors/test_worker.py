@@ -76,14 +76,9 @@ class FakeEngine:
         self.aborted: list[str] = []
 
     def launch(
-        self,
-        request_id: str,
-        prompt_ids: list[int],
-        max_tokens: int,
-        *,
-        seed: int,
-        num_continued: int,
+        self, request_id: str, prompt_ids: list[int], max_tokens: int, **numbers: int
     ) -> Generation:
+        seed, num_continued = numbers["seed"], numbers["num_continued"]
         self.launched[request_id] = (prompt_ids, max_tokens, seed, num_continued)
         self.generations[request_id] = Generation(request_id)
         return self.generations[request_id]

@@ -283,15 +283,17 @@ def test_a_wait_for_the_learner_is_reported_even_if_a_verifier_is_slow(
 
 def test_before_the_first_step_monitors_learn_what_it_waits_for(service: Service) -> None:
     run = service.run
+    run.phase = "training"
     service._apply([ev.ShardsRequested(0)])
-    assert live_state(run, evaluated=(3, 16)).waiting == (
-        "the first policy is evaluated: 3 of 16 prompts done"
-    )
+    state = live_state(run, evaluated=(3, 16))
+    assert state.phase == "first evaluation"
+    assert state.waiting == "the first policy is evaluated: 3 of 16 prompts done"
+    assert live_state(run).phase == "training"
     for engine in run.core.engines.by_id.values():
         engine.version = -1
-    assert live_state(run, evaluated=(0, 16)).waiting == (
-        "the start waits for engines to load the model; 2 engines joined"
-    )
+    state = live_state(run, evaluated=(0, 16))
+    assert state.phase == "starting"
+    assert state.waiting == "the start waits for engines to load the model; 2 engines joined"
 
 
 def test_monitors_get_the_newest_warnings_without_control_characters(service: Service) -> None:

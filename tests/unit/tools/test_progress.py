@@ -45,8 +45,7 @@ def test_durations_read_as_clocks() -> None:
             "starting: waiting for the learner's first weights and engines to join",
         ),
         ({"engines": [LOADING]}, "starting: waiting for engines to load the model"),
-        ({"evaluated": (3, 16)}, "first evaluation"),
-        ({"evaluated": (3, 16), "step": 5}, "training"),
+        ({"phase": "first evaluation"}, "first evaluation"),
         ({}, "training"),
     ],
 )
