@@ -2,7 +2,7 @@
 
 Owns the `AsyncLLM` and, through it, vLLM's processes. Knows no rollout, prompt text, reward or
 socket. Driven by `actors.worker`, or directly by a benchmark. The code for CPU and CUDA differs
-only in the options of `engine_args`; our tests do not run the CUDA branch.
+only in the options of `engine_args`; of our tests, only tests/gpu run the CUDA branch.
 
 Every token carries the exact policy version that sampled it, even if a swap falls between two
 tokens of one request: EngineCore labels each step with its version, and `_Router` reads the label.
@@ -41,6 +41,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+# It serves top-k and top-p only, which we do not use, and a compiler would have to build it first.
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 # A worker has nothing to save, and would take 5 s to end by itself.
 os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
 

@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences, one sequence at a time or one group at a time.
+"""Causal attention over packed sequences: one at a time, a group at a time, or all in one kernel.
 
 The cost grows with each sequence's length, not with the pack's. Owns one attention function,
 registered with transformers as `PACKED_SDPA`, which `model.attention=sdpa` tries first. It computes
@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from learner.packs.branches import attention_for
+from learner.packs.branches import attention_for, has_varlen
 
 PACKED_SDPA = "packed_sdpa"
 # Options that transformers' models pass to their attention, and that would be ignored here.
@@ -45,10 +45,14 @@ def packed_sdpa(
     if asked or attention_mask is not None or options.get("is_causal") is False:
         wants = ", ".join(asked) or "a mask of its own"
         raise NotImplementedError(f"{type(module).__name__} attends with {wants}")
-    if any(parent >= 0 for parent in parents):
+    lengths = lengths or (query.shape[2],)
+    alone = not any(parent >= 0 for parent in parents)
+    # Kernels are launched once per layer then, and not once per sequence.
+    in_one = len(lengths) > 1 and has_varlen(query) and query.shape[-1] == value.shape[-1]
+    if in_one or not alone:
+        parents = parents or (-1,) * len(lengths)
         output = attention_for(query)(query, key, value, lengths, parents, scaling)
         return output.transpose(1, 2).contiguous(), None
-    lengths = lengths or (query.shape[2],)
     parts = zip(
         query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
     )

@@ -5,7 +5,7 @@ the branch up to their own position. Owns that attention, for each device. On a 
 with the number of tokens: there is neither a mask nor a copy of the trunk for each branch. On a
 GPU, half precision takes one varlen kernel per layer, over keys that are gathered for each branch,
 and float32 takes one call per sequence. `learner.probes.sharing` measures all of it before a run.
-Nothing here ever ran on a GPU. Driven by `learner.packs.attention`.
+Driven by `learner.packs.attention`.
 
 Shapes: T tokens in a pack, K of them in a trunk, B in all its branches together.
 """
@@ -37,7 +37,17 @@ def attention_for(query: torch.Tensor) -> Attention:
     """The fastest of the functions below on the device of `query`, in its type."""
     if not query.is_cuda:
         return on_cpu
-    return varlen if query.dtype in HALVES else by_sequence
+    return varlen if has_varlen(query) else by_sequence
+
+
+def has_varlen(query: torch.Tensor) -> bool:
+    """Whether one kernel can take all sequences of a pack. FlashAttention needs sm80 or newer."""
+    return (
+        query.is_cuda
+        and query.dtype in HALVES
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def by_sequence(
@@ -71,7 +81,7 @@ def by_sequence(
 class Gathered(NamedTuple):
     """The keys of every sequence in a row, of its trunk and its own, and where each begins."""
 
-    rows: torch.Tensor  # of T
+    rows: torch.Tensor | None  # of T; None: all of them, as they are
     starts_of_queries: torch.Tensor  # int32
     starts_of_keys: torch.Tensor  # int32
     longest_query: int
@@ -88,7 +98,7 @@ def gathered(lengths: tuple[int, ...], parents: tuple[int, ...], device: torch.d
     ]
     num_keys = [len(row) for row in keys]
     return Gathered(
-        rows=torch.cat(keys).to(device),
+        rows=torch.cat(keys).to(device) if max(parents) >= 0 else None,
         starts_of_queries=_starts(lengths).to(device),
         starts_of_keys=_starts(num_keys).to(device),
         longest_query=max(lengths),
@@ -110,10 +120,11 @@ def varlen(
 ) -> torch.Tensor:
     """One call for the whole pack. The last query of a sequence sees its last key."""
     keys = gathered(lengths, parents, query.device)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     output = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1)[keys.rows],
-        value[0].transpose(0, 1)[keys.rows],
+        q,
+        k if keys.rows is None else k[keys.rows],
+        v if keys.rows is None else v[keys.rows],
         keys.starts_of_queries,
         keys.starts_of_keys,
         keys.longest_query,
