@@ -212,16 +212,15 @@ class LearnerSide:
         run = self.run
         if run.learner is None or run.replaying or self._closed:
             return
-        for peer in run.peers.ranks():
-            pull, since_s = self._pulls.get(peer.rank, (None, 0.0))
-            if pull is None or pull.step != run.step or peer.rank >= run.learner.num_ranks:
+        for rank, (pull, since_s) in list(self._pulls.items()):
+            peer, portion = run.peers.rank(rank), pull.portion
+            if peer is None or pull.step != run.step or rank >= run.learner.num_ranks:
                 continue
-            portion = pull.portion
             if portion < self._num_portions:
                 if portion not in self._shards:
                     self._waited_s += time.monotonic() - since_s
                     self._shards[portion] = self._make_shards(run.learner, portion)
-                del self._pulls[peer.rank]
+                del self._pulls[rank]
                 run.send(peer, self._shards[portion][peer.rank])
 
     def _make_shards(self, learner: Learner, portion: int) -> list[msg.Shard]:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 ALIVE_S = 3.0
 
@@ -42,17 +42,28 @@ class Peer:
         return False if now_s > max(self.heard_s, self.claim[1]) + ALIVE_S else None
 
 
-@dataclass
 class Peers:
-    """All peers by socket identity."""
+    """All peers by socket identity. An engine, and a rank, has one connection at a time."""
 
-    by_identity: dict[bytes, Peer] = field(default_factory=dict[bytes, Peer])
+    def __init__(self) -> None:
+        self.by_identity: dict[bytes, Peer] = {}
+        self._engines: dict[str, Peer] = {}
+        self._ranks: dict[int, Peer] = {}
 
     def add(self, peer: Peer) -> None:
         self.by_identity[peer.identity] = peer
+        if peer.engine_id:
+            self._engines[peer.engine_id] = peer
+        else:
+            self._ranks[peer.rank] = peer
 
     def remove(self, peer: Peer) -> None:
-        self.by_identity.pop(peer.identity, None)
+        if self.by_identity.pop(peer.identity, None) is None:
+            return
+        if peer.engine_id:
+            del self._engines[peer.engine_id]
+        else:
+            del self._ranks[peer.rank]
 
     def heard(self, identity: bytes, now_s: float) -> Peer | None:
         peer = self.by_identity.get(identity)
@@ -61,16 +72,16 @@ class Peers:
         return peer
 
     def engine(self, engine_id: str) -> Peer | None:
-        return next((p for p in self.by_identity.values() if p.engine_id == engine_id), None)
+        return self._engines.get(engine_id)
 
     def rank(self, rank: int) -> Peer | None:
-        return next((p for p in self.by_identity.values() if p.rank == rank), None)
+        return self._ranks.get(rank)
 
     def ranks(self) -> list[Peer]:
-        return [p for p in self.by_identity.values() if p.rank >= 0]
+        return [*self._ranks.values()]
 
     def engines(self) -> list[Peer]:
-        return [p for p in self.by_identity.values() if p.engine_id]
+        return [*self._engines.values()]
 
     def silent_since(self, limit_s: float) -> list[Peer]:
         return [p for p in self.by_identity.values() if p.heard_s < limit_s]

@@ -78,8 +78,9 @@ class TrajectoryStore:
                 f"including its prompt; model.max_context={self.max_context} is the limit"
             )
         num_repeated = min(end - chunk.offset, len(chunk.tokens) // 4)
-        if num_repeated:
-            _check_repeated(rollout, chunk, num_repeated)
+        if not num_repeated:
+            return chunk
+        _check_repeated(rollout, chunk, num_repeated)
         return msgspec.structs.replace(
             chunk,
             offset=chunk.offset + num_repeated,

@@ -59,6 +59,8 @@ OPENINGS = (*HELLOS, FetchSnapshot)  # with these a connection shows its purpose
 ZERO_COPY_RECV = 10
 IN_PROCESS = -1  # instead of a descriptor: there is no connection
 CURVE_BYTES = 33  # of a message on an encrypted connection, beside its content
+# Numbers, since pyzmq's flags are enumerations, and to combine those takes as long as to send.
+NOBLOCK, SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
 
 encode = msgspec.msgpack.Encoder().encode
 
@@ -298,6 +300,7 @@ class Router(_Server):
         self._lost: set[bytes] = set()
         self._overdue: list[tuple[bytes, Violation]] = []
         self._met: dict[bytes, _Met] = {}  # peers whose connections are there
+        self._receipts: dict[bytes, int] = {}  # peer -> bytes of it that were read, still to be told
         self._ended: set[bytes] = set()  # peers of whom no more is read, although some may be there
         self._refused: set[bytes] = set()  # strangers whose first violation was handed over
         super().__init__(
@@ -367,11 +370,14 @@ class Router(_Server):
         until_s = time.monotonic() + MAX_S_PER_RECEIVE
         while len(received) < MAX_PER_RECEIVE and num_bytes < MAX_BYTES_PER_RECEIVE:
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                peer = self._socket.recv(NOBLOCK)
             except zmq.Again:
                 all_read = True
                 break
-            peer, size = frames[0].bytes, self._size(frames)
+            frames = [self._socket.recv(copy=False)]
+            while frames[-1].more:
+                frames.append(self._socket.recv(copy=False))
+            size = self._size(frames)
             num_bytes += size
             met = self._met.get(peer) or self._meet(peer, frames[-1])
             if met is None or not met.note_read(peer, size):
@@ -381,14 +387,21 @@ class Router(_Server):
                 received.append((peer, message))
             elif time.monotonic() >= until_s:
                 break
+        self._send_receipts()
         assert self._connections is not None
         self._connections.note_read(num_left_bytes, all_read)
         return received
 
+    def _send_receipts(self) -> None:
+        """Tell peers what was read of them, once for all their messages."""
+        due, self._receipts = self._receipts, {}
+        for peer, num_bytes in due.items():
+            self.send(peer, Received(num_bytes=num_bytes))
+
     def _size(self, frames: list[zmq.Frame]) -> int:
         """Bytes that a message took on its connection."""
         num_bytes = 0
-        for frame in frames[1:]:
+        for frame in frames:
             size = len(frame) + (CURVE_BYTES if self._has_keys else 0)
             num_bytes += size + (2 if size < 256 else 9)
         return num_bytes
@@ -421,17 +434,17 @@ class Router(_Server):
         elif met is not None and met.receipts is not None:
             num_read = met.receipts.read(len(frames[-1]))
             if num_read is not None:
-                self.send(peer, Received(num_bytes=num_read))
+                self._receipts[peer] = num_read
         return message
 
     def _decoded(self, frames: list[zmq.Frame]) -> Message | Violation:
-        if len(frames) != 2:
-            return Violation(f"a message of {len(frames) - 1} frames; each has one")
+        if len(frames) != 1:
+            return Violation(f"a message of {len(frames)} frames; each has one")
         decode = self._decoders_without_keys
         if self._has_keys:
-            decode = self._decoders[role_of(frames[1])]
+            decode = self._decoders[role_of(frames[0])]
         try:
-            return decode(frames[1].buffer)
+            return decode(frames[0].buffer)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             return Violation(f"a message that no peer of its role and version sends: {error}")
 
@@ -510,7 +523,8 @@ class Router(_Server):
     def _try_send(self, peer: bytes, frame: bytes) -> bool | None:
         """True: sent. None: its queue is full. False: no such peer."""
         try:
-            self._socket.send_multipart((peer, frame), zmq.NOBLOCK, copy=len(frame) < 65536)
+            self._socket.send(peer, NOBLOCK | SNDMORE)
+            self._socket.send(frame, NOBLOCK, copy=len(frame) < 65536)
             return True
         except zmq.Again:
             return None
