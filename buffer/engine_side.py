@@ -87,7 +87,7 @@ class EngineSide:
             events.append(self._joined(hello))
             welcome = msg.Welcome(policy=run.policy, forget=hello.rollouts, run=run.run_id)
         run.peers.add(Peer(identity, time.monotonic(), hello.engine_id, hello.incarnation))
-        run.router.send(identity, welcome)
+        run.send_to(identity, welcome)
         return events
 
     def _gives_way(self, known: Peer, hello: msg.EngineHello) -> bool:

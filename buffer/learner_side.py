@@ -93,7 +93,7 @@ class LearnerSide:
             run=run.run_id,
             evaluated=run.evaluated if hello.rank == 0 else None,
         )
-        run.router.send(identity, welcome)
+        run.send_to(identity, welcome)
         return events
 
     def tell_evaluated(self) -> None:

@@ -167,6 +167,16 @@ class RunState:
         self.log.decisions(decisions, now_s)
         return decisions
 
+    def write_logs(self) -> None:
+        """Put all records of both logs into their files, so that they survive a kill.
+
+        It precedes each message to a peer, so that no peer knows of anything that a kill can take
+        back. Tokens come first, since events tell of them.
+        """
+        if self.store.log is not None:
+            self.store.log.write()
+        self.log.write()
+
     def poll_disk(self) -> None:
         """Make older records durable, and release the tokens of rollouts whose end is durable."""
         ended, self.store.ended = self.store.ended, []
@@ -386,7 +396,11 @@ class RunState:
 
     def send(self, peer: Peer, message: msg.Message) -> bool:
         """Send a message. False if the peer is gone, in which case its silence will end it."""
-        return self.router.send(peer.identity, message)
+        return self.send_to(peer.identity, message)
+
+    def send_to(self, identity: bytes, message: msg.Message) -> bool:
+        self.write_logs()
+        return self.router.send(identity, message)
 
     def now(self) -> float:
         """Seconds that this run has lasted, including those before a resume."""

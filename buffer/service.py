@@ -92,6 +92,7 @@ class Service:
         self._apply(self._begin_training())
         self._apply(run.due_events())
         self._apply(self.engines.flush())
+        run.write_logs()
         run.save_learned()
         run.poll_disk()
         self._tick(time.monotonic())
@@ -216,7 +217,7 @@ class Service:
         peer = self.run.peers.heard(identity, time.monotonic())
         if isinstance(message, msg.Heartbeat):
             if peer is None:  # it was lost; there is one heartbeat, and so one answer, a second
-                self.run.router.send(identity, msg.HelloAgain())
+                self.run.send_to(identity, msg.HelloAgain())
             return
         if peer is None:
             return

@@ -1,4 +1,4 @@
-"""The buffer's event log, `events/`: each event before it is handled, and its decisions after it.
+"""The buffer's event log, `events/`: each event that is handled, and its decisions after it.
 
 A segmented log (`segments`). A segment starts with a `Checkpoint` and continues with records: an
 event of the core, the decisions that followed it, or a note about a fact outside the core that a
@@ -126,7 +126,9 @@ class Recovered(NamedTuple):
 
 
 class EventLog:
-    """Appends to the log of a run. A record is in the file at once, and durable after `sync`."""
+    """Appends to the log of a run. A record is in the file after `write`, and durable after a sync
+    of the log.
+    """
 
     def __init__(self, log: SegmentLog) -> None:
         self.log = log
@@ -154,14 +156,18 @@ class EventLog:
         return cls(log), Recovered(checkpoint, entries, is_new)
 
     def event(self, event: ev.Event, time_s: float) -> None:
-        self.log.append(self._encode(_named(event)), time_s)
+        self.log.add(self._encode(_named(event)), time_s)
 
     def decisions(self, decisions: Sequence[ev.Decision], time_s: float) -> None:
         if decisions:
-            self.log.append(self._encode((_DECISIONS, [_named(d) for d in decisions])), time_s)
+            self.log.add(self._encode((_DECISIONS, [_named(d) for d in decisions])), time_s)
 
     def note(self, note: Note, time_s: float) -> None:
-        self.log.append(self._encode(("note", note)), time_s)
+        self.log.add(self._encode(("note", note)), time_s)
+
+    def write(self) -> None:
+        """Put all records into the file, so that they survive a kill."""
+        self.log.write()
 
     def rotate(self, checkpoint: Checkpoint, time_s: float, keep_bytes: int) -> None:
         """Start a segment from which a restart begins, and drop old ones above `keep_bytes`."""

@@ -77,7 +77,7 @@ class Disk:
 DISK = Disk()
 
 
-def write_all(disk: Disk, handle: int, data: bytes) -> None:
+def write_all(disk: Disk, handle: int, data: bytes | bytearray) -> None:
     """Append all of `data`. If that fails (full disk), a part of it may have been written."""
     rest = memoryview(data)
     while rest:

@@ -81,8 +81,9 @@ def frame_key(start: bytes) -> int:
 
 def frame(key: int, kind: int, seq: int, unsynced: int, time_s: float, payload: bytes) -> bytes:
     head = _HEAD.pack(_FRAME_MAGIC, kind, len(payload))
-    body = _BODY.pack(unsynced, seq, time_s) + payload
-    return head + _CRC.pack(zlib.crc32(body, zlib.crc32(head, key))) + body
+    body = _BODY.pack(unsynced, seq, time_s)
+    crc = zlib.crc32(payload, zlib.crc32(body, zlib.crc32(head, key)))
+    return b"".join((head, _CRC.pack(crc), body, payload))
 
 
 def segment_path(folder: Path, number: int) -> Path:

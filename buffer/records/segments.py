@@ -5,10 +5,10 @@ after it. A restart needs only the newest segment. Older ones are history, which
 `segment_files` defines the format and reads it. Never looks into a payload. One process appends,
 which holds the `RunLock`.
 
-Guarantees: a record is durable once `synced_seq` reaches its number, and every later `open` then
-finds it. Records that were not durable may be lost, the newest first and never one between others.
-Numbers ascend by one, and no surviving number is given out twice. If a write fails, the log is as
-it was before.
+Guarantees: a record that was written outlives the process. It is durable once `synced_seq` reaches
+its number, and every later `open` then finds it. Records that were not durable may be lost, the
+newest first and never one between others. Numbers ascend by one, and no surviving number is given
+out twice. If a write fails, the log is as it was before, without the records that waited for it.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ class SegmentLog:
         self.sizes: dict[int, int] = {}  # bytes by segment number, ascending
         self.number = 0  # number of the newest segment, to which records are appended
         self.next_seq = 0
+        self._waiting = bytearray()  # records that are not yet in the file
+        self.num_waiting = 0
         self.synced_seq = -1  # all records up to this one are durable
         self._clock, self._executor, self._disk = clock, executor, disk
         self._handle = -1
@@ -108,12 +110,13 @@ class SegmentLog:
 
     @property
     def num_bytes(self) -> int:
-        return sum(self.sizes.values())
+        """Size of all segments, including the records that wait to be written."""
+        return sum(self.sizes.values()) + len(self._waiting)
 
     @property
     def segment_bytes(self) -> int:
-        """Size of the newest segment."""
-        return self.sizes[self.number]
+        """Size of the newest segment, including the records that wait to be written."""
+        return self.sizes[self.number] + len(self._waiting)
 
     def append(self, payload: bytes, time_s: float) -> int:
         """Write a record and return its number.
@@ -121,14 +124,40 @@ class SegmentLog:
         The record survives a kill at once, and a power cut once it is synced. Raises `OSError` if
         it could not be written; the log is then as it was before.
         """
+        seq = self.add(payload, time_s)
+        self.write()
+        return seq
+
+    def add(self, payload: bytes, time_s: float) -> int:
+        """Take a record, which the next `write` or sync puts into the file. Returns its number.
+
+        With a window of 0 it is durable at once.
+        """
+        self._check_usable()
         seq = self.next_seq
-        self._write(RECORD, seq, time_s, payload)
+        self._waiting += frame(self._key, RECORD, seq, seq - 1 - self.synced_seq, time_s, payload)
+        self.num_waiting += 1
         self.next_seq += 1
         if self._sync_at is None:
             self._sync_at = self._clock() + self.fsync_s
         if self.fsync_s == 0:
             self.sync()
         return seq
+
+    def write(self) -> None:
+        """Put all records into the file, so that they survive a kill.
+
+        Raises `OSError` if they could not be written; none of them is in the log then.
+        """
+        if not self.num_waiting:
+            return
+        data, self._waiting = self._waiting, bytearray()
+        num_records, self.num_waiting = self.num_waiting, 0
+        try:
+            self._write(data)
+        except OSError:
+            self.next_seq -= num_records
+            raise
 
     def poll(self) -> int:
         """Sync if the window has passed. Returns `synced_seq`.
@@ -190,7 +219,8 @@ class SegmentLog:
             if self._broken is None:
                 self.sync()
                 if self._closed_at != self.next_seq:
-                    self._write(CLOSED, self.next_seq, 0.0, b"")
+                    unsynced = self.next_seq - 1 - self.synced_seq
+                    self._write(frame(self._key, CLOSED, self.next_seq, unsynced, 0.0, b""))
                     self._disk.sync(self._handle)
         finally:
             self._disk.close(self._handle)
@@ -228,14 +258,13 @@ class SegmentLog:
         self._handle, self._key, self.number = handle, key, number
         self.sizes[number] = len(data)
 
-    def _write(self, kind: int, seq: int, time_s: float, payload: bytes) -> None:
+    def _write(self, data: bytes | bytearray) -> None:
         self._check_usable()
-        data = frame(self._key, kind, seq, self.next_seq - 1 - self.synced_seq, time_s, payload)
         try:
             write_all(self._disk, self._handle, data)
         except OSError as error:
             try:
-                self._disk.truncate(self._handle, self.segment_bytes)
+                self._disk.truncate(self._handle, self.sizes[self.number])
             except OSError:
                 self._broken = error  # later records would follow a partial one
             raise
@@ -243,6 +272,7 @@ class SegmentLog:
 
     def _begin_sync(self, executor: Executor | None) -> None:
         self._check_usable()
+        self.write()
         self._sync_at = None
         future: Future[None]
         if executor is None:

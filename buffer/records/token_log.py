@@ -88,7 +88,8 @@ class Pieces:
 class TokenLog:
     """Appends the tokens that the store takes. Open it with `TokenLog.open`.
 
-    Each record is stored with its `time_s`.
+    Each record is stored with its `time_s`. It survives a kill after `write`, and a power cut after
+    a sync.
     """
 
     def __init__(self, log: SegmentLog, segment_bytes: int, disk: Disk) -> None:
@@ -137,19 +138,16 @@ class TokenLog:
         assert rollout_id not in self._sizes, f"rollout {rollout_id} was begun already"
         self._sizes[rollout_id] = {}
         first = _HEAD.pack(_BEGIN, False, -1, rollout_id, group_id)
-        try:
-            self._append(first, rollout_id, time_s)
-            for payload in _copied(rollout_id, copied) if copied is not None else ():
-                self._append(payload, rollout_id, time_s)
-        except OSError:
-            self.discard(rollout_id)
-            raise
+        self._append(first, rollout_id, time_s)
+        for payload in _copied(rollout_id, copied) if copied is not None else ():
+            self._append(payload, rollout_id, time_s)
 
     def append(self, chunk: Chunk, time_s: float) -> int:
         """Append a stored chunk. Returns its record's number."""
         version = chunk.version if chunk.sampled else -1
         head = _HEAD.pack(_CHUNK, chunk.sampled, version, chunk.rollout_id, chunk.offset)
-        return self._append(head + chunk.tokens + chunk.logprobs, chunk.rollout_id, time_s)
+        payload = b"".join((head, chunk.tokens, chunk.logprobs))
+        return self._append(payload, chunk.rollout_id, time_s)
 
     def finish(self, rollout_id: int, text: str, time_s: float) -> None:
         """Append the text of a response that has finished."""
@@ -166,6 +164,10 @@ class TokenLog:
             self.live_bytes -= num_bytes
             self._live[segment].discard(rollout_id)
 
+    def write(self) -> None:
+        """Put all records into the file. If that fails, the log must be opened again."""
+        self.log.write()
+
     def sync(self) -> None:
         self.log.sync()
 
@@ -180,7 +182,7 @@ class TokenLog:
         return self._put(payload, rollout_id, time_s)
 
     def _put(self, payload: bytes, rollout_id: int, time_s: float) -> int:
-        seq = self.log.append(payload, time_s)
+        seq = self.log.add(payload, time_s)
         self._count(rollout_id, self.log.number, len(payload) + FRAME_BYTES)
         return seq
 

@@ -302,16 +302,18 @@ def run_and_copy(
     """
     script = Script(folder / "whole", port, Learner("a"), False, *settings)
     crashes: list[Crash] = []
-    append = SegmentLog.append
+    add = SegmentLog.add
 
     def copied(log: SegmentLog, payload: bytes, time_s: float) -> int:
         target = folder / f"copy-{len(crashes)}"
         shutil.copytree(folder / "whole", target)
         crashes.append(Crash(target, deepcopy(script.learner)))
-        return append(log, payload, time_s)
+        seq = add(log, payload, time_s)
+        log.write()  # a power cut may leave any beginning of the records that are written together
+        return seq
 
     with monkeypatch.context() as patched:
-        patched.setattr(SegmentLog, "append", copied)
+        patched.setattr(SegmentLog, "add", copied)
         script.join()
         while script.service.run.phase != "done":
             script.turn()

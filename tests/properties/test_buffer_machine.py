@@ -12,7 +12,8 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -87,11 +88,14 @@ class BufferMachine(RuleBasedStateMachine):
         self.learner = ModelLearner(STEPS, self.send, self.trained_file)
         self.launches: dict[int, tuple[Any, ...]] = {}
         self.sent: dict[int, int] = {}  # tokens of each rollout that the buffer has taken
+        self.turn: list[tuple[bytes, msg.Message]] | None = None  # of messages taken together
+        self.long_turns = False
         self.arrives = False  # whether messages on their way survive the next crash
         self.ended: dict[int, str] = {}
 
-    @initialize(stream=st.sampled_from(["batch", "group"]))
-    def begin(self, stream: Literal["batch", "group"]) -> None:
+    @initialize(stream=st.sampled_from(["batch", "group"]), long_turns=st.booleans())
+    def begin(self, stream: Literal["batch", "group"], long_turns: bool) -> None:
+        self.long_turns = long_turns
         self.buffer.config = replace(CONFIG, batch=replace(CONFIG.batch, stream=stream))
         self.buffer.start(resume=False)
 
@@ -106,8 +110,21 @@ class BufferMachine(RuleBasedStateMachine):
         return self.buffer.run.phase == "done"
 
     def send(self, identity: bytes, message: msg.Message) -> None:
-        if self.buffer.service is not None and not self.is_over:
+        if self.turn is not None:
+            self.turn.append((identity, message))
+        elif self.buffer.service is not None and not self.is_over:
             self.buffer.feed((identity, message))
+
+    @contextmanager
+    def one_turn(self) -> Iterator[None]:
+        """The buffer takes all messages of this block in one turn, if turns are long."""
+        self.turn = [] if self.long_turns else None
+        try:
+            yield
+        finally:
+            received, self.turn = self.turn, None
+        if received and self.buffer.service is not None and not self.is_over:
+            self.buffer.feed(*received)
 
     def deliver(self, identity: bytes, message: msg.Message) -> bool:
         for peer in self.peers:
@@ -353,8 +370,10 @@ class BufferMachine(RuleBasedStateMachine):
             if engine.identity is None:
                 engine.connect()
             engine.read()
-            for response in engine.decoding if engine.version >= 0 else []:
-                engine.decode(response, rng.randint(1, 6), rng.random() < 0.3)
+        with self.one_turn():
+            for engine in self.engines:
+                for response in engine.decoding if engine.version >= 0 else []:
+                    engine.decode(response, rng.randint(1, 6), rng.random() < 0.3)
         learner = self.learner
         if learner.identity is None:
             learner.connect()

@@ -99,13 +99,35 @@ class LogMachine(RuleBasedStateMachine):
         try:
             seq = self.log.append(payload, self.now)
         except OSError:
-            self.history.pop()
+            self.forget_lost()
         except PowerCutError:
             self.stop()
         else:
             assert seq == len(self.history) - 1
             if self.fsync_s == 0:
                 assert self.log.synced_seq == seq
+
+    @rule(payload=PAYLOADS)
+    def add(self, payload: bytes) -> None:
+        self.history.append((self.now, payload))
+        seq = self.cut_or(lambda: self.log.add(payload, self.now))
+        assert seq is None or seq == len(self.history) - 1
+        if seq is not None:
+            assert self.log.num_waiting == 0 if self.fsync_s == 0 else self.log.num_waiting > 0
+
+    @rule()
+    def write(self) -> None:
+        if self.cut_or(self.log.write, default=True):
+            assert self.log.num_waiting == 0
+
+    @property
+    def num_written(self) -> int:
+        return self.log.next_seq - self.log.num_waiting
+
+    def forget_lost(self) -> None:
+        """A full disk: no record that waited is in the log."""
+        assert self.log.num_waiting == 0
+        del self.history[self.log.next_seq :]
 
     @rule(elapsed_s=st.sampled_from([0.0, WINDOW_S / 3, 2 * WINDOW_S]))
     def poll(self, elapsed_s: float) -> None:
@@ -133,6 +155,7 @@ class LogMachine(RuleBasedStateMachine):
             assert self.log.rotate(str(self.log.next_seq).encode(), self.now) == number + 1
         except OSError:
             assert self.log.number == number
+            self.forget_lost()
         except PowerCutError:
             self.stop()
 
@@ -173,7 +196,7 @@ class LogMachine(RuleBasedStateMachine):
     @rule()
     def kill(self) -> None:
         self.disk = self.disk.after_kill()
-        num_records = len(self.history)
+        num_records = self.num_written
         self.open()
         assert len(self.history) == num_records, "what was written outlives the process"
 
@@ -186,9 +209,12 @@ class LogMachine(RuleBasedStateMachine):
             assert len(self.history) == num_records
 
     def cut_or(self, act, default=None):
-        """The result of `act`, or None if a power cut interrupted it."""
+        """The result of `act`, or None if a power cut or a full disk interrupted it."""
         try:
             result = act()
+        except OSError:
+            self.forget_lost()
+            return None
         except PowerCutError:
             self.stop()
             return None
@@ -211,7 +237,7 @@ class LogMachine(RuleBasedStateMachine):
         segments = list(read_segments(FOLDER, self.disk))
         first = segments[0].checkpoint.seq
         records = [record for segment in segments for record in segment.records]
-        assert [(r.time_s, r.payload) for r in records] == self.history[first:]
+        assert [(r.time_s, r.payload) for r in records] == self.history[first : self.num_written]
         assert [int(s.checkpoint.payload) for s in segments] == [s.checkpoint.seq for s in segments]
 
     def teardown(self) -> None:

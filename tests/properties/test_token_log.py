@@ -56,7 +56,9 @@ def is_beginning(found: StoredRollout, whole: StoredRollout) -> bool:
 
 
 class TokenMachine(RuleBasedStateMachine):
-    """A store and its log get the same calls. `promised` counts the durable tokens per rollout."""
+    """A store and its log get the same calls. `promised` counts the durable tokens per rollout, and
+    `written` those that survive a kill.
+    """
 
     @initialize()
     def start(self) -> None:
@@ -64,6 +66,7 @@ class TokenMachine(RuleBasedStateMachine):
         self.at_fuse: random.Random | None = None
         self.store = TrajectoryStore(max_bytes=1 << 30, max_context=1 << 20)
         self.promised: dict[int, int] = {}
+        self.written: dict[int, int] = {}
         self.texts: dict[int, str] = {}  # those that are durable, by rollout
         self.log, found = TokenLog.open(FOLDER, set(), segment_bytes=SEGMENT_BYTES, disk=self.disk)
         assert found == {}
@@ -111,6 +114,11 @@ class TokenMachine(RuleBasedStateMachine):
         self.store.discard(rollout_id)
         self.log.discard(rollout_id)
         self.promised.pop(rollout_id, None)
+        self.written.pop(rollout_id, None)
+
+    @rule()
+    def write(self) -> None:
+        self.attempt(self.log.write)
 
     @rule()
     def sync(self) -> None:
@@ -154,6 +162,8 @@ class TokenMachine(RuleBasedStateMachine):
         except PowerCutError:
             self.stop()
         else:
+            if not self.log.log.num_waiting:
+                self.written = {r: len(content(self.store, r).tokens) for r in self.outstanding}
             if self.log.log.synced_seq == self.log.log.next_seq - 1:
                 self.promised = {r: len(content(self.store, r).tokens) for r in self.outstanding}
                 self.texts = {r: self.store.text(r) for r in self.outstanding}
@@ -165,10 +175,12 @@ class TokenMachine(RuleBasedStateMachine):
         wanted = set(self.outstanding)
         self.log, found = TokenLog.open(FOLDER, wanted, segment_bytes=SEGMENT_BYTES, disk=self.disk)
         assert wanted >= found.keys() >= self.promised.keys()
+        assert rng is not None or found.keys() >= self.written.keys()
         for rollout_id, rollout in found.items():
             whole = content(self.store, rollout_id)
             assert is_beginning(rollout, whole)
-            assert len(rollout.tokens) >= self.promised.get(rollout_id, 0)
+            survives = self.promised if rng is not None else self.written
+            assert len(rollout.tokens) >= survives.get(rollout_id, 0)
             # Without the newest record if its write failed or was not durable.
             assert rollout.text in (self.store.text(rollout_id), self.texts.get(rollout_id, ""))
             if len(rollout.tokens) == len(whole.tokens) and rng is None:
@@ -180,6 +192,7 @@ class TokenMachine(RuleBasedStateMachine):
             held.tokens, held.logprobs, held.runs = rollout.tokens, rollout.logprobs, rollout.runs
             held.text = rollout.text
         self.store = restored
+        self.written = {r: len(content(restored, r).tokens) for r in found}
 
     @invariant()
     def live_bytes_are_on_disk(self) -> None:
@@ -237,6 +250,7 @@ def test_disk_use_follows_the_outstanding_tokens() -> None:
         peak_live = max(peak_live, traffic.log.live_bytes)
         peak = max(peak, traffic.log.num_bytes)
     assert peak <= 2 * peak_live + 6 * segment_bytes
+    traffic.log.write()
     _, found = TokenLog.open(FOLDER, traffic.offsets.keys(), disk=traffic.disk)
     assert sizes(found) == traffic.offsets
 
@@ -267,18 +281,20 @@ def test_a_power_cut_during_compaction_loses_nothing_durable(fuse, seed) -> None
             assert rollout.tokens == expected.tokens and rollout.logprobs == expected.logprobs
 
 
-def test_a_rollout_that_lost_its_whole_copied_prefix_continues_nothing() -> None:
+def test_a_full_disk_takes_no_part_of_the_records_that_wait() -> None:
     disk = MemoryDisk()
     log, _ = TokenLog.open(FOLDER, (), disk=disk)
     prompt = StoredRollout(0, bytearray(400), bytearray(400), [(False, -1, 100)])
     disk.free_bytes = 100
+    log.begin(1, 7, 0.0, prompt)
     with pytest.raises(OSError, match="No space left"):
-        log.begin(1, 7, 0.0, prompt)
-    _, found = TokenLog.open(FOLDER, {1}, disk=disk.after_kill())
-    assert found == {1: StoredRollout(7)}
+        log.write()
     disk.free_bytes = 1 << 40
-    log.begin(1, 7, 0.0, prompt)  # tried again
-    _, found = TokenLog.open(FOLDER, {1}, disk=disk.after_kill())
+    log, found = TokenLog.open(FOLDER, {1}, disk=disk.after_kill())
+    assert found == {}
+    log.begin(1, 7, 0.0, prompt)
+    log.write()
+    _, found = TokenLog.open(FOLDER, {1}, disk=log._disk.after_kill())
     assert found == {1: StoredRollout(7, prompt.tokens, prompt.logprobs, prompt.runs)}
 
 
