@@ -300,7 +300,7 @@ class Router(_Server):
         self._lost: set[bytes] = set()
         self._overdue: list[tuple[bytes, Violation]] = []
         self._met: dict[bytes, _Met] = {}  # peers whose connections are there
-        self._receipts: dict[bytes, int] = {}  # peer -> bytes of it that were read, still to be told
+        self._receipts: dict[bytes, int] = {}  # peer -> its bytes that were read, to be told
         self._ended: set[bytes] = set()  # peers of whom no more is read, although some may be there
         self._refused: set[bytes] = set()  # strangers whose first violation was handed over
         super().__init__(

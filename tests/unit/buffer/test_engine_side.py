@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from buffer.peers import Peer
+from buffer.records.event_log import read_sessions
 from buffer.records.live_state import live_state
 from buffer.service import Service
 from buffer.wire import messages as msg
@@ -95,6 +96,28 @@ def test_a_rollout_lends_its_slot_from_its_wait_to_its_observation(service: Serv
     service._receive(b"a", more)
     assert engine.waiting == {mine}
     assert service.run.store.num_sampled(mine) == 5
+
+
+def test_all_records_are_in_the_files_before_a_message_is_sent(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, run = of(service, "a"), service.run
+    told: dict[type[msg.Message], list[str]] = {}
+
+    def sent(identity: bytes, message: msg.Message) -> bool:
+        events = [e.event for s in read_sessions(run.folder / "events") for e in s.events]
+        told[type(message)] = [type(event).__name__ for event in events]
+        return True
+
+    monkeypatch.setattr(run.router, "send", sent)
+    service._receive(b"a", msg.Progress(chunks=[sampled(mine, 3)]))
+    assert told == {} and run.log.log.num_waiting > 0
+    service._receive(
+        b"a", msg.Finished(rollout_id=mine, num_tokens=3, truncated=False, reward=1.0, text="mine")
+    )
+    service._apply(service.engines.flush())
+    assert told[msg.Settled][-2:] == ["RolloutProgressed", "RolloutFinished"]
+    assert run.store.log is not None and run.store.log.log.num_waiting == 0
 
 
 def test_messages_about_a_finished_rollout_change_nothing(service: Service) -> None:

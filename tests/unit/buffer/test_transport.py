@@ -7,11 +7,14 @@ from pathlib import Path
 import msgpack
 import msgspec
 import pytest
+import zmq
 
+from buffer.wire.credit import cost
 from buffer.wire.keys import ROLES, find_keys, keys_of_run, make_keys
 from buffer.wire.messages import (
     SPEAKERS,
     Chunk,
+    EngineHello,
     Finished,
     Heartbeat,
     Inbound,
@@ -20,6 +23,7 @@ from buffer.wire.messages import (
     Outbound,
     Progress,
     PromptPayload,
+    Received,
 )
 from buffer.wire.transport import (
     Router,
@@ -29,6 +33,7 @@ from buffer.wire.transport import (
     encode,
     next_port,
 )
+from tests.fakes import chunk
 
 
 @pytest.mark.parametrize(
@@ -180,6 +185,24 @@ def test_messages_of_both_directions_round_trip():
 def test_a_frame_that_does_not_fit_the_schema_is_refused(frame):
     with pytest.raises(msgspec.ValidationError):
         decoder(Inbound).decode(msgpack.packb(frame))
+
+
+def test_a_peer_is_told_once_what_was_read_of_all_its_messages():
+    with (
+        Router("inproc://buffer", SPEAKERS) as router,
+        router._context.socket(zmq.DEALER) as link,
+    ):
+        link.connect("inproc://buffer")
+        hello = EngineHello(
+            engine_id="e", engine_type="t", slots=1, policy_version=-1, pid=1, incarnation="i"
+        )
+        report = encode(Progress(chunks=[chunk(0, 0, [7] * 2000, 0)]))
+        for frame in (encode(hello), report, report, report, report):
+            link.send(frame)
+        assert len(router.receive(1.0)) == 5
+        answer = msgspec.msgpack.decode(link.recv(), type=Outbound)
+        assert answer == Received(num_bytes=4 * cost(len(report)))
+        assert not link.poll(0)
 
 
 def test_a_port_in_use_is_named_with_the_remedy():
