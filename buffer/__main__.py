@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from configs.command import run_command
 from configs.errors import ExitStatus, writing_to
 from configs.schema import Config
 
+YOUNG_OBJECTS = 50_000  # before a collection; messages and events make no cycles
 CLOSE_S = 5.0  # time to tell the peers and close the files, after the learner's time is up
 
 
@@ -24,6 +26,7 @@ def run(config: Config) -> int:
         def answer() -> None:
             print(f"stopping: {service.stop()}; {AGAIN}", file=sys.stderr, flush=True)
 
+        gc.set_threshold(YOUNG_OBJECTS)
         with StopRequest(answer, config.run.stop_s + CLOSE_S):
             status = service.serve()
     step, steps = service.run.step, config.run.steps

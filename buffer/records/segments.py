@@ -114,6 +114,10 @@ class SegmentLog:
         return sum(self.sizes.values()) + len(self._waiting)
 
     @property
+    def waiting_bytes(self) -> int:
+        return len(self._waiting)
+
+    @property
     def segment_bytes(self) -> int:
         """Size of the newest segment, including the records that wait to be written."""
         return self.sizes[self.number] + len(self._waiting)

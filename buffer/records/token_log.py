@@ -26,6 +26,7 @@ from buffer.wire.messages import Chunk
 _BEGIN, _CHUNK, _TEXT = range(3)
 _HEAD = struct.Struct("<B?qQQ")  # kind, sampled, version, rollout, offset or group or 0
 _SLACK_SEGMENTS = 4  # amount of garbage below which no live record is moved
+_WRITE_BYTES = 256 << 10  # written together at most, which a processor's cache holds
 _MOVED_SEGMENTS = 2  # per rotation: moving is faster than writing, and no rotation takes long
 
 
@@ -184,6 +185,8 @@ class TokenLog:
     def _put(self, payload: bytes, rollout_id: int, time_s: float) -> int:
         seq = self.log.add(payload, time_s)
         self._count(rollout_id, self.log.number, len(payload) + FRAME_BYTES)
+        if self.log.waiting_bytes >= _WRITE_BYTES:
+            self.log.write()
         return seq
 
     def _count(self, rollout_id: int, segment: int, num_bytes: int) -> None:

@@ -229,7 +229,8 @@ def _check(chunk: Chunk, vocab_size: int) -> None:
         raise ProtocolError(
             f"{where} logprobs are {len(chunk.logprobs)} bytes; expected {expected}"
         )
-    if chunk.tokens and np.frombuffer(chunk.tokens, "<u4").max() >= vocab_size:
+    # The reductions themselves, since their methods cost as much again for a short chunk.
+    if chunk.tokens and np.maximum.reduce(np.frombuffer(chunk.tokens, "<u4")) >= vocab_size:
         raise ProtocolError(
             f"{where} tokens hold an id that is negative or not below the vocabulary's size, "
             f"{vocab_size}: the learner has no embedding for it"
@@ -240,7 +241,7 @@ def _check(chunk: Chunk, vocab_size: int) -> None:
                 f"{where} version is {chunk.version}; sampled tokens need the policy version that "
                 "sampled them, 0 or more"
             )
-        if not np.isfinite(np.frombuffer(chunk.logprobs, "<f4")).all():
+        if not np.logical_and.reduce(np.isfinite(np.frombuffer(chunk.logprobs, "<f4"))):
             raise ProtocolError(
                 f"{where} logprobs hold a value that is not finite; training on it would destroy "
                 "the policy"

@@ -290,11 +290,12 @@ def test_a_full_disk_takes_no_part_of_the_records_that_wait() -> None:
     with pytest.raises(OSError, match="No space left"):
         log.write()
     disk.free_bytes = 1 << 40
-    log, found = TokenLog.open(FOLDER, {1}, disk=disk.after_kill())
+    disk = disk.after_kill()
+    log, found = TokenLog.open(FOLDER, {1}, disk=disk)
     assert found == {}
     log.begin(1, 7, 0.0, prompt)
     log.write()
-    _, found = TokenLog.open(FOLDER, {1}, disk=log._disk.after_kill())
+    _, found = TokenLog.open(FOLDER, {1}, disk=disk.after_kill())
     assert found == {1: StoredRollout(7, prompt.tokens, prompt.logprobs, prompt.runs)}
 
 

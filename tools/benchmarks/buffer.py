@@ -7,6 +7,7 @@ and judges nothing. The load shares this machine's cores with the buffer.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,8 @@ def print_trajectories(folder: Path, sizes: Sizes) -> None:
         f"trajectories of {NUM_TOKENS:,} tokens through socket, core and logs: "
         f"{median(r.per_s for r in durable):,.0f}/s, "
         f"{median(r.per_cpu_s for r in durable):,.0f} per second of the buffer's CPU time "
-        f"(aim {AIM_TRAJECTORIES:,})"
+        f"(aim {AIM_TRAJECTORIES:,}). Beside it, the load kept "
+        f"{median(r.load_cores for r in durable):.2f} cores of {os.cpu_count()} busy"
     )
     pairs = list(zip(durable, free, strict=True))
     costs = [1 - median(a[i] / b[i] for a, b in pairs) for i in range(2)]

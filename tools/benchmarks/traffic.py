@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +36,10 @@ from tools.faults.sampled import VOCAB_SIZE
 NUM_ENGINES, NUM_SLOTS = 32, 8  # each engine has its credit of tokens under way
 NUM_TOKENS, NUM_GIVEN = 2000, 64
 NUM_LENGTHS = 40  # of rollouts that do not all have the same length
+ANY_ROLLOUT = 2**53 - 1  # the number of no rollout
 NUM_QUEUED = 20  # messages of an engine that the buffer has not taken
 POLL_MS = 20
+BUSY_MS = 1  # until engines try again, once the buffer takes no more
 LONGEST_S = 120.0  # until the warm-up is over, on a machine that is busy
 LEAVE_S = 5.0  # for the learner
 
@@ -126,10 +128,30 @@ class Rate(NamedTuple):
     """Of one window: events per second, and per second of the buffer's CPU time.
 
     The second is the limit of one core, and depends less on the other load of the machine.
+    load_cores: that the engines and the learner kept busy, on the machine that they share with the
+    buffer.
     """
 
     per_s: float
     per_cpu_s: float
+    load_cores: float
+
+
+class _Template:
+    """A message about one rollout, encoded once. `frame` is it about another one."""
+
+    def __init__(self, message: Callable[[int], msg.Message]) -> None:
+        encoded = encode(message(ANY_ROLLOUT))
+        self._parts = encoded.split(_number(ANY_ROLLOUT))
+        assert len(self._parts) > 1, "no rollout is named"
+
+    def frame(self, rollout_id: int) -> bytes:
+        return _number(rollout_id).join(self._parts)
+
+
+def _number(value: int) -> bytes:
+    """msgpack's longest form of a whole number, of which all have the same length."""
+    return b"\xcf" + value.to_bytes(8, "big")
 
 
 class _Peer:
@@ -143,11 +165,20 @@ class _Peer:
         self.credit = Credit()
         self.held: dict[int, int] = {}  # rollout -> tokens reported
 
-    def send(self, message: msg.Message, flags: int = 0) -> None:
-        """Raises `zmq.Again`, with nothing sent, if the buffer is busy and `flags` say so."""
-        frame = encode(message)
-        if flags and not self.credit.admits(frame):
-            raise zmq.Again
+    def send(self, message: msg.Message) -> None:
+        self._send(encode(message), 0)
+
+    def offer(self, frame: bytes) -> bool:
+        """False, with nothing sent, if the buffer is busy."""
+        if not self.credit.admits(frame):
+            return False
+        try:
+            self._send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def _send(self, frame: bytes, flags: int) -> None:
         self.socket.send(frame, flags)
         self.credit.spend(frame)
 
@@ -158,8 +189,10 @@ class Engines:
     def __init__(self, load: Load, address: str, buffer_pid: int) -> None:
         self.buffer_pid = buffer_pid
         self.num_settled = self.num_sampled = 0
-        self._load, self._version = load, -1
-        self._sampled = bytes(4 * load.chunk)
+        self._load, self._version, self._has_sent = load, -1, False
+        # Encoded once, so that the load takes little of the cores that it shares with the buffer.
+        self._reports: dict[int, _Template] = {}  # of the newest version, by tokens reported
+        self._ends: dict[tuple[int, int], _Template] = {}  # by tokens and reward
         self._context: zmq.Context[Any] = zmq.Context()
         self._poller = zmq.Poller()
         self._peers: dict[zmq.Socket[bytes], _Peer] = {}
@@ -174,21 +207,23 @@ class Engines:
     def turn(self) -> None:
         """Answer all messages, and report once for each rollout unless the buffer is busy."""
         time.sleep(self._load.pause_s)
-        is_idle = not any(peer.held for peer in self._peers.values())
-        for socket, _ in self._poller.poll(POLL_MS if is_idle else 0):
+        held = any(peer.held for peer in self._peers.values())
+        wait_ms = 0 if self._has_sent else BUSY_MS if held else POLL_MS
+        self._has_sent = False
+        for socket, _ in self._poller.poll(wait_ms):
             while socket.poll(0):
                 self._obey(self._peers[socket], decoder(msg.Outbound).decode(socket.recv()))
         for peer in self._peers.values():
-            try:
-                for rollout_id, done in list(peer.held.items()):
-                    self._decode(peer, rollout_id, done)
-            except zmq.Again:
-                continue
+            for rollout_id, done in list(peer.held.items()):
+                if not self._decode(peer, rollout_id, done):
+                    break
 
     def _obey(self, peer: _Peer, command: msg.Message) -> None:
         match command:
             case msg.Welcome(policy) | msg.PolicyPublished(policy) if policy is not None:
-                self._version = policy.version
+                if self._version != policy.version:
+                    self._version = policy.version
+                    self._reports.clear()
                 peer.send(msg.PolicyLoaded(version=policy.version, fetch_s=0.0, pause_s=0.0))
             case msg.Launch():
                 peer.held |= {rollout.rollout_id: 0 for rollout in command.rollouts}
@@ -203,30 +238,51 @@ class Engines:
             case msg.Received(num_bytes):
                 peer.credit.read(num_bytes)
 
-    def _decode(self, peer: _Peer, rollout_id: int, done: int) -> None:
-        """Its next report, or its end. Raises `zmq.Again`, with nothing sent."""
+    def _decode(self, peer: _Peer, rollout_id: int, done: int) -> bool:
+        """Its next report, or its end. False, with nothing sent, if the buffer is busy."""
         if done >= self._load.length(rollout_id):
-            if not self._load.ends:
-                return
-            finished = msg.Finished(
-                rollout_id=rollout_id, num_tokens=done, truncated=False,
-                reward=float(rollout_id % 2), text="",
+            if self._load.ends and not peer.offer(self._end(rollout_id, done)):
+                return False
+            if self._load.ends:
+                self._has_sent = True
+                del peer.held[rollout_id]
+            return True
+        if not peer.offer(self._report(rollout_id, done)):
+            return False
+        self._has_sent = True
+        peer.held[rollout_id] = done + self._load.chunk
+        self.num_sampled += self._load.chunk
+        return True
+
+    def _end(self, rollout_id: int, done: int) -> bytes:
+        reward = rollout_id % 2
+        template = self._ends.get((done, reward))
+        if template is None:
+            template = self._ends[done, reward] = _Template(
+                lambda any_id: msg.Finished(
+                    rollout_id=any_id, num_tokens=done, truncated=False, reward=float(reward),
+                    text="",
+                )
             )  # fmt: skip
-            peer.send(finished, zmq.NOBLOCK)
-            del peer.held[rollout_id]
-            return
+        return template.frame(rollout_id)
+
+    def _report(self, rollout_id: int, done: int) -> bytes:
+        template = self._reports.get(done)
+        if template is None:
+            template = self._reports[done] = _Template(lambda any_id: self._progress(any_id, done))
+        return template.frame(rollout_id)
+
+    def _progress(self, rollout_id: int, done: int) -> msg.Progress:
         given = msg.Chunk(
             rollout_id=rollout_id, offset=0, sampled=False, version=0,
             tokens=bytes(4 * NUM_GIVEN), logprobs=b"",
         )  # fmt: skip
+        values = bytes(4 * self._load.chunk)
         sampled = msg.Chunk(
-            rollout_id=rollout_id, offset=NUM_GIVEN + done, sampled=True,
-            version=self._version, tokens=self._sampled, logprobs=self._sampled,
+            rollout_id=rollout_id, offset=NUM_GIVEN + done, sampled=True, version=self._version,
+            tokens=values, logprobs=values,
         )  # fmt: skip
-        chunks = [sampled] if done else [given, sampled]
-        peer.send(msg.Progress(chunks=chunks), zmq.NOBLOCK)
-        peer.held[rollout_id] = done + self._load.chunk
-        self.num_sampled += self._load.chunk
+        return msg.Progress(chunks=[sampled] if done else [given, sampled])
 
 
 def hello(engine_id: str, slots: int) -> msg.EngineHello:
@@ -264,9 +320,11 @@ def ends_per_s(config: Config, folder: Path, load: Load, warm_up: int, measured_
     with running(config, folder, load) as engines:
         run_until_settled(engines, warm_up)
         before, before_s = engines.num_settled, cpu_s(engines.buffer_pid)
+        load_before_s = time.process_time()
         seconds = run_for(engines, measured_s) + run_until_settled(engines, before + 1)
         num, used_s = engines.num_settled - before, cpu_s(engines.buffer_pid) - before_s
-        return Rate(num / seconds, num / used_s)
+        load_s = time.process_time() - load_before_s
+        return Rate(num / seconds, num / used_s, load_s / seconds)
 
 
 def cpu_s(pid: int) -> float:
