@@ -276,7 +276,7 @@ class EngineSide:
                 self._check_sampled(rollout, new, num_sampled[rollout_id])
         for chunk in chunks:
             store.append(chunk)
-        progressed = [ev.RolloutProgressed(i, store.num_sampled(i)) for i in num_sampled]
+        progressed = [ev.RolloutProgressed(i, num) for i, num in num_sampled.items()]
         return [*map(ev.RolloutWaits, waited), *progressed, *map(ev.RolloutWaits, waits)]
 
     def _check_sampled(self, rollout: Rollout, chunk: msg.Chunk, num_tokens: int) -> None:
