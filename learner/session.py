@@ -100,9 +100,17 @@ class BufferSession:
         )
 
     def join(self, step: int) -> int:
-        """Greet the buffer. Returns its policy version, -1 before any publication."""
+        """Greet the buffer. Returns its policy version, -1 before any publication.
+
+        Raises `AskedToStop` if no buffer answers until a stop is requested.
+        """
         self._step = step
-        return self._connect(self._config.buffer.connect_timeout_s).policy_version
+        try:
+            return self._connect(self._config.buffer.connect_timeout_s).policy_version
+        except TransportError as error:
+            if self._stop_requested() and not isinstance(error, Refused):
+                self._end(Standing.ASKED_TO_STOP)
+            raise
 
     def watch(self, check: Callable[[], None]) -> None:
         """Call `check` whenever this rank waits for the buffer. The session raises its errors."""
@@ -293,7 +301,7 @@ class BufferSession:
             take_over=self._config.learner.take_over,
             work=self._work,
         )
-        welcome = self.link.connect(hello, timeout_s)
+        welcome = self.link.connect(hello, timeout_s, self._stop_requested)
         if welcome.evaluated is not None:
             self._evaluations.append(welcome.evaluated)
         return welcome

@@ -14,6 +14,7 @@ import socket as sockets
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Generic, Self, TypeVar, Union, cast
 
 import msgspec
@@ -53,6 +54,7 @@ from buffer.wire.transport import (
 
 HEARTBEAT_S = 1.0
 CONNECT_RETRY_S = 0.05
+GIVE_UP_S = 0.2  # between two looks whether a peer that connects still wants to
 # A thread that slept this long (a stopped process, a closed laptop) cannot blame the buffer for
 # silence.
 SUSPENDED_S = 5.0
@@ -300,10 +302,13 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
         self._connection: _Connection | None = None
         self._run = ""  # that this link has served before
 
-    def connect(self, hello: HelloT, timeout_s: float) -> WelcomeT:
+    def connect(
+        self, hello: HelloT, timeout_s: float, given_up: Callable[[], bool] = lambda: False
+    ) -> WelcomeT:
         """Say hello, each second, until the buffer answers.
 
-        Once more after a TransportError: a new stream.
+        Raises `TransportError` after `timeout_s`, or soon after `given_up` became true. Once more
+        after a TransportError: a new stream.
         """
         self.close()
         hello = msgspec.structs.replace(hello, run=self._run)
@@ -318,9 +323,10 @@ class Link(Generic[HelloT, WelcomeT, SentT, ReceivedT]):
             self._commands,
         )
         try:
-            answer = self.receive(timeout_s)
-            if answer is None:
-                raise TransportError(self._unanswered(timeout_s))
+            deadline = time.monotonic() + timeout_s
+            while (answer := self.receive(min(GIVE_UP_S, deadline - time.monotonic()))) is None:
+                if given_up() or time.monotonic() >= deadline:
+                    raise TransportError(self._unanswered(timeout_s))
             if isinstance(answer, Shutdown):
                 raise Refused(
                     f"the buffer at {self.address} does not let {self._identity} join: "

@@ -23,7 +23,7 @@ from buffer.wire.transport import TransportError
 from configs import cli
 from configs.schema import Config
 from darts import events as ev
-from learner import BufferLost, RunStopped
+from learner import AskedToStop, BufferLost, RunStopped
 from learner.session import BufferSession, RunEnded
 from learner.train import run_rank
 from tests.fakes import FakeEngine, fake_probe
@@ -262,11 +262,30 @@ def test_a_second_learner_is_refused_while_the_first_is_alive(
     assert first.outcome == "ended well"
 
 
-@pytest.mark.slow
-def test_a_learner_that_was_asked_to_stop_frees_its_place_at_once(
+def test_a_learner_that_waits_for_its_first_buffer_heeds_a_request_to_stop(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
+    """The launcher would wait `run.stop_s` for it, and kill it, if a buffer fails at its start."""
+    config = make_config(tmp_path, free_port(), "buffer.connect_timeout_s=3600")
+    with (
+        BufferSession(config, 0, 1, "a", 100, lambda: True) as session,
+        pytest.raises(AskedToStop),
+    ):
+        session.join(0)
+    config.buffer.connect_timeout_s = 0.1
+    with (
+        BufferSession(config, 0, 1, "a", 100) as session,
+        pytest.raises(TransportError, match=r"no buffer answered at .* within 0.1 s"),
+    ):
+        session.join(0)
+
+
+@pytest.mark.slow
+def test_a_learner_that_was_asked_to_stop_frees_its_place_at_once(
+    tmp_path: Path, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its heartbeat would hold it for `buffer.peer_timeout_s`, and refuse its successor."""
+    monkeypatch.setattr("buffer.wire.client.GIVE_UP_S", 60.0)  # until then it is not asked
     model = save_model(tmp_path / "model")
     options = f"model.path={model}", "buffer.peer_timeout_s=60", "learner.device=cpu"
     config = make_config(tmp_path, free_port(), "run.steps=4", *options)
