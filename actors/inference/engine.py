@@ -41,6 +41,9 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+# All outputs of a step at once. In slices of 128, `_Router` would count each as a step of its own,
+# and log-probabilities of the first slice's array would be missing in the others.
+os.environ["VLLM_V1_OUTPUT_PROC_CHUNK_SIZE"] = str(2**20)
 # It serves top-k and top-p only, which we do not use, and a compiler would have to build it first.
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 # A worker has nothing to save, and would take 5 s to end by itself.
@@ -444,6 +447,7 @@ class _Router:
             if output.new_logprobs is not None:
                 logprobs = iter(output.new_logprobs.logprobs[:, 0].tolist())
             of_output = list(islice(logprobs, len(output.new_token_ids)))
+            assert len(of_output) == len(output.new_token_ids), "tokens without log-probabilities"
             generation = self._running.get(output.request_id)
             if generation is None:
                 continue  # it was aborted, which EngineCore did not know yet

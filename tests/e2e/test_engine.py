@@ -417,3 +417,32 @@ def test_the_death_of_vllm_is_reported(served: Served) -> None:
 
     generation = served.run(generate())
     assert generation.finished.exception() is not None
+
+
+def test_a_step_of_many_requests_is_one_step(tmp_path: Path) -> None:
+    """More than 128, after which vLLM would pass a step's outputs on in slices."""
+    many = 150
+    model = make_model(tied=True, seed=0)
+    save_model(model, tmp_path)
+    config = Config()
+    config.model.path, config.actors.slots, config.actors.kv_cache_gib = str(tmp_path), many, 0.25
+    with private_folder(), asyncio.Runner() as runner:
+        engine = Engine(config)
+        try:
+
+            async def generate() -> tuple[list[Generation], float]:
+                running = [engine.launch(str(i), PROMPT[:20], 200, seed=i) for i in range(many)]
+                await until(lambda: all(len(one.tokens) > 5 for one in running), timeout_s=120)
+                engine.measure()
+                await until(lambda: all(len(one.tokens) > 40 for one in running), timeout_s=120)
+                batch = engine.measure().batch
+                await engine.abort([one.request_id for one in running])
+                return running, batch
+
+            generations, batch = runner.run(generate())
+        finally:
+            engine.close()
+    assert batch == pytest.approx(many)
+    for generation in generations:
+        (run,) = generation.take()
+        assert len(run.logprobs) == len(run.tokens)

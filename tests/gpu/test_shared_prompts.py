@@ -1,4 +1,4 @@
-"""Shared prompts against repeated ones, with the kernels of the device. Never run on a GPU yet."""
+"""Shared prompts against repeated ones, with the kernels of the device."""
 
 from __future__ import annotations
 

@@ -53,6 +53,8 @@ def peak_of_loss(num_tokens: int, fused: bool) -> tuple[int, float]:
     weight_VH = torch.randn(VOCABULARY, HIDDEN, device=device, requires_grad=True)
     hidden_SH = torch.randn(num_tokens, HIDDEN, device=device, requires_grad=True)
     targets_S = torch.randint(VOCABULARY, (num_tokens,), device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     before, started = _peak_bytes(device), time.perf_counter()
     if fused:
         logprobs_S, _ = token_logprobs(hidden_SH, targets_S, 1.0, Head(weight_VH))
