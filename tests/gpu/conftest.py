@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
+from configs.schema import Device
+
+DEVICE: Device = "cpu" if os.environ.get("GPU_CHECK_DEVICE") == "cpu" else "cuda"
 
 Note = Callable[[str, str], None]
 

@@ -15,17 +15,20 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from actors.inference.generation import Generation
+from actors.inference.generation import Generation, Measurement
 from buffer.processes.private_folder import private_folder
 from configs.schema import Config
 from tests.gpu.conftest import DEVICE, Note
 from tools.warm_start import warm_start
+
+if TYPE_CHECKING:
+    from actors.inference.engine import Engine
 
 pytest.importorskip("vllm", reason="the engine needs vLLM: pip install 'darts-rl[gpu]'")
 
@@ -119,10 +122,12 @@ def test_figures_of_an_engine(big: Path, note: Note) -> None:
         note("start", f"{time.monotonic() - started:.0f} s")
         try:
             for batch in BATCHES:
-                figures = runner.run(decode(engine, batch))
-                note(f"ms per token at batch {batch}", f"{figures['ms']:.2f}")
-            note("tokens/s at the last", f"{figures['tokens_per_s']:,.0f}")
-            note("from cancel to freed slot", f"{1000 * figures['cancel_s']:.1f} ms")
+                measured, cancel_s = runner.run(decode(engine, batch))
+                note(
+                    f"batch {batch}",
+                    f"{measured.ms_per_token:.2f} ms per token, {measured.tokens_per_s:,.0f} "
+                    f"tokens/s, {1000 * cancel_s:.1f} ms from cancel to freed slot",
+                )
             swaps, tokens, logprobs = runner.run(swap_and_score(engine, big / "model.safetensors"))
             note("a swap with requests in flight", f"{1000 * median(swaps):.0f} ms")
         finally:
@@ -132,8 +137,8 @@ def test_figures_of_an_engine(big: Path, note: Note) -> None:
     assert mean(difference) < 0.05
 
 
-async def decode(engine: Any, batch: int) -> dict[str, float]:
-    """Milliseconds per token of one request and tokens/s of all, and seconds until an abort."""
+async def decode(engine: Engine, batch: int) -> tuple[Measurement, float]:
+    """What the engine measures of `batch` requests, and the median seconds that an abort takes."""
     generations = {
         f"{batch}-{i}": engine.launch(f"{batch}-{i}", PROMPT, CONTEXT - len(PROMPT), seed=i)
         for i in range(batch)
@@ -151,11 +156,7 @@ async def decode(engine: Any, batch: int) -> dict[str, float]:
         cancels.append(time.monotonic() - began)
         assert await generations.pop(request_id).finished == "abort"
     await engine.abort(list(generations))
-    return {
-        "ms": measured.ms_per_token,
-        "tokens_per_s": measured.tokens_per_s,
-        "cancel_s": median(cancels),
-    }
+    return measured, median(cancels)
 
 
 async def reach(generation: Generation, num_tokens: int) -> None:
@@ -188,7 +189,8 @@ async def swap_and_score(engine: Any, snapshot: Path) -> tuple[list[float], list
 
 def by_transformers(model: Path, tokens: list[int]) -> Iterator[float]:
     """The log-probability of each token after the prompt."""
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPE).to(DEVICE)
+    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPE)
+    whole.to(DEVICE)
     ids = torch.tensor([tokens], device=DEVICE)
     with torch.no_grad():
         logprobs = torch.log_softmax(whole(ids).logits[0, :-1].float(), -1)
