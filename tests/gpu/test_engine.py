@@ -82,7 +82,7 @@ def big(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def engine_config(model: Path, dtype: str, slots: int) -> Config:
+def engine_config(model: Path, dtype: Any, slots: int) -> Config:
     config = Config()
     config.model.path, config.model.dtype = str(model), dtype
     config.model.max_context = CONTEXT if model != MODEL else config.model.max_context
