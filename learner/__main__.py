@@ -37,6 +37,7 @@ from configs.model_path import check_model
 from configs.schema import Config
 from darts.events import ProtocolError
 from learner import AskedToStop, BufferLost, RunStopped
+from learner.installation import check_installation
 
 RANK = ("-m", "learner")  # of `sys.executable`
 WATCH_S = 0.1
@@ -50,6 +51,7 @@ class RankFailed(Exception):
 def run(config: Config) -> int:
     """Run one rank, or all ranks of this node."""
     check_model(config.model.path)
+    check_installation(config)
     check_key_files(config.buffer.keys, "learner")
     make_run_folder(Path(config.run.dir) / config.run.name)
     variables = os.environ

@@ -27,6 +27,7 @@ from buffer.wire.transport import Publisher, TransportError, is_loopback, next_p
 from configs import cli
 from configs.model_path import check_model
 from configs.schema import Config, Place
+from learner.installation import check_installation
 from tools.launching.placement import pool_entries
 from tools.launching.processes import CONFIG, Command
 from tools.reporting.run_directory import RunDirectory
@@ -41,6 +42,7 @@ def prepare(config: Config) -> Config:
     if config.launch.launcher == "local":
         check_model(config.model.path)
         check_device(config)
+        check_installation(config)
         check_cache(config)
     check_trackers(config.run.trackers)
     folder = Path(config.run.dir) / config.run.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from configs import cli
 from configs.schema import Config
 from learner import __main__ as learner
+from learner.installation import check_installation
+from tools.launching.run_plan import prepare
 
 
 @pytest.fixture
@@ -23,6 +26,19 @@ def refused(model: Path, *overrides: str) -> str:
     with pytest.raises(ValueError) as caught:
         learner.run(config)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("command", [learner.run, prepare])
+def test_a_pytorch_for_cpus_cannot_train_on_gpus(
+    command: Callable[[Config], object], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [f"model.path={model}", f"run.dir={model.parent}", "actors.device=cpu"]
+    monkeypatch.setattr("learner.installation.metadata.version", lambda name: "2.9.1+cpu")
+    with pytest.raises(ValueError, match=r"^learner.device=cuda: the installed .* 2.9.1\+cpu"):
+        command(cli.load([*given, "learner.device=cuda"]))
+    check_installation(cli.load(["learner.device=auto"]))
+    monkeypatch.setattr("learner.installation.metadata.version", lambda name: "2.9.1")
+    check_installation(cli.load(["learner.device=cuda"]))
 
 
 def test_missing_keys_are_refused_by_name(model: Path) -> None:
