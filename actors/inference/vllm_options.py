@@ -84,10 +84,21 @@ FORBIDDEN = {name: reason for reason, names in REASONS.items() for name in names
 PREFIXES = {"data_parallel_": PLACEMENT, "ec_": STEPS, "offload_": SWAPS, "_": OURS}
 
 
+# The values of the types that a YAML value is checked against; vLLM itself checks all others, but
+# only when an engine starts.
+PLAIN: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "None": (type(None),),
+}
+
+
 def check_options(config: Config) -> dict[str, Any]:
     """The options of `actors.vllm`. Raises `ValueError` for the first that cannot be set."""
     options = config.actors.vllm
-    known = option_names() if options else frozenset[str]()
+    known = option_types() if options else {}
     for name, value in options.items():
         shown = f"actors.vllm.{name}={value}"
         if name in KEYS:
@@ -100,6 +111,9 @@ def check_options(config: Config) -> dict[str, Any]:
             )
         if reason := FORBIDDEN.get(name) or _by_prefix(name):
             raise ValueError(f"{shown}: cannot be set: {reason}")
+        kinds = known[name].split(" | ")
+        if PLAIN.keys() >= set(kinds) and not any(type(value) in PLAIN[kind] for kind in kinds):
+            raise ValueError(f"{shown}: must be of the type {known[name]}, as in vLLM")
     return dict(options)
 
 
@@ -108,16 +122,19 @@ def _by_prefix(name: str) -> str | None:
 
 
 @cache
-def option_names() -> frozenset[str]:
-    """The names of vLLM's own engine arguments. Raises `ValueError` if vLLM is not installed."""
+def option_types() -> dict[str, str]:
+    """vLLM's own engine arguments, with their types as written in its source.
+
+    Raises `ValueError` if vLLM is not installed.
+    """
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         raise ValueError("actors.vllm: vLLM is not installed here; install the extra cpu or gpu")
     tree = ast.parse((Path(spec.origin).parent / SOURCE).read_text())
     classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in CLASSES]
-    return frozenset(
-        statement.target.id
+    return {
+        statement.target.id: ast.unparse(statement.annotation)
         for one in classes
         for statement in one.body
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-    )
+    }

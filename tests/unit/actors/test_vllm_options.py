@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from actors.inference import vllm_options
-from actors.inference.vllm_options import FORBIDDEN, KEYS, check_options, option_names
+from actors.inference.vllm_options import FORBIDDEN, KEYS, check_options, option_types
 from configs import cli
 from configs.schema import Config
 
@@ -20,11 +20,11 @@ def load(*overrides: str) -> Config:
 def test_the_names_are_those_of_the_installed_vllm() -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    assert option_names() == {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    assert option_types().keys() == {field.name for field in dataclasses.fields(AsyncEngineArgs)}
 
 
 def test_every_refused_name_exists_and_is_refused_once() -> None:
-    assert option_names() >= KEYS.keys() | FORBIDDEN.keys()
+    assert option_types().keys() >= KEYS.keys() | FORBIDDEN.keys()
     assert not KEYS.keys() & FORBIDDEN.keys()
     assert len(FORBIDDEN) == sum(map(len, vllm_options.REASONS.values()))
 
@@ -41,10 +41,10 @@ def test_options_come_from_files_and_single_keys(tmp_path: Path) -> None:
 
 
 def test_a_run_without_options_needs_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> frozenset[str]:
+    def refuse() -> dict[str, str]:
         raise ValueError
 
-    monkeypatch.setattr(vllm_options, "option_names", refuse)
+    monkeypatch.setattr(vllm_options, "option_types", refuse)
     assert check_options(load()) == {}
 
 
@@ -70,6 +70,34 @@ def test_an_option_that_would_break_a_run_is_refused(override: str, line: str) -
         check_options(load(f"actors.vllm.{override}"))
     name, _, value = override.partition("=")
     assert str(caught.value).startswith(f"actors.vllm.{name}=") and line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "kind"),
+    [
+        ("enable_prefix_caching=maybe", "bool | None"),
+        ("block_size=many", "int | None"),
+        ("max_num_batched_tokens=0.5", "int | None"),
+        ("max_num_batched_tokens=true", "int | None"),
+        ("scheduler_reserve_full_isl=1", "bool"),
+        ("watermark=low", "float"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_before_an_engine_starts(
+    override: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = override.partition("=")[0]
+    monkeypatch.setattr(vllm_options, "option_types", lambda: {name: kind})
+    with pytest.raises(ValueError) as caught:
+        check_options(load(f"actors.vllm.{override}"))
+    assert str(caught.value).endswith(f": must be of the type {kind}, as in vLLM")
+
+
+@pytest.mark.parametrize("override", ["a=3", "a=0.5", "a=null", "b=x", "c={mode: 0}", "d=[1]"])
+def test_a_value_of_its_type_is_accepted(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    types = {"a": "float | None", "b": "str", "c": "CompilationConfig", "d": "list[int] | None"}
+    monkeypatch.setattr(vllm_options, "option_types", lambda: types)
+    assert check_options(load(f"actors.vllm.{override}"))
 
 
 def test_a_mistake_in_the_value_itself_is_one_of_the_key() -> None:
