@@ -193,6 +193,22 @@ def test_the_launcher_refuses_a_broken_verifier_and_prints_a_suspicion(
     assert "warning" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.train=reasoning_gym:chainsum", "has no task 'chainsum'; near ones: chain_sum"),
+        ("data.environment=nosuch", "data.environment='nosuch' is no known verifier"),
+    ],
+)
+def test_a_wrong_name_is_refused_before_a_process_of_the_run_starts(
+    override: str, line: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("reasoning_gym")
+    config = make_config(tmp_path, rows("4"), None, override)
+    with pytest.raises(ValueError, match=line):
+        data_check.check_data(config)
+
+
 def test_the_launcher_does_not_check_the_data_that_come_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
