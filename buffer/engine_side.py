@@ -274,8 +274,7 @@ class EngineSide:
             if new.sampled:
                 num_sampled[rollout_id] = before + num_new
                 self._check_sampled(rollout, new, num_sampled[rollout_id])
-        for chunk in chunks:
-            store.append(chunk)
+        store.append(*chunks)
         progressed = [ev.RolloutProgressed(i, num) for i, num in num_sampled.items()]
         return [*map(ev.RolloutWaits, waited), *progressed, *map(ev.RolloutWaits, waits)]
 

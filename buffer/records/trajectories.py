@@ -6,7 +6,7 @@ chooses the rollouts that are kept. Driven by the buffer's loop, on one thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
@@ -65,7 +65,7 @@ class TrajectoryStore:
         it. Raises `ProtocolError` for a chunk that no correct engine sends.
         """
         rollout = self._rollout(chunk.rollout_id)
-        _check(chunk, self.vocab_size)
+        _check_form(chunk)
         end = rollout.num_tokens if end is None else end
         if not 0 <= chunk.offset <= end:
             raise ProtocolError(
@@ -88,10 +88,17 @@ class TrajectoryStore:
             logprobs=chunk.logprobs[4 * num_repeated :],
         )
 
-    def append(self, chunk: Chunk) -> None:
-        """Store the new part of a chunk of a rollout that decodes."""
-        if not chunk.tokens:
-            return
+    def append(self, *chunks: Chunk) -> None:
+        """Store the new parts of chunks of rollouts that decode.
+
+        Raises `ProtocolError`, with nothing stored, for a value that no correct engine sends.
+        """
+        _check_values(chunks, self.vocab_size)
+        for chunk in chunks:
+            if chunk.tokens:
+                self._append(chunk)
+
+    def _append(self, chunk: Chunk) -> None:
         rollout = self._rollout(chunk.rollout_id)
         assert chunk.offset == rollout.num_tokens, f"rollout {chunk.rollout_id} has a gap"
         if self.log is not None:
@@ -214,7 +221,7 @@ def _runs_within(rollout: StoredRollout, start: int, end: int) -> Iterable[tuple
         position += num_tokens
 
 
-def _check(chunk: Chunk, vocab_size: int) -> None:
+def _check_form(chunk: Chunk) -> None:
     where = f"rollout {chunk.rollout_id}: a chunk's"
     if len(chunk.tokens) % 4:
         raise ProtocolError(
@@ -229,20 +236,30 @@ def _check(chunk: Chunk, vocab_size: int) -> None:
         raise ProtocolError(
             f"{where} logprobs are {len(chunk.logprobs)} bytes; expected {expected}"
         )
-    # The reductions themselves, since their methods cost as much again for a short chunk.
-    if chunk.tokens and np.maximum.reduce(np.frombuffer(chunk.tokens, "<u4")) >= vocab_size:
+    if chunk.sampled and chunk.version < 0:
+        raise ProtocolError(
+            f"{where} version is {chunk.version}; sampled tokens need the policy version that "
+            "sampled them, 0 or more"
+        )
+
+
+def _check_values(chunks: Sequence[Chunk], vocab_size: int) -> None:
+    """Check all chunks of a message together, and each alone only to name the one at fault."""
+    tokens = np.frombuffer(b"".join([chunk.tokens for chunk in chunks]), "<u4")
+    logprobs = np.frombuffer(b"".join([chunk.logprobs for chunk in chunks]), "<f4")
+    in_vocab = not tokens.size or tokens.max() < vocab_size
+    is_finite = np.isfinite(logprobs).all()
+    if in_vocab and is_finite:
+        return
+    if len(chunks) > 1:
+        for chunk in chunks:
+            _check_values([chunk], vocab_size)
+    where = f"rollout {chunks[0].rollout_id}: a chunk's"
+    if not in_vocab:
         raise ProtocolError(
             f"{where} tokens hold an id that is negative or not below the vocabulary's size, "
             f"{vocab_size}: the learner has no embedding for it"
         )
-    if chunk.sampled:
-        if chunk.version < 0:
-            raise ProtocolError(
-                f"{where} version is {chunk.version}; sampled tokens need the policy version that "
-                "sampled them, 0 or more"
-            )
-        if not np.logical_and.reduce(np.isfinite(np.frombuffer(chunk.logprobs, "<f4"))):
-            raise ProtocolError(
-                f"{where} logprobs hold a value that is not finite; training on it would destroy "
-                "the policy"
-            )
+    raise ProtocolError(
+        f"{where} logprobs hold a value that is not finite; training on it would destroy the policy"
+    )

@@ -238,6 +238,24 @@ def test_a_malformed_chunk_is_refused_and_changes_nothing(store, chunk, complain
     assert np.frombuffer(finish(store, 1).tokens, "<i4").tolist() == [5]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        (sampled_chunk(2, [5], logprobs=[float("nan")]), "not finite"),
+        (sampled_chunk(2, [100]), "vocabulary's size, 100"),
+    ],
+)
+def test_a_wrong_value_names_its_rollout_and_no_chunk_of_its_message_is_stored(
+    store, wrong, complaint
+):
+    store.vocab_size = 100
+    for rollout_id in (1, 2, 3):
+        store.open(rollout_id, 0, None)
+    with pytest.raises(ProtocolError, match=f"rollout 2: .*{complaint}"):
+        store.append(sampled_chunk(1, [5]), wrong, sampled_chunk(3, [6]))
+    assert store.bytes_held == 0
+
+
 def test_a_rollout_that_is_not_held_is_named(store):
     for ask in (
         store.num_sampled,
