@@ -297,7 +297,7 @@ def test_replay_detects_a_decision_that_was_not_made(finished: Any) -> None:
 def test_killed_engine_loses_only_its_rollouts_in_flight(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
-    running = Running(make_config(tmp_path, free_port(), "buffer.peer_timeout_s=1.5"))
+    running = Running(make_config(tmp_path, free_port(), "buffer.peer_timeout_s=3"))
     address = running.service.run.router.address
     learner = FakeLearner(address, STEPS, step_s=0.3)
     doomed, other = FakeEngine(address, "doomed"), FakeEngine(address, "other")
@@ -342,7 +342,7 @@ def test_an_engine_that_leaves_hands_over_its_tokens(
 def test_learner_that_dies_with_a_shard_is_replaced(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
-    running = Running(make_config(tmp_path, free_port(), "buffer.peer_timeout_s=1.5"))
+    running = Running(make_config(tmp_path, free_port(), "buffer.peer_timeout_s=3"))
     address = running.service.run.router.address
     engine, first = FakeEngine(address, "e"), FakeLearner(address, STEPS, stop_after=3)
     engine.start()
