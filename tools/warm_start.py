@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, NoReturn
@@ -43,6 +44,7 @@ from buffer.data.tagged_sum import (
 )
 from buffer.records.files import atomic_folder
 from configs.command import run_command
+from learner.packs.attention import PACKED_SDPA
 
 RECIPE_FILE = "recipe.json"
 VOCABULARY = [
@@ -207,6 +209,7 @@ def train(
     """Train in place, with supervision. Calls `show(steps done, loss)` after each step."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     random, step = Random(seed), 0
+    model.set_attn_implementation(PACKED_SDPA)  # three times as fast as a mask of the whole pack
     model.train()
     for phase in phases:
         packs = draw_packs(random, tokenizer, phase, task)
@@ -214,10 +217,11 @@ def train(
             decay = 1 - (1 - FINAL_LR_FRAC) * phase_step / phase.steps if phase.decays else 1.0
             optimizer.param_groups[0]["lr"] = phase.lr * decay * min(1.0, (step + 1) / WARMUP_STEPS)
             tokens_T, positions_T, targets_T = next(packs)
-            # Positions that restart at 0 separate the packed traces. The library respects this only
-            # without a cache.
             logits_TV = model(
-                input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False
+                input_ids=tokens_T[None],
+                position_ids=positions_T[None],
+                lengths=lengths_of(positions_T),
+                use_cache=False,
             ).logits[0]
             loss = torch.nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=-100)
             optimizer.zero_grad()
@@ -227,6 +231,13 @@ def train(
             step += 1
             show(step, loss.item())
     model.eval()
+    model.set_attn_implementation("sdpa")
+
+
+def lengths_of(positions_T: torch.Tensor) -> tuple[int, ...]:
+    """The lengths of the texts in a pack, in which positions restart at 0 with each text."""
+    starts = (positions_T == 0).nonzero()[:, 0].tolist()
+    return tuple(end - start for start, end in pairwise([*starts, len(positions_T)]))
 
 
 def draw_packs(

@@ -267,7 +267,9 @@ class _Connection:
             elif self._welcomed:
                 # Messages under way in either direction may be lost, so the stream cannot simply go
                 # on over a new connection.
-                self._socket.poll(300)  # zmq tells of the end before it hands over the last messages
+                self._socket.poll(
+                    300
+                )  # zmq tells of the end before it hands over the last messages
                 self._read()
                 raise LinkLost(
                     f"the buffer at {self._address} closed the connection: it ended, or the "

@@ -14,12 +14,14 @@ pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from buffer.data.tagged_sum import FULL, SINGLE_PASS, TOKEN, draw_problem, draw_trace  # noqa: E402
+from learner.packs.attention import PACKED_SDPA  # noqa: E402
 from tools.warm_start import (  # noqa: E402
     PHASES,
     Phase,
     build_model,
     build_tokenizer,
     draw_packs,
+    lengths_of,
     torch,
     warm_start,
 )
@@ -121,12 +123,16 @@ def test_packed_traces_do_not_see_one_another() -> None:
     tokens, positions, _ = next(
         draw_packs(Random(0), tokenizer, Phase(SINGLE_PASS, steps=1, tokens=128, lr=1e-3))
     )
+    lengths = lengths_of(positions)
+    assert sum(lengths) == len(tokens) and len(lengths) == (positions == 0).sum()
     second = int((positions == 0).nonzero()[1])
     end = int((positions == 0).nonzero()[2]) if (positions == 0).sum() > 2 else len(tokens)
     with torch.no_grad():
+        model.set_attn_implementation(PACKED_SDPA)
         packed = model(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False
+            input_ids=tokens[None], position_ids=positions[None], lengths=lengths, use_cache=False
         ).logits[0, second:end]
+        model.set_attn_implementation("sdpa")
         alone = model(input_ids=tokens[None, second:end], use_cache=False).logits[0]
     assert torch.allclose(packed, alone, atol=1e-3)
 
