@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, NoReturn
-
-# On a busy machine, threads that spin while they wait for one another take five times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
@@ -209,6 +205,10 @@ def train(
     """Train in place, with supervision. Calls `show(steps done, loss)` after each step."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     random, step = Random(seed), 0
+    # Operations are so small that two threads gain a third on an idle machine, if they spin while
+    # they wait for each other, and take ten times as long beside another process.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     model.set_attn_implementation(PACKED_SDPA)  # three times as fast as a mask of the whole pack
     model.train()
     for phase in phases:
@@ -232,6 +232,7 @@ def train(
             show(step, loss.item())
     model.eval()
     model.set_attn_implementation("sdpa")
+    torch.set_num_threads(num_threads)
 
 
 def lengths_of(positions_T: torch.Tensor) -> tuple[int, ...]:
