@@ -41,11 +41,12 @@ def attention_for(query: torch.Tensor) -> Attention:
 
 
 def has_varlen(query: torch.Tensor) -> bool:
-    """Whether one kernel can take all sequences of a pack. FlashAttention needs sm80 or newer."""
+    """Whether one kernel can take all sequences of a pack: FlashAttention's, of sm80 or newer."""
     return (
         query.is_cuda
         and query.dtype in HALVES
         and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
