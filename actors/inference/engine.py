@@ -447,10 +447,10 @@ class _Router:
             if output.new_logprobs is not None:
                 logprobs = iter(output.new_logprobs.logprobs[:, 0].tolist())
             of_output = list(islice(logprobs, len(output.new_token_ids)))
-            assert len(of_output) == len(output.new_token_ids), "tokens without log-probabilities"
             generation = self._running.get(output.request_id)
             if generation is None:
                 continue  # it was aborted, which EngineCore did not know yet
+            assert len(of_output) == len(output.new_token_ids), "tokens without log-probabilities"
             if output.new_token_ids:
                 num_tokens += 1
                 generation.extend(version, output.new_token_ids, of_output)
