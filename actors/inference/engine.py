@@ -170,6 +170,8 @@ class Engine:
             cause = self.cause or _said(error)
             self._causes.close()
             advice = "; with model.lora.merge=true it need not serve adapters" if self._lora else ""
+            if "max_model_len" in cause:
+                advice = f"; lower model.max_context={config.model.max_context}"
             raise ValueError(
                 f"model.path={config.model.path}: vLLM cannot run it: {cause}{advice}"
             ) from error
@@ -198,8 +200,8 @@ class Engine:
 
     @property
     def cause(self) -> str:
-        """Why vLLM failed, in one line. "" if it has not failed, or gave no reason."""
-        return self._causes.first()
+        """Why vLLM or `_Router` failed, in one line. "" if neither did, or gave no reason."""
+        return self._causes.first() or self._router.error
 
     @property
     def model_type(self) -> str:
@@ -375,6 +377,7 @@ class _Router:
         self._running: dict[str, Generation] = {}  # by vLLM's internal id
         self._internal: dict[str, str] = {}  # ours -> vLLM's
         self.died = asyncio.Event()
+        self.error = ""  # of this class itself, after which EngineCore still runs
 
     def expect(self, generation: Generation) -> None:
         assert generation.request_id not in self._expected, (
@@ -469,6 +472,8 @@ class _Router:
         pass  # statistics are off
 
     def propagate_error(self, error: Exception) -> None:
+        if not isinstance(error, EngineDeadError):
+            self.error = one_line(error, with_type=True)
         self.died.set()
         for generation in list(self._expected.values()):
             self.fail(generation.request_id, error)

@@ -54,6 +54,7 @@ from buffer.wire.transport import (
 
 HEARTBEAT_S = 1.0
 CONNECT_RETRY_S = 0.05
+LAST_WORDS_MS = 300  # zmq reports the end of a connection before it delivers the last messages
 GIVE_UP_S = 0.2  # between two looks whether a peer that connects still wants to
 # A thread that slept this long (a stopped process, a closed laptop) cannot blame the buffer for
 # silence.
@@ -267,9 +268,7 @@ class _Connection:
             elif self._welcomed:
                 # Messages under way in either direction may be lost, so the stream cannot simply go
                 # on over a new connection.
-                self._socket.poll(
-                    300
-                )  # zmq tells of the end before it hands over the last messages
+                self._socket.poll(LAST_WORDS_MS)
                 self._read()
                 raise LinkLost(
                     f"the buffer at {self._address} closed the connection: it ended, or the "

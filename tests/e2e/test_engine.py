@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,9 +24,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from actors.inference.engine import BASE_VERSION, Engine
-from actors.inference.generation import Generation, TokenRun
+from actors.inference.engine import BASE_VERSION, Engine, _Router
+from actors.inference.generation import Generation, Meter, TokenRun
 from buffer.processes.private_folder import private_folder
 from configs.schema import Config
 
@@ -446,3 +448,34 @@ def test_a_step_of_many_requests_is_one_step(tmp_path: Path) -> None:
     for generation in generations:
         (run,) = generation.take()
         assert len(run.logprobs) == len(run.tokens)
+
+
+def test_a_context_that_the_model_lacks_names_the_key(tmp_path: Path) -> None:
+    save_model(make_model(tied=True, seed=0), tmp_path)
+    config = Config()
+    config.model.path, config.model.max_context = str(tmp_path), 4096  # of 1024
+    config.actors.kv_cache_gib = 0.25
+    with private_folder(), pytest.raises(ValueError, match=r"; lower model\.max_context=4096$"):
+        Engine(config)
+
+
+@tied_only
+def test_an_error_between_vllm_and_the_requests_is_told(served: Served) -> None:
+    """Tokens without their log-probabilities, for example: EngineCore is well and says nothing."""
+
+    async def outcome() -> tuple[str, str]:
+        router = _Router(Meter(1, 0.0))
+        generation = Generation("1")
+        router.expect(generation)
+        router.add_request(SimpleNamespace(external_req_id="1", request_id="internal"), None)
+        output = SimpleNamespace(request_id="internal", new_token_ids=[5], new_logprobs=None)
+        with pytest.raises(AssertionError) as raised:
+            router.process_outputs([output], 0.0, None)
+        router.propagate_error(raised.value)
+        with pytest.raises(AssertionError):
+            await generation.finished
+        ours, router.error = router.error, ""
+        router.propagate_error(EngineDeadError())
+        return ours, router.error
+
+    assert served.run(outcome()) == ("AssertionError: tokens without log-probabilities", "")

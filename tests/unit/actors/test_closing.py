@@ -205,7 +205,7 @@ def test_a_cancel_of_a_step_that_then_ends_in_time(rented: Environment, folder: 
 
     asyncio.run(script())
     for name in (f"in time {i}" for i in range(20)):
-        assert wait_for(lambda: said(folder, "open", name) == said(folder, "close", name))  # noqa: B023
+        assert wait_for(lambda of=name: said(folder, "open", of) == said(folder, "close", of))
     assert is_closed_once(folder, "in time 0")
 
 

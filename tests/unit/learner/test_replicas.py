@@ -86,7 +86,8 @@ def check_curve(rank: int, config: Config) -> None:
     metrics, gradients = curve(plain, range(3))
     for shards in (1, 2):
         state = build_state(on_mesh(config, shards, f"by-{shards}"), CPU, rank, NUM_RANKS)
-        mesh = next(iter(state.model.parameters())).device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+        weight: Any = next(iter(state.model.parameters()))
+        mesh = weight.device_mesh
         assert mesh.shape == (NUM_RANKS // shards, shards)
         measured, of_mesh = curve(state, range(3))
         for name, expected in gradients[0].items():

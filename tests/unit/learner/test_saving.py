@@ -211,7 +211,8 @@ def _killed_while_saving(config: Config, rank: int, folder: str) -> None:
         save(state)
         train_both(state, 1)
         if rank == 1:
-            checkpoint.CheckpointWriter.write_data = lambda *_: threading.Event().wait()  # type: ignore[method-assign]
+            writer: Any = checkpoint.CheckpointWriter
+            writer.write_data = lambda *_: threading.Event().wait()
         start_save(state)
         train_both(state, 2)
         (Path(folder) / f"trained_{rank}").touch()
