@@ -159,13 +159,15 @@ def _wait_for_the_others(ranks: list[Child], culprit: Child) -> None:
     """Give the other ranks time to end by themselves, unless the culprit was killed.
 
     When a run is stopped, all ranks end, one after the other. After a kill, the others hang or fail
-    as if the fault were theirs.
+    as if the fault were theirs. What they say then is dropped, since the culprit says why.
     """
     deadline = time.monotonic() + (0.0 if may_succeed_again(culprit.status()) else LEAVE_S)
     while time.monotonic() < deadline and any(rank.status() is None for rank in ranks):
-        for rank in ranks:
-            forward(rank)
         time.sleep(WATCH_S)
+    for rank in ranks:
+        if rank is not culprit and rank.status() not in (None, 0, ExitStatus.INTERRUPTED):
+            for _ in rank.lines():
+                pass
 
 
 def _report(culprit: Child) -> int:

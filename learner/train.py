@@ -108,10 +108,11 @@ def run_rank(
     `ValueError` (configuration). Any other exception is a failure of the training itself.
     """
     with fsdp.process_group(config, rank, num_ranks, local_rank) as device:
-        state = build_state(config, device, rank, num_ranks)
-        if config.run.resume:
-            _resume(state)
-        incarnation = draw_incarnation(device, rank)
+        with _after_the_first(num_ranks):
+            state = build_state(config, device, rank, num_ranks)
+            if config.run.resume:
+                _resume(state)
+            incarnation = draw_incarnation(device, rank)
         vocab_size = state.model.config.get_text_config().vocab_size
         work = training_work(state.model, state.shares_prompts)
         with (
@@ -129,7 +130,8 @@ def run_rank(
             WeightPublisher(config, rank) as publisher,
         ):
             session.watch(state.saver.check)
-            _join(state, session)
+            with _after_the_first(num_ranks):
+                _join(state, session)
             with (
                 _until_told_to_stop(state, session),
                 Publication(publisher, session) as publication,
@@ -445,10 +447,24 @@ def _publish(state: LearnerState, publication: Publication) -> None:
 
 
 @contextmanager
+def _after_the_first(num_ranks: int) -> Iterator[None]:
+    """A rank that died breaks the collectives of all others. They wait here before they fail, so
+    that the supervisor, which ends them, reports the one that died first.
+    """
+    try:
+        yield
+    except RuntimeError:
+        if num_ranks > 1:
+            time.sleep(SURVIVOR_GRACE_S)
+        raise
+
+
+@contextmanager
 def _until_told_to_stop(state: LearnerState, session: BufferSession) -> Iterator[None]:
     """Return quietly if the run ended well, and report an exception of ours to the buffer."""
     try:
-        yield
+        with _after_the_first(state.num_ranks):
+            yield
     except RunEnded:
         state.saver.wait()
         _note_evaluations(state, session)
@@ -463,10 +479,6 @@ def _until_told_to_stop(state: LearnerState, session: BufferSession) -> Iterator
     except TransportError:
         raise  # the buffer cannot be reached
     except Exception as error:
-        if state.num_ranks > 1 and isinstance(error, RuntimeError):
-            # A dead rank breaks the collectives of all others. Wait, so that the supervisor reports
-            # the rank that died first.
-            time.sleep(SURVIVOR_GRACE_S)
         session.link.send(LearnerFailed(rank=state.rank, error=one_line(error, with_type=True)))
         raise
 

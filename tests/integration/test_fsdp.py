@@ -353,6 +353,18 @@ def test_a_run_that_the_buffer_stops_with_an_error_fails(
     assert list(buffer.trained) == [0]
 
 
+def test_ranks_that_find_no_buffer_say_so_in_one_line(
+    model_path: Path, address: str, tmp_path: Path
+) -> None:
+    """The first to give up breaks the collective in which rank 0 waits, which is no news."""
+    keys = ("learner.num_ranks=2", "buffer.connect_timeout_s=2")
+    with started(model_path, tmp_path / "run", address, *keys) as process:
+        _, said = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == ExitStatus.FAILED
+    assert [line for line in said.splitlines() if "no buffer answered" in line]
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("victim", ["rank", "supervisor"])
 def test_a_killed_process_ends_all_others(
     learners: Start, model_path: Path, tmp_path: Path, address: str, victim: str
