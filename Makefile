@@ -6,16 +6,21 @@ ARGS ?=
 PYTEST ?=
 UPGRADE ?=
 
-.PHONY: help setup demo test gpu-check check lint format docs lock clean
+.PHONY: help packages setup demo test gpu-check check lint format docs lock clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-setup:  ## install the pinned packages into .venv (the other targets do this first)
+packages:
 	@sh requirements/install.sh
 
-demo: setup  ## train the embedded default on this machine; prints the path of its report
-	@$(PYTHON_IN) -m tools.warm_start models/tiny-reasoner
+setup: packages  ## install the pinned packages into .venv (the other targets do this first)
+	@sh requirements/compile.sh
+
+# The warm start leaves a core to the compilation, which would take 45 s before it. The compilation
+# ignores Ctrl-C and ends by itself.
+demo: packages  ## train the embedded default on this machine; prints the path of its report
+	@sh requirements/compile.sh & $(PYTHON_IN) -m tools.warm_start models/tiny-reasoner && wait
 	@$(PYTHON_IN) -m tools.launch --config configs/demo.yaml $(ARGS)
 
 test: setup  ## run all CPU tests, with real engines (minutes); prints coverage of darts and buffer

@@ -60,13 +60,12 @@ if ! uv pip install --quiet --dry-run --no-deps --reinstall-package torch "$torc
     set -- --index "$TORCH_INDEX" --index-strategy unsafe-best-match
 fi
 # uv itself stays in the environment: this script pins it, and the lock pins the rest.
-# Bytecode is compiled once, here. If PYTHONDONTWRITEBYTECODE is set, each process of a run would
-# otherwise compile torch and vLLM again, which takes 10 s.
-{ cat "$LOCK"; echo "uv==$UV_VERSION"; } | uv pip sync --quiet --compile-bytecode "$@" - ||
+{ cat "$LOCK"; echo "uv==$UV_VERSION"; } | uv pip sync --quiet "$@" - ||
     fail "the packages could not be installed; see above"
 uv pip install --quiet --no-deps --no-build-isolation --editable . ||
     fail "this repository could not be installed into $VENV; see above"
-"$VENV/bin/python" -c 'from transformers import AutoModelForCausalLM' ||
+# What is imported here is compiled here, and not again in the first process of a run.
+PYTHONDONTWRITEBYTECODE='' "$VENV/bin/python" -c 'from transformers import AutoModelForCausalLM' ||
     fail "the installed packages do not work together; remove $VENV and try again"
 echo "$stamp" >"$VENV/installed"
 echo "set-up: done"
