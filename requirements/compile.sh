@@ -10,5 +10,5 @@ if cmp -s "$VENV/installed" "$VENV/compiled"; then
     exit 0
 fi
 # The status is no error: some packages bring files that are not Python of this version.
-nice "$VENV/bin/python" -W ignore -m compileall -qq -j 0 "$VENV"/lib/python3*/site-packages || true
+"$VENV/bin/python" -W ignore -m compileall -qq -j 0 "$VENV"/lib/python3*/site-packages || true
 cp "$VENV/installed" "$VENV/compiled"
