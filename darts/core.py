@@ -372,8 +372,6 @@ class Core:
             )
         self.requested_step, self.requested_portion = event.step, event.portion
         for group in self.outstanding.due() if event.portion == 0 else ():
-            if group.state is not GroupState.OPEN:
-                continue
             if len(group.finished) < group.group_size and self.config.on_deadline == "drop":
                 self._drop(group, "deadline", requeue=True)
                 continue
@@ -684,7 +682,7 @@ class Core:
     def _ship(self) -> None:
         """Answer the learner once its batch, or the next portion of it, is ready.
 
-        A full batch contains every due group.
+        A full batch leaves no open group without a seat.
         """
         if self.requested_step is None:
             return

@@ -87,11 +87,11 @@ def _validate_outstanding(core: Core) -> None:
     num_taken, num_missing = core.outstanding.num_taken, core.outstanding.num_missing
     num_shipped = sum(g.state is GroupState.SHIPPED for g in training)
     assert 0 <= num_taken <= num_shipped and 0 < num_missing <= core.config.groups_per_step
-    num_open = sum(g.state is GroupState.OPEN for g in core.outstanding.due())
-    # A requested portion waits only for ready groups, or for due ones that need the room.
+    num_kept = len(core.outstanding.seated())
+    # A requested portion waits only for ready groups, or for those for which it keeps the room.
     if core.requested_step is None:
         return
     if core.config.stream == "group":
-        assert not core.num_ready or num_missing <= num_open
+        assert not core.num_ready or num_missing <= num_kept
     else:
-        assert core.num_ready < num_missing or num_open
+        assert core.num_ready < num_missing or num_kept

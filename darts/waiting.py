@@ -6,7 +6,6 @@ Reads the core and never changes it.
 from __future__ import annotations
 
 from darts.core import Core
-from darts.state.groups import GroupState
 
 
 def describe(core: Core) -> str:
@@ -24,9 +23,8 @@ def describe(core: Core) -> str:
 
 
 def _missing(core: Core) -> str:
-    due = [g.group_id for g in core.outstanding.due() if g.state is GroupState.OPEN]
-    if due:
-        return f"group {due[0]} (lag bound), {len(due)} due in total"
+    if groups := core.outstanding.seated():
+        return f"group {groups[0].group_id} (lag bound), {len(groups)} due in total"
     if not core.engines.by_id:
         return "actors: no engine has joined"
     wanted = core.config.groups_per_step

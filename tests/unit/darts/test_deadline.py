@@ -31,8 +31,8 @@ class Story:
     def apply(self, *events: ev.Event) -> list[ev.Decision]:
         return [decision for event in events for decision in self.core.handle(event)]
 
-    def finish(self, rollout_id: int, num_tokens: int = 10) -> list[ev.Decision]:
-        return self.apply(ev.RolloutFinished(rollout_id, num_tokens, False, 1.0, 0))
+    def finish(self, rollout_id: int, num_tokens: int = 10, version: int = 0) -> list[ev.Decision]:
+        return self.apply(ev.RolloutFinished(rollout_id, num_tokens, False, 1.0, version))
 
 
 def cancelled(decisions: list[ev.Decision]) -> list[int]:
@@ -78,6 +78,30 @@ def test_the_learner_does_not_release_a_batch_that_others_still_hold_up() -> Non
     story.apply(ev.GroupTrained(1), ev.PolicyPublished(1))
     decisions = story.apply(ev.ShardsRequested(1))
     assert (cancelled(decisions), len(shipped(decisions))) == ([2], 1)
+
+
+def test_a_newer_group_leaves_a_seat_to_older_ones_that_would_find_none() -> None:
+    """One seat per batch, and a bound of 2. Groups p, q and r fill three batches. If s, of
+    the newer version, took the second one, q or r would be too old after the third.
+    """
+    story = Story(max_lag=2, groups_per_step=1)
+    story.apply(ev.PromptsDrawn((ev.Prompt("q"), ev.Prompt("r"), ev.Prompt("s"))))
+    for rollout_id in (0, 1, 2):
+        story.finish(rollout_id)
+    assert len(shipped(story.apply(ev.ShardsRequested(0)))) == 1
+    story.apply(ev.GroupTrained(0), ev.PolicyPublished(1), ev.PolicyLoaded("a", 1))
+    for rollout_id in (9, 10, 11):  # those of s, which opened only now
+        story.finish(rollout_id, version=1)
+    assert story.apply(ev.ShardsRequested(1)) == []
+    for rollout_id in (6, 7):
+        assert story.finish(rollout_id) == []
+    [record] = shipped(story.finish(8))
+    assert record.prompt_id == "r"  # whichever of q and r ends first
+    story.apply(ev.GroupTrained(2), ev.PolicyPublished(2))
+    for rollout_id in (3, 4, 5):
+        story.finish(rollout_id)
+    [record] = shipped(story.apply(ev.ShardsRequested(2)))
+    assert record.prompt_id == "q"
 
 
 def test_complete_waits_for_the_rule() -> None:
