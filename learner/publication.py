@@ -54,14 +54,20 @@ class Publication:
         self._waited_s += time.monotonic() - started
 
     def take_metrics(self) -> dict[str, float]:
-        """Seconds that training waited since the last call, their share, and the newest offer."""
+        """Seconds that training waited and bytes that engines got since the last call, and the
+        newest offer.
+        """
         now = time.monotonic()
         waited_s, passed_s = self._waited_s, now - self._since_s
         self._waited_s, self._since_s = 0.0, now
-        return {
-            "publish/wait_s": waited_s,
-            "publish/wait_frac": waited_s / max(1e-9, passed_s),
-        } | self._newest
+        return (
+            {
+                "publish/wait_s": waited_s,
+                "publish/wait_frac": waited_s / max(1e-9, passed_s),
+            }
+            | self._publisher.take_metrics()
+            | self._newest
+        )
 
     def _offer(self, finish: Finish, logprobs: bytes, started: float) -> None:
         snapshot = finish(self._background.go_on)

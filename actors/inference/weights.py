@@ -1,22 +1,23 @@
 """Loads a snapshot into an engine: fetched while it decodes, verified, then swapped in.
 
-Owns the snapshot's bytes between the network and the engine, in memory that is freed with this
-process. Never decides which policy is due. Driven by `actors.worker`.
+Owns the snapshot's bytes between the network and the engine, in memory that is freed with the
+processes that hold it. Never decides which policy is due. Driven by `actors.worker`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from actors.inference.sealed import SealedFile
 from buffer.wire.messages import PolicyLoaded, SnapshotRef
 from buffer.wire.snapshots import Data
 
-Fetch = Callable[[SnapshotRef], Data]  # blocks; raises like buffer.wire.snapshots.fetch
+# Blocks; raises like buffer.wire.snapshots.fetch.
+Fetch = Callable[[SnapshotRef], Data | SealedFile]
 T = TypeVar("T")
 
 
@@ -46,25 +47,15 @@ async def load(policy: SnapshotRef, fetch: Fetch, engine: Swappable) -> PolicyLo
     return PolicyLoaded(version=policy.version, fetch_s=fetch_s, pause_s=pause_s)
 
 
-async def swap(version: int, data: Data, engine: Swappable) -> float:
+async def swap(version: int, data: Data | SealedFile, engine: Swappable) -> float:
     """Make `engine` load `data`, a snapshot's bytes, as policy `version`.
 
     Returns the length of the pause in decoding, in seconds.
     """
     # vLLM's processes map an anonymous file. Their message queue would pickle and copy the bytes
     # several times, and a real file could be left behind.
-    handle = os.memfd_create(f"policy-{version}")
-    try:
-        await in_thread(lambda: _write(handle, data))
-        return await engine.swap(f"/proc/{os.getpid()}/fd/{handle}", version)
-    finally:
-        os.close(handle)
-
-
-def _write(handle: int, data: Data) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]
+    file = data if isinstance(data, SealedFile) else await in_thread(lambda: SealedFile.of(data))
+    return await engine.swap(file.path, version)
 
 
 async def in_thread(function: Callable[[], T]) -> T:

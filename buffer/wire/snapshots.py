@@ -85,7 +85,8 @@ class SnapshotServer:
         self.address = reachable(self._router.address)
         self._delta_width = delta_width
         self._kept: dict[int, _Kept] = {}
-        self._lock = threading.Lock()  # around each use of the snapshots that are kept
+        self._served_bytes = 0
+        self._lock = threading.Lock()  # around each use of these two
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="snapshot server", daemon=True)
         self._thread.start()
@@ -114,6 +115,12 @@ class SnapshotServer:
         with self._lock:
             self._kept = {**dict(kept), version: newest}
         return reference
+
+    def take_served_bytes(self) -> int:
+        """Bytes of snapshots and deltas that were sent since the last call."""
+        with self._lock:
+            served, self._served_bytes = self._served_bytes, 0
+        return served
 
     def close(self) -> None:
         """May be called twice."""
@@ -144,6 +151,7 @@ class SnapshotServer:
             start = max(0, request.offset)
             end = start + max(0, min(request.num_bytes, CHUNK_BYTES))
             part = bytes((kept.delta if request.delta else kept.data)[start:end])
+            self._served_bytes += len(part)
         return SnapshotChunk(version=request.version, offset=request.offset, data=part)
 
 
@@ -184,7 +192,7 @@ def fetch(ref: SnapshotRef, keys: str = "", timeout_s: float = 60) -> bytes:
             raise SnapshotGoneError(ref.version, -1, ref.path) from error
     else:
         data = _pull(ref, keys, timeout_s)
-    return _checked(ref, data)
+    return checked(ref, data)
 
 
 def fetch_changed(ref: SnapshotRef, base: Data, keys: str = "", timeout_s: float = 60) -> Data:
@@ -193,10 +201,11 @@ def fetch_changed(ref: SnapshotRef, base: Data, keys: str = "", timeout_s: float
     """
     data = bytearray(base)
     deltas.apply(_pull(ref, keys, timeout_s, delta=True), data)
-    return _checked(ref, data)
+    return checked(ref, data)
 
 
-def _checked(ref: SnapshotRef, data: DataT) -> DataT:
+def checked(ref: SnapshotRef, data: DataT) -> DataT:
+    """`data`, if it is the snapshot `ref`. Raises `ValueError` if it is not."""
     digest = hashlib.sha256(data).hexdigest()
     if len(data) != ref.num_bytes or digest != ref.digest:
         raise ValueError(

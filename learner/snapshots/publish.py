@@ -178,6 +178,12 @@ class WeightPublisher:
 
         return finish
 
+    def take_metrics(self) -> dict[str, float]:
+        """Bytes that this rank has sent to engines since the last call, if it serves them."""
+        if self._server is None:
+            return {}
+        return {"publish/served_bytes": float(self._server.take_served_bytes())}
+
     def _copy(self, model: PreTrainedModel, targets: dict[str, torch.Tensor] | None) -> None:
         if not self._adapters_alone:
             _copy(model, self._dtype, targets)

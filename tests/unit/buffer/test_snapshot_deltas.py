@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from tests.families import save_family
 from tests.learner_cases import make_config, single_rank
 
 LOOPBACK = "tcp://127.0.0.1:*"
+Read = Callable[[SnapshotRef], memoryview]
 SIZE = 3_000_000  # several chunks
 
 
@@ -44,8 +45,19 @@ def server() -> Iterator[Server]:
         yield server
 
 
-def reader(deltas: bool = True) -> SnapshotReader:
-    return SnapshotReader(cli.load([f"weights.deltas={deltas}", "buffer.peer_timeout_s=5"]))
+def reader(deltas: bool = True) -> Read:
+    """Like an engine alone on its node."""
+    config = cli.load([f"weights.deltas={deltas}", "buffer.peer_timeout_s=5"])
+    return lone(SnapshotReader(config))
+
+
+def lone(reader: SnapshotReader) -> Read:
+    def read(ref: SnapshotRef) -> memoryview:
+        file = reader(ref)
+        reader.close()
+        return file.data
+
+    return read
 
 
 def snapshots(num: int, changed: int = 5000) -> list[bytes]:
@@ -119,7 +131,7 @@ def test_a_reader_without_deltas_holds_nothing(server: Server) -> None:
 def test_bits_of_a_tied_model_in_bfloat16_arrive_as_they_are(tmp_path: Path) -> None:
     path = save_family(tmp_path / "model", "qwen3", tie_word_embeddings=True)
     config = make_config(path, tmp_path / "run", weights__deltas=True, model__dtype="bfloat16")
-    read = SnapshotReader(config)
+    read = lone(SnapshotReader(config))
 
     def published(version: int) -> tuple[SnapshotRef, dict[str, torch.Tensor]]:
         ref = publisher.publish(state.model, version)
