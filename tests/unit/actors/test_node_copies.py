@@ -198,6 +198,7 @@ class _Holder:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(node_copies._name(ref, 0))
         self._listener.listen()
+        self._listener.settimeout(10)  # if nobody asks, the test fails
         self._says, self._handle = says, handle
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
