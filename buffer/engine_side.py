@@ -35,9 +35,9 @@ from darts.state.groups import Rollout
 class Outbox:
     """Waits to be sent to one engine at the end of a turn of the loop."""
 
-    launches: list[ev.Launch] = field(default_factory=list[ev.Launch])
-    cancels: list[int] = field(default_factory=list[int])
-    settled: list[int] = field(default_factory=list[int])
+    launches: list[ev.Launch] = field(default_factory=list)
+    cancels: list[int] = field(default_factory=list)
+    settled: list[int] = field(default_factory=list)
 
 
 class EngineSide:
@@ -251,8 +251,10 @@ class EngineSide:
         return rollout if rollout.runs else None
 
     def _progress(self, peer: Peer, message: msg.Progress) -> list[ev.Event]:
-        store, num_sampled, ends = self.run.store, dict[int, int](), dict[int, int]()
+        store = self.run.store
         chunks: list[msg.Chunk] = []
+        num_sampled: dict[int, int] = {}
+        ends: dict[int, int] = {}
         waited: list[int] = []
         waits = [i for i in message.waits if self._running(peer, i) is not None]
         for chunk in message.chunks:
@@ -266,14 +268,16 @@ class EngineSide:
                 continue
             chunks.append(new)
             ends[rollout_id] = new.offset + num_new
-            before = num_sampled.get(rollout_id, store.num_sampled(rollout_id))
-            if before and not new.sampled:  # an observation: it decodes again
+            before = num_sampled.get(rollout_id)
+            if before is None:
+                before = store.num_sampled(rollout_id)
+            if new.sampled:
+                num_sampled[rollout_id] = before + num_new
+                self._check_sampled(rollout, new, before + num_new)
+            elif before:  # an observation: it decodes again
                 if not rollout.has_waited:
                     waited.append(rollout_id)  # the news was lost with a link
                 num_sampled[rollout_id] = before
-            if new.sampled:
-                num_sampled[rollout_id] = before + num_new
-                self._check_sampled(rollout, new, num_sampled[rollout_id])
         store.append(*chunks)
         progressed = [ev.RolloutProgressed(i, num) for i, num in num_sampled.items()]
         return [*map(ev.RolloutWaits, waited), *progressed, *map(ev.RolloutWaits, waits)]

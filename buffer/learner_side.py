@@ -210,7 +210,7 @@ class LearnerSide:
     def answer(self) -> None:
         """Send its shard to each rank that has asked for it, as often as it asks."""
         run = self.run
-        if run.learner is None or run.replaying or self._closed:
+        if not self._shipped or run.learner is None or run.replaying or self._closed:
             return
         for rank, (pull, since_s) in list(self._pulls.items()):
             peer, portion = run.peers.rank(rank), pull.portion

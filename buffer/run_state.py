@@ -116,6 +116,7 @@ class RunState:
         # Not yet in the journal.
         self.learned: dict[str, LengthStats] = {}
         self.learned_rewards: dict[str, RewardStats] = {}
+        self._lengths: dict[str, LengthStats] = {}  # of prompts whose groups are not recorded yet
         # (number of the record of its end, rollout)
         self._released: deque[tuple[int, int]] = deque()
         last_s = self.recovered.entries[-1][0] if self.recovered.entries else 0.0
@@ -251,9 +252,9 @@ class RunState:
         """Add a training group that has ended for good to the ledger and the sums."""
         self.files.group(record, self.step)
         self.metrics.closed(record)
-        known = self.learned.get(record.prompt_id) or self.journal.lengths([record.prompt_id]).get(
-            record.prompt_id
-        )
+        known = self._lengths.pop(record.prompt_id, None)
+        if known is None:
+            known = self.journal.lengths([record.prompt_id]).get(record.prompt_id)
         text = self.prompts.payload(record.visit).beginning
         self.metrics.latest.closed(record, spread(known) if known else 0.0, text)
 
@@ -300,6 +301,12 @@ class RunState:
         self.skipped.add(prompt, reason)
         if self.skipped.too_many(self.prompts.num_drawn):
             raise RunFailed(self.skipped.refusal(self.prompts.num_drawn))
+
+    def remember_lengths(self, prompt_id: str, lengths: LengthStats) -> None:
+        """Keep the statistics of a prompt whose group is decided, or of the pool ("")."""
+        self.learned[prompt_id] = lengths
+        if prompt_id:
+            self._lengths[prompt_id] = lengths
 
     def save_learned(self) -> None:
         """Write new statistics of prompts to the journal."""

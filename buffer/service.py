@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -114,10 +113,10 @@ class Service:
 
     def _apply(self, events: Iterable[ev.Event]) -> None:
         """Apply events one at a time, and then those that follow from their decisions."""
-        queue = deque(events)
-        while queue:
-            for decision in self.run.handle(queue.popleft()):
-                queue.extend(self._perform(decision))
+        queue = list(events)
+        for event in queue:  # those that follow join its end
+            for decision in self.run.handle(event):
+                queue += self._perform(decision)
             self.learner.answer()
 
     def _begin_training(self) -> list[ev.Event]:
@@ -335,7 +334,7 @@ class Service:
             case ev.CountOvershoot():
                 self.run.metrics.count_overshoot(decision)
             case ev.RememberLengths():
-                self.run.learned[decision.prompt_id] = decision.lengths
+                self.run.remember_lengths(decision.prompt_id, decision.lengths)
             case ev.RememberRewards():
                 self.run.learned_rewards[decision.prompt_id] = decision.rewards
             case ev.OpenGroup():

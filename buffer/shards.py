@@ -66,7 +66,7 @@ def make_shards(
 
 
 def num_sampled(trajectory: Trajectory) -> int:
-    return trajectory.sampled.count(1)
+    return sum([num_tokens for _, num_tokens in trajectory.versions])
 
 
 def balance_groups(

@@ -8,9 +8,10 @@ that are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -156,14 +157,14 @@ class EventLog:
         return cls(log), Recovered(checkpoint, entries, is_new)
 
     def event(self, event: ev.Event, time_s: float) -> None:
-        self.log.add(self._encode(_named(event)), time_s)
+        self.log.add(time_s, self._encode(_named(event)))
 
     def decisions(self, decisions: Sequence[ev.Decision], time_s: float) -> None:
         if decisions:
-            self.log.add(self._encode((_DECISIONS, [_named(d) for d in decisions])), time_s)
+            self.log.add(time_s, self._encode((_DECISIONS, [_named(d) for d in decisions])))
 
     def note(self, note: Note, time_s: float) -> None:
-        self.log.add(self._encode(("note", note)), time_s)
+        self.log.add(time_s, self._encode(("note", note)))
 
     def write(self) -> None:
         """Put all records into the file, so that they survive a kill."""
@@ -213,9 +214,20 @@ def _events(folder: Path, records: Sequence[Record]) -> Iterator[LoggedEvent]:
         yield LoggedEvent(*pending, [], complete=False)
 
 
-def _named(entry: ev.Event | ev.Decision) -> tuple[str, list[Any]]:
+def _values(kind: type) -> Callable[[Any], Sequence[Any]]:
+    """Returns the values of an entry's fields."""
+    names = _FIELDS[kind]
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda entry: [getattr(entry, name) for name in names]
+
+
+_VALUES = {kind: _values(kind) for kind in _FIELDS}
+
+
+def _named(entry: ev.Event | ev.Decision) -> tuple[str, Sequence[Any]]:
     kind = type(entry)
-    return kind.__name__, [getattr(entry, name) for name in _FIELDS[kind]]
+    return kind.__name__, _VALUES[kind](entry)
 
 
 def _checkpoint(folder: Path, payload: bytes) -> Checkpoint:

@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -21,6 +21,9 @@ from darts.sizing.rewards import RewardStats
 
 Stats = TypeVar("Stats", LengthStats, RewardStats)
 TABLES: dict[type, str] = {LengthStats: "lengths", RewardStats: "rewards"}
+DECODERS: dict[type, msgspec.msgpack.Decoder[Any]] = {
+    kind: msgspec.msgpack.Decoder(kind) for kind in TABLES
+}
 
 
 class Journal:
@@ -117,7 +120,7 @@ class Journal:
 
     def _decode(self, kind: type[Stats], stats: bytes) -> Stats:
         try:
-            return msgspec.msgpack.decode(stats, type=kind)
+            return DECODERS[kind].decode(stats)
         except msgspec.MsgspecError as error:
             raise ValueError(
                 f"journal {self.path} was written by another version ({error}): move it away to "

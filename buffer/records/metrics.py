@@ -76,10 +76,11 @@ class Metrics:
 
     def closed(self, record: GroupRecord) -> None:
         """Count the tokens of a training group that has ended, trained or dropped."""
+        tokens = self.tokens
         for rollout in record.rollouts:
-            self.tokens["generated"] += rollout.tokens + rollout.overshoot
-            self.tokens[_use_of_tokens(rollout)] += rollout.tokens
-            self.tokens["cancelled"] += rollout.overshoot
+            tokens["generated"] += rollout.tokens + rollout.overshoot
+            tokens[_use_of_tokens(rollout)] += rollout.tokens
+            tokens["cancelled"] += rollout.overshoot
             if rollout.end in ENDS:
                 self.recent.append((rollout.end, rollout.tokens))
         if record.end != "shipped":

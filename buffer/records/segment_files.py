@@ -32,9 +32,11 @@ _PREAMBLE = struct.Struct("<8sII")
 _CRC = struct.Struct("<I")
 _HEAD = struct.Struct("<2sBxI")  # magic, kind, payload length; then the CRC
 _BODY = struct.Struct("<IQd")  # unsynced, sequence number, time_s
+_FRAME = struct.Struct("<2sBxIIIQd")  # all three
+_CHECKED = struct.Struct("<2sBxIIQd")  # all of it but the CRC
 _MAGIC, _FRAME_MAGIC = b"DARTSLOG", b"\xd4\xa7"
 _START = _PREAMBLE.size + _CRC.size
-FRAME_BYTES = _HEAD.size + _CRC.size + _BODY.size  # per record, without its payload
+FRAME_BYTES = _FRAME.size  # per record, without its payload
 
 
 class Record(NamedTuple):
@@ -79,11 +81,13 @@ def frame_key(start: bytes) -> int:
     return zlib.crc32(start[: _PREAMBLE.size])
 
 
-def frame(key: int, kind: int, seq: int, unsynced: int, time_s: float, payload: bytes) -> bytes:
-    head = _HEAD.pack(_FRAME_MAGIC, kind, len(payload))
-    body = _BODY.pack(unsynced, seq, time_s)
-    crc = zlib.crc32(payload, zlib.crc32(body, zlib.crc32(head, key)))
-    return b"".join((head, _CRC.pack(crc), body, payload))
+def frame(key: int, kind: int, seq: int, unsynced: int, time_s: float, *payload: bytes) -> bytes:
+    """The frame without its payload, whose parts follow it: large ones need no copy for that."""
+    length = sum(map(len, payload))
+    crc = zlib.crc32(_CHECKED.pack(_FRAME_MAGIC, kind, length, unsynced, seq, time_s), key)
+    for part in payload:
+        crc = zlib.crc32(part, crc)
+    return _FRAME.pack(_FRAME_MAGIC, kind, length, crc, unsynced, seq, time_s)
 
 
 def segment_path(folder: Path, number: int) -> Path:

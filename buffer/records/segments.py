@@ -23,6 +23,7 @@ from buffer.records.files import DISK, Disk, atomic_write, write_all
 from buffer.records.segment_files import (
     CHECKPOINT,
     CLOSED,
+    FRAME_BYTES,
     RECORD,
     Record,
     Segment,
@@ -64,8 +65,9 @@ class SegmentLog:
         self.sizes: dict[int, int] = {}  # bytes by segment number, ascending
         self.number = 0  # number of the newest segment, to which records are appended
         self.next_seq = 0
-        self._waiting = bytearray()  # records that are not yet in the file
-        self.num_waiting = 0
+        self._waiting: list[bytes] = []  # parts of records that are not yet in the file
+        self.waiting_bytes = 0
+        self.num_waiting = 0  # records
         self.synced_seq = -1  # all records up to this one are durable
         self._clock, self._executor, self._disk = clock, executor, disk
         self._handle = -1
@@ -111,16 +113,12 @@ class SegmentLog:
     @property
     def num_bytes(self) -> int:
         """Size of all segments, including the records that wait to be written."""
-        return sum(self.sizes.values()) + len(self._waiting)
-
-    @property
-    def waiting_bytes(self) -> int:
-        return len(self._waiting)
+        return sum(self.sizes.values()) + self.waiting_bytes
 
     @property
     def segment_bytes(self) -> int:
         """Size of the newest segment, including the records that wait to be written."""
-        return self.sizes[self.number] + len(self._waiting)
+        return self.sizes[self.number] + self.waiting_bytes
 
     def append(self, payload: bytes, time_s: float) -> int:
         """Write a record and return its number.
@@ -128,18 +126,20 @@ class SegmentLog:
         The record survives a kill at once, and a power cut once it is synced. Raises `OSError` if
         it could not be written; the log is then as it was before.
         """
-        seq = self.add(payload, time_s)
+        seq = self.add(time_s, payload)
         self.write()
         return seq
 
-    def add(self, payload: bytes, time_s: float) -> int:
+    def add(self, time_s: float, *payload: bytes) -> int:
         """Take a record, which the next `write` or sync puts into the file. Returns its number.
 
-        With a window of 0 it is durable at once.
+        Its payload may come in parts. With a window of 0 it is durable at once.
         """
         self._check_usable()
         seq = self.next_seq
-        self._waiting += frame(self._key, RECORD, seq, seq - 1 - self.synced_seq, time_s, payload)
+        head = frame(self._key, RECORD, seq, seq - 1 - self.synced_seq, time_s, *payload)
+        self._waiting += (head, *payload)
+        self.waiting_bytes += FRAME_BYTES + sum(map(len, payload))
         self.num_waiting += 1
         self.next_seq += 1
         if self._sync_at is None:
@@ -155,10 +155,10 @@ class SegmentLog:
         """
         if not self.num_waiting:
             return
-        data, self._waiting = self._waiting, bytearray()
+        waiting, self._waiting, self.waiting_bytes = self._waiting, [], 0
         num_records, self.num_waiting = self.num_waiting, 0
         try:
-            self._write(data)
+            self._write(b"".join(waiting))
         except OSError:
             self.next_seq -= num_records
             raise
@@ -224,7 +224,7 @@ class SegmentLog:
                 self.sync()
                 if self._closed_at != self.next_seq:
                     unsynced = self.next_seq - 1 - self.synced_seq
-                    self._write(frame(self._key, CLOSED, self.next_seq, unsynced, 0.0, b""))
+                    self._write(frame(self._key, CLOSED, self.next_seq, unsynced, 0.0))
                     self._disk.sync(self._handle)
         finally:
             self._disk.close(self._handle)
@@ -249,7 +249,7 @@ class SegmentLog:
         self._check_usable()
         path, start = segment_path(self.folder, number), preamble(number)
         key = frame_key(start)
-        data = start + frame(key, CHECKPOINT, self.next_seq, 0, time_s, checkpoint)
+        data = start + frame(key, CHECKPOINT, self.next_seq, 0, time_s, checkpoint) + checkpoint
         try:
             atomic_write(path, data, disk=self._disk)
             handle = self._disk.open(path)
@@ -262,7 +262,7 @@ class SegmentLog:
         self._handle, self._key, self.number = handle, key, number
         self.sizes[number] = len(data)
 
-    def _write(self, data: bytes | bytearray) -> None:
+    def _write(self, data: bytes) -> None:
         self._check_usable()
         try:
             write_all(self._disk, self._handle, data)

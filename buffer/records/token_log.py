@@ -30,14 +30,16 @@ _WRITE_BYTES = 256 << 10  # written together at most, which a processor's cache 
 _MOVED_SEGMENTS = 2  # per rotation: moving is faster than writing, and no rotation takes long
 
 
-@dataclass
+@dataclass(slots=True)
 class StoredRollout:
     """One response so far, as `TrajectoryStore` holds it."""
 
     group_id: int
     tokens: bytearray = field(default_factory=bytearray)  # int32
     logprobs: bytearray = field(default_factory=bytearray)  # float32, 0 for given tokens
-    runs: list[tuple[bool, int, int]] = field(default_factory=list[tuple[bool, int, int]])
+    # (sampled, version, number of tokens) of consecutive tokens
+    runs: list[tuple[bool, int, int]] = field(default_factory=list)
+    num_sampled: int = 0
     text: str = ""  # once it has finished
 
     @property
@@ -51,15 +53,20 @@ class StoredRollout:
 
     def copy(self, group_id: int) -> StoredRollout:
         """The beginning of a rollout that continues this one."""
-        return StoredRollout(group_id, self.tokens[:], self.logprobs[:], self.runs[:])
+        return StoredRollout(
+            group_id, self.tokens[:], self.logprobs[:], self.runs[:], self.num_sampled
+        )
 
     def append(self, piece: Piece) -> None:
-        num_tokens = len(piece.tokens) // 4
-        self.tokens += piece.tokens
-        self.logprobs += piece.logprobs
-        if self.runs and self.runs[-1][:2] == (piece.sampled, piece.version):
+        sampled, version, tokens, logprobs = piece
+        num_tokens = len(tokens) // 4
+        self.tokens += tokens
+        self.logprobs += logprobs
+        if sampled:
+            self.num_sampled += num_tokens
+        if self.runs and self.runs[-1][:2] == (sampled, version):
             num_tokens += self.runs.pop()[2]
-        self.runs.append((piece.sampled, piece.version, num_tokens))
+        self.runs.append((sampled, version, num_tokens))
 
 
 class Piece(NamedTuple):
@@ -72,9 +79,10 @@ class Piece(NamedTuple):
 
     @classmethod
     def of(cls, chunk: Chunk) -> Piece:
+        tokens = chunk.tokens
         if chunk.sampled:
-            return cls(True, chunk.version, chunk.tokens, chunk.logprobs)
-        return cls(False, -1, chunk.tokens, bytes(len(chunk.tokens)))
+            return cls(True, chunk.version, tokens, chunk.logprobs)
+        return cls(False, -1, tokens, bytes(len(tokens)))
 
 
 @dataclass
@@ -82,7 +90,7 @@ class Pieces:
     """The records of one rollout, in any order."""
 
     group_id: int | None = None  # None before its first record
-    by_offset: dict[int, Piece] = field(default_factory=dict[int, Piece])
+    by_offset: dict[int, Piece] = field(default_factory=dict)
     text: str = ""
 
 
@@ -139,21 +147,21 @@ class TokenLog:
         assert rollout_id not in self._sizes, f"rollout {rollout_id} was begun already"
         self._sizes[rollout_id] = {}
         first = _HEAD.pack(_BEGIN, False, -1, rollout_id, group_id)
-        self._append(first, rollout_id, time_s)
+        self._append(rollout_id, time_s, first)
         for payload in _copied(rollout_id, copied) if copied is not None else ():
-            self._append(payload, rollout_id, time_s)
+            self._append(rollout_id, time_s, payload)
 
     def append(self, chunk: Chunk, time_s: float) -> int:
         """Append a stored chunk. Returns its record's number."""
-        version = chunk.version if chunk.sampled else -1
-        head = _HEAD.pack(_CHUNK, chunk.sampled, version, chunk.rollout_id, chunk.offset)
-        payload = b"".join((head, chunk.tokens, chunk.logprobs))
-        return self._append(payload, chunk.rollout_id, time_s)
+        rollout_id, sampled = chunk.rollout_id, chunk.sampled
+        version = chunk.version if sampled else -1
+        head = _HEAD.pack(_CHUNK, sampled, version, rollout_id, chunk.offset)
+        return self._append(rollout_id, time_s, head, chunk.tokens, chunk.logprobs)
 
     def finish(self, rollout_id: int, text: str, time_s: float) -> None:
         """Append the text of a response that has finished."""
         head = _HEAD.pack(_TEXT, False, -1, rollout_id, 0)
-        self._append(head + text.encode(), rollout_id, time_s)
+        self._append(rollout_id, time_s, head + text.encode())
 
     def discard(self, rollout_id: int) -> None:
         """Allow the removal of a rollout's records. No-op if the rollout is not outstanding.
@@ -175,24 +183,29 @@ class TokenLog:
     def close(self) -> None:
         self.log.close()
 
-    def _append(self, payload: bytes, rollout_id: int, time_s: float) -> int:
+    def _append(self, rollout_id: int, time_s: float, *payload: bytes) -> int:
         assert rollout_id in self._sizes, f"rollout {rollout_id} is not outstanding"
         if self.log.segment_bytes >= self._segment_bytes:
             self.log.rotate(b"", time_s)
             self._compact()
-        return self._put(payload, rollout_id, time_s)
+        return self._put(rollout_id, time_s, *payload)
 
-    def _put(self, payload: bytes, rollout_id: int, time_s: float) -> int:
-        seq = self.log.add(payload, time_s)
-        self._count(rollout_id, self.log.number, len(payload) + FRAME_BYTES)
-        if self.log.waiting_bytes >= _WRITE_BYTES:
-            self.log.write()
+    def _put(self, rollout_id: int, time_s: float, *payload: bytes) -> int:
+        log = self.log
+        before = log.segment_bytes
+        seq = log.add(time_s, *payload)
+        self._count(rollout_id, log.number, log.segment_bytes - before)
+        if log.waiting_bytes >= _WRITE_BYTES:
+            log.write()
         return seq
 
     def _count(self, rollout_id: int, segment: int, num_bytes: int) -> None:
         sizes = self._sizes[rollout_id]
-        sizes[segment] = sizes.get(segment, 0) + num_bytes
-        self._live.setdefault(segment, set()).add(rollout_id)
+        if segment in sizes:
+            sizes[segment] += num_bytes
+        else:
+            sizes[segment] = num_bytes
+            self._live.setdefault(segment, set()).add(rollout_id)
         self.live_bytes += num_bytes
 
     def _compact(self) -> None:
@@ -215,7 +228,7 @@ class TokenLog:
         for record in read_segment(self.log.folder, segment, self._disk).records:
             rollout_id = _HEAD.unpack_from(record.payload)[3]
             if rollout_id in live:
-                self._put(record.payload, rollout_id, record.time_s)
+                self._put(rollout_id, record.time_s, record.payload)
         self.log.sync()
         for rollout_id in live:
             self.live_bytes -= self._sizes[rollout_id].pop(segment)

@@ -16,6 +16,7 @@ from buffer.wire.messages import Chunk, Trajectory
 from darts.events import ProtocolError
 
 MAX_VOCAB_SIZE = 2**31  # the number of ids that an int32 can hold
+TOKENS, LOGPROBS = np.dtype("<u4"), np.dtype("<f4")  # a negative id is too large as well
 
 
 class TrajectoryStore:
@@ -66,24 +67,25 @@ class TrajectoryStore:
         """
         rollout = self._rollout(chunk.rollout_id)
         _check_form(chunk)
+        offset, num_tokens = chunk.offset, len(chunk.tokens) // 4
         end = rollout.num_tokens if end is None else end
-        if not 0 <= chunk.offset <= end:
+        if not 0 <= offset <= end:
             raise ProtocolError(
-                f"rollout {chunk.rollout_id}: a chunk begins at token {chunk.offset}, "
+                f"rollout {chunk.rollout_id}: a chunk begins at token {offset}, "
                 f"but {end} tokens came before it"
             )
-        if chunk.offset + len(chunk.tokens) // 4 > self.max_context:
+        if offset + num_tokens > self.max_context:
             raise ProtocolError(
-                f"rollout {chunk.rollout_id} has {chunk.offset + len(chunk.tokens) // 4} tokens, "
+                f"rollout {chunk.rollout_id} has {offset + num_tokens} tokens, "
                 f"including its prompt; model.max_context={self.max_context} is the limit"
             )
-        num_repeated = min(end - chunk.offset, len(chunk.tokens) // 4)
+        num_repeated = min(end - offset, num_tokens)
         if not num_repeated:
             return chunk
         _check_repeated(rollout, chunk, num_repeated)
         return msgspec.structs.replace(
             chunk,
-            offset=chunk.offset + num_repeated,
+            offset=offset + num_repeated,
             tokens=chunk.tokens[4 * num_repeated :],
             logprobs=chunk.logprobs[4 * num_repeated :],
         )
@@ -128,9 +130,7 @@ class TrajectoryStore:
 
     def num_sampled(self, rollout_id: int) -> int:
         """Number of sampled tokens so far, which is the rollout's length in the core."""
-        return sum(
-            num_tokens for sampled, _, num_tokens in self._rollout(rollout_id).runs if sampled
-        )
+        return self._rollout(rollout_id).num_sampled
 
     def oldest_version(self, rollout_id: int) -> int:
         """The version of the oldest sampled token. Raises `ProtocolError` if there is none."""
@@ -145,6 +145,8 @@ class TrajectoryStore:
     def prefix(self, rollout_id: int) -> bytes:
         """The sampled tokens so far (int32), from which another engine continues."""
         rollout = self._rollout(rollout_id)
+        if not rollout.num_sampled:
+            return b""  # as a rule
         return b"".join(bytes(part) for part, sampled in _spans(rollout) if sampled)
 
     def discard(self, rollout_id: int) -> None:
@@ -170,8 +172,10 @@ class TrajectoryStore:
             group_id=rollout.group_id,
             tokens=bytes(rollout.tokens),
             sampled=b"".join(
-                (b"\1" if sampled else b"\0") * num_tokens
-                for sampled, _, num_tokens in rollout.runs
+                [
+                    (b"\1" if sampled else b"\0") * num_tokens
+                    for sampled, _, num_tokens in rollout.runs
+                ]
             ),
             actor_logprobs=bytes(rollout.logprobs),
             versions=versions,
@@ -222,33 +226,32 @@ def _runs_within(rollout: StoredRollout, start: int, end: int) -> Iterable[tuple
 
 
 def _check_form(chunk: Chunk) -> None:
-    where = f"rollout {chunk.rollout_id}: a chunk's"
-    if len(chunk.tokens) % 4:
-        raise ProtocolError(
-            f"{where} tokens are {len(chunk.tokens)} bytes; int32 needs a multiple of 4"
-        )
-    if len(chunk.logprobs) != (len(chunk.tokens) if chunk.sampled else 0):
+    sampled, num_bytes = chunk.sampled, len(chunk.tokens)
+    if num_bytes % 4:
+        error = f"tokens are {num_bytes} bytes; int32 needs a multiple of 4"
+    elif len(chunk.logprobs) != (num_bytes if sampled else 0):
         expected = (
-            f"{len(chunk.tokens)} bytes, one float32 per sampled token"
-            if chunk.sampled
+            f"{num_bytes} bytes, one float32 per sampled token"
+            if sampled
             else "none, since its tokens were given"
         )
-        raise ProtocolError(
-            f"{where} logprobs are {len(chunk.logprobs)} bytes; expected {expected}"
-        )
-    if chunk.sampled and chunk.version < 0:
-        raise ProtocolError(
-            f"{where} version is {chunk.version}; sampled tokens need the policy version that "
+        error = f"logprobs are {len(chunk.logprobs)} bytes; expected {expected}"
+    elif sampled and chunk.version < 0:
+        error = (
+            f"version is {chunk.version}; sampled tokens need the policy version that "
             "sampled them, 0 or more"
         )
+    else:
+        return
+    raise ProtocolError(f"rollout {chunk.rollout_id}: a chunk's {error}")
 
 
 def _check_values(chunks: Sequence[Chunk], vocab_size: int) -> None:
     """Check all chunks of a message together, and each alone only to name the one at fault."""
-    tokens = np.frombuffer(b"".join([chunk.tokens for chunk in chunks]), "<u4")
-    logprobs = np.frombuffer(b"".join([chunk.logprobs for chunk in chunks]), "<f4")
-    in_vocab = not tokens.size or tokens.max() < vocab_size
-    is_finite = np.isfinite(logprobs).all()
+    tokens = np.frombuffer(b"".join([chunk.tokens for chunk in chunks]), TOKENS)
+    logprobs = np.frombuffer(b"".join([chunk.logprobs for chunk in chunks]), LOGPROBS)
+    in_vocab = np.maximum.reduce(tokens, initial=0) < vocab_size
+    is_finite = np.logical_and.reduce(np.isfinite(logprobs))
     if in_vocab and is_finite:
         return
     if len(chunks) > 1:

@@ -54,7 +54,9 @@ class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True, frozen=True,
 
     def _cut(self, field: str, most: int) -> None:
         """Keep the beginning of a text that its receiver would refuse for its length."""
-        msgspec.structs.force_setattr(self, field, getattr(self, field)[:most])
+        text = getattr(self, field)
+        if len(text) > most:
+            msgspec.structs.force_setattr(self, field, text[:most])
 
 
 class SnapshotRef(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

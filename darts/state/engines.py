@@ -29,9 +29,9 @@ class Engine:
     engine_type: str
     slots: int
     version: int
-    in_flight: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
-    waiting: set[int] = field(default_factory=set[int])
-    backlog: deque[Group] = field(default_factory=deque[Group])
+    in_flight: dict[int, Rollout] = field(default_factory=dict)
+    waiting: set[int] = field(default_factory=set)
+    backlog: deque[Group] = field(default_factory=deque)
 
     @property
     def num_decoding(self) -> int:
@@ -41,7 +41,7 @@ class Engine:
     @property
     def num_queued(self) -> int:
         """Rollouts that wait here for a slot. The sum is cheap, since few groups wait at a time."""
-        return sum(len(group.planned) for group in self.backlog)
+        return sum([len(group.planned) for group in self.backlog]) if self.backlog else 0
 
     @property
     def load(self) -> int:
@@ -186,11 +186,12 @@ class Engines:
 
     def _offer(self, engine: Engine) -> None:
         """Put the engine at its present load into its heap; entries of another load are void."""
-        if not engine.has_room or engine.version < 0:
+        load = engine.load
+        if load >= engine.slots or engine.version < 0:
             return
         heap = self._heaps[engine.engine_type]
         self._serial += 1
-        heapq.heappush(heap, (engine.load, self._serial, engine))
+        heapq.heappush(heap, (load, self._serial, engine))
         if len(heap) > 64 + 8 * len(self.by_id):
             heap[:] = [entry for entry in heap if self._is_current(entry)]
             heapq.heapify(heap)
@@ -198,5 +199,7 @@ class Engines:
     def _is_current(self, entry: tuple[int, int, Engine]) -> bool:
         load, _, engine = entry
         return (
-            engine.has_room and engine.load == load and self.by_id.get(engine.engine_id) is engine
+            load < engine.slots
+            and engine.load == load
+            and self.by_id.get(engine.engine_id) is engine
         )

@@ -110,11 +110,11 @@ class Group:
     at_deadline: bool = False  # may be released once `group_size` rollouts have finished
     shipped_version: int = -1
     portion: int = 0  # of its step, once it has shipped
-    rollouts: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
-    running: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
-    finished: list[Candidate] = field(default_factory=list[Candidate])  # sorted by length
-    truncated: list[Candidate] = field(default_factory=list[Candidate])
-    survivors: set[int] = field(default_factory=set[int])
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+    running: dict[int, Rollout] = field(default_factory=dict)
+    finished: list[Candidate] = field(default_factory=list)  # sorted by length
+    truncated: list[Candidate] = field(default_factory=list)
+    survivors: set[int] = field(default_factory=set)
     num_survivors_chosen: int = 0
     selection: Selection | None = None
     is_uniform: bool = False  # the selected rewards are equal, so that all advantages are zero
@@ -186,20 +186,20 @@ class Group:
         if self.selection is not None and end != "evaluated":
             seats = dict.fromkeys(self.selection.short, "selected_short")
             seats |= dict.fromkeys(self.selection.long + self.selection.filled, "selected_long")
-        rows = tuple(
+        rows = [
             RolloutRecord(
                 rollout_id=r.rollout_id,
                 engine_id=r.engine_id,
                 tokens=r.tokens,
                 reward=r.reward,
-                end=seats.get(r.rollout_id, _end_unselected(r)),
+                end=seats.get(r.rollout_id) or _end_unselected(r),
                 oldest_version=r.oldest_version,
                 truncated=r.state is RolloutState.TRUNCATED,
                 overshoot=r.overshoot,
                 index=r.index,
             )
             for r in self.rollouts.values()
-        )
+        ]
         return GroupRecord(
             group_id=self.group_id,
             prompt_id=self.prompt.prompt_id,
@@ -208,7 +208,7 @@ class Group:
             budget=self.budget,
             long_end=self.long_end,
             end=end,
-            rollouts=rows,
+            rollouts=tuple(rows),
             visit=self.prompt.visit,
             pilot=self.pilot,
             mixed_prob=self.mixed_prob,

@@ -304,11 +304,11 @@ def run_and_copy(
     crashes: list[Crash] = []
     add = SegmentLog.add
 
-    def copied(log: SegmentLog, payload: bytes, time_s: float) -> int:
+    def copied(log: SegmentLog, time_s: float, *payload: bytes) -> int:
         target = folder / f"copy-{len(crashes)}"
         shutil.copytree(folder / "whole", target)
         crashes.append(Crash(target, deepcopy(script.learner)))
-        seq = add(log, payload, time_s)
+        seq = add(log, time_s, *payload)
         log.write()  # a power cut may leave any beginning of the records that are written together
         return seq
 

@@ -110,7 +110,7 @@ class LogMachine(RuleBasedStateMachine):
     @rule(payload=PAYLOADS)
     def add(self, payload: bytes) -> None:
         self.history.append((self.now, payload))
-        seq = self.cut_or(lambda: self.log.add(payload, self.now))
+        seq = self.cut_or(lambda: self.log.add(self.now, payload))
         assert seq is None or seq == len(self.history) - 1
         if seq is not None:
             assert self.log.num_waiting == 0 if self.fsync_s == 0 else self.log.num_waiting > 0

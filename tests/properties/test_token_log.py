@@ -186,11 +186,7 @@ class TokenMachine(RuleBasedStateMachine):
             if len(rollout.tokens) == len(whole.tokens) and rng is None:
                 assert rollout.runs == whole.runs
         restored = TrajectoryStore(max_bytes=1 << 30, max_context=1 << 20)
-        for rollout_id, rollout in found.items():
-            restored.open(rollout_id, rollout.group_id, None)
-            held = restored._rollouts[rollout_id]
-            held.tokens, held.logprobs, held.runs = rollout.tokens, rollout.logprobs, rollout.runs
-            held.text = rollout.text
+        restored.restore(found)
         self.store = restored
         self.written = {r: len(content(restored, r).tokens) for r in found}
 
