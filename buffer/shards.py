@@ -77,6 +77,8 @@ def balance_groups(
     If the learner shares prompts, the responses of a group stay together unless splitting each
     group into 2, 4, ... parts makes the largest shard smaller. Every part repeats the prompt.
     """
+    if num_shards == 1:
+        return [[*range(len(trajectories))]]
     whole: dict[int, list[int]] = {}
     for index, trajectory in enumerate(trajectories):
         whole.setdefault(trajectory.group_id if work.shares_prompts else index, []).append(index)

@@ -8,7 +8,7 @@ depends on it; the event log stores the time beside each event.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Literal, TypeVar, Union, dataclass_transform
 
 from configs.schema import LongEnd
 from darts.config import CoreConfig
@@ -34,6 +34,18 @@ GroupEnd = Literal[
 CancelReason = Literal["past_selection", "group_full", "deadline", "dropped"]
 
 
+Kind = TypeVar("Kind")
+
+
+@dataclass_transform(frozen_default=True)
+def frozen(kind: type[Kind]) -> type[Kind]:
+    """A dataclass that the type checker freezes: `make lint` refuses an assignment to a field.
+
+    One that `dataclass(frozen=True)` guards at run time as well takes three times as long to make.
+    """
+    return dataclass(slots=True, unsafe_hash=True)(kind)
+
+
 class ProtocolError(Exception):
     """A peer's mistake: an event that is illegal in the present state, which stays unchanged.
 
@@ -41,7 +53,7 @@ class ProtocolError(Exception):
     """
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Prompt:
     """A task to answer. `lengths` and `rewards` are the journal's statistics of it, if any.
 
@@ -58,14 +70,14 @@ class Prompt:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PromptsDrawn:
     """The prompt stream yielded a window of training prompts, in order."""
 
     prompts: tuple[Prompt, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EvaluationRequested:
     """Answer held-out prompts `samples` times each.
 
@@ -77,14 +89,14 @@ class EvaluationRequested:
     min_version: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SettingsChanged:
     """A run was resumed with other settings, which apply from here on."""
 
     config: CoreConfig
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EngineJoined:
     """An engine joined with `slots` slots and the policy version that it has loaded."""
 
@@ -94,7 +106,7 @@ class EngineJoined:
     policy_version: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EngineLost:
     """An engine is gone, together with everything that it had in flight.
 
@@ -108,7 +120,7 @@ class EngineLost:
     left: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PolicyLoaded:
     """An engine swapped in a published policy: from now on it samples from that version."""
 
@@ -116,7 +128,7 @@ class PolicyLoaded:
     version: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LatencyReported:
     """An engine measured `ms_per_token` with `batch` requests decoding at once.
 
@@ -128,7 +140,7 @@ class LatencyReported:
     ms_per_token: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RolloutProgressed:
     """A rollout in flight has now sampled `num_tokens` tokens."""
 
@@ -136,7 +148,7 @@ class RolloutProgressed:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RolloutWaits:
     """A rollout in flight has ended a turn, and decodes nothing until its environment answers.
 
@@ -146,7 +158,7 @@ class RolloutWaits:
     rollout_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RolloutFinished:
     """A rollout ended by itself and was scored, which frees its slot.
 
@@ -160,7 +172,7 @@ class RolloutFinished:
     oldest_version: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RolloutFailed:
     """The engine or the environment failed on a rollout, which frees its slot.
 
@@ -170,7 +182,7 @@ class RolloutFailed:
     rollout_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RolloutStopped:
     """The engine confirmed a cancel, which frees the slot.
 
@@ -181,7 +193,7 @@ class RolloutStopped:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LearnerJoined:
     """A learner joined, perhaps after an earlier one died.
 
@@ -189,14 +201,14 @@ class LearnerJoined:
     """
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PolicyPublished:
     """The learner has new weights, which engines may get later. Versions count from 0 and grow."""
 
     version: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ShardsRequested:
     """The learner asks for the next portion of its present step, or for the first of its next one.
 
@@ -208,21 +220,21 @@ class ShardsRequested:
     portion: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class GroupTrained:
     """The learner has trained on a group that was shipped to it."""
 
     group_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AdmissionPaused:
     """Stop opening training groups because the trajectory store is full, or resume."""
 
     paused: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BufferRestarted:
     """The buffer was started again and its state restored from the log.
 
@@ -230,7 +242,7 @@ class BufferRestarted:
     """
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TokensLost:
     """After a power cut, the buffer holds only `num_tokens` of a rollout's tokens."""
 
@@ -238,7 +250,7 @@ class TokensLost:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunEnded:
     """No step will follow: every open training group is dropped, while evaluation goes on."""
 
@@ -255,7 +267,7 @@ Event = Union[
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RolloutRecord:
     """How one rollout ended. Only a rollout that ended by itself has a reward.
 
@@ -277,7 +289,7 @@ class RolloutRecord:
     index: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class GroupRecord:
     """The story of one group: a row of the selection ledger.
 
@@ -315,7 +327,7 @@ class GroupRecord:
     audit: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class OpenGroup:
     """A group begins, with at most `budget` rollouts of `prompt_id`.
 
@@ -330,7 +342,7 @@ class OpenGroup:
     long_end: LongEnd
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Launch:
     """Start a rollout. `continues` names a lost rollout whose tokens so far are its beginning.
 
@@ -350,7 +362,7 @@ class Launch:
     continues: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Cancel:
     """Abort a rollout while it decodes.
 
@@ -362,7 +374,7 @@ class Cancel:
     reason: CancelReason
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ship:
     """Hand the selected trajectories of this group to the learner, for a portion of `step`."""
 
@@ -371,14 +383,14 @@ class Ship:
     portion: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Close:
     """A shipped group was trained: record it and forget its rollouts."""
 
     record: GroupRecord
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Drop:
     """This group will not be trained: record it and forget its rollouts.
 
@@ -389,14 +401,14 @@ class Drop:
     requeued: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Evaluated:
     """A held-out group has ended; each of its rollouts counts."""
 
     record: GroupRecord
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CountOvershoot:
     """A cancelled rollout stopped after its group's record was made: count these tokens as well."""
 
@@ -405,7 +417,7 @@ class CountOvershoot:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RememberLengths:
     """Keep these length statistics for the next draw of the prompt.
 
@@ -416,7 +428,7 @@ class RememberLengths:
     lengths: LengthStats
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RememberRewards:
     """Keep these reward statistics for the next draw of the prompt."""
 

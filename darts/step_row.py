@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from darts.events import GroupRecord, RolloutRecord
+
+FIELDS = {kind: tuple(kind.__annotations__) for kind in (GroupRecord, RolloutRecord)}
 
 
 def ledger_row(record: GroupRecord, step: int) -> dict[str, Any]:
@@ -22,7 +25,8 @@ def ledger_row(record: GroupRecord, step: int) -> dict[str, Any]:
 
 def _fields(record: GroupRecord | RolloutRecord) -> dict[str, Any]:
     """`dataclasses.asdict` for one level, without its copies of every value."""
-    return {name: getattr(record, name) for name in record.__slots__}
+    names = FIELDS[type(record)]
+    return dict(zip(names, attrgetter(*names)(record), strict=True))
 
 
 def step_row(

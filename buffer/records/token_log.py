@@ -1,11 +1,11 @@
 """The tokens of outstanding rollouts on disk, from which a restarted buffer fills its store.
 
 Owns `tokens/`, a segmented log with one record per stored chunk, and one for the text of each
-response that has finished. A record belongs to one rollout
-and contains its place in it, so records may be in any order. Compaction moves those of outstanding
-rollouts from the oldest segments to the newest, and drops the rest. Disk use is therefore
-proportional to the outstanding tokens. Decides nothing: its owner says which rollouts are wanted at
-a restart, and when one is discarded. Rollout ids are never used twice.
+response that has finished. The first record of a rollout names its group. A record belongs to one
+rollout and contains its place in it, so records may be in any order. Compaction moves those of
+outstanding rollouts from the oldest segments to the newest, and drops the rest. Disk use is
+therefore proportional to the outstanding tokens. Decides nothing: its owner says which rollouts are
+wanted at a restart, and when one is discarded. Rollout ids are never used twice.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ class TokenLog:
         self._disk = disk
         self._sizes: dict[int, dict[int, int]] = {}  # rollout -> segment -> bytes there
         self._live: dict[int, set[int]] = {}  # segment -> outstanding rollouts with records there
+        self._begun: dict[int, int] = {}  # rollout without a record -> its group
         self.live_bytes = 0  # bytes on disk of outstanding rollouts
 
     @classmethod
@@ -124,8 +125,8 @@ class TokenLog:
         """Open or start the log in `folder`, and return the `wanted` rollouts that it holds.
 
         They are the same bit for bit, but after a power cut a rollout may lack its newest tokens,
-        and one begun within the last `fsync_s` may be missing. Raises `ValueError` if the log is
-        damaged.
+        and one begun within the last `fsync_s` may be missing. So is one without any token. Raises
+        `ValueError` if the log is damaged.
         """
         inner, _ = SegmentLog.open(
             folder, fsync_s=fsync_s, clock=clock, executor=executor, disk=disk
@@ -146,8 +147,7 @@ class TokenLog:
         """Begin a rollout, with the tokens of `copied` if it continues a lost one."""
         assert rollout_id not in self._sizes, f"rollout {rollout_id} was begun already"
         self._sizes[rollout_id] = {}
-        first = _HEAD.pack(_BEGIN, False, -1, rollout_id, group_id)
-        self._append(rollout_id, time_s, first)
+        self._begun[rollout_id] = group_id
         for payload in _copied(rollout_id, copied) if copied is not None else ():
             self._append(rollout_id, time_s, payload)
 
@@ -169,6 +169,7 @@ class TokenLog:
         Call it once the event that ended the rollout is durable, since a restart that has lost the
         event needs the tokens.
         """
+        self._begun.pop(rollout_id, None)
         for segment, num_bytes in self._sizes.pop(rollout_id, {}).items():
             self.live_bytes -= num_bytes
             self._live[segment].discard(rollout_id)
@@ -188,13 +189,14 @@ class TokenLog:
         if self.log.segment_bytes >= self._segment_bytes:
             self.log.rotate(b"", time_s)
             self._compact()
+        if (group_id := self._begun.pop(rollout_id, None)) is not None:
+            payload = (_HEAD.pack(_BEGIN, False, -1, rollout_id, group_id), *payload)
         return self._put(rollout_id, time_s, *payload)
 
     def _put(self, rollout_id: int, time_s: float, *payload: bytes) -> int:
         log = self.log
-        before = log.segment_bytes
         seq = log.add(time_s, *payload)
-        self._count(rollout_id, log.number, log.segment_bytes - before)
+        self._count(rollout_id, log.number, FRAME_BYTES + sum(map(len, payload)))
         if log.waiting_bytes >= _WRITE_BYTES:
             log.write()
         return seq
@@ -280,10 +282,10 @@ def _add(payload: bytes, pieces: Pieces) -> bool:
     A crash during a move leaves some records twice.
     """
     kind, flag, version, _, number = _HEAD.unpack_from(payload)
+    data = payload[_HEAD.size :]
     if kind == _BEGIN:
         pieces.group_id = number
-        return True
-    data = payload[_HEAD.size :]
+        return not data or _add(data, pieces)  # a record may follow in it
     if kind == _TEXT:
         pieces.text = data.decode()
         return True
