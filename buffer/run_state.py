@@ -241,7 +241,8 @@ class RunState:
         self, drawn: Sequence[tuple[int, msg.PromptPayload]]
     ) -> Iterator[ev.Prompt]:
         ids = [payload.prompt_id for _, payload in drawn]
-        lengths, rewards = self.journal.lengths(ids), self.journal.rewards(ids)
+        lengths = self.journal.lengths(ids) | self.learned
+        rewards = self.journal.rewards(ids) | self.learned_rewards
         for (visit, _), prompt_id in zip(drawn, ids, strict=True):
             yield ev.Prompt(prompt_id, lengths.get(prompt_id), visit, rewards.get(prompt_id))
 
@@ -252,9 +253,10 @@ class RunState:
         """Add a training group that has ended for good to the ledger and the sums."""
         self.files.group(record, self.step)
         self.metrics.closed(record)
-        known = self._lengths.pop(record.prompt_id, None)
+        prompt_id = record.prompt_id
+        known = self._lengths.pop(prompt_id, None) or self.learned.get(prompt_id)
         if known is None:
-            known = self.journal.lengths([record.prompt_id]).get(record.prompt_id)
+            known = self.journal.lengths([prompt_id]).get(prompt_id)
         text = self.prompts.payload(record.visit).beginning
         self.metrics.latest.closed(record, spread(known) if known else 0.0, text)
 
@@ -309,7 +311,10 @@ class RunState:
             self._lengths[prompt_id] = lengths
 
     def save_learned(self) -> None:
-        """Write new statistics of prompts to the journal."""
+        """Write new statistics of prompts to the journal.
+
+        After a kill, a replay of the event log makes those again that were not written yet.
+        """
         self.journal.remember_lengths(self.learned.items())
         self.journal.remember_rewards(self.learned_rewards.items())
         self.learned.clear()

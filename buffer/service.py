@@ -92,7 +92,6 @@ class Service:
         self._apply(run.due_events())
         self._apply(self.engines.flush())
         run.write_logs()
-        run.save_learned()
         run.poll_disk()
         self._tick(time.monotonic())
 
@@ -133,6 +132,7 @@ class Service:
             self._watch_progress(now_s)
         if now_s >= self._next_live_state_s:
             self._next_live_state_s = now_s + LIVE_STATE_S
+            self.run.save_learned()
             self._publish_state()
 
     def _publish_state(self) -> None:

@@ -71,7 +71,8 @@ def step_lags(records: Sequence[GroupRecord]) -> list[int]:
 
 def _lengths(name: str, tokens: list[int]) -> dict[str, float]:
     array = np.array(tokens or [0])
-    quantiles = {f"length/{name}_p{q}": float(np.percentile(array, q)) for q in (50, 90, 99)}
+    of_q = zip((50, 90, 99), np.percentile(array, (50, 90, 99)), strict=True)
+    quantiles = {f"length/{name}_p{q}": float(value) for q, value in of_q}
     return {
         f"length/{name}_mean": float(array.mean()),
         **quantiles,

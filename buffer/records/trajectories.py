@@ -251,7 +251,7 @@ def _check_values(chunks: Sequence[Chunk], vocab_size: int) -> None:
     tokens = np.frombuffer(b"".join([chunk.tokens for chunk in chunks]), TOKENS)
     logprobs = np.frombuffer(b"".join([chunk.logprobs for chunk in chunks]), LOGPROBS)
     in_vocab = np.maximum.reduce(tokens, initial=0) < vocab_size
-    is_finite = np.logical_and.reduce(np.isfinite(logprobs))
+    is_finite = np.count_nonzero(np.isfinite(logprobs)) == logprobs.size
     if in_vocab and is_finite:
         return
     if len(chunks) > 1:
