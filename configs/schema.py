@@ -851,6 +851,12 @@ class LearnerConfig:
         "Recompute activations in the backward pass. It saves memory and costs about a third more "
         "time.",
     )
+    compile: bool = key(
+        False,
+        "Compile each block of the model with torch.compile. Steps are shorter, and the start "
+        "takes a minute or more; attention and the head stay as they are. On a CPU it needs a C++ "
+        "compiler. A model that it does not fit is refused. It was never run on a GPU.",
+    )
     offload: bool = key(
         False,
         "Hold weights, gradients and moments of the optimizer in the machine's memory, and step "

@@ -205,6 +205,13 @@ def build_state(
         print(f"learner: {packing.model_type}: {sharing}", file=sys.stderr, flush=True)
     if rank == 0 and not boundaries.fused:
         print(f"learner: {packing.model_type}: {WHOLE_LOGITS}", file=sys.stderr, flush=True)
+    if config.learner.compile:
+        from learner.compiling import compile_blocks  # seconds of import, and rarely needed
+
+        shares = sharing is not None and sharing.works
+        compiled = compile_blocks(boundaries, packing, dtype, shares)
+        if rank == 0:
+            print(f"learner: {packing.model_type}: {compiled}", file=sys.stderr, flush=True)
     optimizer = make_optimizer(model, config.optimizer)
     reference = load_reference(config, device, boundaries) if config.loss.kl else None
     return LearnerState(

@@ -129,6 +129,13 @@ def checkpoints(options: Sequence[str]) -> None:
     checkpoints.main()
 
 
+def compiled(options: Sequence[str]) -> None:
+    from tools.benchmarks import compiling
+
+    _no_options("compile", options)
+    compiling.main()
+
+
 def weights(options: Sequence[str]) -> None:
     from tools.benchmarks import weights
 
@@ -157,6 +164,7 @@ def _no_options(subject: str, options: Sequence[str]) -> None:
 SUBJECTS: dict[str, Callable[[Sequence[str]], None]] = {
     "buffer": buffer,
     "checkpoints": checkpoints,
+    "compile": compiled,
     "core": core,
     "learner": learner,
     "pipeline": pipeline,

@@ -88,7 +88,7 @@ def steps(folder: str, shared: bool) -> tuple[list[float], float, float]:
         before = _resident_bytes(device)
         for step in range(1 + STEPS):
             started = clock()
-            saved = train_step(state, _shard(step))["train/shared_tokens_frac"]
+            saved = train_step(state, make_shard(step))["train/shared_tokens_frac"]
             times.append(clock() - started)
         return times[1:], saved, peak_bytes(device) - before
 
@@ -100,7 +100,8 @@ def _resident_bytes(device: torch.device) -> float:
     return float(pages * resource.getpagesize())
 
 
-def _shard(step: int) -> Shard:
+def make_shard(step: int) -> Shard:
+    """The groups of one step, with their prompts in each response."""
     rng = np.random.default_rng(step)
     trajectories = []
     for group_id in range(GROUPS):

@@ -107,6 +107,13 @@ def holds_in_memory(config: Config, own: Path) -> object:
         return {type(call.kwargs["offload_policy"]).__name__ for call in shard.call_args_list}
 
 
+def compiles(config: Config, own: Path) -> object:
+    """The number of forward passes that a compiler is given; it leaves them as they are here."""
+    with patch.object(torch, "compile", side_effect=lambda forward, **_: forward) as given:
+        with single_rank(config):
+            return given.call_count
+
+
 def stops(config: Config, own: Path) -> object:
     """Whether a step stops a run whose actors' log-probabilities are random, and so disagree."""
     with single_rank(config) as state:
@@ -226,6 +233,7 @@ TURNS = {
     "batch.share_prompts": Turn("true", "false", layout, MODEL),
     "learner.activation_checkpointing": Turn("false", "true", passes, MODEL),
     "learner.shard_ranks": Turn("0", "2", rows_held, (*MODEL, "learner.num_ranks=4")),
+    "learner.compile": Turn("false", "true", compiles, MODEL),
     "learner.offload": Turn("false", "true", holds_in_memory, MODEL),
     "learner.device": Turn("cpu", "cuda", device, MODEL),
     "learner.checkpoint_every": Turn("1", "3", checkpoints, KEEP_ALL),
