@@ -853,9 +853,10 @@ class LearnerConfig:
     )
     compile: bool = key(
         False,
-        "Compile each block of the model with torch.compile. Steps are shorter, and the start "
-        "takes a minute or more; attention and the head stay as they are. On a CPU it needs a C++ "
-        "compiler. A model that it does not fit is refused. It was never run on a GPU.",
+        "Compile each block of the model with torch.compile; attention and the head stay as they "
+        "are. The start takes minutes, once per model and machine, and on a CPU, where it needs a "
+        "C++ compiler, steps are hardly shorter. It was never run on a GPU. Set it there to try "
+        "it; a model that it does not fit is refused.",
     )
     offload: bool = key(
         False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AttentionInterface
 
+from configs.schema import Config
 from learner import compiling
 from learner.metrics import TokenSums
 from learner.packs.attention import PACKED_SDPA, packed_sdpa
-from learner.train import LearnerState, _packed, micro_batch_loss
+from learner.train import LearnerState, _packed, build_state, micro_batch_loss, train_step
 from tests.families import save_family
 from tests.learner_cases import (
+    in_ranks,
     make_config,
     make_shards,
     make_trajectories,
@@ -67,6 +71,7 @@ def of_both(tmp_path: Path, seeds: range, **changes: Any) -> float:
     )
 
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="the compiler of a run builds C++")
 def test_compiled_blocks_give_the_same_gradients(tmp_path: Path) -> None:
     """With the compiler of a run, which builds C++ here."""
     assert 0 < of_both(tmp_path, range(6)) < 1e-5
@@ -76,6 +81,25 @@ def test_other_layouts_of_a_step_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # the same code, not compiled to C++
     changes = {"batch__share_prompts": False, "learner__activation_checkpointing": True}
     assert of_both(tmp_path, range(3), loss__kl=0.1, **changes) < 1e-5
+
+
+def _same_step(rank: int, config: Config) -> None:
+    compiling.BACKEND = "aot_eager"
+    trajectories = make_trajectories(0)
+    shard = make_shards(trajectories, parts=[7, len(trajectories) - 7])[rank]
+    plain = replace(config, learner=replace(config.learner, compile=False))
+    compiled, plainly = (
+        train_step(build_state(each, torch.device("cpu"), rank, 2), shard)
+        for each in (config, plain)
+    )
+    for name in ("train/loss", "train/grad_norm"):
+        assert compiled[name] == pytest.approx(plainly[name], rel=1e-5)
+
+
+def test_two_ranks_take_the_same_step(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "model")
+    config = make_config(path, tmp_path / "run", learner__compile=True)
+    in_ranks(2, _same_step, config, tmp_path)
 
 
 def test_a_compiler_that_fails_is_told_in_one_line(

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from actors import verifier_workers
 from actors.verifier_limit import CANCELLED_S
 from tools import bench
-from tools.benchmarks import buffer, checkpoints, shared_prompts, turns
+from tools.benchmarks import buffer, checkpoints, compiling, shared_prompts, turns
 
 
 def test_the_core_bench_measures_progress_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,3 +93,15 @@ def test_the_checkpoint_bench_saves_beside_optimizer_steps(
 
 def _figures(text: str) -> list[float]:
     return [float(n.replace(",", "")) for n in re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text)]
+
+
+def test_the_compile_bench_compares_steps_of_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a compiler here: tests/unit/learner/test_compiling.py uses one."""
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    monkeypatch.setattr(compiling, "STEPS", 1)
+    monkeypatch.setattr(shared_prompts, "PROMPT", 16)
+    monkeypatch.setattr(shared_prompts, "RESPONSE", 8)
+    compiling.main()
+    assert "ratio, median of 1 pairs" in capsys.readouterr().out
