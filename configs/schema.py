@@ -854,9 +854,9 @@ class LearnerConfig:
     compile: bool = key(
         False,
         "Compile each block of the model with torch.compile; attention and the head stay as they "
-        "are. The start takes minutes, once per model and machine, and on a CPU, where it needs a "
-        "C++ compiler, steps are hardly shorter. It was never run on a GPU. Set it there to try "
-        "it; a model that it does not fit is refused.",
+        "are. The first start takes minutes, and on a CPU, where it needs a C++ compiler, steps "
+        "are hardly shorter. It was never run on a GPU: set it there to try it. A model that it "
+        "does not fit is refused.",
     )
     offload: bool = key(
         False,
