@@ -603,7 +603,7 @@ class Core:
             if self._eager and group.purpose == "train" and not group.audit:
                 return self._settle(group, "group_full")
             group.review_above = survivors.short_cutoff(group, self.config)
-            if group.review_above < inf:
+            if group.review_above < inf and group.running:
                 rng = generator(group, self.config.seed)
                 for rollout in survivors.take_past_selection(group, rng):
                     self._cancel(rollout, "past_selection")

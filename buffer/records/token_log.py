@@ -190,7 +190,8 @@ class TokenLog:
             self.log.rotate(b"", time_s)
             self._compact()
         if (group_id := self._begun.pop(rollout_id, None)) is not None:
-            payload = (_HEAD.pack(_BEGIN, False, -1, rollout_id, group_id), *payload)
+            head, *data = payload
+            payload = (_HEAD.pack(_BEGIN, False, -1, rollout_id, group_id) + head, *data)
         return self._put(rollout_id, time_s, *payload)
 
     def _put(self, rollout_id: int, time_s: float, *payload: bytes) -> int:

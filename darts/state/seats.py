@@ -37,6 +37,8 @@ def fill_seats(group: Group, config: CoreConfig) -> None:
 
 def is_audited(prompt: Prompt, config: CoreConfig) -> bool:
     """Whether nothing is cancelled in the group of this visit, drawn by the seed."""
+    if not config.audit:
+        return False  # without the seeding of a generator, which takes long
     draw = Random(f"audit {config.seed} {prompt.prompt_id} {prompt.visit}").random()
     return draw < config.audit
 

@@ -5,6 +5,7 @@ compaction, kills and power cuts.
 from __future__ import annotations
 
 import random
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +298,19 @@ def test_a_full_disk_takes_no_part_of_the_records_that_wait() -> None:
     log.write()
     _, found = TokenLog.open(FOLDER, {1}, disk=disk.after_kill())
     assert found == {1: StoredRollout(7, prompt.tokens, prompt.logprobs, prompt.runs)}
+
+
+def test_a_first_record_that_only_names_the_group_is_read() -> None:
+    """Earlier versions wrote it for each rollout that began."""
+    disk = MemoryDisk()
+    log, _ = TokenLog.open(FOLDER, (), disk=disk)
+    log.log.add(0.0, struct.pack("<B?qQQ", 0, False, -1, 1, 7))
+    log.log.add(0.0, struct.pack("<B?qQQ", 0, False, -1, 2, 8))
+    log.log.add(0.0, struct.pack("<B?qQQ", 1, False, -1, 1, 0), bytes(12))
+    log.write()
+    _, found = TokenLog.open(FOLDER, {1, 2}, disk=disk.after_kill())
+    prompt = StoredRollout(7, bytearray(12), bytearray(12), [(False, -1, 3)])
+    assert found == {1: prompt, 2: StoredRollout(8)}
 
 
 def test_damage_to_an_outstanding_rollout_is_refused() -> None:

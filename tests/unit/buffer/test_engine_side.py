@@ -17,6 +17,8 @@ from buffer.wire import messages as msg
 from buffer.wire.transport import Violation
 from configs import cli
 from darts import events as ev
+from darts.sizing.lengths import LengthStats
+from darts.sizing.rewards import RewardStats
 from tests.fakes import chunk
 
 INCARNATION = "0123456789abcdef"
@@ -118,6 +120,21 @@ def test_all_records_are_in_the_files_before_a_message_is_sent(
     service._apply(service.engines.flush())
     assert told[msg.Settled][-2:] == ["RolloutProgressed", "RolloutFinished"]
     assert run.store.log is not None and run.store.log.log.num_waiting == 0
+
+
+def test_statistics_of_a_prompt_are_known_before_and_after_they_are_saved(
+    service: Service,
+) -> None:
+    run, lengths = service.run, LengthStats(weight=3.0, mean_log=2.0, var_log=0.5)
+    drawn = run.prompts.draw(1)
+    prompt_id = drawn[0][1].prompt_id
+    run.remember_lengths(prompt_id, lengths)
+    run.learned_rewards[prompt_id] = rewards = RewardStats(3.0, 0.5)
+    for _ in range(2):
+        [prompt] = run._with_statistics(drawn)
+        assert (prompt.lengths, prompt.rewards) == (lengths, rewards)
+        run.save_learned()
+        assert not run.learned and not run.learned_rewards
 
 
 def test_messages_about_a_finished_rollout_change_nothing(service: Service) -> None:
