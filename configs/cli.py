@@ -8,8 +8,10 @@ one clear line. Knows no key by name: it works on any dataclass whose fields car
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -108,7 +110,7 @@ def load(argv: Sequence[str], schema: type = Config) -> Any:
     """
     options = parse(argv)
     known = {key.path: key for key in keys(schema)}
-    config = OmegaConf.structured(schema)
+    config = copy.deepcopy(_defaults(schema))
     origin: dict[str, str] = {}
     for path, value, where in [
         *_from_files(options.config, known),
@@ -163,6 +165,12 @@ def presets(schema: type) -> list[str]:
 
 
 # Reading ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _defaults(schema: type) -> DictConfig:
+    """A configuration without files and overrides. To build it takes longer than all else here."""
+    return OmegaConf.structured(schema)
 
 
 class Parser(argparse.ArgumentParser):

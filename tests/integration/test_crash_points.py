@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from buffer.records import settings as recorded
 from buffer.records.event_log import read_sessions
 from buffer.records.row_segments import begins_at, read_rows
 from buffer.records.segments import SegmentLog
@@ -353,6 +354,8 @@ def test_a_crash_between_any_two_records(
     """
     for name in ("fsync", "fdatasync"):  # after a kill of the process no sync is needed
         monkeypatch.setattr(os, name, lambda handle: None)
+    # They never change here, and to read them takes longer than all else.
+    monkeypatch.setattr(recorded, "changes", lambda folder, config: [])
     port = free_port()
     crashes = run_and_copy(tmp_path, port, monkeypatch, dict(resumes), settings)
     begun = [crash for crash in crashes if (crash.folder / "r" / "config.yaml").exists()]
