@@ -24,7 +24,7 @@ demo: packages  ## train the embedded default on this machine; prints the path o
 	@$(PYTHON_IN) -m tools.launch --config configs/demo.yaml $(ARGS)
 
 test: setup  ## run all CPU tests, with real engines (minutes); prints coverage of darts and buffer
-	@GPU_CHECK_DEVICE=cpu $(PYTHON_IN) -m pytest -m "not gpu" --cov --durations=40 $(PYTEST)
+	@GPU_CHECK_DEVICE=cpu $(PYTHON_IN) -m tests.run_all $(PYTEST)
 
 gpu-check:  ## test learner, engine and a run on a GPU, in minutes; prints a table
 	@python -m pytest -q -m gpu tests/gpu $(PYTEST)

@@ -1,7 +1,9 @@
-"""Shared by all tests: skips with a reason, second tries, and free ports."""
+"""Shared by all tests: skips with a reason, second tries, free ports, and the built-in model."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import random
 import shutil
 import signal
@@ -14,6 +16,10 @@ import pytest
 # A shell that starts the tests in the background has them ignore Ctrl-C, and their children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of one computation wait for each other, for long if another test has their processor.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Of real processes and clocks, so that a busy machine can fail one of thousands.
 SECOND_TRY = [Path(__file__).parent / folder for folder in ("chaos", "e2e", "integration")]
@@ -62,3 +68,21 @@ def free_port() -> Callable[[], int]:
         raise RuntimeError("no two free consecutive ports on 127.0.0.1")
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tiny_reasoner() -> Path:
+    """The folder of the built-in model, made once and kept, as `make demo` does. If tests that run
+    side by side need it, one of them makes it and the others wait.
+    """
+    from tools.warm_start import warm_start  # here, since it imports torch
+
+    folder = Path(__file__).parents[1] / "models" / "tiny-reasoner"
+    folder.parent.mkdir(exist_ok=True)
+    lock = os.open(folder.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        warm_start(folder)
+    finally:
+        os.close(lock)
+    return folder

@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 from tools.warm_start import build_model, build_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.slow]
 
 
 def test_it_prints_the_ratio_of_both_actors_and_learner(tmp_path: Path) -> None:

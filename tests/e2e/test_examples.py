@@ -21,7 +21,11 @@ from buffer.processes.child import python_path
 from tests.pages import ROOT
 from tools.warm_start import warm_start
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("tiny_reasoner"),
+]
 EXAMPLE = ROOT / "examples/own_data"
 MODEL = ROOT / "models/tiny-reasoner"
 SMALL = ["run.steps=2", "batch.groups=2", "eval.every=0", "sampling.max_tokens=128"]
@@ -29,7 +33,6 @@ IN_ITS_FOLDER = ["data.train=rows.jsonl", "data.environment=verifier:verify"]
 
 
 def keys(folder: Path, port: int, *more: str) -> list[str]:
-    warm_start(MODEL)
     where = [f"run.dir={folder}", "run.name=r", f"buffer.address=tcp://127.0.0.1:{port}"]
     config = ["--config", str(EXAMPLE / "config.yaml")]
     return [*config, *where, f"model.path={MODEL}", *SMALL, *more]

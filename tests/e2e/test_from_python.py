@@ -13,7 +13,6 @@ import pytest
 from buffer.processes.child import python_path
 from tests.pages import ROOT, blocks
 from tools.reporting.run_directory import RunDirectory
-from tools.warm_start import warm_start
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 NOTEBOOK = """
@@ -26,9 +25,8 @@ SMALL = '"run.steps=2", "batch.groups=2", "eval.num_prompts=4", "learner.checkpo
 
 
 def test_a_notebook_trains_evaluates_and_exports(
-    tmp_path: Path, free_port: Callable[[], int]
+    tmp_path: Path, free_port: Callable[[], int], tiny_reasoner: Path
 ) -> None:
-    warm_start(ROOT / "models/tiny-reasoner")
     for name in ("configs", "models"):
         (tmp_path / name).symlink_to(ROOT / name)
     (code,) = blocks(ROOT / "docs/from-python.md", "python")

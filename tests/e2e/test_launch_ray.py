@@ -15,6 +15,7 @@ from configs import cli
 from tools.launching.ray_cluster import RayCluster
 
 ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]  # not beside the cluster of test_ray_nodes.py
 
 DRIVER = """
 import sys
@@ -38,7 +39,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.e2e
 def test_a_failed_process_is_named_and_ends_the_others_on_ray(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
@@ -54,7 +54,6 @@ def test_a_failed_process_is_named_and_ends_the_others_on_ray(
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-@pytest.mark.e2e
 def test_an_address_without_a_cluster_is_named(free_port: Callable[[], int]) -> None:
     config = cli.load(["launch.launcher=ray", f"launch.ray_address=127.0.0.1:{free_port()}"])
     with (

@@ -21,17 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from buffer.records.event_log import read_sessions
 from darts import events as ev
-from tools.warm_start import warm_start
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("tiny_reasoner"),
+]
 MODEL = Path("models/tiny-reasoner")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def model() -> Path:
-    """The built-in model, made once and kept, as `make demo` does."""
-    warm_start(MODEL)
-    return MODEL
 
 
 def launch(folder: Path, port: int, *overrides: str) -> subprocess.Popen[str]:
@@ -81,7 +77,7 @@ def descendants(process: subprocess.Popen[str], module: str) -> list[psutil.Proc
 
 @pytest.fixture(scope="module")
 def trained(
-    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int], tiny_reasoner: Path
 ) -> tuple[Path, int, str]:
     folder = tmp_path_factory.mktemp("trained")
     code, output = finish(

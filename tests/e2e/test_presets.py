@@ -19,7 +19,11 @@ import pytest
 
 from buffer.data.tagged_sum import draw_problem
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("tiny_reasoner"),
+]
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["run.steps=2", "eval.every=0", "launch.progress=none", "batch.groups=2"]

@@ -16,7 +16,7 @@ from buffer.processes.private_folder import private_folder
 from configs.schema import Config
 from tests.e2e.test_engine import PROMPT, make_model, save_model, until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.filterwarnings("ignore")]
 
 FAST_MS, SLOW_MS, VERY_SLOW_MS = 20, 60, 400  # of a step with 1, 3 and 4 requests
 TOKENS = 15

@@ -25,7 +25,6 @@ from actors.inference.generation import Generation, Measurement
 from buffer.processes.private_folder import private_folder
 from configs.schema import Config
 from tests.gpu.conftest import DEVICE, Note
-from tools.warm_start import warm_start
 
 if TYPE_CHECKING:
     from actors.inference.engine import Engine
@@ -34,6 +33,7 @@ pytest.importorskip("vllm", reason="the engine needs vLLM: pip install 'darts-rl
 
 pytestmark = [
     pytest.mark.timeout(900),
+    pytest.mark.usefixtures("tiny_reasoner"),
     *([pytest.mark.gpu] if DEVICE == "cuda" else [pytest.mark.slow]),
 ]
 MODEL = Path("models/tiny-reasoner")
@@ -63,11 +63,6 @@ SHAPE, BATCHES, WINDOW_S, CONTEXT, DTYPE = (
     else (SMALL, (1, 4), 0.2, 2048, "float32")
 )
 PROMPT = [5 + i % 50 for i in range(128)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def model() -> None:
-    warm_start(MODEL)
 
 
 @pytest.fixture
