@@ -1,8 +1,8 @@
-"""`python -m tests.run_all [pytest's options]`: all tests that need no GPU, as `make test` runs them.
+"""`python -m tests.run_all [options of pytest]`: all tests that need no GPU, for `make test`.
 
-Two files at a time, in the order of their folders, so that short tests fill the end. Then, one
-after another, the tests that are marked `alone`. The second call of pytest prints the coverage of
-both, and runs even if the first one has failed.
+First two files at a time, in the order of their folders, so that short tests fill the end. Then,
+one after another, the tests that are marked `alone`. The second call of pytest prints the coverage
+of both, and runs even if the first one has failed.
 """
 
 from __future__ import annotations

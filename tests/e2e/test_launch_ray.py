@@ -15,7 +15,8 @@ from configs import cli
 from tools.launching.ray_cluster import RayCluster
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.e2e, pytest.mark.alone]  # not beside the cluster of test_ray_nodes.py
+# Not beside the cluster of test_ray_nodes.py.
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 DRIVER = """
 import sys
