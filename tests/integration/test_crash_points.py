@@ -27,6 +27,7 @@ from buffer.records.segments import SegmentLog
 from buffer.service import Service
 from buffer.wire import messages as msg
 from configs import cli
+from darts.waiting import describe
 from tools.faults.recount import read_history
 
 GROUPS, SIZE, STEPS, KEEP_EVERY = 2, 2, 5, 2
@@ -228,7 +229,7 @@ class Script:
                 self.service.run.close("")
                 return
             self.turn()
-        raise AssertionError(f"no end: {self.service.run.core.waiting_for()}")
+        raise AssertionError(f"no end: {describe(self.service.run.core)}")
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
