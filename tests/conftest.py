@@ -25,8 +25,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Of real processes and clocks, so that a busy machine can fail one of thousands.
 SECOND_TRY = [Path(__file__).parent / folder for folder in ("chaos", "e2e", "integration")]
+# Of peers that wait for each other for a second or two: they need the machine to themselves.
+ALONE = [
+    Path(__file__).parent / "integration" / f"test_{name}.py"
+    for name in (
+        "deadlines", "floods", "hostile_peers", "launch", "links", "processes", "recovery",
+        "rejoin", "service",
+    )
+]  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip GPU tests where there is no GPU. A test of real processes that fails runs once more, and
     the summary names it as RERUN: a fault to look for, which costs nobody a whole run.
@@ -34,6 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(item.path.is_relative_to(folder) for folder in SECOND_TRY):
             item.add_marker(pytest.mark.flaky(reruns=1))
+        if item.path in ALONE:
+            item.add_marker(pytest.mark.alone)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests and not _has_gpu():
         for item in gpu_tests:

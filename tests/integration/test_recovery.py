@@ -237,7 +237,7 @@ def test_resuming_a_finished_run_ends_at_once(tmp_path: Path, free_port: Callabl
     assert buffer.process.wait(60) == 0
     before = rows(tmp_path, "metrics.jsonl")
     buffer.restart()
-    assert buffer.process.wait(20) == 0
+    assert buffer.process.wait(60) == 0
     assert rows(tmp_path, "metrics.jsonl") == before
 
 
