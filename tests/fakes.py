@@ -510,7 +510,7 @@ class FakeEngine(threading.Thread):
         with EngineLink(self.address, self.engine_id, peer_timeout_s=self.peer_timeout_s) as link:
             self.load(link, self.join_buffer(link).policy)
             while not self.killed.is_set():
-                if self.told_to_leave.is_set():
+                if self.told_to_leave.is_set() and self.has_begun:
                     return link.send(msg.Leaving())
                 try:
                     self.turn(link)
@@ -556,8 +556,13 @@ class FakeEngine(threading.Thread):
         self.killed.set()
         self.join(5)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a rollout in flight has tokens."""
+        return any(r.answer is None and r.versions for r in self.held.values())
+
     def leave(self) -> None:
-        """Hand over all rollouts in flight."""
+        """Hand over all rollouts in flight, at least one of which has tokens."""
         self.told_to_leave.set()
         self.join(5)
 

@@ -494,7 +494,6 @@ def test_whatever_happens_the_records_are_true() -> None:
             max_examples=int(os.environ.get("MACHINE_EXAMPLES", "80")),
             stateful_step_count=50,
             derandomize="MACHINE_EXAMPLES" not in os.environ,
-            deadline=None,
             suppress_health_check=[HealthCheck.too_slow],
             print_blob=True,
         ),

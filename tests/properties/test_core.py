@@ -290,7 +290,6 @@ TestCore = CoreMachine.TestCase
 TestCore.settings = settings(
     max_examples=60,
     stateful_step_count=40,
-    deadline=None,
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -27,7 +27,7 @@ def pairs(draw: st.DrawFn) -> tuple[bytes, bytes, int]:
     return old.tobytes(), new.tobytes(), width
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(pairs())
 def test_a_delta_gives_the_new_bytes_and_is_smaller(pair: tuple[bytes, bytes, int]) -> None:
     old, new, width = pair
@@ -72,7 +72,7 @@ def test_bits_count_and_not_values() -> None:
     assert target == new.tobytes()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(pairs(), st.binary(max_size=40), st.integers(0, 200), st.booleans())
 def test_a_damaged_delta_is_refused_or_gives_other_bytes_of_the_same_length(
     pair: tuple[bytes, bytes, int], junk: bytes, place: int, cut: bool

@@ -151,6 +151,6 @@ class RowMachine(RuleBasedStateMachine):
 
 TestRows = RowMachine.TestCase
 TestRows.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None,
+    max_examples=100, stateful_step_count=40,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip

@@ -248,7 +248,7 @@ class LogMachine(RuleBasedStateMachine):
 
 TestLog = LogMachine.TestCase
 TestLog.settings = settings(
-    max_examples=200, stateful_step_count=40, deadline=None,
+    max_examples=200, stateful_step_count=40,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 
@@ -257,7 +257,7 @@ TestLog.settings = settings(
     segments=st.lists(st.lists(PAYLOADS, max_size=6), min_size=1, max_size=3),
     data=st.data(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_flipped_bit_is_refused_or_changes_nothing(segments, data) -> None:
     disk = MemoryDisk()
     log, _ = SegmentLog.open(FOLDER, first_checkpoint=b"0", disk=disk)
@@ -285,7 +285,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(segments, data) -> None:
 
 
 @given(num_records=st.integers(1, 6), data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_file_cut_anywhere_keeps_its_beginning(num_records, data) -> None:
     disk = MemoryDisk()
     log, _ = SegmentLog.open(FOLDER, disk=disk)

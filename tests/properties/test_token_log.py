@@ -208,7 +208,7 @@ class TokenMachine(RuleBasedStateMachine):
 
 TestTokens = TokenMachine.TestCase
 TestTokens.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None,
+    max_examples=120, stateful_step_count=40,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 
@@ -257,7 +257,7 @@ def test_disk_use_follows_the_outstanding_tokens() -> None:
 
 
 @given(fuse=st.integers(0, 400), seed=st.integers(0, 2**16))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_power_cut_during_compaction_loses_nothing_durable(fuse, seed) -> None:
     traffic = Traffic(seed, segment_bytes=500)
     for _ in range(150):  # from now on each rotation moves records

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from buffer.records.journal import Journal
@@ -280,7 +280,6 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(OPERATIONS)
 def test_bytes_held_is_exact_after_any_sequence_of_calls(operations):
     store, next_id, ids = TrajectoryStore(max_bytes=1, max_context=1 << 20), 0, []
@@ -309,7 +308,6 @@ def test_bytes_held_is_exact_after_any_sequence_of_calls(operations):
     assert store.bytes_held == 0
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.booleans(), st.integers(0, 2), st.integers(1, 3)), min_size=1, max_size=30

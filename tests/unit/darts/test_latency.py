@@ -61,7 +61,7 @@ def test_an_invalid_point_is_an_error():
         LatencyCurve.from_points([(1, 5.0), (8, -5.0)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.floats(0.5, 1e6), st.floats(1e-6, 60_000.0)), max_size=60))
 def test_never_falls_and_has_no_negative_slope(reports):
     curve = LatencyCurve()

@@ -187,7 +187,7 @@ def test_a_pilot_must_fit_into_a_group() -> None:
         CoreConfig(groups_per_step=1, group_size=4, pilot=5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     max_stops=st.integers(0, 4),
     min_mixed_prob=st.floats(0.01, 0.99),

@@ -88,7 +88,7 @@ def simulated_time(lengths: list[int], curve: LatencyCurve) -> float:
     return time_ms
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 60), max_size=20))
 def test_rollout_time_equals_a_token_by_token_simulation(lengths):
     assert rollout_time(sorted(lengths), CPU) == pytest.approx(simulated_time(lengths, CPU))
@@ -106,7 +106,7 @@ def objective(norms, budgets) -> Fraction:
     return sum((Fraction(v) / m for v, m in zip(norms, budgets, strict=True)), Fraction(0))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.fractions(0, 5, max_denominator=20), min_size=1, max_size=4),
     st.integers(1, 3),
@@ -124,7 +124,7 @@ def test_split_is_optimal_by_exhaustive_search(norms, lower, room, data):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=40), st.floats(0, 1))
 def test_no_single_move_improves_the_split(norms, share):
     total = 8 * len(norms) + int(share * 8 * len(norms))
@@ -261,7 +261,7 @@ def test_a_limit_at_the_group_size_leaves_the_group_plain():
 
 
 @pytest.mark.parametrize("long_end", ["none", "survivor", "longest"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0.0, 3.0), st.floats(0.0, 3.0), st.floats(0.05, 0.6), st.floats(1, 200))
 def test_a_higher_price_never_buys_more_while_extra_rollouts_cost_tokens(
     long_end, price, rise, sigma, batch
@@ -272,7 +272,7 @@ def test_a_higher_price_never_buys_more_while_extra_rollouts_cost_tokens(
 
 
 @pytest.mark.parametrize("long_end", ["none", "survivor", "longest"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0.05, 1.8), st.floats(0.0, 0.5), st.floats(0.0, 3.0), st.floats(1, 200))
 def test_a_wider_prompt_never_gets_less(long_end, sigma, wider, price, batch):
     assert marginal(sigma + wider, price, batch, long_end=long_end) >= marginal(
@@ -280,7 +280,7 @@ def test_a_wider_prompt_never_gets_less(long_end, sigma, wider, price, batch):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0.05, 1.8), st.floats(0.01, 3.0), st.floats(1, 200))
 def test_with_constant_costs_it_equals_the_step_by_step_rule(sigma, price, batch):
     """`longest` costs the same for each rollout, so adding rollouts one at a time until the next

@@ -116,7 +116,7 @@ def responses_in(pack: Pack) -> list[tuple[list[int], list[int], list[int]]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 30), st.integers(16, 300), st.integers(1, 6))
 def test_every_response_is_whole_with_its_prompt_and_the_savings_are_exact(
     seed: int, num_prompt: int, max_tokens: int, group_size: int
