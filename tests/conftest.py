@@ -25,6 +25,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
+    # xdist says how large its terminal is, and what a test starts would believe it.
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)
     # Threads of one computation wait for each other, for long if another test has their processor.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
