@@ -81,6 +81,7 @@ def compile_blocks(
     expected = run(boundaries, packs)
     started = time.monotonic()
     AttentionInterface.register(PACKED_SDPA, _attention)
+    num_before = counters["stats"]["unique_graphs"]
     for block in blocks:
         _compile(block)
     try:
@@ -93,6 +94,11 @@ def compile_blocks(
         ) from error
     finally:
         settle(boundaries.model)
+    if counters["stats"]["unique_graphs"] == num_before:
+        raise ValueError(
+            "learner.compile=true: torch.compile left the blocks as they are, as it does if "
+            "TORCHDYNAMO_DISABLE is set or if a debugger or coverage traces this process"
+        )
     if not difference.within_bounds(dtype):
         raise ValueError(
             f"learner.compile=true: {packing.model_type}: compiled blocks give other results "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 @pytest.fixture(autouse=True)
 def as_before() -> Any:
-    """Compiled code is kept per process, and so is the attention that it needs."""
+    """Compiled code is kept per process, and so is the attention that it needs. Nothing is compiled
+    while coverage traces.
+    """
     torch._dynamo.reset()
+    trace = sys.gettrace()
+    sys.settrace(None)
     yield
+    sys.settrace(trace)
     torch._dynamo.reset()
     AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 
@@ -100,6 +106,14 @@ def test_two_ranks_take_the_same_step(tmp_path: Path) -> None:
     path = save_model(tmp_path / "model")
     config = make_config(path, tmp_path / "run", learner__compile=True)
     in_ranks(2, _same_step, config, tmp_path)
+
+
+def test_a_compiler_that_is_switched_off_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    with pytest.raises(ValueError, match="left the blocks as they are"):
+        of_both(tmp_path, range(1))
 
 
 def test_a_compiler_that_fails_is_told_in_one_line(
