@@ -23,6 +23,7 @@ from buffer.processes.child import (
     forward,
     given_reason,
     may_succeed_again,
+    show,
     stop,
 )
 from buffer.processes.private_folder import private_folder
@@ -162,12 +163,17 @@ def _wait_for_the_others(ranks: list[Child], culprit: Child) -> None:
     as if the fault were theirs. What they say then is dropped, since the culprit says why.
     """
     deadline = time.monotonic() + (0.0 if may_succeed_again(culprit.status()) else LEAVE_S)
-    while time.monotonic() < deadline and any(rank.status() is None for rank in ranks):
+    others = [rank for rank in ranks if rank is not culprit]
+    said: dict[Child, list[str]] = {rank: [] for rank in others}
+    is_over = False
+    while not is_over:
         time.sleep(WATCH_S)
-    for rank in ranks:
-        if rank is not culprit and rank.status() not in (None, 0, ExitStatus.INTERRUPTED):
-            for _ in rank.lines():
-                pass
+        is_over = time.monotonic() >= deadline or all(r.status() is not None for r in others)
+        for rank in others:  # whether they are shown or not: a full pipe would hold them up
+            said[rank] += rank.lines()
+    for rank in others:
+        if rank.status() in (None, 0, ExitStatus.INTERRUPTED):
+            show(said[rank])
 
 
 def _report(culprit: Child) -> int:

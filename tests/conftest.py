@@ -17,7 +17,7 @@ import hypothesis
 import pytest
 
 # An example may take as long as a busy machine needs.
-hypothesis.settings.register_profile("busy")
+hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and their children too.
@@ -44,12 +44,6 @@ ALONE = [
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
-def pytest_configure() -> None:
-    # An example may take as long as a busy machine needs.
-    hypothesis.settings.register_profile("busy", deadline=None)
-    hypothesis.settings.load_profile("busy")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip GPU tests where there is no GPU. A test of real processes that fails runs once more, and
     the summary names it as RERUN: a fault to look for, which costs nobody a whole run.

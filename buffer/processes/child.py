@@ -170,7 +170,12 @@ def forward(child: Child) -> None:
 
     Its supervisor reports that line.
     """
-    for line in child.lines():
+    show(child.lines())
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print the output of a child, as `forward` does."""
+    for line in lines:
         if not line.startswith(ERROR):
             print(line, file=sys.stderr, flush=True)
 

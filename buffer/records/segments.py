@@ -135,8 +135,7 @@ class SegmentLog:
 
         Its payload may come in parts. With a window of 0 it is durable at once.
         """
-        if self._broken is not None or self._handle < 0:
-            self._check_usable()
+        self._check_usable()
         seq = self.next_seq
         head = frame(self._key, RECORD, seq, seq - 1 - self.synced_seq, time_s, *payload)
         self._waiting += (head, *payload)

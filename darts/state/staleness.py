@@ -146,11 +146,11 @@ class OutstandingGroups:
         Until every one of them has enough responses, and the batch is full with them, releasing
         one would end its long responses and ship no batch earlier.
         """
-        seated, due = self.seated(), self.due()
-        if len(due) < len(seated) or self.num_ready + len(due) < self.num_missing:
+        seated = self.seated()
+        if self.num_ready + len(seated) < self.num_missing:
             return []
-        enough = all(g.at_deadline and len(g.finished) >= g.group_size for g in due)
-        return due if enough else []
+        enough = all(g.at_deadline and len(g.finished) >= g.group_size for g in seated)
+        return seated if enough else []
 
     @property
     def num_missing(self) -> int:
