@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from buffer.wire.client import LearnerLink
 from buffer.wire.transport import TransportError
 from configs.schema import Config
-from learner import fsdp
+from learner import compiling, fsdp
 from learner.agreement import Disagreement
 from learner.session import BufferSession
 from learner.snapshots.publish import WeightPublisher, gather
@@ -108,8 +108,8 @@ def holds_in_memory(config: Config, own: Path) -> object:
 
 
 def compiles(config: Config, own: Path) -> object:
-    """The number of forward passes that a compiler is given; it leaves them as they are here."""
-    with patch.object(torch, "compile", side_effect=lambda forward, **_: forward) as given:
+    """How often blocks are to be compiled; tests/unit/learner/test_compiling.py compiles them."""
+    with patch.object(compiling, "compile_blocks") as given:
         with single_rank(config):
             return given.call_count
 
