@@ -6,6 +6,7 @@ Variants = dict[str, list[str]]
 
 PLAIN = ["darts.policy=plain"]
 SYNC, ASYNC = ["pipeline.mode=sync"], ["pipeline.mode=async"]
+STREAMING = ["batch.stream=group"]  # the learner takes a group once it is decided
 FIXED = ["redundancy.rule=fixed", "redundancy.upper=1.5"]
 # The mean budget is about 12, the budget of FIXED.
 ADAPTIVE = ["redundancy.rule=paper", "redundancy.upper=2.0", "redundancy.price=0.6"]
@@ -66,13 +67,15 @@ SETS: dict[str, Variants] = {
             for budget in (10, 12, 16, 24)
         },
     },
-    "live_ablation": {  # without "+ streaming", which needs a learner that takes single groups
+    "live_ablation": {  # the published order, each with what comes before it
         "sync plain": [*SYNC, *PLAIN],
-        "+ sampling (longest)": [*SYNC, *FIXED, "darts.long_end=longest"],
-        "+ adaptive (longest)": [*SYNC, *ADAPTIVE, "darts.long_end=longest"],
-        "+ sampling (survivor)": [*SYNC, *FIXED],
-        "+ adaptive (survivor)": [*SYNC, *ADAPTIVE],
-        "random of 12": [*SYNC, *FIXED, "darts.policy=random"],
+        "+ streaming": [*SYNC, *PLAIN, *STREAMING],
+        "+ sampling (survivor)": [*SYNC, *STREAMING, *FIXED],
+        "+ adaptive (survivor)": [*SYNC, *STREAMING, *ADAPTIVE],
+        "+ sampling (none)": [*SYNC, *STREAMING, *FIXED, "darts.long_end=none"],
+        "+ sampling (longest)": [*SYNC, *STREAMING, *FIXED, "darts.long_end=longest"],
+        "+ adaptive (longest)": [*SYNC, *STREAMING, *ADAPTIVE, "darts.long_end=longest"],
+        "random of 12": [*SYNC, *STREAMING, *FIXED, "darts.policy=random"],
     },
     "live_async": {  # on the hardware and with the lag bound of the base configuration
         "async plain": [*ASYNC, *PLAIN],
