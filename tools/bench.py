@@ -156,6 +156,13 @@ def turns(options: Sequence[str]) -> None:
     turns.main()
 
 
+def trl(options: Sequence[str]) -> None:
+    from tools.benchmarks import trl_steps
+
+    _no_options("trl", options)
+    trl_steps.main()
+
+
 def _no_options(subject: str, options: Sequence[str]) -> None:
     if options:
         raise ValueError(f"command line: {options[0]}: the subject {subject} takes no options")
@@ -168,6 +175,7 @@ SUBJECTS: dict[str, Callable[[Sequence[str]], None]] = {
     "core": core,
     "learner": learner,
     "pipeline": pipeline,
+    "trl": trl,
     "turns": turns,
     "weights": weights,
 }

@@ -1,0 +1,123 @@
+"""`python -m tools.bench trl`: seconds per step of TRL's GRPO trainer and of ours, on one batch.
+
+Owns the comparison: the embedded default with the model, prompts, batch, objective and optimizer of
+`configs/demo.yaml`, all 8 responses of a prompt trained on. TRL generates with transformers, as it
+does by default, in this process; ours are runs of `tools.launch`. The first step of each is left
+out, since it loads what the others use. Needs the extra `dev`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from actors.verifiers import INLINE
+from buffer.data.sources import make_sources
+from configs import cli
+from configs.extras import import_extra
+from configs.objectives import objective
+from configs.schema import Config
+from tools.reporting.run_directory import RunDirectory
+
+STEPS = 13  # the first one is left out
+PLAIN = ["darts.policy=plain", "redundancy.rule=none", "eval.every=0"]
+
+
+def main() -> None:
+    config = cli.load(["--config", "demo", *PLAIN, f"run.steps={STEPS}"])
+    trl = import_extra("trl", "python -m tools.bench trl", "dev")
+    print(
+        f"{config.batch.groups} prompts of {config.darts.group_size} responses, {STEPS - 1} steps"
+    )
+    seconds = _trl(trl, config)
+    _row("TRL", seconds, fmean(seconds))
+    for mode in ("sync", "async"):
+        with tempfile.TemporaryDirectory() as folder:
+            ours = _ours(config, folder, mode)
+        _row(f"ours, {mode} plain", ours, fmean(seconds))
+
+
+def _row(name: str, seconds: list[float], trl: float) -> None:
+    print(
+        f"{name:<18}{fmean(seconds):7.2f} s per step (median {median(seconds):.2f}, "
+        f"{min(seconds):.2f} to {max(seconds):.2f}); TRL's over it: {trl / fmean(seconds):.1f}",
+        flush=True,
+    )
+
+
+def _trl(trl: Any, config: Config) -> list[float]:
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+
+    class Clock(TrainerCallback):
+        """When each step ended."""
+
+        ends: list[float] = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    verify = INLINE["tagged_sum"]
+
+    def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        # The text that TRL passes lacks the token that ends a right answer.
+        texts = tokenizer.batch_decode(completion_ids)
+        return [verify(prompt, text, "", {}) for prompt, text in zip(prompts, texts, strict=True)]
+
+    groups, size, adam = config.batch.groups, config.darts.group_size, config.optimizer
+    clip = objective(config.loss)
+    prompts = [payload.text for payload in make_sources(config).train.draw(groups * STEPS)]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.GRPOTrainer(
+            model=config.model.path,
+            reward_funcs=reward,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            callbacks=[Clock],
+            args=trl.GRPOConfig(
+                output_dir=folder,
+                max_steps=STEPS,
+                per_device_train_batch_size=groups * size,
+                num_generations=size,
+                max_completion_length=config.sampling.max_tokens,
+                temperature=config.sampling.temperature,
+                loss_type=config.loss.kind,
+                epsilon=clip.clip_low,
+                epsilon_high=clip.clip_high,
+                beta=0.0,
+                learning_rate=adam.lr,
+                lr_scheduler_type="constant",
+                adam_beta1=adam.betas[0],
+                adam_beta2=adam.betas[1],
+                weight_decay=adam.weight_decay,
+                max_grad_norm=adam.max_grad_norm,
+                bf16=False,
+                gradient_checkpointing=False,
+                use_cpu=True,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                log_level="error",
+            ),
+        )
+        trainer.train()
+    return _differences(Clock.ends)
+
+
+def _ours(config: Config, folder: str, mode: str) -> list[float]:
+    command = [sys.executable, "-m", "tools.launch", "--config", "demo", *PLAIN]
+    command += [f"run.steps={STEPS}", f"run.dir={folder}", f"run.name={mode}"]
+    command += [f"pipeline.mode={mode}", "launch.progress=none"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return _differences(RunDirectory.read(Path(folder) / mode).seconds())
+
+
+def _differences(ends: list[float]) -> list[float]:
+    return [after - before for before, after in pairwise(ends)]
