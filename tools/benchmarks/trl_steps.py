@@ -31,11 +31,10 @@ PLAIN = ["darts.policy=plain", "redundancy.rule=none", "eval.every=0"]
 
 def main() -> None:
     config = cli.load(["--config", "demo", *PLAIN, f"run.steps={STEPS}"])
-    trl = import_extra("trl", "python -m tools.bench trl", "dev")
     print(
         f"{config.batch.groups} prompts of {config.darts.group_size} responses, {STEPS - 1} steps"
     )
-    seconds = _trl(trl, config)
+    seconds = train_with_trl(config)
     _row("TRL", seconds, fmean(seconds))
     for mode in ("sync", "async"):
         with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +50,9 @@ def _row(name: str, seconds: list[float], trl: float) -> None:
     )
 
 
-def _trl(trl: Any, config: Config) -> list[float]:
+def train_with_trl(config: Config) -> list[float]:
+    """Seconds of each step but the first, on this machine's CPU."""
+    trl = import_extra("trl", "python -m tools.bench trl", "dev")
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
 

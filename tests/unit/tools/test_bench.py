@@ -9,8 +9,10 @@ import pytest
 
 from actors import verifier_workers
 from actors.verifier_limit import CANCELLED_S
+from configs import cli
 from tools import bench
-from tools.benchmarks import buffer, checkpoints, compiling, shared_prompts, turns
+from tools.benchmarks import buffer, checkpoints, compiling, shared_prompts, trl_steps, turns
+from tools.warm_start import build_model, build_tokenizer
 
 
 def test_the_core_bench_measures_progress_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,3 +106,17 @@ def test_the_compile_bench_compares_steps_of_one_process(
     monkeypatch.setattr(shared_prompts, "RESPONSE", 8)
     compiling.main()
     assert "ratio, median of 1 pairs" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_trl_bench_times_every_step_of_its_trainer_but_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without our own runs, which the tests of the pipeline are about."""
+    build_model(seed=0).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(trl_steps, "STEPS", 3)
+    small = ["batch.groups=2", "darts.group_size=2", "sampling.max_tokens=8"]
+    config = cli.load(["--config", "demo", f"model.path={tmp_path}", *trl_steps.PLAIN, *small])
+    seconds = trl_steps.train_with_trl(config)
+    assert len(seconds) == 2 and min(seconds) > 0
