@@ -83,6 +83,7 @@ SETS: dict[str, Variants] = {
         "random of 12": [*ASYNC, *FIXED, "darts.policy=random"],
         "as published": [*ASYNC, *ADAPTIVE, "darts.long_end=longest"],
         "darts, 12": [*ASYNC, *FIXED],
+        "darts, 12, none": [*ASYNC, *FIXED, "darts.long_end=none"],
         "darts, marginal": [*ASYNC, "redundancy.rule=marginal", "redundancy.upper=2.0"],
     },
     "live": {
