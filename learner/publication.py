@@ -29,7 +29,7 @@ class Publication:
         self._publisher, self._session = publisher, session
         self._background = Background("publication")
         self._newest: dict[str, float] = {}  # measurements of the newest version that was offered
-        self._waited_s, self._since_s = 0.0, time.monotonic()
+        self._waited_s, self._probe_s, self._since_s = 0.0, 0.0, time.monotonic()
         session.watch(self._background.check)
 
     def publish(self, model: PreTrainedModel, version: int, probe: Callable[[], bytes]) -> None:
@@ -41,11 +41,13 @@ class Publication:
         started = time.monotonic()
         self._background.wait()
         finish = self._publisher.copy(model, version)
+        copied = time.monotonic()
         logprobs = probe()
         if finish is not None:
             self._session.count(version)
             self._background.start(lambda: self._offer(finish, logprobs, started))
-        self._waited_s += time.monotonic() - started
+        self._waited_s += copied - started
+        self._probe_s += time.monotonic() - copied
 
     def wait(self) -> None:
         """Wait until the newest version is offered, for the end of a run."""
@@ -54,16 +56,17 @@ class Publication:
         self._waited_s += time.monotonic() - started
 
     def take_metrics(self) -> dict[str, float]:
-        """Seconds that training waited and bytes that engines got since the last call, and the
-        newest offer.
+        """Seconds that training waited, for publications and for the probe, and bytes that engines
+        got since the last call, and the newest offer.
         """
         now = time.monotonic()
-        waited_s, passed_s = self._waited_s, now - self._since_s
-        self._waited_s, self._since_s = 0.0, now
+        waited_s, probe_s, passed_s = self._waited_s, self._probe_s, now - self._since_s
+        self._waited_s, self._probe_s, self._since_s = 0.0, 0.0, now
         return (
             {
                 "publish/wait_s": waited_s,
                 "publish/wait_frac": waited_s / max(1e-9, passed_s),
+                "probe/wait_s": probe_s,
             }
             | self._publisher.take_metrics()
             | self._newest

@@ -183,7 +183,7 @@ def test_the_messages_of_a_run_have_the_right_order(reference: FakeBuffer) -> No
         *("train/logprob_diff", "train/logprob_diff_all", "train/step_s", "publish/seconds"),
         *("publish/bytes", "publish/wait_s", "publish/wait_frac", "wait/pull_s", "train/kl"),
         *("memory/learner_peak_bytes", "train/shared_tokens_frac", "checkpoint/wait_s"),
-        "train/portions",
+        *("train/portions", "probe/wait_s"),
     }
     saved = {"checkpoint/copy_s", "checkpoint/seconds"}  # the last step's, before its report
     for step, metrics in reference.trained.items():

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -52,7 +53,9 @@ def _row(name: str, seconds: list[float], trl: float) -> None:
 
 def train_with_trl(config: Config) -> list[float]:
     """Seconds of each step but the first, on this machine's CPU."""
-    trl = import_extra("trl", "python -m tools.bench trl", "dev")
+    with warnings.catch_warnings():  # about vLLM, which TRL is not to use here
+        warnings.simplefilter("ignore")
+        trl = import_extra("trl", "python -m tools.bench trl", "dev")
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
 

@@ -105,6 +105,7 @@ def test_a_slow_publication_delays_the_next_one_and_not_training(tmp_path: Path)
         assert session.calls[2:] == [("count", 1), ("announce", 1)]
         waited = publication.take_metrics()
         assert waited["publish/wait_s"] > 0.2 and 0.5 < waited["publish/wait_frac"] <= 1
+        assert 0 < waited["probe/wait_s"] < waited["publish/wait_s"]
         assert waited["publish/bytes"] == session.announced[1].num_bytes
         assert publication.take_metrics()["publish/wait_s"] == 0
 
