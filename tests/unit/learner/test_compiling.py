@@ -32,10 +32,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Any:
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Compiled code is kept per process, and so is the attention that it needs. Nothing is compiled
-    while coverage traces.
+    while coverage traces, or after a test of the actors has made the options of a CPU engine here.
     """
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     torch._dynamo.reset()
     trace = sys.gettrace()
     sys.settrace(None)
