@@ -1,4 +1,4 @@
-"""An anonymous file that nobody can change any more: the bytes of a snapshot in memory.
+"""An anonymous file that can no longer be changed: the bytes of a snapshot in memory.
 
 The kernel frees it with the last process that holds it, however that ends, so nothing is left of
 it. Knows nothing of snapshots. Used by `actors.inference.weights` and by the engines of a node,

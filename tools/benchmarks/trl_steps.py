@@ -22,6 +22,7 @@ from actors.verifiers import INLINE
 from buffer.data.sources import make_sources
 from configs import cli
 from configs.extras import import_extra
+from configs.model_path import check_model
 from configs.objectives import objective
 from configs.schema import Config
 from tools.reporting.run_directory import RunDirectory
@@ -32,6 +33,7 @@ PLAIN = ["darts.policy=plain", "redundancy.rule=none", "eval.every=0"]
 
 def main() -> None:
     config = cli.load(["--config", "demo", *PLAIN, f"run.steps={STEPS}"])
+    check_model(config.model.path)
     print(
         f"{config.batch.groups} prompts of {config.darts.group_size} responses, {STEPS - 1} steps"
     )
@@ -39,7 +41,7 @@ def main() -> None:
     _row("TRL", seconds, fmean(seconds))
     for mode in ("sync", "async"):
         with tempfile.TemporaryDirectory() as folder:
-            ours = _ours(config, folder, mode)
+            ours = _ours(folder, mode)
         _row(f"ours, {mode} plain", ours, fmean(seconds))
 
 
@@ -115,7 +117,7 @@ def train_with_trl(config: Config) -> list[float]:
     return _differences(Clock.ends)
 
 
-def _ours(config: Config, folder: str, mode: str) -> list[float]:
+def _ours(folder: str, mode: str) -> list[float]:
     command = [sys.executable, "-m", "tools.launch", "--config", "demo", *PLAIN]
     command += [f"run.steps={STEPS}", f"run.dir={folder}", f"run.name={mode}"]
     command += [f"pipeline.mode={mode}", "launch.progress=none"]

@@ -120,3 +120,11 @@ def test_the_trl_bench_times_every_step_of_its_trainer_but_the_first(
     config = cli.load(["--config", "demo", f"model.path={tmp_path}", *trl_steps.PLAIN, *small])
     seconds = trl_steps.train_with_trl(config)
     assert len(seconds) == 2 and min(seconds) > 0
+
+
+def test_the_trl_bench_says_which_command_makes_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="tools.warm_start models/tiny-reasoner"):
+        trl_steps.main()
