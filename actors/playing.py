@@ -137,7 +137,9 @@ class Player:
                     and outcome == "stop"
                     and len(rollout.turns) < self._config.data.max_turns
                 )
-                has_room = not continues or self._next_turn(rollout, step.observation or "")
+                has_room = not continues or (
+                    not rollout.curtailed and self._next_turn(rollout, step.observation or "")
+                )
                 ends = not continues or not has_room
                 if ends and step.observation is not None:
                     last_reward = await self._environment.finish(rollout.prompt, held.release())
@@ -176,6 +178,8 @@ class Player:
         # One that ended by itself before its cancel took effect needs only its reward, as a rule.
         if rollout.cancelled and (outcome == "abort" or self._environment.has_turns):
             return self.stopped(rollout)
+        if outcome == "abort" and rollout.curtailed:
+            return "length"
         if outcome not in ("stop", "length"):
             line = f"the engine gave up on a rollout of {rollout.prompt.name}, saying {outcome!r}"
             return msg.Failed(rollout_id=rollout.rollout_id, error=line)

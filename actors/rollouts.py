@@ -53,6 +53,7 @@ class Rollout:
     texts: list[str] = field(default_factory=list[str])
     follower: asyncio.Task[None] | None = None
     cancelled: bool = False
+    curtailed: bool = False  # it ends where it is, as at its length limit
     answer: Finished | Failed | Stopped | None = None
 
     @property

@@ -6,9 +6,9 @@ while that is down the engine decodes on, and after the next welcome the buffer 
 answers that it lacks. Decides nothing: the buffer says what to launch and what to cancel. Driven by
 commands from the buffer and by its engine; run by `actors.process`.
 
-Consumes Launch, Cancel, Settled, PolicyPublished, Shutdown. Waits for its engine, for verifiers and
-for snapshots, each in a task of its own, so that none holds up another. Unblocks the buffer with
-every Progress, Finished, Failed, Stopped and PolicyLoaded.
+Consumes Launch, Cancel, Curtail, Settled, PolicyPublished, Shutdown. Waits for its engine, for
+verifiers and for snapshots, each in a task of its own, so that none holds up another. Unblocks the
+buffer with every Progress, Finished, Failed, Stopped and PolicyLoaded.
 """
 
 from __future__ import annotations
@@ -195,6 +195,8 @@ class Worker:
                 self._launch(command)
             elif isinstance(command, msg.Cancel):
                 self._spawn(self._cancel(command.rollout_ids))
+            elif isinstance(command, msg.Curtail):
+                self._spawn(self._curtail(command.rollout_ids))
             elif isinstance(command, msg.Settled):
                 for rollout_id in command.rollout_ids:
                     self._rollouts.pop(rollout_id, None)
@@ -240,6 +242,13 @@ class Worker:
         for rollout in decoding:
             rollout.cancelled = True
         await self._abort(decoding)
+
+    async def _curtail(self, rollout_ids: list[int]) -> None:
+        """End them where they are. One that waits for its environment gets no further turn."""
+        found = [self._rollouts[i] for i in rollout_ids if i in self._rollouts]
+        for rollout in found:
+            rollout.curtailed = True
+        await self._abort([rollout for rollout in found if rollout.decodes])
 
     def _stop_scoring(self, rollout: Rollout) -> None:
         """Its verifier has not answered, and need not any more."""

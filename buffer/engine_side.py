@@ -37,11 +37,12 @@ class Outbox:
 
     launches: list[ev.Launch] = field(default_factory=list)
     cancels: list[int] = field(default_factory=list)
+    curtailed: list[int] = field(default_factory=list)
     settled: list[int] = field(default_factory=list)
 
 
 class EngineSide:
-    """`handle` takes messages, `launch` and `cancel` take decisions, `flush` sends them."""
+    """`handle` takes messages, `launch`, `cancel` and `curtail` decisions; `flush` sends them."""
 
     def __init__(self, run: RunState) -> None:
         self.run = run
@@ -120,7 +121,9 @@ class EngineSide:
         in_flight = run.core.engines.by_id[engine_id].in_flight
         agreed = rejoin.reconcile({i: r.runs for i, r in in_flight.items()}, set(hello.rollouts))
         launches = [rejoin.launch_again(in_flight[i]) for i in agreed.launch]
-        self._outboxes[engine_id] = Outbox(launches, agreed.cancel)
+        running = (*agreed.resend, *agreed.launch)
+        curtailed = [i for i in running if in_flight[i].curtailed]
+        self._outboxes[engine_id] = Outbox(launches, agreed.cancel, curtailed)
         welcome = msg.Welcome(
             policy=run.policy,
             resend={i: run.store.num_tokens(i) for i in agreed.resend},
@@ -184,6 +187,9 @@ class EngineSide:
             outbox.launches.remove(launched)
             self._never_sent.append(decision.rollout_id)
 
+    def curtail(self, decision: ev.Curtail) -> None:
+        self._outboxes[decision.engine_id].curtailed.append(decision.rollout_id)
+
     def flush(self) -> list[ev.Event]:
         """Send each engine its decisions: the launches of one group together, then the cancels."""
         outboxes, self._outboxes = self._outboxes, defaultdict(Outbox)
@@ -205,6 +211,8 @@ class EngineSide:
             self.run.send(peer, self._launch_message(launches))
         if outbox.cancels:
             self.run.send(peer, msg.Cancel(rollout_ids=outbox.cancels))
+        if outbox.curtailed:
+            self.run.send(peer, msg.Curtail(rollout_ids=outbox.curtailed))
         if outbox.settled:  # the events about them are logged before they are handled
             self.run.send(peer, msg.Settled(rollout_ids=outbox.settled))
 

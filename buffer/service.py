@@ -322,6 +322,8 @@ class Service:
                 self.engines.launch(decision)
             case ev.Cancel():
                 self.engines.cancel(decision)
+            case ev.Curtail():
+                self.engines.curtail(decision)
             case ev.Ship():
                 self.learner.ship(decision)
             case ev.Close():

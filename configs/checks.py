@@ -19,6 +19,7 @@ def check(config: Config) -> None:
     """Raise `ValueError` on the first combination of keys that cannot work."""
     for rule in (
         _group,
+        _relative_limit,
         _pilot,
         _rank,
         _updates,
@@ -46,6 +47,15 @@ def _group(config: Config) -> None:
             f"darts.num_long={darts.num_long}: must be < darts.group_size={darts.group_size}; "
             "otherwise no seat is left for the shortest responses (darts.long_end=none trains on "
             "only the shortest)"
+        )
+
+
+def _relative_limit(config: Config) -> None:
+    darts = config.darts
+    if 0 < darts.relative_limit <= 1:
+        raise ValueError(
+            f"darts.relative_limit={darts.relative_limit:g}: must be above 1, or 0 for no limit; "
+            "otherwise half of all responses would have to end early"
         )
 
 

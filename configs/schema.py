@@ -386,6 +386,15 @@ class SharedDarts:
         "reward_per_token (highest first, with rewards limited to 0..1, as in GFPO; needs "
         "darts.long_end=none).",
     )
+    relative_limit: float = key(
+        0.0,
+        "Length limit of a group's responses, as a multiple of its median: once half of its "
+        "responses have finished, one that is longer ends there, keeps the reward of its text so "
+        "far, and may take a seat. So waiting for a long response has a bound, and the policy "
+        "learns that it does not pay: a length penalty in effect. 3 to 4 leaves room for second "
+        "thoughts. 0: none. Applies to darts.policy=darts.",
+        ge=0,
+    )
     audit: float = key(
         0.0,
         "Share of the groups in which no rollout is cancelled, so that the ledger shows the "

@@ -39,6 +39,7 @@ class SavedRollout:
     reward: float | None
     overshoot: int
     has_waited: bool
+    curtailed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,7 @@ class SavedGroup:
     num_survivors_chosen: int
     selection: Selection | None
     review_above: float
+    curtail_above: float
     at_deadline: bool
     shipped_version: int
     portion: int
@@ -236,6 +238,7 @@ def _save_group(group: Group) -> SavedGroup:
         num_survivors_chosen=group.num_survivors_chosen,
         selection=group.selection,
         review_above=group.review_above,
+        curtail_above=group.curtail_above,
         at_deadline=group.at_deadline,
         shipped_version=group.shipped_version,
         portion=group.portion,
@@ -255,6 +258,7 @@ def _save_rollout(rollout: Rollout) -> SavedRollout:
         reward=rollout.reward,
         overshoot=rollout.overshoot,
         has_waited=rollout.has_waited,
+        curtailed=rollout.curtailed,
     )
 
 
@@ -278,6 +282,7 @@ def _restore_group(saved: SavedGroup) -> Group:
         is_uniform=saved.is_uniform,
         state=saved.state,
         review_above=saved.review_above,
+        curtail_above=saved.curtail_above,
         at_deadline=saved.at_deadline,
         shipped_version=saved.shipped_version,
         portion=saved.portion,
@@ -299,6 +304,7 @@ def _restore_group(saved: SavedGroup) -> Group:
             reward=row.reward,
             overshoot=row.overshoot,
             has_waited=row.has_waited,
+            curtailed=row.curtailed,
         )
     group.running = {r.rollout_id: r for r in group.rollouts.values() if r.runs}
     group.finished = sorted(

@@ -30,6 +30,7 @@ class CoreConfig:
     num_long: int = 1
     long_end: schema.LongEnd = "survivor"
     rank: Literal["length", "reward_per_token"] = "length"
+    relative_limit: float = 0.0
     audit: float = 0.0
     cancel: Literal["exact", "eager"] = "exact"
     fill_truncated: bool = True
@@ -59,6 +60,11 @@ class CoreConfig:
             raise ValueError(
                 f"darts.num_long={self.num_long}: must be >= 0 and < darts.group_size="
                 f"{self.group_size}; otherwise no seat is left for the shortest responses"
+            )
+        if 0 < self.relative_limit <= 1:
+            raise ValueError(
+                f"darts.relative_limit={self.relative_limit:g}: must be above 1, or 0 for no "
+                "limit; otherwise half of all responses would have to end early"
             )
         if self.pilot > self.group_size:
             raise ValueError(
@@ -108,6 +114,7 @@ def core_config(config: CoreKeys) -> CoreConfig:
         num_long=0 if darts.long_end == "none" else darts.num_long,
         long_end=darts.long_end,
         rank=darts.rank,
+        relative_limit=darts.relative_limit,
         audit=darts.audit,
         cancel=darts.cancel,
         fill_truncated=darts.fill_truncated,

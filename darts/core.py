@@ -257,7 +257,8 @@ class Core:
         rollout.tokens = event.num_tokens
         self.engines.take_slot(rollout)
         group = rollout.group
-        if event.num_tokens > group.review_above and event.rollout_id not in group.survivors:
+        is_past = event.num_tokens > group.review_above and event.rollout_id not in group.survivors
+        if is_past or (event.num_tokens > group.curtail_above and not rollout.curtailed):
             self._review(group)
 
     def _rollout_waits(self, event: ev.RolloutWaits) -> None:
@@ -277,7 +278,9 @@ class Core:
             check_result(rollout, event, self.policy_version)
             rollout.tokens, rollout.reward = event.num_tokens, event.reward
             rollout.oldest_version = event.oldest_version
-            end = RolloutState.TRUNCATED if event.truncated else RolloutState.FINISHED
+            rollout.curtailed = rollout.curtailed and event.truncated  # else it got there first
+            is_valid = rollout.curtailed or not event.truncated
+            end = RolloutState.FINISHED if is_valid else RolloutState.TRUNCATED
             rollout.group.end(rollout, end)
         else:
             self._count_overshoot(rollout, event.num_tokens)
@@ -597,6 +600,7 @@ class Core:
         """React to news of an open group: cancel rollouts, and settle it once it is decided."""
         if group.state is not GroupState.OPEN:
             return
+        self._curtail(group)
         if group.num_held and not self._pilot_is_over(group):
             return
         if len(group.finished) >= group.group_size:
@@ -611,6 +615,17 @@ class Core:
             self._settle(group, "past_selection")
         elif group.at_deadline:
             self._ship()
+
+    def _curtail(self, group: Group) -> None:
+        """Have rollouts end that are longer than the group's relative limit.
+
+        They run until their engine reports their ends, which count like those of others.
+        """
+        group.curtail_above = survivors.relative_cutoff(group, self.config)
+        for rollout in group.running.values() if group.curtail_above < inf else ():
+            if rollout.tokens > group.curtail_above and not rollout.curtailed:
+                rollout.curtailed = True
+                self._decisions.append(ev.Curtail(rollout.rollout_id, rollout.engine_id))
 
     def _pilot_is_over(self, group: Group) -> bool:
         """Judge the pilot: launch the rest, stop the group, or go on waiting (False)."""
@@ -677,7 +692,7 @@ class Core:
                 self.orphaned.remove(group)
             self.engines.withdraw(group)
         group.num_held = 0
-        group.review_above = inf
+        group.review_above = group.curtail_above = inf
 
     def _ship(self) -> None:
         """Answer the learner once its batch, or the next portion of it, is ready.

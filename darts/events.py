@@ -162,7 +162,8 @@ class RolloutWaits:
 class RolloutFinished:
     """A rollout ended by itself and was scored, which frees its slot.
 
-    If `truncated`, it reached its length limit: `sampling.max_tokens` or the end of the context.
+    If `truncated`, it reached its length limit: `sampling.max_tokens`, the end of the context, or
+    where a `Curtail` met it.
     """
 
     rollout_id: int
@@ -275,6 +276,7 @@ class RolloutRecord:
         number last reported.
     truncated: whether its length limit ended it. It may have been selected all the same.
     overshoot: number of tokens sampled between the decision to cancel it and its engine's stop.
+    curtailed: whether it ended at `darts.relative_limit`. It is not `truncated` then.
     index: which response of its group it is. A rollout that continues a lost one has its index.
     """
 
@@ -287,6 +289,7 @@ class RolloutRecord:
     truncated: bool = False
     overshoot: int = 0
     index: int = 0
+    curtailed: bool = False
 
 
 @frozen
@@ -375,6 +378,17 @@ class Cancel:
 
 
 @frozen
+class Curtail:
+    """End a rollout where it is, as if at its length limit: it is scored, and may be selected.
+
+    It runs until it has finished. One that ends by itself before it hears of this is a legal race.
+    """
+
+    rollout_id: int
+    engine_id: str
+
+
+@frozen
 class Ship:
     """Hand the selected trajectories of this group to the learner, for a portion of `step`."""
 
@@ -437,6 +451,6 @@ class RememberRewards:
 
 
 Decision = Union[
-    OpenGroup, Launch, Cancel, Ship, Close, Drop, Evaluated, CountOvershoot, RememberLengths,
-    RememberRewards,
+    OpenGroup, Launch, Cancel, Curtail, Ship, Close, Drop, Evaluated, CountOvershoot,
+    RememberLengths, RememberRewards,
 ]  # fmt: skip

@@ -49,6 +49,7 @@ def step_row(
         **_lengths("selected", [r.tokens for r in selected]),
         "darts/budget_mean": float(np.mean([record.budget for record in records])),
         "darts/cancelled_frac": float(np.mean([r.end == "cancelled" for r in rollouts])),
+        "darts/curtailed_frac": float(np.mean([r.curtailed for r in rollouts])),
         "darts/uniform_frac": (sum(record.uniform for record in records) + num_replaced)
         / (len(records) + num_replaced),
         "darts/replaced_groups": num_replaced,

@@ -39,6 +39,7 @@ class TrueRollout:
     cancel_reason: str = ""
     waits: bool = False  # for its environment, and holds no slot
     has_waited: bool = False
+    curtailed: bool = False  # was told to end at the relative limit
 
 
 @dataclass
@@ -142,13 +143,20 @@ class World:
         return [r for r in self.rollouts.values() if r.end == "cancelling"]
 
     def advance(self, rollout: TrueRollout, num_tokens: int) -> None:
-        """Decode tokens. A rollout finishes at its true length, even if cancelled meanwhile."""
+        """Decode tokens. A rollout finishes at its true length, even if cancelled meanwhile, or
+        soon after it was told to end.
+        """
         rollout.waits = False
+        if rollout.curtailed:
+            num_tokens = min(num_tokens, 2)
         rollout.tokens = min(rollout.length, rollout.tokens + num_tokens)
+        rollout.curtailed = rollout.curtailed and rollout.tokens < rollout.length
+        if rollout.curtailed:
+            rollout.length = rollout.tokens
         if rollout.tokens < rollout.length:
             self.send(ev.RolloutProgressed(rollout.rollout_id, rollout.tokens))
         else:
-            truncated = rollout.length >= self.config.max_tokens
+            truncated = rollout.curtailed or rollout.length >= self.config.max_tokens
             rollout.end = "raced" if rollout.end == "cancelling" else "finished"
             self.send(
                 ev.RolloutFinished(
@@ -282,6 +290,8 @@ class World:
                 self.check_launch(decision)
             case ev.Cancel():
                 self.check_cancel(decision)
+            case ev.Curtail():
+                self.check_curtail(decision)
             case ev.Ship():
                 self.check_ship(decision)
             case ev.Close():
@@ -356,6 +366,18 @@ class World:
         assert rollout.end == "" and rollout.engine_id == cancel.engine_id
         rollout.end, rollout.cancel_reason = "cancelling", cancel.reason
 
+    def check_curtail(self, curtail: ev.Curtail) -> None:
+        """It is longer than the limit, by the shortest median that the group can have."""
+        rollout, limit = self.rollouts[curtail.rollout_id], self.config.relative_limit
+        assert rollout.end == "" and rollout.engine_id == curtail.engine_id
+        assert not rollout.curtailed and limit and self.config.policy == "darts"
+        group = [r for r in self.rollouts.values() if r.group_id == rollout.group_id]
+        finished = sorted(r.tokens for r in group if r.end == "finished")
+        num_launched = sum(r.end != "lost" for r in group)
+        assert rollout.tokens > limit * finished[math.ceil(num_launched / 2) - 1]
+        assert self.opened[rollout.group_id].purpose == "train"
+        rollout.curtailed = True
+
     def check_ship(self, ship: ev.Ship) -> None:
         record = ship.record
         assert (
@@ -397,7 +419,9 @@ class World:
                 assert row.end == "cancelled"
             else:
                 assert row.end in ("selected_short", "selected_long", "discarded", "truncated")
-                assert row.truncated == (truth.length >= self.config.max_tokens)
+                assert row.curtailed == truth.curtailed
+                at_limit = truth.length >= self.config.max_tokens
+                assert row.truncated == (at_limit and not truth.curtailed)
 
     def count(self, record: ev.GroupRecord) -> None:
         for row in record.rollouts:
@@ -441,6 +465,7 @@ class FakeRollout:
     length: int
     versions: list[int] = field(default_factory=list)  # version of each token sampled here
     num_sent: int = 0  # tokens of the whole row, including the prompt
+    curtailed: bool = False
     answer: msg.Finished | msg.Failed | msg.Stopped | None = None
 
     @property
@@ -602,6 +627,11 @@ class FakeEngine(threading.Thread):
                             text=f"cut {rollout_id}",
                         )
                         link.send(rollout.answer)
+            case msg.Curtail():
+                for rollout_id in message.rollout_ids:
+                    rollout = self.held.get(rollout_id)
+                    if rollout is not None and rollout.answer is None:
+                        rollout.curtailed, rollout.length = True, rollout.num_tokens
             case msg.Settled():
                 for rollout_id in message.rollout_ids:
                     self.held.pop(rollout_id, None)
@@ -633,7 +663,7 @@ class FakeEngine(threading.Thread):
                 rollout.answer = msg.Finished(
                     rollout_id=rollout.rollout_id,
                     num_tokens=rollout.length,
-                    truncated=rollout.length >= self.max_tokens,
+                    truncated=rollout.curtailed or rollout.length >= self.max_tokens,
                     reward=float(self.rng.random() < self.pass_rate),
                     text="x" * rollout.length,
                 )

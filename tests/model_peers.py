@@ -29,6 +29,7 @@ class Response:
     prefix: list[int]
     sampled: list[tuple[int, int]] = field(default_factory=list)  # (token, version)
     num_sent: int = 0  # of the row, prompt included
+    curtailed: bool = False
     answer: msg.Finished | msg.Failed | msg.Stopped | None = None
 
     @property
@@ -61,7 +62,7 @@ class Response:
         text = sampled.text([*self.prefix, *(token for token, _ in self.sampled)])
         return msg.Finished(
             rollout_id=self.rollout_id, num_tokens=self.num_tokens,
-            truncated=self.num_tokens >= MAX_TOKENS, reward=sampled.score("", text, "", {}),
+            truncated=self.curtailed or self.num_tokens >= MAX_TOKENS, reward=sampled.score("", text, "", {}),
             text=text,
         )  # fmt: skip
 
@@ -168,6 +169,13 @@ class ModelEngine(Peer):
                             text=f"cut {rollout_id}",
                         )
                         self.send(response.answer)
+            case msg.Curtail():
+                for rollout_id in message.rollout_ids:
+                    response = self.held.get(rollout_id)
+                    if response is not None and response.answer is None:
+                        response.curtailed = True
+                        response.answer = response.finished()
+                        self._tell(response)
             case msg.Settled():
                 for rollout_id in message.rollout_ids:
                     self.held.pop(rollout_id, None)

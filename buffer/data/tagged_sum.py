@@ -40,10 +40,8 @@ class Grammar:
     careful_frac: float = 0.06
     careful_error: float = 0.04
     careful_stop: float = 0.8
-    ramble_frac: float = 0.13
-    ramble_error: float = 0.3
-    ramble_flip: float = 0.35
-    ramble_loops: float = 20.0  # median
+    ramble_frac: float = 0.2
+    ramble_loops: float = 28.0  # median
 
 
 FULL = Grammar()
@@ -53,9 +51,7 @@ CLEAN = Grammar(  # with more second passes than the full grammar has, so that t
     careful_frac=0.28,
     careful_error=0,
     careful_stop=0.65,
-    ramble_error=0,
-    ramble_flip=0,
-    ramble_loops=10.0,
+    ramble_loops=14.0,
 )
 SINGLE_PASS = Grammar(first_error=0, deep_error=0, careful_frac=0, ramble_frac=0)
 
@@ -126,12 +122,7 @@ def _draw_trace(random: Random, digits: list[int], grammar: Grammar) -> str:
     elif habit < grammar.careful_frac + grammar.ramble_frac:
         loops = grammar.ramble_loops * math.exp(random.gauss(0.0, RAMBLE_SPREAD))
         for _ in range(max(1, round(loops))):
-            loop = random.random()
-            if loop < 0.15:
-                redo(grammar.ramble_error)
-            elif loop < 0.65:
-                if random.random() < grammar.ramble_flip:
-                    total = _mistaken(random, total)
+            if random.random() < 0.5:
                 parts.append(f"wait {TAGS[len(digits) - 1]}{digits[-1]}={total:02d}ok.")
             else:
                 parts.append("hmm." * random.randint(1, 3))

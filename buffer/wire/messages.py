@@ -165,8 +165,8 @@ class Progress(Message):
 class Finished(Message):
     """A rollout ended by itself and was scored. All its chunks were sent before.
 
-    `num_tokens` counts its sampled tokens. `truncated`: it reached its length limit, either
-    `sampling.max_tokens` or the end of the context.
+    `num_tokens` counts its sampled tokens. `truncated`: it reached its length limit, which is
+    `sampling.max_tokens`, the end of the context, or where a `Curtail` met it.
     """
 
     rollout_id: Whole
@@ -314,6 +314,12 @@ class Cancel(Message):
     rollout_ids: list[int]
 
 
+class Curtail(Message):
+    """End these rollouts where they are, as at their length limit; answer each with `Finished`."""
+
+    rollout_ids: list[int]
+
+
 class Welcome(Message):
     """The buffer accepts an engine.
 
@@ -343,7 +349,7 @@ class PolicyPublished(Message):
 
 
 EngineCommand = Union[
-    Welcome, Launch, Cancel, Settled, PolicyPublished, Heartbeat, HelloAgain, Shutdown
+    Welcome, Launch, Cancel, Curtail, Settled, PolicyPublished, Heartbeat, HelloAgain, Shutdown
 ]
 
 

@@ -108,10 +108,13 @@ def recorded_prompts(path: Path, pattern: PatternKeys) -> list[SimPrompt]:
 
 
 def _fit(rollouts: Sequence[dict[str, Any]]) -> lengths.LengthStats | None:
-    finished = [r["tokens"] for r in rollouts if r["reward"] is not None and not r["truncated"]]
-    bounds = [
-        r["tokens"] for r in rollouts if (r["reward"] is None or r["truncated"]) and r["tokens"] > 0
+    ended = [
+        r
+        for r in rollouts
+        if r["reward"] is not None and not r["truncated"] and not r.get("curtailed")
     ]
+    finished = [r["tokens"] for r in ended]
+    bounds = [r["tokens"] for r in rollouts if r not in ended and r["tokens"] > 0]
     return lengths.update(None, finished, bounds, lengths.POOL_PRIOR) if finished else None
 
 

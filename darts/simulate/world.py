@@ -159,6 +159,10 @@ class Simulation:
                     self._at(
                         self.now + self.config.engines.cancel_s, self._stop, decision.rollout_id
                     )
+                case ev.Curtail():
+                    self._at(
+                        self.now + self.config.engines.cancel_s, self._curtail, decision.rollout_id
+                    )
                 case ev.OpenGroup():
                     self._open(decision)
                 case ev.Ship():
@@ -265,6 +269,16 @@ class Simulation:
         engine = self._changing(rollout.engine.engine_id)
         engine.remove(rollout)
         self._send(ev.RolloutStopped(rollout_id, rollout.tokens))
+
+    def _curtail(self, rollout_id: int) -> None:
+        """It ends where it is, without an answer."""
+        rollout = self._rollouts.get(rollout_id)
+        if rollout is None or rollout_id in self._cancelled:
+            return
+        engine = self._changing(rollout.engine.engine_id)
+        engine.remove(rollout)
+        rollout.length, rollout.truncated, rollout.reward = rollout.tokens, True, 0.0
+        self._finish(rollout)
 
     def _report_latency(self, engine: SimEngine) -> None:
         batch = len(engine.decoding)

@@ -69,6 +69,7 @@ class Rollout:
     reward: float | None = None
     overshoot: int = 0  # tokens sampled after the decision to cancel
     has_waited: bool = False  # for an environment, which only its engine has
+    curtailed: bool = False  # was told to end at `darts.relative_limit`
 
     @property
     def runs(self) -> bool:
@@ -107,6 +108,8 @@ class Group:
     state: GroupState = GroupState.OPEN
     # A rollout in flight that is longer than this may have to be cancelled.
     review_above: float = inf
+    # A rollout in flight that is longer than this has to end there.
+    curtail_above: float = inf
     at_deadline: bool = False  # may be released once `group_size` rollouts have finished
     shipped_version: int = -1
     portion: int = 0  # of its step, once it has shipped
@@ -169,13 +172,14 @@ class Group:
 
     def observed_lengths(self) -> tuple[list[int], list[int]]:
         """Exact lengths, and lower bounds from rollouts that were cut off before their end."""
-        bounds = [c.tokens for c in self.truncated]
+        curtailed = [c for c in self.finished if self.rollouts[c.rollout_id].curtailed]
+        bounds = [c.tokens for c in (*self.truncated, *curtailed)]
         bounds += [
             r.tokens
             for r in self.rollouts.values()
             if r.state is RolloutState.CANCELLED and r.tokens
         ]
-        return [c.tokens for c in self.finished], bounds
+        return [c.tokens for c in self.finished if c not in curtailed], bounds
 
     def ended_lengths(self) -> list[int]:
         """Lengths of responses that ended by themselves or at the limit."""
@@ -195,6 +199,7 @@ class Group:
                 end=seats.get(r.rollout_id) or _end_unselected(r),
                 oldest_version=r.oldest_version,
                 truncated=r.state is RolloutState.TRUNCATED,
+                curtailed=r.curtailed and r.state is RolloutState.FINISHED,
                 overshoot=r.overshoot,
                 index=r.index,
             )

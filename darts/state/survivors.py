@@ -1,4 +1,5 @@
-"""Rollouts in flight that can no longer be selected, and the long ones among them that survive.
+"""Rollouts in flight that can no longer be selected, the long ones among them that survive, and
+those that have to end where they are.
 
 Pure, except for the generator that breaks ties and the group's own list of survivors. Driven by
 `darts.core.Core`. Source: our online form of DARTS (arXiv 2605.30859). Let s_j be the length of the
@@ -8,7 +9,7 @@ short seats. If `long_end=survivor`, the longest such rollouts keep running and 
 
 from __future__ import annotations
 
-from math import inf
+from math import ceil, inf
 from random import Random
 
 from darts.config import CoreConfig
@@ -31,6 +32,20 @@ def short_cutoff(group: Group, config: CoreConfig) -> float:
     if group.long_end == "longest" or num_short == 0 or len(group.finished) < group.group_size:
         return inf
     return group.finished[num_short - 1].tokens
+
+
+def relative_cutoff(group: Group, config: CoreConfig) -> float:
+    """The length above which a rollout in flight has to end; inf while unknown, or without a limit.
+
+    It is `darts.relative_limit` times the median length, known once half of the group's rollouts
+    have finished. As more of them finish it can only fall, so none is cut too short.
+    """
+    if not config.relative_limit or config.policy != "darts" or group.purpose != "train":
+        return inf
+    half = ceil((group.budget - group.num_held) / 2)
+    if group.audit or len(group.finished) < half:
+        return inf
+    return config.relative_limit * group.finished[half - 1].tokens
 
 
 def take_past_selection(group: Group, rng: Random) -> list[Rollout]:

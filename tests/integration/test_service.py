@@ -36,7 +36,8 @@ def make_config(folder: Path, port: int, *overrides: str) -> Config:
             f"buffer.address=tcp://127.0.0.1:{port}", f"batch.groups={GROUPS}",
             f"darts.group_size={SIZE}", "redundancy.rule=fixed", "redundancy.upper=1.5",
             "sampling.max_tokens=64", "eval.every=2", "eval.num_prompts=5",
-            "staleness.max_lag=2", "buffer.peer_timeout_s=3", "data.num_prompts=500", *overrides,
+            "staleness.max_lag=2", "buffer.peer_timeout_s=3", "data.num_prompts=500",
+            "darts.relative_limit=1.5", *overrides,
         ]
     )  # fmt: skip
 
@@ -114,6 +115,23 @@ def test_tokens_count_as_trained_if_the_learner_reports_them(finished: Any) -> N
     for row, cumulative in zip(metrics, in_loss, strict=True):
         assert row["tokens/trained"] == cumulative - (row["step"] + 1)
         assert row["tokens/without_signal"] >= row["step"] + 1
+
+
+def test_responses_that_reached_the_relative_limit_are_trained_on(finished: Any) -> None:
+    """They are not truncated, and the learner gets those that have a gradient."""
+    groups = rows(finished[0], "groups.jsonl")
+    curtailed = [
+        rollout
+        for group in groups
+        if group["end"] == "shipped"
+        for rollout in group["rollouts"]
+        if rollout["curtailed"]
+    ]
+    assert curtailed and not any(r["truncated"] for r in curtailed)
+    long = {r["rollout_id"] for r in curtailed if r["end"] == "selected_long"}
+    trained = {t.rollout_id for shard in finished[1].shards for t in shard.trajectories}
+    assert long & trained
+    assert any(row["darts/curtailed_frac"] > 0 for row in rows(finished[0], "metrics.jsonl"))
 
 
 def test_every_row_has_the_difference_between_engines_and_learner(finished: Any) -> None:

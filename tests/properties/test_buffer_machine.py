@@ -50,7 +50,7 @@ CONFIG = cli.load(
     "redundancy.upper=1.5", f"sampling.max_tokens={MAX_TOKENS}", "data.num_prompts=50",
     f"staleness.max_lag={MAX_LAG}", "buffer.segment_bytes=4000", "buffer.fsync_s=0.05",
     "buffer.rejoin_timeout_s=1e9", "buffer.step_timeout_s=1e9", "data.on_error=skip",
-    "data.max_skipped_frac=1",
+    "data.max_skipped_frac=1", "darts.relative_limit=1.2",
     ]
 )  # fmt: skip
 

@@ -38,6 +38,7 @@ CONFIGS = st.builds(
     long_end=st.sampled_from(["none", "survivor", "longest"]),
     cancel=st.sampled_from(["exact", "eager"]),
     rank=st.sampled_from(["length", "length", "reward_per_token"]),
+    relative_limit=st.sampled_from([0.0, 0.0, 1.5, 3.0]),
     audit=st.sampled_from([0.0, 0.0, 0.5]),
     fill_truncated=st.booleans(),
     uniform=st.sampled_from(["train", "drop"]),

@@ -73,8 +73,7 @@ def counterfactual(
 def _full_lengths(rollouts: list[Row], stats: LengthStats, max_tokens: int) -> list[float]:
     """The lengths of a group's responses, of which those of cancelled ones are estimates."""
     return [
-        r["tokens"]
-        + (expected_rest(stats, r["tokens"], max_tokens) if r["end"] == "cancelled" else 0.0)
+        r["tokens"] + (expected_rest(stats, r["tokens"], max_tokens) if _cut(r) else 0.0)
         for r in rollouts
     ]
 
@@ -91,9 +90,7 @@ def fit_lengths(groups: Iterable[Row]) -> Iterable[tuple[list[Row], LengthStats]
         if group["end"] != "shipped" or not rollouts:
             continue
         finished = [r["tokens"] for r in rollouts if _finished(r)]
-        bounds = [
-            r["tokens"] for r in rollouts if r["end"] in ("cancelled", "truncated") and r["tokens"]
-        ]
+        bounds = [r["tokens"] for r in rollouts if not _finished(r) and r["tokens"]]
         stats = update(prompts.get(group["prompt_id"]), finished, bounds, pool)
         pool = update_pool(pool, stats)
         prompts[group["prompt_id"]] = stats
@@ -121,6 +118,9 @@ def expected_longest(lengths: Sequence[float], num: int) -> float:
 
 
 def _finished(rollout: Row) -> bool:
-    return rollout["end"] in ("selected_short", "selected_long", "discarded") and not rollout.get(
-        "truncated"
-    )
+    ended = rollout["end"] in ("selected_short", "selected_long", "discarded")
+    return ended and not rollout.get("truncated") and not rollout.get("curtailed")
+
+
+def _cut(rollout: Row) -> bool:
+    return rollout["end"] == "cancelled" or rollout.get("curtailed", False)

@@ -70,6 +70,9 @@ class Story:
                 tokens = self._tokens.get(decision.rollout_id, 0)
                 reason = decision.reason.replace("_", " ")
                 yield f"cancel rollout {decision.rollout_id} at {tokens} tokens ({reason})"
+            case ev.Curtail(rollout_id) if rollout_id in self._rollouts:
+                tokens = self._tokens.get(rollout_id, 0)
+                yield f"end rollout {rollout_id} at {tokens} tokens (relative limit)"
             case ev.Ship(step, record) if record.group_id in self._groups:
                 yield (
                     f"ship group {record.group_id} for step {step}: "

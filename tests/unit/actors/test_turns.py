@@ -17,7 +17,7 @@ from actors.prompts import observation_ids
 from actors.verifier_limit import CANCELLED_S, Limit
 from actors.verifier_load import Step
 from buffer.records.trajectories import TrajectoryStore
-from buffer.wire.messages import Cancel, Failed, Finished, Stopped, Trajectory, Welcome
+from buffer.wire.messages import Cancel, Curtail, Failed, Finished, Stopped, Trajectory, Welcome
 from configs.schema import DataConfig
 from learner.packs.batch import make_packs
 from tests.unit.actors.test_environments import config_of, payload
@@ -148,6 +148,28 @@ def test_a_cancel_in_the_second_turn_is_answered_once(phase: str) -> None:
     (answer,) = scene.answers()
     assert answer == Stopped(rollout_id=1, num_tokens=4, text="3\n20\n4")
     assert "1.2" not in scene.engine.launched
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_curtailed_rollout_gets_no_further_turn_but_its_last_reward(waits: bool) -> None:
+    async def script(scene: Scene) -> None:
+        prepare(scene, [20], [21])
+        if waits:
+            scene.environment.release.clear()
+            await respond(scene, 0, 3, EOS)
+            await scene.until(lambda: len(scene.environment.scored) == 1)
+        else:
+            await respond(scene, 0, 3, 4, end=None)
+        rollout = scene.worker._rollouts[1]
+        scene.link.incoming.put(Curtail(rollout_ids=[1]))
+        await scene.until(lambda: rollout.curtailed)
+        scene.environment.release.set()
+        await scene.answered(1)
+
+    scene = play(script)
+    (answer,) = scene.answers()
+    assert isinstance(answer, Finished) and answer.truncated and answer.num_tokens == 2
+    assert list(scene.engine.launched) == ["1"] and scene.environment.finished == ["x"]
 
 
 def test_a_failed_step_is_a_failure_and_no_reward() -> None:

@@ -23,6 +23,7 @@ from buffer.wire.client import LinkLost
 from buffer.wire.messages import (
     Cancel,
     Chunk,
+    Curtail,
     EngineHello,
     EngineReport,
     Failed,
@@ -539,6 +540,54 @@ def test_a_cancel_of_an_answered_rollout_is_not_answered_again() -> None:
         await asyncio.sleep(0.02)
 
     assert len(play(script).answers()) == 1
+
+
+# Relative limits: an early end with a reward ----------------------------------------------------
+
+
+def test_a_curtailed_rollout_ends_where_it_is_and_is_scored() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        scene.engine.sample(1, 3)
+        scene.link.incoming.put(Curtail(rollout_ids=[1, 99]))
+        await scene.answered(1)
+
+    scene = play(script)
+    (answer,) = scene.answers()
+    assert isinstance(answer, Finished)
+    assert (answer.num_tokens, answer.truncated) == (1, True)
+    assert scene.environment.scored == ["3"] and scene.sampled(1) == [(-1, [3])]
+
+
+def test_a_rollout_that_ends_while_it_is_curtailed_is_complete() -> None:
+    async def script(scene: Scene) -> None:
+        scene.environment.release.clear()
+        scene.launch(1)
+        await scene.running(1)
+        scene.engine.sample(1, EOS, end="stop")
+        await scene.until(lambda: bool(scene.environment.scored))
+        scene.link.incoming.put(Curtail(rollout_ids=[1]))
+        await asyncio.sleep(0.02)
+        scene.environment.release.set()
+        await scene.answered(1)
+
+    (answer,) = play(script).answers()
+    assert isinstance(answer, Finished) and not answer.truncated
+
+
+def test_a_cancel_overrides_a_curtailment() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch(1)
+        await scene.running(1)
+        scene.engine.sample(1, 3)
+        rollout = scene.worker._rollouts[1]
+        rollout.curtailed = True
+        scene.link.incoming.put(Cancel(rollout_ids=[1]))
+        await scene.answered(1)
+
+    (answer,) = play(script).answers()
+    assert isinstance(answer, Stopped)
 
 
 # Policies ----------------------------------------------------------------------------------------

@@ -83,6 +83,7 @@ def scene(
             [
                 f"run.dir={tmp_path}", "run.trackers=[]", "batch.groups=2", "darts.group_size=2",
                 "redundancy.rule=none", "sampling.max_tokens=40", "eval.every=0",
+                "darts.relative_limit=2",
                 f"buffer.address=tcp://127.0.0.1:{free_port()}", "data.num_prompts=50",
             ]
         )
@@ -125,6 +126,23 @@ def test_a_cancel_is_repeated_or_needs_no_answer(scene: Scene) -> None:
     cancelled = [i for _, m in scene.sent if isinstance(m, msg.Cancel) for i in m.rollout_ids]
     assert sorted(cancelled) == [listed, *rest]
     assert unlisted not in scene.run.core.rollouts and listed in scene.run.core.rollouts
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_a_rollout_that_has_to_end_early_is_told_again(scene: Scene, is_listed: bool) -> None:
+    """Also one of which the engine has heard neither the launch nor that."""
+    short, long, *rest = scene.rollouts
+    scene.progress(short, 7)
+    finished = msg.Finished(rollout_id=short, num_tokens=1, truncated=False, reward=1.0, text="")
+    scene.service._receive(b"1", finished)
+    scene.progress(long, 7, 8, 9)
+    assert scene.run.core.rollouts[long].curtailed
+    scene.hello(b"2", *([long] if is_listed else []), *rest)
+    told = [m.rollout_ids for _, m in scene.sent if isinstance(m, msg.Curtail)]
+    assert told == [[long]]
+    order = [type(m) for to, m in scene.sent if to == b"2"]
+    assert order.index(msg.Welcome) < order.index(msg.Curtail)
+    assert is_listed or order.index(msg.Launch) < order.index(msg.Curtail)
 
 
 def test_rollouts_that_are_over_are_forgotten(scene: Scene) -> None:

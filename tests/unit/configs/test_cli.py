@@ -248,6 +248,7 @@ def test_a_malformed_file_is_refused_by_name(tmp_path: Path, content: str) -> No
         (["batch.stream=group", "batch.updates=2"], ["batch.stream=group", "batch.updates=1"]),
         (["loss.overlong_buffer=513"], ["loss.overlong_buffer=513", "sampling.max_tokens=512"]),
         (["darts.pilot=9"], ["darts.pilot=9", "darts.group_size=8"]),
+        (["darts.relative_limit=0.9"], ["darts.relative_limit=0.9", "above 1"]),
         (["darts.rank=reward_per_token"], ["darts.rank", "darts.long_end"]),
         (["buffer.address=localhost:5577"], ["buffer.address=localhost:5577", "tcp://"]),
         (["buffer.address=tcp://127.0.0.1:65535"], ["buffer.address", "65534"]),
