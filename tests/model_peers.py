@@ -62,8 +62,8 @@ class Response:
         text = sampled.text([*self.prefix, *(token for token, _ in self.sampled)])
         return msg.Finished(
             rollout_id=self.rollout_id, num_tokens=self.num_tokens,
-            truncated=self.curtailed or self.num_tokens >= MAX_TOKENS, reward=sampled.score("", text, "", {}),
-            text=text,
+            truncated=self.curtailed or self.num_tokens >= MAX_TOKENS,
+            reward=sampled.score("", text, "", {}), text=text,
         )  # fmt: skip
 
 
