@@ -2,8 +2,9 @@
 
     A8B3C7D3=    ->    A8=08,B3=11,C7=18,D3=31.again A8=08,B3=11,C7=18,D3=21.no.#21<eos>
 
-Traces imitate a reasoner's habits: answers at once, repairs after a second look (long and right),
-and useless loops (long and wrong), so that response lengths are long-tailed within a prompt.
+Traces imitate a reasoner's habits: answers at once, repairs after a second look (longer, and mostly
+right), and dithering, which repeats what is known and changes nothing (very long, and as often
+right as an answer at once). So response lengths are long-tailed within a prompt.
 `prompts` draws problems from here, the actors' environments score with `score`, `tools.warm_start`
 trains on traces. Owns no randomness: the caller passes a `Random`.
 """
@@ -20,7 +21,7 @@ EOS = "<eos>"
 MIN_DIGITS, MAX_DIGITS = 3, 6
 MAX_PROBLEMS = sum(9**n for n in range(MIN_DIGITS, MAX_DIGITS + 1))
 MAX_TRACE_TOKENS = 512  # <eos> included
-RAMBLE_SPREAD = 0.9  # standard deviation of the logarithm of the number of loops
+DITHER_SPREAD = 0.9  # standard deviation of the logarithm of the number of loops
 TOKEN = re.compile(
     r"[a-z]+|<eos>|[^a-z]"
 )  # the tokenizer's split: words, otherwise single characters
@@ -32,7 +33,7 @@ _ANSWER = re.compile(r"#([0-9]{2})" + re.escape(EOS))
 @dataclass(frozen=True)
 class Grammar:
     """How traces go wrong and on. Error rates are per added digit, `deep_error` that of the first
-    pass over a deep prompt. A trace that is neither careful nor a rambler stops after one pass.
+    pass over a deep prompt. A trace that is neither careful nor dithers stops after one pass.
     """
 
     first_error: float = 0.14
@@ -40,8 +41,8 @@ class Grammar:
     careful_frac: float = 0.06
     careful_error: float = 0.04
     careful_stop: float = 0.8
-    ramble_frac: float = 0.2
-    ramble_loops: float = 28.0  # median
+    dither_frac: float = 0.4
+    dither_loops: float = 28.0  # median
 
 
 FULL = Grammar()
@@ -51,9 +52,9 @@ CLEAN = Grammar(  # with more second passes than the full grammar has, so that t
     careful_frac=0.28,
     careful_error=0,
     careful_stop=0.65,
-    ramble_loops=14.0,
+    dither_loops=14.0,
 )
-SINGLE_PASS = Grammar(first_error=0, deep_error=0, careful_frac=0, ramble_frac=0)
+SINGLE_PASS = Grammar(first_error=0, deep_error=0, careful_frac=0, dither_frac=0)
 
 
 def draw_problem(random: Random, max_digits: int = MAX_DIGITS) -> str:
@@ -119,8 +120,8 @@ def _draw_trace(random: Random, digits: list[int], grammar: Grammar) -> str:
         redo(grammar.careful_error)
         while random.random() >= grammar.careful_stop:
             redo(grammar.careful_error)
-    elif habit < grammar.careful_frac + grammar.ramble_frac:
-        loops = grammar.ramble_loops * math.exp(random.gauss(0.0, RAMBLE_SPREAD))
+    elif habit < grammar.careful_frac + grammar.dither_frac:
+        loops = grammar.dither_loops * math.exp(random.gauss(0.0, DITHER_SPREAD))
         for _ in range(max(1, round(loops))):
             if random.random() < 0.5:
                 parts.append(f"wait {TAGS[len(digits) - 1]}{digits[-1]}={total:02d}ok.")

@@ -85,6 +85,8 @@ def trained(
             folder,
             free_port(),
             "run.steps=16",
+            "redundancy.rule=fixed",  # so that something is cancelled in each step
+            "redundancy.upper=1.5",
             "eval.every=16",
             "eval.num_prompts=128",
             "eval.samples_per_prompt=2",
@@ -138,6 +140,23 @@ def test_cancels_free_their_slots(trained: tuple[Path, int, str]) -> None:
     assert sum("cancel/freed_p99_ms" in row for row in metrics) >= len(metrics) // 2
     ends = [r["end"] for row in rows(trained[0], "groups.jsonl") for r in row["rollouts"]]
     assert ends.count("cancelled") > len(metrics)  # more than one in a step
+
+
+def test_responses_at_the_relative_limit_are_scored_and_trained_on(
+    trained: tuple[Path, int, str],
+) -> None:
+    """A real engine ends them soon after the limit, three times their group's median."""
+    groups = [row for row in rows(trained[0], "groups.jsonl") if row["end"] == "shipped"]
+    seated = 0
+    for group in groups:
+        ended = sorted(r["tokens"] for r in group["rollouts"] if r["reward"] is not None)
+        for rollout in group["rollouts"]:
+            if not rollout["curtailed"]:
+                continue
+            assert rollout["reward"] is not None and not rollout["truncated"]
+            assert rollout["tokens"] > 3 * ended[0]
+            seated += rollout["end"] == "selected_long"
+    assert seated > len(groups) // 20
 
 
 def test_recorded_run_replays_to_identical_decisions(trained: tuple[Path, int, str]) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 Variants = dict[str, list[str]]
 
 PLAIN = ["darts.policy=plain"]
-SYNC, ASYNC = ["pipeline.mode=sync"], ["pipeline.mode=async"]
+UNLIMITED = ["darts.relative_limit=0"]  # as published; the demo has a limit
+SYNC, ASYNC = ["pipeline.mode=sync", *UNLIMITED], ["pipeline.mode=async", *UNLIMITED]
+LIMITED = ["darts.relative_limit=3"]
 STREAMING = ["batch.stream=group"]  # the learner takes a group once it is decided
 FIXED = ["redundancy.rule=fixed", "redundancy.upper=1.5"]
 # The mean budget is about 12, the budget of FIXED.
 ADAPTIVE = ["redundancy.rule=paper", "redundancy.upper=2.0", "redundancy.price=0.6"]
+MARGINAL = ["redundancy.rule=marginal", "redundancy.upper=2.0"]
 # The same 32 devices in two parts that are about equally busy under async plain.
 SPLIT_32 = ["engines.num_engines=12", "learner.num_gpus=20"]
 # The demo in smaller steps. A plain step has 32 responses, for which the latency of this engine is
@@ -45,8 +48,7 @@ SETS: dict[str, Variants] = {
         "async darts, fixed 12": [*ASYNC, *FIXED, *SPLIT_32],
         "async darts, marginal": [
             *ASYNC,
-            "redundancy.rule=marginal",
-            "redundancy.upper=2.0",
+            *MARGINAL,
             *SPLIT_32,
         ],
     },
@@ -58,7 +60,7 @@ SETS: dict[str, Variants] = {
         "exact, none": [*ASYNC, *FIXED, "darts.long_end=none"],
         "eager": [*ASYNC, *FIXED, "darts.cancel=eager"],
         "first finished": [*ASYNC, *FIXED, "darts.policy=first_finished"],
-        "marginal": [*ASYNC, "redundancy.rule=marginal", "redundancy.upper=2.0"],
+        "marginal": [*ASYNC, *MARGINAL],
     },
     "k_of_g": {  # M = 8 of a growing budget
         "8 of 8": [*SYNC, *PLAIN],
@@ -72,6 +74,7 @@ SETS: dict[str, Variants] = {
         "+ streaming": [*SYNC, *PLAIN, *STREAMING],
         "+ sampling (survivor)": [*SYNC, *STREAMING, *FIXED],
         "+ adaptive (survivor)": [*SYNC, *STREAMING, *ADAPTIVE],
+        "+ relative limit": [*SYNC, *STREAMING, *ADAPTIVE, *LIMITED],
         "+ sampling (none)": [*SYNC, *STREAMING, *FIXED, "darts.long_end=none"],
         "+ sampling (longest)": [*SYNC, *STREAMING, *FIXED, "darts.long_end=longest"],
         "+ adaptive (longest)": [*SYNC, *STREAMING, *ADAPTIVE, "darts.long_end=longest"],
@@ -84,7 +87,10 @@ SETS: dict[str, Variants] = {
         "as published": [*ASYNC, *ADAPTIVE, "darts.long_end=longest"],
         "darts, 12": [*ASYNC, *FIXED],
         "darts, 12, none": [*ASYNC, *FIXED, "darts.long_end=none"],
-        "darts, marginal": [*ASYNC, "redundancy.rule=marginal", "redundancy.upper=2.0"],
+        "darts, 12, limited": [*ASYNC, *FIXED, *LIMITED],
+        "darts, marginal": [*ASYNC, *MARGINAL],
+        "darts, marginal, limited": [*ASYNC, *MARGINAL, *LIMITED],  # the demo
+        "plain, limited": [*ASYNC, "redundancy.rule=none", *LIMITED],  # 8 of 8
     },
     "live": {
         "sync plain": [*SYNC, *PLAIN, *FLAT],

@@ -142,6 +142,8 @@ def flow_facts(snapshot: LiveState) -> list[str]:
     metrics, facts = snapshot.metrics, []
     if "darts/cancelled_frac" in metrics:
         facts.append(f"{100 * metrics['darts/cancelled_frac']:.0f} % cancelled")
+    if metrics.get("darts/curtailed_frac"):
+        facts.append(f"{100 * metrics['darts/curtailed_frac']:.0f} % cut short")
     if "darts/uniform_frac" in metrics:
         facts.append(f"{100 * metrics['darts/uniform_frac']:.0f} % without signal")
     if snapshot.evaluated[1] and snapshot.step:

@@ -285,10 +285,10 @@ def estimates(facts: RunFacts) -> Iterator[str]:
     if found is None:
         return
     num = compact(found.num_groups)
-    if found.num_cancelled:
+    if found.num_cut:
         yield (
-            f"In {num} trained groups, {compact(found.num_cancelled)} responses were cancelled "
-            f"after {compact(found.cancelled_tokens)} tokens in total. Had they gone on, they "
+            f"In {num} trained groups, {compact(found.num_cut)} responses were cancelled or "
+            f"cut short after {compact(found.cut_tokens)} tokens in total. Had they gone on, they "
             f"would have cost about {compact(found.rest_tokens)} tokens more."
         )
     yield (

@@ -33,9 +33,9 @@ class Counterfactual:
 
     num_groups: int
     tokens: int  # of all rollouts of these groups
-    num_cancelled: int
-    cancelled_tokens: int
-    rest_tokens: float  # further tokens of the cancelled responses, had they gone on
+    num_cut: int  # cancelled, or at the relative limit
+    cut_tokens: int
+    rest_tokens: float  # further tokens of those responses, had they gone on
     longest: float  # mean over groups of the longest response that was trained on
     plain_tokens: float  # of `group_size` responses per group, all of them in full
     plain_longest: float  # mean over groups of the longest of these
@@ -54,12 +54,12 @@ def counterfactual(
         return None
     full = [_full_lengths(rollouts, stats, max_tokens) for rollouts, stats in fitted]
     tokens = sum(rollout["tokens"] for rollouts, _ in fitted for rollout in rollouts)
-    cancelled = [r["tokens"] for rollouts, _ in fitted for r in rollouts if r["end"] == "cancelled"]
+    cut = [r["tokens"] for rollouts, _ in fitted for r in rollouts if _cut(r)]
     return Counterfactual(
         num_groups=len(fitted),
         tokens=tokens,
-        num_cancelled=len(cancelled),
-        cancelled_tokens=sum(cancelled),
+        num_cut=len(cut),
+        cut_tokens=sum(cut),
         rest_tokens=sum(map(sum, full)) - tokens,
         longest=fmean(
             max(r["tokens"] for r in rollouts if r["end"].startswith("selected"))
@@ -71,7 +71,7 @@ def counterfactual(
 
 
 def _full_lengths(rollouts: list[Row], stats: LengthStats, max_tokens: int) -> list[float]:
-    """The lengths of a group's responses, of which those of cancelled ones are estimates."""
+    """The lengths of a group's responses, of which those of cut ones are estimates."""
     return [
         r["tokens"] + (expected_rest(stats, r["tokens"], max_tokens) if _cut(r) else 0.0)
         for r in rollouts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from statistics import fmean
 
 import pytest
 
@@ -74,16 +75,18 @@ def test_all_clean_traces_are_right_and_some_take_several_passes() -> None:
 
 
 def test_full_traces_hold_both_patterns_within_the_length_limit() -> None:
+    """A second look pays, and dithering makes no difference but to the length."""
     random = Random(2)
-    long_and_right = long_and_wrong = short_and_wrong = 0
-    for _ in range(2000):
+    single, careful, dithering = list[float](), list[float](), list[float]()
+    for _ in range(4000):
         trace = draw_trace(random, "A6B6C2D8=", FULL)
-        length, right = len(TOKEN.findall(trace)), score("A6B6C2D8=", trace) == 1.0
+        length, reward = len(TOKEN.findall(trace)), score("A6B6C2D8=", trace)
         assert length <= MAX_TRACE_TOKENS
-        long_and_right += length > 28 and right and "no." in trace
-        long_and_wrong += length > 56 and not right
-        short_and_wrong += length == 28 and not right
-    assert min(long_and_right, long_and_wrong, short_and_wrong) > 20
+        habit = careful if "again" in trace else single if length == 28 else dithering
+        habit.append(reward)
+    assert min(map(len, (single, careful, dithering))) > 100
+    assert fmean(careful) > fmean(single) + 0.15
+    assert abs(fmean(dithering) - fmean(single)) < 0.06  # three standard errors
 
 
 def test_mistakes_persist_but_never_touch_the_first_item() -> None:

@@ -55,12 +55,24 @@ def test_a_plain_run_and_the_cancelled_rest_are_estimated_from_censored_groups()
     assert found is not None
     cut = [sorted(lengths) for lengths in drawn]
     rest = sum(length - lengths[3] for lengths in cut for length in lengths[4:])
-    assert (found.num_groups, found.num_cancelled) == (600, 1200)
-    assert found.cancelled_tokens == 2 * sum(lengths[3] for lengths in cut)
+    assert (found.num_groups, found.num_cut) == (600, 1200)
+    assert found.cut_tokens == 2 * sum(lengths[3] for lengths in cut)
     assert found.rest_tokens == pytest.approx(rest, rel=0.15)
     assert found.plain_tokens == pytest.approx(4 / 6 * sum(map(sum, drawn)), rel=0.1)
     assert found.plain_longest == pytest.approx(fmean(max(ls[:4]) for ls in drawn), rel=0.1)
     assert found.longest == fmean(lengths[3] for lengths in cut)
+
+
+def test_a_response_at_the_relative_limit_is_estimated_like_a_cancelled_one() -> None:
+    rng = random.Random(4)
+    drawn = [[draw(rng) for _ in range(6)] for _ in range(600)]
+    groups = [group(i % 50, lengths) for i, lengths in enumerate(drawn)]
+    cancelled = counterfactual(groups, GROUP_SIZE, LIMIT)
+    for row in groups:
+        for rollout in row["rollouts"]:
+            if rollout["end"] == "cancelled":
+                rollout |= {"end": "discarded", "curtailed": True}
+    assert counterfactual(groups, GROUP_SIZE, LIMIT) == cancelled
 
 
 def test_a_length_that_is_known_is_not_replaced_by_the_fit() -> None:
