@@ -2,8 +2,9 @@
 
 Owns the comparison: the embedded default with the model, prompts, batch, objective and optimizer of
 `configs/demo.yaml`, all 8 responses of a prompt trained on. TRL generates with transformers, as it
-does by default, in this process; ours are runs of `tools.launch`. The first step of each is left
-out, since it loads what the others use. Needs the extra `dev`.
+does by default, in this process; ours are runs of `tools.launch`, of which the last selects as the
+demo does. The first step of each is left out, since it loads what the others use. Needs the extra
+`dev`.
 """
 
 from __future__ import annotations
@@ -28,21 +29,26 @@ from configs.schema import Config
 from tools.reporting.run_directory import RunDirectory
 
 STEPS = 13  # the first one is left out
-PLAIN = ["darts.policy=plain", "redundancy.rule=none", "eval.every=0"]
+PLAIN = ["darts.policy=plain", "redundancy.rule=none"]
+OURS = {
+    "sync plain": [*PLAIN, "pipeline.mode=sync"],
+    "async plain": [*PLAIN, "pipeline.mode=async"],
+    "the demo": [],  # with its selection and relative limit
+}
 
 
 def main() -> None:
-    config = cli.load(["--config", "demo", *PLAIN, f"run.steps={STEPS}"])
+    config = cli.load(["--config", "demo", f"run.steps={STEPS}"])
     check_model(config.model.path)
     print(
         f"{config.batch.groups} prompts of {config.darts.group_size} responses, {STEPS - 1} steps"
     )
     seconds = train_with_trl(config)
     _row("TRL", seconds, fmean(seconds))
-    for mode in ("sync", "async"):
+    for name, overrides in OURS.items():
         with tempfile.TemporaryDirectory() as folder:
-            ours = _ours(folder, mode)
-        _row(f"ours, {mode} plain", ours, fmean(seconds))
+            ours = _ours(folder, overrides)
+        _row(f"ours, {name}", ours, fmean(seconds))
 
 
 def _row(name: str, seconds: list[float], trl: float) -> None:
@@ -117,12 +123,11 @@ def train_with_trl(config: Config) -> list[float]:
     return _differences(Clock.ends)
 
 
-def _ours(folder: str, mode: str) -> list[float]:
-    command = [sys.executable, "-m", "tools.launch", "--config", "demo", *PLAIN]
-    command += [f"run.steps={STEPS}", f"run.dir={folder}", f"run.name={mode}"]
-    command += [f"pipeline.mode={mode}", "launch.progress=none"]
+def _ours(folder: str, overrides: list[str]) -> list[float]:
+    command = [sys.executable, "-m", "tools.launch", "--config", "demo", *overrides]
+    command += [f"run.steps={STEPS}", f"run.dir={folder}", "eval.every=0", "launch.progress=none"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return _differences(RunDirectory.read(Path(folder) / mode).seconds())
+    return _differences(RunDirectory.read(Path(folder) / "demo").seconds())
 
 
 def _differences(ends: list[float]) -> list[float]:
