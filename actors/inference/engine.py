@@ -133,6 +133,7 @@ def sampling_params(sampling: SamplingConfig, max_tokens: int, seed: int) -> Sam
         logprobs=0,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
+        skip_clone=True,  # they are of this request alone, so vLLM need not copy them in depth
     )
 
 
@@ -309,9 +310,9 @@ class Engine:
         which the engine must not be used again.
         """
         async with self._gate:
-            started = time.monotonic()
             try:
                 await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+                started = time.monotonic()  # until then, a step that had begun went on
                 self._meter.interrupt()
                 if self._lora is None:
                     _raise_first(await self._llm.collective_rpc("load_snapshot", args=(path,)))

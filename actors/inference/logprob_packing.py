@@ -9,7 +9,7 @@ change the schedule. With `actors.min_step_ms` it prolongs steps, to emulate ano
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,22 +43,30 @@ class CompactScheduler(Scheduler):
         The sleep is inside the step, so that aborts and swaps wait for its end, as on a GPU.
         """
         least_ms = least_step_ms(self._curve, len(scheduler_output.num_scheduled_tokens))
-        time.sleep(max(0.0, self._started_s + least_ms / 1000 - time.monotonic()))
+        left_s = self._started_s + least_ms / 1000 - time.monotonic()
+        if left_s > 0:  # a sleep of 0 s takes 0.1 ms
+            time.sleep(left_s)
+        logprobs = model_runner_output.logprobs
+        model_runner_output.logprobs = None  # vLLM would slice it for each request
         by_client = super().update_from_output(scheduler_output, model_runner_output)
-        for of_client in by_client.values():
-            pack_logprobs(of_client.outputs)
+        if logprobs is not None:
+            for of_client in by_client.values():
+                pack_logprobs(
+                    of_client.outputs, logprobs.logprobs, model_runner_output.req_id_to_index
+                )
         return by_client
 
 
-def pack_logprobs(outputs: Sequence[Any]) -> None:
-    """Move all sampled tokens' log-probabilities to the first output that has any.
+def pack_logprobs(outputs: Sequence[Any], logprobs: np.ndarray, row_of: Mapping[str, int]) -> None:
+    """Give the first output with a token the log-probabilities of all outputs' tokens.
 
-    They become one array, float32 [tokens, 1], in the order of the outputs.
+    logprobs: float32 [requests of the step, 1 or more], the sampled token's own first.
+    row_of: of a request, by its id.
+
+    They become one array, float32 [tokens, 1], in the order of the outputs. Each has at most one
+    token, because a run cannot use speculative decoding (`actors.inference.vllm_options`).
     """
-    sampled = [output for output in outputs if output.new_logprobs is not None]
-    if not sampled:
-        return
-    packed = np.concatenate([output.new_logprobs.logprobs[:, :1] for output in sampled])
-    for output in sampled:
-        output.new_logprobs = None
-    sampled[0].new_logprobs = LogprobsLists(NO_IDS, packed, NO_RANKS)
+    sampled = [output for output in outputs if output.new_token_ids]
+    if sampled:
+        rows = [row_of[output.request_id] for output in sampled]
+        sampled[0].new_logprobs = LogprobsLists(NO_IDS, logprobs[rows, :1], NO_RANKS)

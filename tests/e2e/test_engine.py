@@ -349,6 +349,26 @@ def test_after_a_swap_logprobs_are_those_of_the_new_weights(
 
 
 @tied_only
+def test_each_request_of_a_step_has_its_own_logprobs(served: Served) -> None:
+    """Also where others end before it and begin after it, which changes its place in the batch."""
+    model = make_model(tied=True, seed=5, eos_logit=-600)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.2)  # else it soon samples one token only, which is certain
+
+    async def generate() -> list[TokenRun]:
+        await served.swap(served.write(model))
+        first = [served.launch(max_tokens, seed=max_tokens) for max_tokens in (9, 60, 23, 90)]
+        await asyncio.gather(first[0].finished, first[2].finished)
+        later = [served.launch(max_tokens, seed=max_tokens) for max_tokens in (30, 50)]
+        await asyncio.gather(*(one.finished for one in [*first, *later]))
+        return [run for one in [*first, *later] for run in one.take()]
+
+    runs = served.run(generate())
+    assert [len(run.tokens) for run in runs] == [9, 60, 23, 90, 30, 50]
+    assert max(error(model, run) for run in runs) < BOUND
+
+
+@tied_only
 def test_requests_in_flight_survive_a_swap_and_every_token_knows_its_version(
     served: Served,
 ) -> None:
