@@ -129,6 +129,12 @@ class Player:
                 return outcome
             text = self._text_of_turn(rollout)
             try:
+                if not rollout.turn.num_sampled:  # curtailed before the turn's first token
+                    rewards = finite(
+                        rewards + await self._environment.finish(rollout.prompt, held.release())
+                    )
+                    has_room = False
+                    break
                 step = await self._environment.step(rollout.prompt, text, held.release())
                 held.state = step.state
                 rewards = finite(rewards + step.reward)

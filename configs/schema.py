@@ -389,10 +389,10 @@ class SharedDarts:
     relative_limit: float = key(
         0.0,
         "Length limit of a group's responses, as a multiple of its median: once half of its "
-        "responses have finished, one that is longer ends there, keeps the reward of its text so "
-        "far, and may take a seat. So waiting for a long response has a bound, and the policy "
-        "learns that it does not pay: a length penalty in effect. 3 to 4 leaves room for second "
-        "thoughts. 0: none. Applies to darts.policy=darts.",
+        "responses have finished, one that is longer ends there, gets the reward of its text so "
+        "far, and may take a seat. So no group waits long for its longest response, and the policy "
+        "learns to be concise: a length penalty in effect. 3 to 4 leaves room for second thoughts. "
+        "0: none. Applies to darts.policy=darts.",
         ge=0,
     )
     audit: float = key(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from math import inf
 
 from configs.schema import LongEnd
 from darts.config import CoreConfig
@@ -39,7 +40,7 @@ class SavedRollout:
     reward: float | None
     overshoot: int
     has_waited: bool
-    curtailed: bool
+    curtailed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +73,10 @@ class SavedGroup:
     num_survivors_chosen: int
     selection: Selection | None
     review_above: float
-    curtail_above: float
     at_deadline: bool
     shipped_version: int
     portion: int
+    curtail_above: float = inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

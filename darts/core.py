@@ -149,6 +149,8 @@ class Core:
         self._configure(event.config)
         for group in self.outstanding.stale():
             self._drop(group, "stale", requeue=True)
+        for group in self.groups.values():
+            self._curtail(group)
         self._ship()
         self._admit()
 
@@ -166,6 +168,7 @@ class Core:
             return
         if rollout.runs:
             rollout.tokens = event.num_tokens
+            rollout.curtailed = False
         elif rollout.state is RolloutState.LOST:
             rollout.tokens = event.num_tokens  # its replacement continues from there
         elif rollout.group.purpose == "train":
@@ -600,7 +603,6 @@ class Core:
         """React to news of an open group: cancel rollouts, and settle it once it is decided."""
         if group.state is not GroupState.OPEN:
             return
-        self._curtail(group)
         if group.num_held and not self._pilot_is_over(group):
             return
         if len(group.finished) >= group.group_size:
@@ -615,12 +617,15 @@ class Core:
             self._settle(group, "past_selection")
         elif group.at_deadline:
             self._ship()
+        self._curtail(group)
 
     def _curtail(self, group: Group) -> None:
         """Have rollouts end that are longer than the group's relative limit.
 
         They run until their engine reports their ends, which count like those of others.
         """
+        if group.state is not GroupState.OPEN:
+            return
         group.curtail_above = survivors.relative_cutoff(group, self.config)
         for rollout in group.running.values() if group.curtail_above < inf else ():
             if rollout.tokens > group.curtail_above and not rollout.curtailed:

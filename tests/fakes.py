@@ -373,8 +373,8 @@ class World:
         assert not rollout.curtailed and limit and self.config.policy == "darts"
         group = [r for r in self.rollouts.values() if r.group_id == rollout.group_id]
         finished = sorted(r.tokens for r in group if r.end == "finished")
-        num_launched = sum(r.end != "lost" for r in group)
-        assert rollout.tokens > limit * finished[math.ceil(num_launched / 2) - 1]
+        half = math.ceil(self.opened[rollout.group_id].budget / 2)
+        assert rollout.tokens > limit * finished[half - 1]
         assert self.opened[rollout.group_id].purpose == "train"
         rollout.curtailed = True
 

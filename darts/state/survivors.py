@@ -37,12 +37,12 @@ def short_cutoff(group: Group, config: CoreConfig) -> float:
 def relative_cutoff(group: Group, config: CoreConfig) -> float:
     """The length above which a rollout in flight has to end; inf while unknown, or without a limit.
 
-    It is `darts.relative_limit` times the median length, known once half of the group's rollouts
-    have finished. As more of them finish it can only fall, so none is cut too short.
+    It is `darts.relative_limit` times the median length of the budget, known once half of it has
+    finished. It only falls as more finish, so no rollout is told to end too early.
     """
     if not config.relative_limit or config.policy != "darts" or group.purpose != "train":
         return inf
-    half = ceil((group.budget - group.num_held) / 2)
+    half = ceil(group.budget / 2)
     if group.audit or len(group.finished) < half:
         return inf
     return config.relative_limit * group.finished[half - 1].tokens

@@ -34,7 +34,7 @@ class Story:
             case ev.RolloutWaits(rollout_id) if rollout_id in self._rollouts:
                 yield f"rollout {rollout_id} waits for its environment"
             case ev.RolloutFinished(rollout_id) if rollout_id in self._rollouts:
-                how = "reached its length limit" if event.truncated else "finished"
+                how = "ended at its limit" if event.truncated else "finished"
                 yield (
                     f"rollout {rollout_id} {how} with {event.num_tokens} tokens, "
                     f"reward {event.reward:g}, oldest token of version {event.oldest_version}"

@@ -172,6 +172,22 @@ def test_a_curtailed_rollout_gets_no_further_turn_but_its_last_reward(waits: boo
     assert list(scene.engine.launched) == ["1"] and scene.environment.finished == ["x"]
 
 
+def test_a_turn_without_a_token_is_not_shown_to_the_environment() -> None:
+    """A rollout is curtailed after its second turn was launched and before its first token."""
+
+    async def script(scene: Scene) -> None:
+        prepare(scene, [20])
+        await respond(scene, 0, 3, EOS)
+        await scene.until(lambda: "1.1" in scene.engine.generations)
+        scene.link.incoming.put(Curtail(rollout_ids=[1]))
+        await scene.answered(1)
+
+    scene = play(script)
+    (answer,) = scene.answers()
+    assert isinstance(answer, Finished) and answer.truncated and answer.num_tokens == 2
+    assert len(scene.environment.scored) == 1 and scene.environment.finished == ["x"]
+
+
 def test_a_failed_step_is_a_failure_and_no_reward() -> None:
     async def script(scene: Scene) -> None:
         prepare(scene, [20])

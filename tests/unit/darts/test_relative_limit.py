@@ -4,6 +4,7 @@ have to end at twice as many tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -145,14 +146,54 @@ def test_nothing_is_cut_without_a_limit_or_in_controls_audits_and_evaluations(
     assert not story.curtailed
 
 
-def test_a_pilot_is_not_held_up_by_its_longest_response() -> None:
-    """Half of a pilot of two is one."""
-    story = Story(pilot=2)
-    story.finish(0, 10, reward=1.0)
-    story.apply(ev.RolloutProgressed(1, 21))
-    assert story.curtailed == [1]
-    story.finish(1, 21, truncated=True, reward=0.0)
-    assert len(story.of(ev.Launch)) == 4
+def test_a_pilot_does_not_set_the_median_of_its_group() -> None:
+    """Its short responses end first, and the others may all be longer."""
+    story = Story(pilot=3, redundancy="fixed", upper=2.0)
+    story.finish(0, 10)
+    story.finish(1, 12)
+    story.apply(ev.RolloutProgressed(2, 100))
+    assert not story.curtailed
+    story.finish(2, 101, reward=0.0)
+    assert len(story.of(ev.Launch)) == 8
+    for rollout_id in (3, 4):
+        story.finish(rollout_id, 45)
+    assert not story.curtailed  # four of eight have set the median, of 45 tokens
+    story.apply(ev.RolloutProgressed(5, 90))
+    assert not story.curtailed
+    story.apply(ev.RolloutProgressed(5, 91))
+    assert story.curtailed == [5]
+
+
+def test_no_rollout_is_told_to_end_that_is_cancelled_anyway() -> None:
+    """The fourth response, a short one, lowers the median, and completes the group as well."""
+    story = Story(cancel="eager", redundancy="fixed", upper=1.5)
+    for rollout_id, num_tokens in ((0, 9), (1, 9), (2, 10)):
+        story.finish(rollout_id, num_tokens)
+    story.apply(ev.RolloutProgressed(4, 19), ev.RolloutProgressed(5, 19))
+    story.finish(3, 8)
+    assert not story.curtailed and len(story.of(ev.Cancel)) == 2
+
+
+def test_a_limit_that_is_set_on_resume_applies_to_open_groups() -> None:
+    story = Story(relative_limit=0.0)
+    story.finish(0, 10)
+    story.finish(1, 10)
+    story.apply(ev.RolloutProgressed(3, 30))
+    story.apply(ev.SettingsChanged(replace(story.config, relative_limit=2.0)))
+    assert story.curtailed == [3]
+    story.apply(ev.SettingsChanged(replace(story.config, relative_limit=0.0)))
+    story.apply(ev.RolloutProgressed(2, 30))
+    assert story.curtailed == [3]
+
+
+def test_a_rollout_that_lost_its_tokens_in_a_power_cut_is_told_again_when_it_is_long() -> None:
+    story = Story()
+    story.finish(0, 10)
+    story.finish(1, 10)
+    story.apply(ev.RolloutProgressed(3, 30), ev.TokensLost(3, 5), ev.RolloutProgressed(3, 20))
+    assert story.curtailed == [3]
+    story.apply(ev.RolloutProgressed(3, 21))
+    assert story.curtailed == [3, 3]
 
 
 def test_another_engine_continues_a_response_and_is_told_again() -> None:
