@@ -141,8 +141,9 @@ def verdict(row: Row, reference: Row, margin: float) -> str:
     if "judged_reward" not in row or "judged_reward" not in reference:
         return f"{ratio} in time; held-out reward not modelled"
     difference = row["judged_reward"] - reference["judged_reward"]
-    if abs(difference) > margin:
+    if difference < -margin:
         return f"no speedup claimed: held-out reward {difference:+.3f}"
     if half and abs(row["time_ratio"] - 1.0) <= half:
         return f"no speedup claimed: {ratio} in time does not tell the seeds' spread from a gain"
-    return f"{ratio} speedup"
+    better = f", held-out reward {difference:+.3f}" if difference > margin else ""
+    return f"{ratio} speedup{better}"
