@@ -46,11 +46,7 @@ SETS: dict[str, Variants] = {
         "async random of 12": [*ASYNC, *FIXED, "darts.policy=random", *SPLIT_32],
         "async darts, longest": [*ASYNC, *FIXED, "darts.long_end=longest", *SPLIT_32],
         "async darts, fixed 12": [*ASYNC, *FIXED, *SPLIT_32],
-        "async darts, marginal": [
-            *ASYNC,
-            *MARGINAL,
-            *SPLIT_32,
-        ],
+        "async darts, marginal": [*ASYNC, *MARGINAL, *SPLIT_32],
     },
     "rules": {  # on the hardware of the base configuration
         "async plain": [*ASYNC, *PLAIN],
@@ -90,7 +86,7 @@ SETS: dict[str, Variants] = {
         "darts, 12, limited": [*ASYNC, *FIXED, *LIMITED],
         "darts, marginal": [*ASYNC, *MARGINAL],
         "darts, marginal, limited": [*ASYNC, *MARGINAL, *LIMITED],  # the demo
-        "plain, limited": [*ASYNC, "redundancy.rule=none", *LIMITED],  # 8 of 8
+        "darts, 8, limited": [*ASYNC, "redundancy.rule=none", *LIMITED],  # no surplus
     },
     "live": {
         "sync plain": [*SYNC, *PLAIN, *FLAT],

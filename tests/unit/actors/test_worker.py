@@ -567,8 +567,9 @@ def test_a_rollout_that_ends_while_it_is_curtailed_is_complete() -> None:
         await scene.running(1)
         scene.engine.sample(1, EOS, end="stop")
         await scene.until(lambda: bool(scene.environment.scored))
+        rollout = scene.worker._rollouts[1]
         scene.link.incoming.put(Curtail(rollout_ids=[1]))
-        await asyncio.sleep(0.02)
+        await scene.until(lambda: rollout.curtailed)
         scene.environment.release.set()
         await scene.answered(1)
 
