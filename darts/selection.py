@@ -83,6 +83,15 @@ def efficiency_cutoff(
     return last.tokens / reward * ROUNDING if reward > 0 else math.inf
 
 
+def relative_cutoff(finished: Sequence[Candidate], budget: int, limit: float) -> float:
+    """`limit` times the median length of `budget` rollouts; inf until half of them have finished.
+
+    finished: sorted. It only falls as more finish, so no rollout is told to end too early.
+    """
+    half = math.ceil(budget / 2)
+    return limit * finished[half - 1].tokens if len(finished) >= half else math.inf
+
+
 def _by_efficiency(finished: Sequence[Candidate], rewards: Mapping[int, float]) -> list[Candidate]:
     return sorted(finished, key=lambda c: (-_limited(rewards[c.rollout_id]) / max(1, c.tokens), c))
 

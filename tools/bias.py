@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
+from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,11 +22,13 @@ from buffer.records import settings
 from buffer.wire.messages import PromptPayload
 from configs.command import run_command
 from configs.schema import Config, largest_budget
+from darts.selection import Candidate, relative_cutoff
 from tools.comparing.selection_bias import PASS_RATES, Bias, Interval, measure
 from tools.comparing.selection_rules import Response
 from tools.export import export, run_config
 
 SKETCH = 8192  # entries of a sketch: inner products of gradients are off by about 1 %
+Generated = tuple[list[int], bool]  # a response's tokens, and whether it was truncated
 
 
 def bias(
@@ -33,8 +36,9 @@ def bias(
 ) -> dict[str, Bias]:
     """Each rule's gradient beside that of the full group, by the name of the rule.
 
-    `samples` is the largest budget of the run if it is absent. Raises `ValueError` if the run has
-    no checkpoint or no held-out prompts, if its environment has turns, or if `samples` is less than
+    If the run has a relative limit, `plain` and `survivor` come a second time, with it. `samples`
+    is the largest budget of the run if it is absent. Raises `ValueError` if the run has no
+    checkpoint or no held-out prompts, if its environment has turns, or if `samples` is less than
     `darts.group_size`.
     """
     import torch  # here, so that --help need not wait for it
@@ -70,13 +74,17 @@ def bias(
                 "single turn can be sampled here"
             )
         with asyncio.Runner() as runner:
-            groups = [
+            sampled = [
                 runner.run(_sample(config, model.eval(), tokenizer, environment, prompt, samples))
                 for prompt in prompts
             ]
     finally:
         environment.close()
-    return measure(groups, config)
+    return measure(
+        [group for group, _ in sampled],
+        config,
+        limited={name: [limited[name] for _, limited in sampled] for name in sampled[0][1]},
+    )
 
 
 async def _sample(
@@ -86,15 +94,36 @@ async def _sample(
     environment: VerifierEnvironment,
     prompt: PromptPayload,
     samples: int,
-) -> list[Response]:
-    """The group of a prompt."""
-    prompt_ids, group = environment.render(prompt, tokenizer), list[Response]()
-    for ids, truncated in generate(config, model, tokenizer, prompt, prompt_ids, samples):
+) -> tuple[list[Response], dict[str, list[Response]]]:
+    """The group of a prompt, and what rules with a relative limit would select from."""
+    prompt_ids = environment.render(prompt, tokenizer)
+
+    async def scored(ids: list[int], truncated: bool) -> Response:
         text = tokenizer.decode(ids, skip_special_tokens=not environment.keep_special_tokens)
         reward = await environment.score(prompt, text)
         made = sketch(model, prompt_ids, ids, config.sampling.temperature)
-        group.append(Response(len(ids), truncated, reward, made))
-    return group
+        return Response(len(ids), truncated, reward, made)
+
+    generated = generate(config, model, tokenizer, prompt, prompt_ids, samples)
+    group = [await scored(*one) for one in generated]
+    limited = dict[str, list[Response]]()
+    if config.darts.relative_limit:
+        for rule, budget in (("plain", config.darts.group_size), ("survivor", samples)):
+            most = _most_tokens(generated[:budget], config)
+            limited[rule] = [
+                whole if whole.tokens <= most else await scored(ids[:most], False)
+                for whole, (ids, _) in zip(group[:budget], generated, strict=False)
+            ]
+    return group, limited
+
+
+def _most_tokens(generated: Sequence[Generated], config: Config) -> int:
+    """The number of tokens at which `darts.relative_limit` ends a response of these."""
+    ended = [
+        Candidate(len(ids), i) for i, (ids, truncated) in enumerate(generated) if not truncated
+    ]
+    cutoff = relative_cutoff(sorted(ended), len(generated), config.darts.relative_limit)
+    return int(min(cutoff, config.sampling.max_tokens)) + 1
 
 
 def generate(
@@ -104,7 +133,7 @@ def generate(
     prompt: PromptPayload,
     prompt_ids: list[int],
     samples: int,
-) -> list[tuple[list[int], bool]]:
+) -> list[Generated]:
     """Responses sampled from the whole distribution, and whether each was truncated."""
     import torch
 

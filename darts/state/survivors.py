@@ -9,11 +9,11 @@ short seats. If `long_end=survivor`, the longest such rollouts keep running and 
 
 from __future__ import annotations
 
-from math import ceil, inf
+from math import inf
 from random import Random
 
+from darts import selection
 from darts.config import CoreConfig
-from darts.selection import efficiency_cutoff
 from darts.state.groups import Group, Rollout
 
 
@@ -25,7 +25,7 @@ def short_cutoff(group: Group, config: CoreConfig) -> float:
     if group.audit:
         return inf
     if config.by_efficiency and group.purpose == "train":
-        return efficiency_cutoff(group.finished, group.group_size, group.rewards())
+        return selection.efficiency_cutoff(group.finished, group.group_size, group.rewards())
     num_short = group.group_size
     if group.long_end != "none":
         num_short -= group.num_long
@@ -35,17 +35,12 @@ def short_cutoff(group: Group, config: CoreConfig) -> float:
 
 
 def relative_cutoff(group: Group, config: CoreConfig) -> float:
-    """The length above which a rollout in flight has to end; inf while unknown, or without a limit.
-
-    It is `darts.relative_limit` times the median length of the budget, known once half of it has
-    finished. It only falls as more finish, so no rollout is told to end too early.
-    """
+    """The length above which a rollout in flight has to end; inf while unknown or unlimited."""
     if not config.relative_limit or config.policy != "darts" or group.purpose != "train":
         return inf
-    half = ceil(group.budget / 2)
-    if group.audit or len(group.finished) < half:
+    if group.audit:
         return inf
-    return config.relative_limit * group.finished[half - 1].tokens
+    return selection.relative_cutoff(group.finished, group.budget, config.relative_limit)
 
 
 def take_past_selection(group: Group, rng: Random) -> list[Rollout]:

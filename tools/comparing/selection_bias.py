@@ -10,6 +10,9 @@ therefore no statement about their expectations. So inner products here are sums
 average, whatever the number of responses. A rule without bias has a cosine of 1 within its
 interval, and `plain` is such a rule.
 
+With `darts.relative_limit`, rules also select from groups of which the long responses end at the
+limit. The full group, beside which they are put, has no limit.
+
 Shapes: D entries of a sketch, P prompts, B resamples of the prompts, the first of them plain.
 """
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,17 +114,35 @@ class _Whole:
     length_PD: np.ndarray
 
 
-def measure(groups: Sequence[Group], config: Config, num_resamples: int = 1000) -> dict[str, Bias]:
+def measure(
+    groups: Sequence[Group],
+    config: Config,
+    num_resamples: int = 1000,
+    limited: Mapping[str, Sequence[Group]] | None = None,
+) -> dict[str, Bias]:
     """Each rule's gradient compared with that of the full groups. Prompts are resampled.
+
+    limited: for some of the rules, the groups with a relative limit, from which they also select.
 
     Raises `ValueError` if there is only one group, or if all groups are uniform, which leaves no
     gradient to compare.
     """
     if len(groups) < 2:
         raise ValueError("--prompts=1: must be >= 2; the noise of a single prompt is unknown")
-    deciles = length_deciles([r.tokens for group in groups for r in group])
+    limited = limited or {}
+    deciles = length_deciles(
+        [r.tokens for group in groups for r in group],
+        [r.tokens for with_limit in limited.values() for group in with_limit for r in group],
+    )
+    rates = [sum(r.reward > 0.5 for r in group) / len(group) for group in groups]
     rng = random.Random(config.run.seed)
-    sums = {name: _sums(rule, groups, config, deciles, rng) for name, rule in RULES.items()}
+    selected_from = {name: (rule, groups) for name, rule in RULES.items()}
+    for name, with_limit in limited.items():
+        selected_from[f"{name}, limit"] = RULES[name], with_limit
+    sums = {
+        name: _sums(rule, given, rates, config, deciles, rng)
+        for name, (rule, given) in selected_from.items()
+    }
     if not sums["full"].gradient_PD.any():
         raise ValueError(
             "the rewards of every group are equal, so no response has a gradient; take another "
@@ -140,23 +161,27 @@ def measure(groups: Sequence[Group], config: Config, num_resamples: int = 1000) 
     return {name: _bias(one, whole, products) for name, one in sums.items()}
 
 
-def length_deciles(lengths: Sequence[int]) -> dict[int, np.ndarray]:
-    """By length, the share [10] of its responses in each decile, the shortest first.
+def length_deciles(lengths: Sequence[int], others: Sequence[int] = ()) -> dict[int, np.ndarray]:
+    """By length, the share [10] of its responses in each decile of `lengths`, the shortest first.
 
     Responses of one length are in no order, so they are spread evenly over the deciles that they
-    span.
+    span. Each of `others` that is no such length is in the decile into which it would fall.
     """
     made, below, edges = dict[int, np.ndarray](), 0, np.arange(NUM_DECILES + 1) / NUM_DECILES
     for length, number in sorted(Counter(lengths).items()):
         ranks = np.clip(edges * len(lengths), below, below + number)
         made[length] = np.diff(ranks) / number
         below += number
+    for length in set(others) - made.keys():
+        rank = sum(one < length for one in lengths)
+        made[length] = np.eye(NUM_DECILES)[min(NUM_DECILES - 1, NUM_DECILES * rank // len(lengths))]
     return made
 
 
 def _sums(
     rule: Rule,
     groups: Sequence[Group],
+    rates: Sequence[float],
     config: Config,
     deciles: dict[int, np.ndarray],
     rng: random.Random,
@@ -172,7 +197,6 @@ def _sums(
         chosen = [group[i] for i in sorted(rule(group, config, rng))]
         if not chosen or _is_replaced(chosen, config):
             continue
-        rate = sum(r.reward > 0.5 for r in group) / len(group)
         shaped = [
             r.reward + overlong_penalty(r.tokens, config.sampling.max_tokens, config.loss)
             for r in chosen
@@ -185,7 +209,7 @@ def _sums(
             made.gradient_PD[number] += per_token * response.sketch_D
             made.in_loss_P[number] += response.tokens if rules.aggregation == "token_mean" else 1.0
             made.by_length_P10[number] += weight * deciles[response.tokens]
-            made.by_pass_rate_P4[number, int(np.searchsorted(PASS_RATES, rate))] += weight
+            made.by_pass_rate_P4[number, int(np.searchsorted(PASS_RATES, rates[number]))] += weight
     return made
 
 

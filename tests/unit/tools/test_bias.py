@@ -19,6 +19,7 @@ from tests.learner_cases import make_config, make_shards, make_trajectories, sin
 from tools import bias
 from tools.comparing.selection_bias import NUM_DECILES, length_deciles, measure
 from tools.comparing.selection_rules import RULES, Response
+from tools.export import run_config
 
 SIZE = 4
 
@@ -173,6 +174,12 @@ def test_equal_lengths_share_the_deciles_that_they_span() -> None:
     assert found[20][2:4].tolist() == pytest.approx([0.05 / 0.75, 0.1 / 0.75])
 
 
+def test_a_length_that_no_response_has_is_in_the_decile_into_which_it_would_fall() -> None:
+    found = length_deciles(range(10), others=[3, 4, 12])
+    assert found[12].tolist() == [0] * 9 + [1]
+    assert found[3].tolist() == found[3].round().tolist() == [0, 0, 0, 1, *[0] * 6]
+
+
 def test_a_selection_of_everything_is_the_full_gradient() -> None:
     """With M responses per group, each rule selects all of them."""
     rng = np.random.default_rng(2)
@@ -244,12 +251,80 @@ def test_a_run_gives_every_rule_with_intervals(run: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(bias.VerifierEnvironment, "score", score)
     monkeypatch.setattr(bias, "SKETCH", 256)
     found = bias.bias(run, num_prompts=3, samples=6)
-    assert found.keys() == RULES.keys()
+    assert found.keys() == RULES.keys()  # the run has no relative limit
     for rule in found.values():
         assert sum(part.value for part in rule.by_pass_rate) == pytest.approx(1)
     text = bias.show(found)
     assert len(text.splitlines()) == 1 + len(RULES) + 2 + 1 + NUM_DECILES + 2 + 1 + 4
     assert "nan" not in text
+
+
+def test_a_run_with_a_relative_limit_also_gives_the_rules_with_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[str] = []
+
+    async def score(self: object, prompt: object, text: str) -> float:
+        scored.append(text)
+        return float(len(scored) % 2)
+
+    def generate(*_: object) -> list[bias.Generated]:
+        return [([5] * length, False) for length in (2, 20, 4, 6)]
+
+    config = run_config(run)
+    config.darts.relative_limit = 2.0
+    monkeypatch.setattr(bias, "run_config", lambda _: config)
+    monkeypatch.setattr(settings, "check_data", lambda *_: None)
+    monkeypatch.setattr(bias.VerifierEnvironment, "score", score)
+    monkeypatch.setattr(bias, "generate", generate)
+    monkeypatch.setattr(bias, "SKETCH", 256)
+    found = bias.bias(run, num_prompts=2, samples=4)
+    assert found.keys() == RULES.keys() | {"plain, limit", "survivor, limit"}
+    # Four responses per prompt, the second of two that ends at 2 x 2 tokens and so is 5 long, and
+    # the longest of four that ends at 2 x 4 tokens and so is 9 long.
+    assert len(scored) == 2 * (4 + 2)
+
+
+def test_the_limit_follows_the_median_of_the_budget() -> None:
+    config = small_config()
+    config.darts.relative_limit = 2.0
+
+    def most(*lengths: int) -> int:
+        return bias._most_tokens([([5] * n, n >= 100) for n in lengths], config)
+
+    assert most(2, 20) == 5
+    assert most(20, 2, 6, 4) == 9
+    assert most(2, 100, 100, 100) == 101  # the median is not known: too few have ended
+
+
+def test_a_response_that_ends_at_the_limit_pushes_toward_shorter_ones() -> None:
+    """A softmax over two lengths, 20 and 60, which are right equally often.
+
+    Without a limit, the gradient has nothing to do with the length. With one, a long response is
+    wrong, and each 0.01 of reward costs tokens.
+    """
+    rng, groups, limited = np.random.default_rng(8), [], []
+    for _ in range(200):
+        long, right = rng.random(8) < 0.5, rng.random(8) < 0.5
+        sketches = [np.array([0.5 if one else -0.5, 1.0 if good else -1.0])
+                    for one, good in zip(long, right, strict=True)]  # fmt: skip
+        groups.append(
+            [
+                Response(60 if one else 20, False, float(good), made)
+                for one, good, made in zip(long, right, sketches, strict=True)
+            ]
+        )
+        limited.append(
+            [
+                Response(41, False, 0.0, r.sketch_D) if r.tokens == 60 else r
+                for r in groups[-1][:SIZE]
+            ]
+        )
+    found = measure(groups, small_config(), num_resamples=50, limited={"plain": limited})
+    assert found["plain"].length_per_point.value == pytest.approx(0.0, abs=0.05)
+    assert found["plain, limit"].length_per_point.high < -0.05
+    assert found["plain, limit"].cosine.high < 0.98
+    assert sum(part.value for part in found["plain, limit"].by_length) == pytest.approx(1)
 
 
 def test_fewer_samples_than_the_group_are_refused(run: Path) -> None:
