@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -149,7 +150,7 @@ def on_cpu(
     parents: tuple[int, ...],
     scaling: float | None,
 ) -> torch.Tensor:
-    """Two calls for each sequence, at the most. Memory grows with T.
+    """One call for each sequence, and one for the branches of each trunk. Memory grows with T.
 
     Raises `NotImplementedError` for keys and values of different sizes.
     """
@@ -158,39 +159,28 @@ def on_cpu(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
-    trees = list(_trees(lengths, parents))
-    sizes = [sum(tree) for tree in trees]
-    columns = (tensor.split(sizes, 2) for tensor in (query, key, value))
-    return torch.cat(
-        [_tree(q, k, v, tree, scaling) for tree, q, k, v in zip(trees, *columns, strict=True)], 2
-    )
+    output: torch.Tensor = _Attention.apply(query, key, value, lengths, parents, scaling)
+    return output
 
 
-def _trees(lengths: tuple[int, ...], parents: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """The lengths of each trunk and its branches, which follow it."""
+class _Trunk(NamedTuple):
+    """The rows of a trunk that has branches, and those of all its branches, which follow it."""
+
+    own: slice
+    branches: slice
+
+
+def _trunks(lengths: tuple[int, ...], parents: tuple[int, ...]) -> Iterator[_Trunk]:
+    starts = [0, *accumulate(lengths)]
     roots = [number for number, parent in enumerate(parents) if parent < 0]
     for root, end in zip(roots, [*roots[1:], len(parents)], strict=True):
-        yield lengths[root:end]
+        if end > root + 1:
+            first = starts[root + 1]
+            yield _Trunk(slice(starts[root], first), slice(first, starts[end]))
 
 
-def _tree(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lengths: tuple[int, ...],
-    scaling: float | None,
-) -> torch.Tensor:
-    trunk = lengths[0]
-    q, k, v = (tensor[:, :, :trunk] for tensor in (query, key, value))
-    of_trunk = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-    if len(lengths) == 1:
-        return of_trunk
-    of_branches = _Branches.apply(query[:, :, trunk:], key, value, lengths, scaling)
-    return torch.cat((of_trunk, of_branches), 2)
-
-
-class _Branches(torch.autograd.Function):
-    """Attention of the branches, with that to the trunk in one call for all of them.
+class _Attention(torch.autograd.Function):
+    """Each sequence's attention to itself, and that of all branches of a trunk to it in one call.
 
     The outputs of the two parts are joined by the sums of their exponentials. The gradient of
     either part is that of the same kernel, given the joint output and the joint sum.
@@ -204,45 +194,48 @@ class _Branches(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         lengths: tuple[int, ...],
+        parents: tuple[int, ...],
         scaling: float | None,
     ) -> torch.Tensor:
-        trunk, *branches = lengths
-        (trunk_key, *keys), (trunk_value, *values) = key.split(lengths, 2), value.split(lengths, 2)
-        to_trunk, sums = _flash(query, trunk_key, trunk_value, 0.0, False, scale=scaling)
-        own = [
-            _flash(q, k, v, 0.0, True, scale=scaling)
-            for q, k, v in zip(query.split(branches, 2), keys, values, strict=True)
-        ]
-        own_sums = torch.cat([part[1] for part in own], 2)
-        joint = torch.logaddexp(sums, own_sums)
-        output = to_trunk * (sums - joint).exp()[..., None]
-        output += torch.cat([part[0] for part in own], 2) * (own_sums - joint).exp()[..., None]
-        output = output.to(query.dtype)
-        ctx.save_for_backward(query, key, value, output, joint)
-        ctx.lengths, ctx.scaling = lengths, scaling
+        parts = zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
+        own = [_flash(q, k, v, 0.0, True, scale=scaling) for q, k, v in parts]
+        output, sums = torch.cat([one[0] for one in own], 2), torch.cat([one[1] for one in own], 2)
+        trunks = list(_trunks(lengths, parents))
+        for trunk, branches in trunks:
+            to_trunk, trunk_sums = _flash(
+                query[:, :, branches], key[:, :, trunk], value[:, :, trunk], 0.0, scale=scaling
+            )
+            joint = torch.logaddexp(trunk_sums, sums[:, :, branches])
+            of_own = output[:, :, branches] * (sums[:, :, branches] - joint).exp()[..., None]
+            output[:, :, branches] = of_own + to_trunk * (trunk_sums - joint).exp()[..., None]
+            sums[:, :, branches] = joint
+        ctx.save_for_backward(query, key, value, output, sums)
+        ctx.lengths, ctx.trunks, ctx.scaling = lengths, trunks, scaling
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        query, key, value, output, joint = ctx.saved_tensors
-        trunk, *branches = ctx.lengths
-        key_parts, value_parts = key.split(ctx.lengths, 2), value.split(ctx.lengths, 2)
-        grad = grads[0].contiguous()
-
-        def part(*tensors: torch.Tensor, causal: bool) -> Any:
-            return _flash_backward(*tensors, 0.0, causal, scale=ctx.scaling)
-
-        grad_query, *trunk_grads = part(
-            grad, query, key_parts[0], value_parts[0], output, joint, causal=False
-        )
-        rows = [tensor.split(branches, 2) for tensor in (grad, query, output, joint)]
+        query, key, value, output, sums = ctx.saved_tensors
+        rows = (grads[0].contiguous(), query, key, value, output, sums)
         own = [
-            part(g, q, k, v, o, j, causal=True)
-            for g, q, k, v, o, j in zip(
-                rows[0], rows[1], key_parts[1:], value_parts[1:], rows[2], rows[3], strict=True
-            )
+            _flash_backward(*part, 0.0, True, scale=ctx.scaling)
+            for part in zip(*(tensor.split(ctx.lengths, 2) for tensor in rows), strict=True)
         ]
-        grad_query = grad_query + torch.cat([each[0] for each in own], 2)
-        grad_key = torch.cat([trunk_grads[0], *(each[1] for each in own)], 2)
-        grad_value = torch.cat([trunk_grads[1], *(each[2] for each in own)], 2)
-        return grad_query, grad_key, grad_value, None, None
+        grad_query, grad_key, grad_value = (torch.cat([one[i] for one in own], 2) for i in range(3))
+        grad, query, key, value, output, sums = rows
+        for trunk, branches in ctx.trunks:
+            to_query, to_key, to_value = _flash_backward(
+                grad[:, :, branches],
+                query[:, :, branches],
+                key[:, :, trunk],
+                value[:, :, trunk],
+                output[:, :, branches],
+                sums[:, :, branches],
+                0.0,
+                False,
+                scale=ctx.scaling,
+            )
+            grad_query[:, :, branches] += to_query
+            grad_key[:, :, trunk] += to_key
+            grad_value[:, :, trunk] += to_value
+        return grad_query, grad_key, grad_value, None, None, None
