@@ -70,6 +70,7 @@ SETS: dict[str, Variants] = {
         "+ streaming": [*SYNC, *PLAIN, *STREAMING],
         "+ sampling (survivor)": [*SYNC, *STREAMING, *FIXED],
         "+ adaptive (survivor)": [*SYNC, *STREAMING, *ADAPTIVE],
+        "+ sampling (limited)": [*SYNC, *STREAMING, *FIXED, *LIMITED],
         "+ relative limit": [*SYNC, *STREAMING, *ADAPTIVE, *LIMITED],
         "+ sampling (none)": [*SYNC, *STREAMING, *FIXED, "darts.long_end=none"],
         "+ sampling (longest)": [*SYNC, *STREAMING, *FIXED, "darts.long_end=longest"],
