@@ -15,6 +15,9 @@ from math import isnan
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rich.console import Console
+from rich.progress import track
+
 from actors.environments import VerifierEnvironment
 from actors.prompts import response_limit
 from buffer.data.sources import make_sources
@@ -76,7 +79,11 @@ def bias(
         with asyncio.Runner() as runner:
             sampled = [
                 runner.run(_sample(config, model.eval(), tokenizer, environment, prompt, samples))
-                for prompt in prompts
+                for prompt in track(
+                    prompts,
+                    f"{samples} responses to each of {len(prompts)} prompts",
+                    console=Console(stderr=True),
+                )
             ]
     finally:
         environment.close()
