@@ -76,9 +76,10 @@ def engine_args(config: Config, seed: int = 0) -> AsyncEngineArgs:
     """
     check_device(config, current_platform.device_type)
     if engine_device(config) == "cpu":
-        # Compiling takes longer than a tiny model's whole run. With the default block of 128
-        # tokens, hardly any prompt would be shared.
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        # Compiling prolongs the start by up to half of a tiny model's whole run. With the default
+        # block of 128 tokens, hardly any prompt would be shared.
+        if config.actors.vllm.get("enforce_eager", True):
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
         special: dict[str, Any] = {
             "enforce_eager": True,
             "kv_cache_memory_bytes": int(config.actors.kv_cache_gib * 2**30),

@@ -2,9 +2,9 @@
 
 Owns the comparison: the embedded default with the model, prompts, batch, objective and optimizer of
 `configs/demo.yaml`, all 8 responses of a prompt trained on. TRL generates with transformers, as it
-does by default, in this process; ours are runs of `tools.launch`, of which the last selects as the
-demo does. The first step of each is left out, since it loads what the others use. Needs the extra
-`dev`.
+does by default, in this process; ours are runs of `tools.launch`: with the demo's settings of the
+engine and the learner, with those that suit a longer run, and with the demo's selection. The first
+step of each is left out, since it loads and compiles what the others use. Needs the extra `dev`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 import warnings
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from actors.verifiers import INLINE
@@ -29,32 +29,46 @@ from configs.schema import Config
 from tools.reporting.run_directory import RunDirectory
 
 STEPS = 13  # the first one is left out
+SEEDS = (0, 1, 2)  # lengths drift differently in each
 PLAIN = ["darts.policy=plain", "redundancy.rule=none"]
+ASYNC = [*PLAIN, "pipeline.mode=async"]
+# A start of half a minute more, and steps that are not shorter than a response of 512 tokens over
+# the lag bound.
+THROUGHPUT = [
+    "actors.slots=128",
+    "staleness.max_lag=8",
+    "batch.max_tokens=4096",
+    "actors.vllm.enforce_eager=false",
+    "learner.compile=true",
+]
 OURS = {
     "sync plain": [*PLAIN, "pipeline.mode=sync"],
-    "async plain": [*PLAIN, "pipeline.mode=async"],
+    "async plain": ASYNC,
+    "async plain, for throughput": [*ASYNC, *THROUGHPUT],
     "the demo": [],  # with its selection and relative limit
 }
 
 
 def main() -> None:
-    config = cli.load(["--config", "demo", f"run.steps={STEPS}"])
-    check_model(config.model.path)
+    configs = [cli.load(["--config", "demo", f"run.steps={STEPS}", f"run.seed={s}"]) for s in SEEDS]
+    check_model(configs[0].model.path)
     print(
-        f"{config.batch.groups} prompts of {config.darts.group_size} responses, {STEPS - 1} steps"
+        f"{configs[0].batch.groups} prompts of {configs[0].darts.group_size} responses, "
+        f"{STEPS - 1} steps, {len(SEEDS)} seeds"
     )
-    seconds = train_with_trl(config)
-    _row("TRL", seconds, fmean(seconds))
+    trl = [train_with_trl(config) for config in configs]
+    of_trl = fmean(fmean(seconds) for seconds in trl)
+    _row("TRL", trl, of_trl)
     for name, overrides in OURS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            ours = _ours(folder, overrides)
-        _row(f"ours, {name}", ours, fmean(seconds))
+        _row(f"ours, {name}", [_ours(overrides, seed) for seed in SEEDS], of_trl)
 
 
-def _row(name: str, seconds: list[float], trl: float) -> None:
+def _row(name: str, runs: list[list[float]], of_trl: float) -> None:
+    means = [fmean(seconds) for seconds in runs]
+    by_seed = ", ".join(f"{mean:.2f}" for mean in means)
     print(
-        f"{name:<18}{fmean(seconds):7.2f} s per step (median {median(seconds):.2f}, "
-        f"{min(seconds):.2f} to {max(seconds):.2f}); TRL's over it: {trl / fmean(seconds):.1f}",
+        f"{name:<34}{fmean(means):6.2f} s per step (by seed: {by_seed}); "
+        f"TRL's over it: {of_trl / fmean(means):.1f}",
         flush=True,
     )
 
@@ -65,7 +79,7 @@ def train_with_trl(config: Config) -> list[float]:
         warnings.simplefilter("ignore")
         trl = import_extra("trl", "python -m tools.bench trl", "dev")
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
     class Clock(TrainerCallback):
         """When each step ended."""
@@ -95,6 +109,7 @@ def train_with_trl(config: Config) -> list[float]:
             callbacks=[Clock],
             args=trl.GRPOConfig(
                 output_dir=folder,
+                seed=config.run.seed,
                 max_steps=STEPS,
                 per_device_train_batch_size=groups * size,
                 num_generations=size,
@@ -119,15 +134,17 @@ def train_with_trl(config: Config) -> list[float]:
                 log_level="error",
             ),
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return _differences(Clock.ends)
 
 
-def _ours(folder: str, overrides: list[str]) -> list[float]:
+def _ours(overrides: list[str], seed: int) -> list[float]:
     command = [sys.executable, "-m", "tools.launch", "--config", "demo", *overrides]
-    command += [f"run.steps={STEPS}", f"run.dir={folder}", "eval.every=0", "launch.progress=none"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return _differences(RunDirectory.read(Path(folder) / "demo").seconds())
+    command += [f"run.steps={STEPS}", f"run.seed={seed}", "eval.every=0", "launch.progress=none"]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([*command, f"run.dir={folder}"], check=True, stdout=subprocess.DEVNULL)
+        return _differences(RunDirectory.read(Path(folder) / "demo").seconds())
 
 
 def _differences(ends: list[float]) -> list[float]:

@@ -12,6 +12,7 @@ STREAMING = ["batch.stream=group"]  # the learner takes a group once it is decid
 FIXED = ["redundancy.rule=fixed", "redundancy.upper=1.5"]
 # The mean budget is about 12, the budget of FIXED.
 ADAPTIVE = ["redundancy.rule=paper", "redundancy.upper=2.0", "redundancy.price=0.6"]
+DEARER = [*ADAPTIVE, "redundancy.price=1.2"]  # the same mean on emulated latency, which is flatter
 MARGINAL = ["redundancy.rule=marginal", "redundancy.upper=2.0"]
 # The same 32 devices in two parts that are about equally busy under async plain.
 SPLIT_32 = ["engines.num_engines=12", "learner.num_gpus=20"]
@@ -72,10 +73,26 @@ SETS: dict[str, Variants] = {
         "+ adaptive (survivor)": [*SYNC, *STREAMING, *ADAPTIVE],
         "+ sampling (limited)": [*SYNC, *STREAMING, *FIXED, *LIMITED],
         "+ relative limit": [*SYNC, *STREAMING, *ADAPTIVE, *LIMITED],
+        "+ relative limit (dearer)": [*SYNC, *STREAMING, *DEARER, *LIMITED],
         "+ sampling (none)": [*SYNC, *STREAMING, *FIXED, "darts.long_end=none"],
         "+ sampling (longest)": [*SYNC, *STREAMING, *FIXED, "darts.long_end=longest"],
         "+ adaptive (longest)": [*SYNC, *STREAMING, *ADAPTIVE, "darts.long_end=longest"],
         "random of 12": [*SYNC, *STREAMING, *FIXED, "darts.policy=random"],
+    },
+    "live_k_l": {  # K:L, with streaming and the demo's limit
+        "7:1": [*SYNC, *STREAMING, *FIXED, *LIMITED],
+        "6:2": [*SYNC, *STREAMING, *FIXED, *LIMITED, "darts.num_long=2"],
+        "4:4": [*SYNC, *STREAMING, *FIXED, *LIMITED, "darts.num_long=4"],
+    },
+    "live_k_of_g": {  # M = 8 of a growing budget, with streaming and the demo's limit
+        "8 of 8": [*SYNC, *STREAMING, "redundancy.rule=none", *LIMITED],
+        **{
+            f"8 of {budget}": [
+                *[*SYNC, *STREAMING, *LIMITED],
+                *["redundancy.rule=fixed", f"redundancy.upper={budget / 8}"],
+            ]
+            for budget in (10, 12, 16, 24)
+        },
     },
     "live_async": {  # on the hardware and with the lag bound of the base configuration
         "async plain": [*ASYNC, *PLAIN],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,15 @@ def test_a_value_of_its_type_is_accepted(override: str, monkeypatch: pytest.Monk
 def test_a_mistake_in_the_value_itself_is_one_of_the_key() -> None:
     with pytest.raises(ValueError, match="actors.vllm=3 .command line.: expected dict"):
         load("actors.vllm=3")
+
+
+def test_a_cpu_engine_compiles_its_model_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would otherwise go on without a compiler, and the option would do nothing."""
+    from actors.inference.engine import engine_args
+
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "")
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")  # of this process, and set again at the end
+    assert not engine_args(load("actors.vllm.enforce_eager=false")).enforce_eager
+    assert "TORCHDYNAMO_DISABLE" not in os.environ
+    assert engine_args(load()).enforce_eager
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "1"

@@ -177,7 +177,7 @@ def test_simulated_variants_end_in_one_table(tmp_path: Path) -> None:
     assert "not modelled" in (tmp_path / "out" / "table.html").read_text()
 
 
-LIVE = {"live", "live_ablation", "live_async"}
+LIVE = {"live", "live_ablation", "live_async", "live_k_l", "live_k_of_g"}
 
 
 @pytest.mark.parametrize("chosen", sorted(set(SETS) - LIVE))
