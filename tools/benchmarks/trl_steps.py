@@ -2,9 +2,9 @@
 
 Owns the comparison: the embedded default with the model, prompts, batch, objective and optimizer of
 `configs/demo.yaml`, all 8 responses of a prompt trained on. TRL generates with transformers, as it
-does by default, in this process; ours are runs of `tools.launch`: with the demo's settings of the
-engine and the learner, with those that suit a longer run, and with the demo's selection. The first
-step of each is left out, since it loads and compiles what the others use. Needs the extra `dev`.
+does by default, in this process; ours are runs of `tools.launch`, of which the last selects as the
+demo does. The first step of each is left out, since it loads what the others use. Needs the extra
+`dev`.
 """
 
 from __future__ import annotations
@@ -31,20 +31,9 @@ from tools.reporting.run_directory import RunDirectory
 STEPS = 13  # the first one is left out
 SEEDS = (0, 1, 2)  # lengths drift differently in each
 PLAIN = ["darts.policy=plain", "redundancy.rule=none"]
-ASYNC = [*PLAIN, "pipeline.mode=async"]
-# A start of half a minute more, and steps that are not shorter than a response of 512 tokens over
-# the lag bound.
-THROUGHPUT = [
-    "actors.slots=128",
-    "staleness.max_lag=8",
-    "batch.max_tokens=4096",
-    "actors.vllm.enforce_eager=false",
-    "learner.compile=true",
-]
 OURS = {
     "sync plain": [*PLAIN, "pipeline.mode=sync"],
-    "async plain": ASYNC,
-    "async plain, for throughput": [*ASYNC, *THROUGHPUT],
+    "async plain": [*PLAIN, "pipeline.mode=async"],
     "the demo": [],  # with its selection and relative limit
 }
 
@@ -67,7 +56,7 @@ def _row(name: str, runs: list[list[float]], of_trl: float) -> None:
     means = [fmean(seconds) for seconds in runs]
     by_seed = ", ".join(f"{mean:.2f}" for mean in means)
     print(
-        f"{name:<34}{fmean(means):6.2f} s per step (by seed: {by_seed}); "
+        f"{name:<18}{fmean(means):6.2f} s per step (by seed: {by_seed}); "
         f"TRL's over it: {of_trl / fmean(means):.1f}",
         flush=True,
     )

@@ -33,9 +33,9 @@ SETS: dict[str, Variants] = {
     },
     "sensitivity": {  # K:L
         "sync plain": [*SYNC, *PLAIN],
-        "7:1": [*SYNC, *FIXED],
-        "6:2": [*SYNC, *FIXED, "darts.num_long=2"],
-        "4:4": [*SYNC, *FIXED, "darts.num_long=4"],
+        "K7 L1": [*SYNC, *FIXED],
+        "K6 L2": [*SYNC, *FIXED, "darts.num_long=2"],
+        "K4 L4": [*SYNC, *FIXED, "darts.num_long=4"],
     },
     "async": {  # 32 devices each: sync uses all of them for both tasks, async splits them
         "sync plain": [*SYNC, *PLAIN],
@@ -80,9 +80,9 @@ SETS: dict[str, Variants] = {
         "random of 12": [*SYNC, *STREAMING, *FIXED, "darts.policy=random"],
     },
     "live_k_l": {  # K:L, with streaming and the demo's limit
-        "7:1": [*SYNC, *STREAMING, *FIXED, *LIMITED],
-        "6:2": [*SYNC, *STREAMING, *FIXED, *LIMITED, "darts.num_long=2"],
-        "4:4": [*SYNC, *STREAMING, *FIXED, *LIMITED, "darts.num_long=4"],
+        "K7 L1": [*SYNC, *STREAMING, *FIXED, *LIMITED],
+        "K6 L2": [*SYNC, *STREAMING, *FIXED, *LIMITED, "darts.num_long=2"],
+        "K4 L4": [*SYNC, *STREAMING, *FIXED, *LIMITED, "darts.num_long=4"],
     },
     "live_k_of_g": {  # M = 8 of a growing budget, with streaming and the demo's limit
         "8 of 8": [*SYNC, *STREAMING, "redundancy.rule=none", *LIMITED],
