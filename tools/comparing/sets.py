@@ -9,10 +9,11 @@ UNLIMITED = ["darts.relative_limit=0"]  # as published; the demo has a limit
 SYNC, ASYNC = ["pipeline.mode=sync", *UNLIMITED], ["pipeline.mode=async", *UNLIMITED]
 LIMITED = ["darts.relative_limit=3"]
 STREAMING = ["batch.stream=group"]  # the learner takes a group once it is decided
+LIMITED_SYNC = [*SYNC, *STREAMING, *LIMITED]
 FIXED = ["redundancy.rule=fixed", "redundancy.upper=1.5"]
 # The mean budget is about 12, the budget of FIXED.
 ADAPTIVE = ["redundancy.rule=paper", "redundancy.upper=2.0", "redundancy.price=0.6"]
-DEARER = [*ADAPTIVE, "redundancy.price=1.2"]  # the same mean on emulated latency, which is flatter
+DEARER = [*ADAPTIVE, "redundancy.price=1.2"]  # a mean of about 11 on emulated latency
 MARGINAL = ["redundancy.rule=marginal", "redundancy.upper=2.0"]
 # The same 32 devices in two parts that are about equally busy under async plain.
 SPLIT_32 = ["engines.num_engines=12", "learner.num_gpus=20"]
@@ -80,16 +81,17 @@ SETS: dict[str, Variants] = {
         "random of 12": [*SYNC, *STREAMING, *FIXED, "darts.policy=random"],
     },
     "live_k_l": {  # K:L, with streaming and the demo's limit
-        "K7 L1": [*SYNC, *STREAMING, *FIXED, *LIMITED],
-        "K6 L2": [*SYNC, *STREAMING, *FIXED, *LIMITED, "darts.num_long=2"],
-        "K4 L4": [*SYNC, *STREAMING, *FIXED, *LIMITED, "darts.num_long=4"],
+        "K7 L1": [*LIMITED_SYNC, *FIXED],
+        "K6 L2": [*LIMITED_SYNC, *FIXED, "darts.num_long=2"],
+        "K4 L4": [*LIMITED_SYNC, *FIXED, "darts.num_long=4"],
     },
     "live_k_of_g": {  # M = 8 of a growing budget, with streaming and the demo's limit
-        "8 of 8": [*SYNC, *STREAMING, "redundancy.rule=none", *LIMITED],
+        "8 of 8": [*LIMITED_SYNC, "redundancy.rule=none"],
         **{
             f"8 of {budget}": [
-                *[*SYNC, *STREAMING, *LIMITED],
-                *["redundancy.rule=fixed", f"redundancy.upper={budget / 8}"],
+                *LIMITED_SYNC,
+                "redundancy.rule=fixed",
+                f"redundancy.upper={budget / 8}",
             ]
             for budget in (10, 12, 16, 24)
         },
