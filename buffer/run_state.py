@@ -26,6 +26,7 @@ from buffer.records import run_files, settings
 from buffer.records.cancelled_texts import CancelledTexts
 from buffer.records.event_log import BufferState, Checkpoint, EventLog, Learner, Rewound
 from buffer.records.files import RunLock
+from buffer.records.held_out import evaluation_of
 from buffer.records.journal import Journal
 from buffer.records.metrics import Metrics
 from buffer.records.trajectories import TrajectoryStore
@@ -111,6 +112,7 @@ class RunState:
         self.replaying = False  # during recovery: record, and send nothing
         self._rows_again: dict[int, dict[str, Any]] = {}  # rows of metrics made during recovery
         self.last_row = self.files.metrics.last_row()
+        self.last_evaluation = evaluation_of(self.last_row)  # of an earlier row, mostly
         self.errors: dict[int, str] = {}  # group -> its most recent failure
         self.unusable: set[int] = set()  # groups whose prompt does not fit the context
         # Not yet in the journal.
@@ -358,6 +360,8 @@ class RunState:
         self.files.metrics.cut(self.step)
         self.files.samples.cut(max(self.step, self.reported_step + 1))
         self.last_row = self.files.metrics.last_row()
+        if self.last_evaluation.get("eval/step", 0) > self.step:
+            self.last_evaluation = {}
 
     @property
     def offered_version(self) -> int:
@@ -377,6 +381,7 @@ class RunState:
             self.files.metrics.append(row)
             self.files.flush()
             self.last_row = row
+            self.last_evaluation = evaluation_of(row) or self.last_evaluation
 
     def end_replay(self) -> None:
         """Write the rows that were lost in a kill."""

@@ -5,8 +5,8 @@ Used by evaluations during a run (`buffer.evaluation`) and after it (`tools.eval
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,11 @@ def judged(answers: Sequence[Answer]) -> dict[str, float]:
     for kind in sorted({answer.kind for answer in answers} - {""}):
         row |= _means(f"eval/{kind}", [answer for answer in answers if answer.kind == kind])
     return row
+
+
+def evaluation_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluation in a row of metrics, which only the row of the step that it ended in has."""
+    return {name: value for name, value in row.items() if name.startswith("eval/")}
 
 
 def _means(name: str, answers: Sequence[Answer]) -> dict[str, float]:

@@ -41,7 +41,7 @@ def live_state(
         histogram_edges=HISTOGRAM_EDGES,
         histogram=run.metrics.histogram(),
         lags=list(run.metrics.recent_lags),
-        metrics={k: float(v) for k, v in run.last_row.items()},
+        metrics={k: float(v) for k, v in (run.last_evaluation | run.last_row).items()},
         groups=[
             _group(g, run)
             for g in islice((g for g in core.groups.values() if g.running), SHOWN_GROUPS)

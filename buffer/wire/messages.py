@@ -634,7 +634,7 @@ class LiveState(Message):
     histogram_edges: list[int]
     histogram: dict[str, list[int]]  # end -> count per bin
     lags: list[int]  # lag of recently shipped trajectories
-    metrics: dict[str, float]  # the newest line of metrics.jsonl
+    metrics: dict[str, float]  # the newest line of metrics.jsonl, and the newest evaluation
     groups: list[GroupView]
     engines: list[EngineView]
     prompts: list[PromptView]

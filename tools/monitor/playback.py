@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from math import log, log2
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -17,6 +18,7 @@ from typing import overload
 
 import msgspec
 
+from buffer.records.held_out import evaluation_of
 from buffer.records.metrics import HISTOGRAM_EDGES
 from buffer.wire.messages import GroupView, LiveState, PromptView, RolloutView, beginning
 from tools.reporting.run_directory import Row, RunDirectory, is_number
@@ -92,6 +94,8 @@ class Frames(Sequence[LiveState]):
             raise ValueError(f"{run.path} cannot be played: {' '.join(run.problems)}")
         self._run, self.seconds = run, run.seconds()
         first = bisect_left([group["step"] for group in run.groups], run.metrics[0]["step"])
+        evaluations = map(evaluation_of, run.metrics)
+        self._evaluations = list(accumulate(evaluations, lambda before, new: new or before))
         self._ends = [first, *_ends_of_steps(run)]
         self._texts = {str(row.get("prompt_id")): str(row.get("prompt", "")) for row in run.samples}
 
@@ -111,9 +115,10 @@ class Frames(Sequence[LiveState]):
         closed = run.groups[first:last]
         state = _snapshot(run, run.metrics[place], self.seconds[place], closed, recent)
         name, named = self._beginning, msgspec.structs.replace
+        metrics = {k: float(v) for k, v in self._evaluations[place].items() if is_number(v)}
         groups = [named(view, text=name(view.prompt_id)) for view in state.groups]
         prompts = [named(view, text=name(view.prompt_id)) for view in state.prompts]
-        return named(state, groups=groups, prompts=prompts)
+        return named(state, metrics=metrics | state.metrics, groups=groups, prompts=prompts)
 
     def _beginning(self, prompt_id: str) -> str:
         """Of a prompt's text, which is recorded if responses to it were sampled."""

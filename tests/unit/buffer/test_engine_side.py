@@ -365,3 +365,17 @@ def test_a_rank_of_another_learner_cannot_end_the_run(service: Service) -> None:
     service._receive(b"other", other)
     service._receive(b"other", msg.LearnerFailed(rank=1, error="forged"))
     assert [peer.identity for peer in service.run.peers.ranks()] == [b"own"]
+
+
+def test_monitors_keep_an_evaluation_that_only_one_row_has(service: Service) -> None:
+    """They look less often than a fast step ends, so they would miss it."""
+    run = service.run
+    run.write_row({"step": 0, "eval/step": 0, "eval/reward_mean": 0.25})
+    run.write_row({"step": 1, "eval/step": 1, "eval/reward_mean": 0.5})
+    run.write_row({"step": 2, "reward/mean": 0.75})
+    metrics = live_state(run).metrics
+    assert metrics["step"] == 2 and metrics["reward/mean"] == 0.75
+    assert metrics["eval/step"] == 1 and metrics["eval/reward_mean"] == 0.5
+    run.step = 0  # withdrawn, so its evaluation did not happen
+    run.cut_rows()
+    assert "eval/reward_mean" not in live_state(run).metrics

@@ -488,6 +488,15 @@ def test_a_replays_histogram_counts_every_rollout_of_its_window(run_dir: Path) -
     assert len(last.lags) == 6
 
 
+def test_a_replay_keeps_an_evaluation_until_the_next(run_dir: Path) -> None:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows[1] |= {"eval/step": 1, "eval/reward_mean": 0.5}
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    played = Frames(RunDirectory.read(run_dir))
+    assert [state.metrics.get("eval/reward_mean") for state in played] == [None, 0.5, 0.5]
+    assert [state.metrics["step"] for state in played] == [0, 1, 2]
+
+
 def test_a_replay_without_a_ledger_says_what_is_missing(run_dir: Path) -> None:
     (run_dir / "groups.jsonl").unlink()
     with pytest.raises(ValueError, match="groups.jsonl is missing"):
