@@ -26,6 +26,7 @@ from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
+from buffer.records import settings
 from buffer.records.files import atomic_write
 from configs import cli
 from configs.command import run_command
@@ -35,6 +36,7 @@ from darts.simulate.world import simulate
 from tools.comparing.page import html, markdown, plot_curves, plot_table
 from tools.comparing.rows import add_cost_to_reach, summarise, table
 from tools.comparing.sets import SETS, Variants
+from tools.reporting.differences import IDENTITY
 from tools.reporting.run_directory import EVALUATIONS, Row, RunDirectory
 
 AVERAGES = "Means over the seeds; ± is half of a 95 % interval (Student's t)."
@@ -83,20 +85,27 @@ class CompareConfig:
     out: str = key("runs/compare", "Folder for the table, and for the directories of live runs.")
 
 
+Job = tuple[CompareConfig, str, Sequence[str], int]  # a variant's name and values, and a seed
+
+
 def run(config: CompareConfig) -> None:
     variants = _chosen(config)
-    jobs = [(config, name, variants[name], seed) for name, seed in product(variants, config.seeds)]
+    jobs: list[Job] = [
+        (config, name, variants[name], seed) for name, seed in product(variants, config.seeds)
+    ]
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     if config.live:
-        folders = [_train(*job) for job in jobs]
+        for job in jobs:
+            _check_live(job)  # reports any mistake before the first one runs
+        folders = [_train(job) for job in jobs]
         with ThreadPoolExecutor(config.jobs) as pool:
             list(pool.map(lambda folder: _judge(folder, config.judge_samples), folders))
         results = [summarise(RunDirectory.read(folder)) for folder in folders]
         add_cost_to_reach([seed for _, _, _, seed in jobs], results, config.margin, config.reach)
     else:
         for job in jobs:
-            _simulation(*job)  # reports any mistake before the first one runs
+            _simulation(job)  # reports any mistake before the first one runs
         with ProcessPoolExecutor(config.jobs) as pool:
             results = list(pool.map(_simulated, jobs))
     by_variant: dict[str, list[Row]] = {name: [] for name in variants}
@@ -114,9 +123,9 @@ def run(config: CompareConfig) -> None:
     )
     page = html(rows, config.set, f"{kind}. {config.base}, seeds {config.seeds}. {AVERAGES}")
     atomic_write(out / "table.html", page, durable=False)
-    plot_table(rows, out / "table.png")
+    plot_table(rows, out / "table.png", emulated)
     if config.live:
-        plot_curves(by_variant, out / "curves.png")
+        plot_curves(by_variant, out / "curves.png", emulated)
     print(markdown(rows))
     print("\nthe decode latency is emulated" if emulated else "")
     print(f"{out}/table.json, table.html, table.png")
@@ -138,9 +147,8 @@ def _chosen(config: CompareConfig) -> Variants:
 # Running ------------------------------------------------------------------------------------------
 
 
-def _simulation(
-    config: CompareConfig, name: str, values: Sequence[str], seed: int
-) -> SimulateConfig:
+def _simulation(job: Job) -> SimulateConfig:
+    config, _, values, seed = job
     loaded: SimulateConfig = cli.load(
         ["--config", config.base, *config.overrides, *values, f"run.seed={seed}"], SimulateConfig
     )
@@ -148,44 +156,67 @@ def _simulation(
     return loaded
 
 
-def _simulated(job: tuple[CompareConfig, str, Sequence[str], int]) -> Row:
-    return simulate(_simulation(*job))
+def _simulated(job: Job) -> Row:
+    return simulate(_simulation(job))
 
 
-def _train(config: CompareConfig, name: str, values: Sequence[str], seed: int) -> Path:
+def _train(job: Job) -> Path:
     """Execute a live run alone on this machine, and return its directory."""
-    run_name = f"{name.replace(',', '').replace(' ', '-')}-{seed}"
-    folder = Path(config.out) / run_name
+    config, _, _, seed = job
+    folder = _folder(job)
     if not (folder / "report.html").exists():  # an interrupted comparison continues
-        command = [
-            sys.executable,
-            "-m",
-            "tools.launch",
-            "--config",
-            config.base,
-            *(["--config", config.latency] if config.latency else []),
-            *config.overrides,
-            *values,
-            *_judged_later(config),
-        ]
-        command += [
-            f"run.seed={seed}",
-            f"run.name={run_name}",
-            f"run.dir={config.out}",
-            "launch.progress=none",
-        ]
-        command += ["run.resume=true"] if (folder / "config.yaml").exists() else []
+        command = [sys.executable, "-m", "tools.launch", *_settings(job), f"run.seed={seed}"]
+        command += [f"run.name={folder.name}", f"run.dir={config.out}", "launch.progress=none"]
+        command += ["run.resume=true"] if (folder / settings.NAME).exists() else []
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)
     return folder
 
 
+def _folder(job: Job) -> Path:
+    config, name, _, seed = job
+    return Path(config.out) / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
+
+
+def _settings(job: Job) -> list[str]:
+    """The arguments that `tools.launch` takes for a live run, without those that locate it."""
+    config, _, values, _ = job
+    files = ["--config", config.base, *(["--config", config.latency] if config.latency else [])]
+    return [*files, *config.overrides, *values, *_judged_later(config)]
+
+
+def _check_live(job: Job) -> None:
+    """Raises `ValueError` if the run cannot be started, or its folder holds one of other settings.
+
+    Otherwise its results would stand in a table to which they do not belong.
+    """
+    config, _, _, seed = job
+    wanted, folder = cli.load([*_settings(job), f"run.seed={seed}"]), _folder(job)
+    if not (folder / settings.NAME).exists():
+        return
+    before = cli.load(["--config", str(folder / settings.NAME)])
+    ignored = settings.OF_THE_COMMAND | IDENTITY | {"launch.progress"}
+    changed = [change for change in cli.changes(before, wanted) if change.path not in ignored]
+    if changed:
+        raise ValueError(
+            f"out={config.out}: {folder} was run with {changed[0].path}={changed[0].before}, and "
+            f"this comparison has {changed[0].after}; give another out, or delete that folder"
+        )
+
+
 def _judge(folder: Path, num_samples: int) -> None:
-    if not (folder / EVALUATIONS).exists():
+    if not _is_judged(folder / EVALUATIONS, num_samples):
         subprocess.run(
             [sys.executable, "-m", "tools.evaluate", str(folder), "--samples", str(num_samples)],
             check=True,
         )
+
+
+def _is_judged(file: Path, num_samples: int) -> bool:
+    if not file.exists():
+        return False
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return all(row.get("samples_per_prompt") == num_samples for row in rows)
 
 
 def _judged_later(config: CompareConfig) -> list[str]:

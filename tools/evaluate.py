@@ -2,7 +2,7 @@
 
 Works after the run, so that evaluation takes no time from it. One engine loads the checkpoints in
 turn, as it loads published weights. Rollouts are played as in training, and none is cancelled.
-Writes runs/<name>/evaluations.jsonl (step, reward_mean, accuracy if all rewards are 0 or 1, number
+Writes runs/<name>/evaluations.jsonl (step, reward_mean, accuracy if all rewards are 0 or 1, numbers
 of responses, length statistics) and prints it. Driven by hand and by `tools.compare`.
 """
 
@@ -170,7 +170,10 @@ async def _answer(
     if skipped.num_skipped:
         print(skipped.summary(len(samples)), flush=True)
     row = {name.removeprefix("eval/"): value for name, value in judged(answers).items()}
-    return row | {"responses": len(answers)}
+    return row | {
+        "responses": len(answers),
+        "samples_per_prompt": config.eval.samples_per_prompt,
+    }
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

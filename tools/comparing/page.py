@@ -37,13 +37,31 @@ COLUMNS = {
     "tokens/to_reach": "generated until it",
     "near_s": "s to within the margin of it",
 }
+EMULATED = "\non emulated decode latency"
+KIND = "held-out "  # begins the columns of single kinds of prompts
 
 
-def _cells(row: Row) -> list[str]:
+def columns(rows: Sequence[Row]) -> dict[str, str]:
+    """The titles of all columns by name, with those of the kinds of prompts that `rows` have."""
+    return COLUMNS | {name: name for row in rows for name in row if name.startswith(KIND)}
+
+
+def _lines(rows: Sequence[Row]) -> list[list[str]]:
+    """The cells of the table, titles first."""
+    titles = columns(rows)
     return [
-        str(row["variant"]),
-        *(_shown(name, row.get(name), row["half_widths"].get(name, 0.0)) for name in COLUMNS),
-        str(row["verdict"]),
+        ["variant", *titles.values(), "verdict"],
+        *(
+            [
+                str(row["variant"]),
+                *(
+                    _shown(name, row.get(name), row["half_widths"].get(name, 0.0))
+                    for name in titles
+                ),
+                str(row["verdict"]),
+            ]
+            for row in rows
+        ),
     ]
 
 
@@ -56,13 +74,13 @@ def _shown(name: str, value: float | None, half_width: float) -> str:
 def _number(name: str, value: float) -> str:
     if name.startswith("tokens/"):
         return f"{value / 1e6:.3g}M"
-    if name.endswith(("_frac", "reward")):
+    if name.endswith(("_frac", "reward")) or " reward of " in name:
         return f"{value:.3f}"
     return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    lines = [["variant", *COLUMNS.values(), "verdict"], *map(_cells, rows)]
+    lines = _lines(rows)
     used = [i for i in range(len(lines[0])) if any(line[i] != "-" for line in lines[1:])]
     text = ["| " + " | ".join(line[i] for i in used) + " |" for line in lines]
     return "\n".join([text[0], "|" + "---|" * len(used), *text[1:]])
@@ -77,10 +95,10 @@ td:first-child, th:first-child { text-align:left }
 
 
 def html(rows: Sequence[Row], title: str, lead: str) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in ["variant", *COLUMNS.values(), "verdict"])
+    titles, *cells = _lines(rows)
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
-        for row in rows
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in cells
     )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title>'
@@ -90,7 +108,7 @@ def html(rows: Sequence[Row], title: str, lead: str) -> str:
     )
 
 
-def plot_table(rows: Sequence[Row], path: Path) -> None:
+def plot_table(rows: Sequence[Row], path: Path, emulated: bool) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,7 +122,10 @@ def plot_table(rows: Sequence[Row], path: Path) -> None:
     above = [row["time_ratio_range"][1] - row["time_ratio"] for row in rows]
     left.barh(names, [row["time_ratio"] for row in rows], xerr=[below, above], color="#3d5bd9")
     left.axvline(1.0, color="#1d2733", linewidth=0.8)
-    left.set_xlabel(f"learner steps per second, relative to {names[0]} (range over seeds)")
+    left.set_xlabel(
+        f"learner steps per second, relative to {names[0]} (range over seeds)"
+        + (EMULATED if emulated else "")
+    )
     start = [0.0] * len(rows)
     for use, colour in (
         ("trained", "#12876f"),
@@ -122,7 +143,7 @@ def plot_table(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def plot_curves(by_variant: dict[str, list[Row]], path: Path) -> None:
+def plot_curves(by_variant: dict[str, list[Row]], path: Path, emulated: bool) -> None:
     """Plot held-out reward over time, with one line per seed."""
     import matplotlib
 
@@ -140,7 +161,7 @@ def plot_curves(by_variant: dict[str, list[Row]], path: Path) -> None:
                 marker=".",
                 label=name if number == 0 else None,
             )
-    axes.set_xlabel("seconds of training, after the first step")
+    axes.set_xlabel(f"seconds of training, after the first step{EMULATED if emulated else ''}")
     axes.set_ylabel("held-out reward at the training temperature")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from math import sqrt
 from statistics import fmean, stdev
 
 from buffer.records.row_segments import begins_at
-from tools.comparing.page import COLUMNS
+from tools.comparing.page import KIND, columns
 from tools.reporting.run_directory import EVALUATIONS, Row, RunDirectory
 
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by seeds - 1; then as 9
@@ -67,7 +68,19 @@ def summarise(run: RunDirectory) -> Row:
         "judged_reward": judged[-1]["reward_mean"],
         "judged_length_mean": judged[-1]["length_mean"],
         "judged_length_p99": judged[-1]["length_p99"],
+        **_of_kinds(judged[-1]),
         "trained_s": took_s,
+    }
+
+
+def _of_kinds(judged: Row) -> Row:
+    """The rewards and lengths of each kind of held-out prompt, by the names of their columns."""
+    names = {"reward_mean": "reward", "length_mean": "length mean"}
+    return {
+        f"{KIND}{names[measure]} of {kind}": value
+        for name, value in judged.items()
+        for kind, slash, measure in [name.rpartition("/")]
+        if slash and measure in names
     }
 
 
@@ -82,18 +95,28 @@ def add_cost_to_reach(
     """Add seconds, steps and tokens until a run first reaches the held-out reward `reach`.
 
     With `reach` = 0 this is the final one of the reference, the first result with the same seed.
-    `reach_s` counts until the reward is reached, `near_s` until it is within `margin`. A value is
-    absent if this never happens.
+    `reach_s` counts until the reward is reached, `near_s` until it is within `margin`; between two
+    checkpoints, both are interpolated. A value is absent if this never happens.
     """
     targets: dict[int, float] = {}
     for seed, row in zip(seeds, results, strict=True):
         target = targets.setdefault(seed, reach or row["judged_reward"])
-        reached = [point for point in row["curve"] if point[1] >= target]
-        if reached:
-            row["reach_s"], _, row["reach_steps"], row["tokens/to_reach"] = reached[0]
-        near = [point[0] for point in row["curve"] if point[1] >= target - margin]
-        if near:
+        if reached := _first_at(row["curve"], target):
+            row["reach_s"], _, row["reach_steps"], row["tokens/to_reach"] = reached
+        if near := _first_at(row["curve"], target - margin):
             row["near_s"] = near[0]
+
+
+def _first_at(curve: Sequence[Sequence[float]], reward: float) -> list[float]:
+    """The point at which a curve first has the reward, or [] if it has less throughout.
+
+    Nothing was judged before the first checkpoint, so that no point lies before it.
+    """
+    for before, after in pairwise([curve[0], *curve]):
+        if after[1] >= reward:
+            share = (reward - before[1]) / (after[1] - before[1]) if before[1] < reward else 1.0
+            return [a + share * (b - a) for a, b in zip(before, after, strict=True)]
+    return []
 
 
 # Table --------------------------------------------------------------------------------------------
@@ -105,10 +128,11 @@ def table(by_variant: dict[str, list[Row]], margin: float) -> list[Row]:
     `half_widths` has half of the width of an interval by column, if there are several seeds.
     """
     reference = next(iter(by_variant.values()))
+    shown = columns([result for results in by_variant.values() for result in results])
     rows = []
     for name, results in by_variant.items():
         row: Row = {"variant": name, "half_widths": {}}
-        for column in COLUMNS:
+        for column in shown:
             values = [result[column] for result in results if column in result]
             if len(values) == len(results):
                 row[column] = fmean(values)

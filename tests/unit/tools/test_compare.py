@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from buffer.records import settings
 from configs import cli
 from darts.simulate.schema import SimulateConfig, check
-from tools.compare import CompareConfig, run
+from tools.compare import CompareConfig, _check_live, _is_judged, _settings, run
 from tools.comparing.page import markdown, plot_curves
 from tools.comparing.rows import add_cost_to_reach, half_width, summarise, table
 from tools.comparing.sets import SETS
@@ -63,7 +64,15 @@ def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
     ]  # fmt: skip
     judged = [
         {"step": 2, "reward_mean": 0.6, "length_mean": 9.0, "length_p99": 30.0},
-        {"step": 3, "reward_mean": 0.7, "length_mean": 8.0, "length_p99": 20.0},
+        {
+            "step": 3,
+            "reward_mean": 0.7,
+            "length_mean": 8.0,
+            "length_p99": 20.0,
+            "deep/reward_mean": 0.5,
+            "deep/length_mean": 15.0,
+            "deep/accuracy": 0.5,
+        },
     ]
     rollouts = [
         {"tokens": 10, "end": "selected_short"},
@@ -92,6 +101,9 @@ def test_a_run_is_summarised_from_its_files(tmp_path: Path) -> None:
         0.7,
     )
     assert (summary["judged_length_mean"], summary["judged_length_p99"]) == (8.0, 20.0)
+    shown = markdown(table({"a": [summary]}, margin=0.0))
+    assert "held-out reward of deep | held-out length mean of deep |" in shown
+    assert "| 0.500 | 15 |" in shown
     # After two and after three steps, measured from the end of the first.
     times_rewards_steps = [point[:3] for point in summary["curve"]]
     assert times_rewards_steps == [[2.0, 0.6, 2], [4.0, 0.7, 3]]
@@ -102,24 +114,24 @@ def test_the_cost_to_the_final_reward_of_the_reference_with_the_same_seed() -> N
     rows: list[dict[str, Any]] = [
         {"judged_reward": 0.90, "curve": [[5.0, 0.50, 2, 20], [9.0, 0.90, 4, 40]]},
         {"judged_reward": 0.80, "curve": [[5.0, 0.79, 2, 20], [9.0, 0.80, 4, 40]]},
-        {"judged_reward": 0.89, "curve": [[2.0, 0.60, 2, 30], [4.0, 0.89, 4, 60]]},
+        {"judged_reward": 0.88, "curve": [[2.0, 0.68, 2, 30], [4.0, 0.88, 4, 60]]},
         {"judged_reward": 0.85, "curve": [[2.0, 0.81, 2, 30], [4.0, 0.85, 4, 60]]},
     ]
-    add_cost_to_reach([0, 1, 0, 1], rows, margin=0.02)
-    assert [(row.get("reach_s"), row["near_s"]) for row in rows] == [
-        (9.0, 9.0),
-        (9.0, 5.0),
-        (None, 4.0),
-        (2.0, 2.0),
-    ]
+    add_cost_to_reach([0, 1, 0, 1], rows, margin=0.1)
+    assert [row.get("reach_s") for row in rows] == [9.0, 9.0, None, 2.0]
+    assert [row["near_s"] for row in rows] == pytest.approx([8.0, 5.0, 3.2, 2.0])
     costs = [(row.get("reach_steps"), row.get("tokens/to_reach")) for row in rows]
     assert costs == [(4, 40), (4, 40), (None, None), (2, 30)]
 
 
 def test_the_cost_to_a_fixed_reward() -> None:
     row: dict[str, Any] = {"judged_reward": 0.9, "curve": [[5.0, 0.5, 2, 20], [9.0, 0.9, 4, 40]]}
-    add_cost_to_reach([0], [row], margin=0.0, reach=0.4)
+    add_cost_to_reach([0], [row], margin=0.0, reach=0.4)  # there is nothing before the first point
     assert (row["reach_s"], row["reach_steps"], row["tokens/to_reach"]) == (5.0, 2, 20)
+    add_cost_to_reach([0], [row], margin=0.0, reach=0.6)  # a quarter of the way to the second
+    assert [row["reach_s"], row["reach_steps"], row["tokens/to_reach"]] == pytest.approx(
+        [6.0, 2.5, 25]
+    )
 
 
 def test_intervals_are_those_of_student() -> None:
@@ -151,7 +163,7 @@ def test_curves_are_drawn_for_every_seed(tmp_path: Path) -> None:
         [{"curve": [[1.0, 0.5, 1, 9], [2.0, 0.7, 2, 18]]}, {"curve": [[1.0, 0.6, 1, 9]]}],
         [{"curve": [[0.5, 0.6, 1, 9]]}],
     )
-    plot_curves({"a": of_a, "b": of_b}, tmp_path / "curves.png")
+    plot_curves({"a": of_a, "b": of_b}, tmp_path / "curves.png", emulated=True)
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
@@ -190,6 +202,42 @@ def test_every_simulated_variant_can_be_simulated(chosen: str) -> None:
 def test_every_live_variant_is_a_valid_run(chosen: str) -> None:
     for values in SETS[chosen].values():
         cli.load(["--config", "demo", "--config", "configs/latency/a10_7b.yaml", *values])
+
+
+def test_a_finished_run_of_other_settings_is_refused(tmp_path: Path) -> None:
+    def comparison(*overrides: str) -> CompareConfig:
+        return CompareConfig(
+            set="live_async",
+            base="configs/demo.yaml",
+            only=["async plain"],
+            live=True,
+            overrides=list(overrides),
+            out=str(tmp_path),
+        )
+
+    before = comparison("staleness.max_lag=2", "buffer.address=tcp://127.0.0.1:5610")
+    folder = tmp_path / "async-plain-0"
+    folder.mkdir()
+    job = (before, "async plain", SETS["live_async"]["async plain"], 0)
+    settings.write(folder, cli.load([*_settings(job), "run.dir=elsewhere", "run.name=a"]), {})
+    with pytest.raises(ValueError, match=r"async-plain-0 was run with staleness.max_lag=2, .* 4;"):
+        run(comparison("staleness.max_lag=4"))
+    # Neither a folder nor a port makes it another run.
+    _check_live((comparison("staleness.max_lag=2"), *job[1:]))
+    with pytest.raises(ValueError, match=r"run.seed=0, and this comparison has 7"):
+        (tmp_path / "async-plain-7").mkdir()
+        (tmp_path / "async-plain-7" / "config.yaml").write_bytes(
+            (folder / "config.yaml").read_bytes()
+        )
+        _check_live((*job[:3], 7))
+
+
+def test_runs_are_judged_again_if_another_number_of_samples_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "evaluations.jsonl"
+    assert not _is_judged(file, 2)
+    file.write_text('{"step": 8, "samples_per_prompt": 2}\n')
+    assert _is_judged(file, 2)
+    assert not _is_judged(file, 4)
 
 
 def test_an_unknown_variant_is_named() -> None:
