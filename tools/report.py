@@ -18,6 +18,7 @@ from typing import NoReturn
 from buffer.records.files import atomic_write
 from configs.command import run_command
 from tools.reporting import sections
+from tools.reporting.audited import audited
 from tools.reporting.differences import compare
 from tools.reporting.page import page_of, section
 from tools.reporting.plots import FIGURES
@@ -80,6 +81,7 @@ def write_report(run_dir: Path) -> Path:
         + sections.headline(run)
         + sections.advice(run)
         + plots
+        + audited(run)
         + sections.ledger(run)
         + responses(run)
         + sections.reproduce(run)

@@ -47,5 +47,5 @@ class SignalWatch:
         whole = "the run" if self.num_mute == row["step"] + 1 else f"{self.num_mute} steps"
         return (
             f"in {whole} up to step {row['step']:.0f}, all responses to a prompt had the same "
-            f"reward (mean {reward:.2f}), which teaches the policy nothing: {advice}"
+            f"reward (mean {reward:.2f}), so that rewards taught the policy nothing: {advice}"
         )

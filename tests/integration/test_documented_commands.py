@@ -43,7 +43,7 @@ REDUCED: list[Reduction] = [  # the first pattern that matches counts
     (r"-m tools\.chaos", plus("--print-config"), "minutes; tests/chaos runs it"),
     (r"thousand\.yaml", plus("--print-config"), "over a minute of one core"),
     (r"-m tools\.bench", helped, "a measurement; tests/e2e/test_bench.py runs it"),
-    (r"-m tools\.(bias|evaluate|export)", helped, "needs a checkpoint; tests/e2e/test_pipeline.py"),
+    (r"-m tools\.(bias|evaluate|export)", helped, "a checkpoint; test_bias.py, test_pipeline.py"),
     (r"-m tools\.check ", helped, "needs the demo's model; tests/e2e/test_check.py runs it"),
     (r"-m examples\.", helped, "a minute of training"),
     (r"-m tools\.doctor ", plus("--print-config"), "needs a model; test_doctor.py runs it"),

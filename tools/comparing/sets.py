@@ -11,7 +11,7 @@ LIMITED = ["darts.relative_limit=3"]
 STREAMING = ["batch.stream=group"]  # the learner takes a group once it is decided
 LIMITED_SYNC = [*SYNC, *STREAMING, *LIMITED]
 FIXED = ["redundancy.rule=fixed", "redundancy.upper=1.5"]
-# The mean budget is about 12, the budget of FIXED.
+# At saturation the mean budget is about 12, that of FIXED; free slots raise it to 15.5.
 ADAPTIVE = ["redundancy.rule=paper", "redundancy.upper=2.0", "redundancy.price=0.6"]
 DEARER = [*ADAPTIVE, "redundancy.price=1.2"]  # a mean of about 11 on emulated latency
 MARGINAL = ["redundancy.rule=marginal", "redundancy.upper=2.0"]

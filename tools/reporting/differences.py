@@ -64,9 +64,11 @@ def compare(runs: Sequence[RunDirectory]) -> str:
         raise ValueError(f"{empty[0]} has no rows up to step {last}, the last one of another run")
     title = " and ".join(names)
     lead = f"Compared after {last + 1} steps, which all of the runs have."
+    if emulated := [name for name, run in zip(names, runs, strict=True) if run.emulated]:
+        lead += f" The decode latency of {', '.join(emulated)} is emulated (actors.min_step_ms)."
     body = (
         f'<header><p class="kind">Comparison</p><h1>{escape(title)}</h1>'
-        f'<p class="lead">{lead}</p></header>'
+        f'<p class="lead">{escape(lead)}</p></header>'
         + _settings(runs, names)
         + _table("Outcome", _outcome_note(), names, outcome(same))
         + _plots(same, names)

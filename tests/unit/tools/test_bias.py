@@ -159,12 +159,15 @@ def test_a_gradient_that_is_lost_in_noise_is_undetermined() -> None:
 
 def test_groups_without_signal_count_in_the_mean_unless_they_are_replaced() -> None:
     rng = np.random.default_rng(7)
-    mixed = [group(rng, [10, 20, 30, 40], [1.0, 0, 0, 1]) for _ in range(3)]
-    groups = [*mixed, *(group(rng, [10, 20, 30, 40], [1.0] * 4) for _ in range(3))]
+    lengths = [10, 20, 30, 40, 50, 50]
+    # `plain` selects the first four, whose rewards are equal in half of the groups.
+    groups = [group(rng, lengths, [*first, 0, 0]) for first in ([1.0, 0, 0, 1], [1.0] * 4)] * 5
     config = small_config()
     trained = measure(groups, config, num_resamples=10)["plain"]
     config.darts.uniform = "drop"
-    assert measure(groups, config, num_resamples=10)["plain"].by_length == trained.by_length
+    replaced = measure(groups, config, num_resamples=10)["plain"]
+    assert replaced.by_length == trained.by_length  # a uniform group has no weight in either case
+    assert replaced.norm_ratio.value == pytest.approx(2 * trained.norm_ratio.value)
 
 
 def test_equal_lengths_share_the_deciles_that_they_span() -> None:

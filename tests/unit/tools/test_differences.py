@@ -115,3 +115,9 @@ def test_the_page_is_written_from_directories(tmp_path: Path) -> None:
     assert write_comparison([tmp_path / "a", tmp_path / "b"], out) == out
     page = out.read_text()
     assert "<h1>a and b</h1>" in page and "http://" not in page.replace("http://www.w3.org/", "")
+
+
+def test_the_page_says_which_runs_have_emulated_latency() -> None:
+    emulated = make("<b>", actors={"min_step_ms": [[1, 30.0]]})
+    assert "The decode latency of &lt;b&gt; is emulated" in compare([make("a"), emulated])
+    assert "emulated" not in compare([make("a"), make("c")])

@@ -13,6 +13,7 @@ import pytest
 from tools.launching.summary import facts
 from tools.report import write_report
 from tools.reporting import sections
+from tools.reporting.audited import audited
 from tools.reporting.compact import compact
 from tools.reporting.plots import FIGURES, evaluations
 from tools.reporting.responses import responses
@@ -310,6 +311,32 @@ def test_an_empty_folder_is_one_clear_error(tmp_path: Path) -> None:
         write_report(tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_audited_groups_tell_what_selection_leaves_out(run_dir: Path) -> None:
+    def group(number: int, left_out: float, **more: Any) -> dict:
+        ends = {
+            "selected_short": (1.0, 10),
+            "selected_long": (0.0, 20),
+            "discarded": (left_out, 60),
+        }
+        rollouts = [{"end": end, "reward": r, "tokens": t} for end, (r, t) in ends.items()]
+        return group_row(number) | {"audit": True, "rollouts": rollouts} | more
+
+    cancelled = [{"end": "selected_short", "reward": 1.0, "tokens": 9},
+                 {"end": "cancelled", "reward": None, "tokens": 5}]  # fmt: skip
+    groups = [group(0, 0.5), group(1, 0.2), group(2, 0.0, audit=False),
+              group(3, 0.0, end="uniform"), group(4, 0.0, rollouts=cancelled)]  # fmt: skip
+    run = RunDirectory(run_dir, groups=groups)
+    shown = re.sub(r"<[^>]+>", "|", audited(run))
+    assert "In 2 audited groups" in shown
+    # Selected: 0.5 of 0.5 and of 0.4 on average. The values differ by 0.1 and t is 1.96.
+    assert "differ from all of their group by +0.050 ± 0.098 in reward" in shown
+    assert "by -15.0 ± 0.0 tokens" in shown
+    assert re.findall(r"all responses\|+([\d.]+)\|+([\d.]+)", shown) == [("0.450", "30.0")]
+    assert re.findall(r"left out\|+([\d.]+)\|+([\d.]+)", shown) == [("0.350", "60.0")]
+    assert "1 more ended at their deadline" in shown
+    assert audited(RunDirectory(run_dir, groups=groups[2:])) == ""
 
 
 def test_compact_keeps_three_digits() -> None:
