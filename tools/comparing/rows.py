@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import pairwise
-from math import sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 
 from buffer.records.row_segments import begins_at
 from tools.comparing.page import KIND, columns
+from tools.reporting.intervals import half_width
 from tools.reporting.run_directory import EVALUATIONS, Row, RunDirectory
-
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by seeds - 1; then as 9
 
 
 def summarise(run: RunDirectory) -> Row:
@@ -146,14 +144,6 @@ def table(by_variant: dict[str, list[Row]], margin: float) -> list[Row]:
         row["verdict"] = verdict(row, rows[0] if rows else row, margin)
         rows.append(row)
     return rows
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half of the width of the 95 % interval of a mean, by Student's t. 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    quantile = T_95[min(len(values) - 1, len(T_95)) - 1]
-    return quantile * stdev(values) / sqrt(len(values))
 
 
 def verdict(row: Row, reference: Row, margin: float) -> str:

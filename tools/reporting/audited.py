@@ -7,13 +7,12 @@ Elsewhere, a cancelled response has neither a reward nor a length in full. Pure:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 
+from tools.reporting.intervals import half_width
 from tools.reporting.page import section
 from tools.reporting.run_directory import Row, RunDirectory
 
-Z_95 = 1.96
 SEATS = {
     "all responses": lambda end: True,
     "selected": lambda end: end.startswith("selected"),
@@ -22,7 +21,7 @@ SEATS = {
 
 
 def audited(run: RunDirectory) -> str:
-    """A table of all, the selected and the left-out responses; "" for a run without an audit."""
+    """A table of all, the selected and the left-out responses; "" with fewer than two groups."""
     groups = [group for group in run.trained_groups() if group.get("audit")]
     whole = [
         group
@@ -30,7 +29,7 @@ def audited(run: RunDirectory) -> str:
         if not {r["end"] for r in group["rollouts"]} & {"cancelled", "lost"}
         and any(_in(SEATS["left out"], group))
     ]
-    if not whole:
+    if len(whole) < 2:
         return ""
     body = "".join(
         f"<tr><td>{name}</td>"
@@ -72,5 +71,4 @@ def _difference(groups: Sequence[Row], column: str, shown: str) -> str:
         _mean(_in(SEATS["selected"], group), column) - _mean(group["rollouts"], column)
         for group in groups
     ]
-    half = Z_95 * stdev(values) / sqrt(len(values)) if len(values) > 1 else float("nan")
-    return f"{fmean(values):{shown}} ± {half:{shown[1:]}}"
+    return f"{fmean(values):{shown}} ± {half_width(values):{shown[1:]}}"

@@ -330,13 +330,13 @@ def test_audited_groups_tell_what_selection_leaves_out(run_dir: Path) -> None:
     run = RunDirectory(run_dir, groups=groups)
     shown = re.sub(r"<[^>]+>", "|", audited(run))
     assert "In 2 audited groups" in shown
-    # Selected: 0.5 of 0.5 and of 0.4 on average. The values differ by 0.1 and t is 1.96.
-    assert "differ from all of their group by +0.050 ± 0.098 in reward" in shown
+    # Selected: 0.5, beside 0.5 and 0.4 on average. The differences are 0 and 0.1, and t is 12.706.
+    assert "differ from all of their group by +0.050 ± 0.635 in reward" in shown
     assert "by -15.0 ± 0.0 tokens" in shown
     assert re.findall(r"all responses\|+([\d.]+)\|+([\d.]+)", shown) == [("0.450", "30.0")]
     assert re.findall(r"left out\|+([\d.]+)\|+([\d.]+)", shown) == [("0.350", "60.0")]
     assert "1 more ended at their deadline" in shown
-    assert audited(RunDirectory(run_dir, groups=groups[2:])) == ""
+    assert audited(RunDirectory(run_dir, groups=groups[1:])) == ""
 
 
 def test_compact_keeps_three_digits() -> None:
