@@ -64,6 +64,7 @@ def evaluate(run: Path, samples: int | None = None) -> list[Row]:
             every=1,
             samples_per_prompt=samples or config.eval.samples_per_prompt,
         ),
+        actors=replace(config.actors, min_step_ms=[]),  # waiting would not change any answer
     )
     rows = _outside_any_loop(lambda: _judge_all(config, run, steps))
     atomic_write(run / EVALUATIONS, "".join(json.dumps(row) + "\n" for row in rows))
