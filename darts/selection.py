@@ -63,7 +63,9 @@ def select_efficient(
     """The M of `finished` with the highest reward per token.
 
     Source: GFPO (arXiv 2508.09726), token efficiency. Differs: rewards are limited to 0..1, which
-    makes `efficiency_cutoff` a proof, and ties go to the shorter response.
+    makes `efficiency_cutoff` a proof. Ties go to the earlier rollout, not to the shorter one: all
+    wrong responses score 0, and if the short ones among them were preferred, most long responses
+    that are trained on would be right.
     """
     best = _by_efficiency(finished, rewards)[:group_size]
     return select_dual_end(best, truncated, group_size, 0, fill_truncated)
@@ -93,7 +95,11 @@ def relative_cutoff(finished: Sequence[Candidate], budget: int, limit: float) ->
 
 
 def _by_efficiency(finished: Sequence[Candidate], rewards: Mapping[int, float]) -> list[Candidate]:
-    return sorted(finished, key=lambda c: (-_limited(rewards[c.rollout_id]) / max(1, c.tokens), c))
+    def rank(candidate: Candidate) -> tuple[float, int]:
+        reward = _limited(rewards[candidate.rollout_id])
+        return -reward / max(1, candidate.tokens), candidate.rollout_id
+
+    return sorted(finished, key=rank)
 
 
 def _limited(reward: float) -> float:
