@@ -146,13 +146,15 @@ def groups_uniform(facts: RunFacts) -> Advice | None:
         action = f"Pilots are on already. Many prompts are {where}: change data.train."
     elif facts.run.setting("darts.uniform") == "drop" and isinstance(size, int):
         action = (
-            f"They were replaced after all of their tokens had been generated. Set darts.pilot to "
-            f"about {max(1, size // 2)}, so that they are stopped after their first responses."
+            f"They were replaced after all of their tokens had been generated. With darts.pilot at "
+            f"about {max(1, size // 2)}, those of prompts that are nearly always solved, or never, "
+            "are stopped after their first responses."
         )
     else:
         action = (
-            "Set darts.uniform=drop to replace them by groups of other prompts, and darts.pilot to "
-            "about half of darts.group_size, so that few tokens are spent on them."
+            "Set darts.uniform=drop to replace them by groups of other prompts. If most prompts "
+            "are nearly always solved, or never, darts.pilot at about half of darts.group_size "
+            "saves their tokens."
         )
     return Advice(
         f"{_percent(share)} of the groups had equal rewards and so no gradient "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -12,6 +13,7 @@ from actors.inference.generation import EngineDied, Generation
 from actors.verifier_load import Step
 from buffer.wire.messages import PromptPayload
 from configs.schema import Config
+from tools import evaluate
 from tools.evaluate import _answer
 
 
@@ -141,3 +143,23 @@ def test_a_prompt_that_cannot_be_rendered_fails_like_a_verifier() -> None:
 def test_a_lost_engine_ends_the_evaluation() -> None:
     with pytest.raises(EngineDied, match="out of memory"):
         evaluated("1", engine=FakeEngine(dies=True))
+
+
+def test_an_emulated_latency_does_not_delay_the_judging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, judged_with = Config(), list[Config]()
+    config.actors.min_step_ms, config.eval.every = [[1, 12], [64, 26]], 1
+
+    def judge(given: Config, run: Path, steps: list[int]) -> list[dict[str, Any]]:
+        judged_with.append(given)
+        return [{"step": step} for step in steps]
+
+    monkeypatch.setattr(evaluate, "run_config", lambda run: config)
+    monkeypatch.setattr(evaluate, "steps_saved", lambda run: [7])
+    monkeypatch.setattr(evaluate, "check_model", lambda path: None)
+    monkeypatch.setattr(evaluate, "_judge_all", judge)
+
+    assert evaluate.evaluate(tmp_path) == [{"step": 7}]
+    assert judged_with[0].actors.min_step_ms == []
+    assert config.actors.min_step_ms, "the run's own settings are as before"
