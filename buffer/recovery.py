@@ -4,15 +4,22 @@ The event log is replayed into the core from its newest checkpoint, to which the
 Every decision about a record is performed again, and nothing is sent. Then the tokens of
 outstanding rollouts are read from their log. Engines and learner stay in the core's tables, and
 have `buffer.peer_timeout_s` to say hello again. Driven once, by `buffer.service`, before its loop.
+
+The decisions must be those that were logged, since peers acted on them. A version of this package
+with other rules would decide otherwise, and must not continue the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Sequence
 
-from buffer.records.event_log import Learner, Policy, Rewound, Trained
+import msgspec
+
+from buffer.records.event_log import Learner, LoggedEvent, Policy, Rewound, Trained
 from buffer.records.token_log import TokenLog
-from buffer.run_state import RunState
+from buffer.run_state import RunFailed, RunState
 from buffer.wire import messages as msg
 from darts import events as ev
 from darts.core import Core
@@ -27,22 +34,27 @@ def replay(
     perform: Callable[[ev.Decision], None],
     trained: Callable[[Trained], None],
 ) -> None:
-    """Restore the core, the prompts and the records."""
+    """Restore the core, the prompts and the records.
+
+    Raises `RunFailed` if the core decides otherwise than it did when the log was written.
+    """
     run.replaying = True
     announced: msg.SnapshotRef | None = None
-    for _, entry in run.recovered.entries:
-        match entry:
-            case Policy(policy):
-                announced = policy
-            case Learner():
-                run.set_learner(entry)
-            case Trained():
-                trained(entry)
-            case Rewound():
-                run.withdraw(entry)
-            case _:
-                _replay_event(run, entry, perform)
-                replayed(entry)
+    for entry in run.recovered.entries:
+        if isinstance(entry, LoggedEvent):
+            for decision in _decided_again(run, entry):
+                perform(decision)
+            replayed(entry.event)
+        else:
+            match entry.note:
+                case Policy(policy):
+                    announced = policy
+                case Learner() as learner:
+                    run.set_learner(learner)
+                case Trained() as step:
+                    trained(step)
+                case Rewound() as step:
+                    run.withdraw(step)
         # An entry without the event of its version was lost with the process that logged it.
         if announced is not None and announced.version <= run.core.policy_version:
             run.policy = announced
@@ -50,15 +62,38 @@ def replay(
     run.recovered.entries.clear()
 
 
-def _replay_event(run: RunState, event: ev.Event, perform: Callable[[ev.Decision], None]) -> None:
+def _decided_again(run: RunState, logged: LoggedEvent) -> Sequence[ev.Decision]:
+    event = logged.event
     if isinstance(event, ev.PromptsDrawn):
         run.prompts.restore(prompt.visit for prompt in event.prompts)
     try:
         decisions = run.core.handle(event)
     except ev.ProtocolError:
-        return  # a peer's mistake, which the core refused the first time, too
-    for decision in decisions:
-        perform(decision)
+        decisions = ()  # a peer's mistake, which the core refused the first time, too
+    if logged.complete and not agree(logged.decisions, decisions):
+        raise RunFailed(
+            f"{run.folder} was logged by a version of this package that decides otherwise, and "
+            "its rollouts would not be those of its records: continue it with that version, or "
+            "start a run under another run.name "
+            f"(`python -m tools.replay {run.folder}` shows the first difference)"
+        )
+    return decisions
+
+
+def agree(logged: Sequence[ev.Decision], decided: Sequence[ev.Decision]) -> bool:
+    """Equal, but for the rounding of figures: another machine may have another `log` and `exp`."""
+    if [*map(type, logged)] != [*map(type, decided)]:
+        return False
+    return logged == decided or _rounded(logged) == _rounded(decided)
+
+
+class _Figure(float):
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float) and math.isclose(self, other, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _rounded(decisions: Sequence[ev.Decision]) -> object:
+    return json.loads(msgspec.json.encode(decisions), parse_float=_Figure)
 
 
 def restore_tokens(run: RunState) -> list[ev.Event]:

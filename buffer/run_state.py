@@ -121,7 +121,7 @@ class RunState:
         self._lengths: dict[str, LengthStats] = {}  # of prompts whose groups are not recorded yet
         # (number of the record of its end, rollout)
         self._released: deque[tuple[int, int]] = deque()
-        last_s = self.recovered.entries[-1][0] if self.recovered.entries else 0.0
+        last_s = self.recovered.entries[-1].time_s if self.recovered.entries else 0.0
         self.started_s = time.monotonic() - max(last_s, self.last_row.get("time_s", 0.0))
 
     def _open_folder(self, digests: dict[str, str]) -> RunLock:

@@ -118,11 +118,18 @@ class Session(NamedTuple):
     step: int
 
 
+class LoggedNote(NamedTuple):
+    """A note, and the time at which it was logged."""
+
+    time_s: float
+    note: Note
+
+
 class Recovered(NamedTuple):
-    """For a restarted buffer: the newest checkpoint, and each (time, event or note) after it."""
+    """For a restarted buffer: the newest checkpoint, and the events and notes after it."""
 
     checkpoint: Checkpoint
-    entries: list[tuple[float, ev.Event | Note]]
+    entries: list[LoggedEvent | LoggedNote]
     is_new: bool
 
 
@@ -149,12 +156,7 @@ class EventLog:
             folder, first_checkpoint=first, fsync_s=fsync_s, executor=executor
         )
         checkpoint = _checkpoint(folder, found.checkpoint)
-        entries = [
-            (record.time_s, entry)
-            for record in found.records
-            if not isinstance(entry := _decode(folder, record), list)
-        ]
-        return cls(log), Recovered(checkpoint, entries, is_new)
+        return cls(log), Recovered(checkpoint, list(_entries(folder, found.records)), is_new)
 
     def event(self, event: ev.Event, time_s: float) -> None:
         self.log.add(time_s, self._encode(_named(event)))
@@ -191,12 +193,12 @@ def read_sessions(folder: Path) -> Iterator[Session]:
         yield Session(
             config=checkpoint.config,
             state=checkpoint.core,
-            events=_events(folder, segment.records),
+            events=(e for e in _entries(folder, segment.records) if isinstance(e, LoggedEvent)),
             step=checkpoint.buffer.step if checkpoint.buffer else 0,
         )
 
 
-def _events(folder: Path, records: Sequence[Record]) -> Iterator[LoggedEvent]:
+def _entries(folder: Path, records: Sequence[Record]) -> Iterator[LoggedEvent | LoggedNote]:
     pending: tuple[float, ev.Event] | None = None
     for record in records:
         entry = _decode(folder, record)
@@ -204,11 +206,15 @@ def _events(folder: Path, records: Sequence[Record]) -> Iterator[LoggedEvent]:
             assert pending is not None, "decisions without an event"
             yield LoggedEvent(*pending, entry, complete=True)
             pending = None
-        elif not isinstance(entry, Note):
-            if pending is not None:
-                # A buffer that was killed may not have logged the decisions of its last event.
-                killed = isinstance(entry, ev.BufferRestarted)
-                yield LoggedEvent(*pending, [], complete=not killed)
+            continue
+        if pending is not None:
+            # A buffer that was killed may not have logged the decisions of its last event.
+            killed = isinstance(entry, ev.BufferRestarted)
+            yield LoggedEvent(*pending, [], complete=not killed)
+            pending = None
+        if isinstance(entry, Note):
+            yield LoggedNote(record.time_s, entry)
+        else:
             pending = (record.time_s, entry)
     if pending is not None:
         yield LoggedEvent(*pending, [], complete=False)

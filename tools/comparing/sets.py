@@ -74,6 +74,7 @@ SETS: dict[str, Variants] = {
         "+ adaptive (survivor)": [*SYNC, *STREAMING, *ADAPTIVE],
         "+ sampling (limited)": [*SYNC, *STREAMING, *FIXED, *LIMITED],
         "+ relative limit": [*SYNC, *STREAMING, *ADAPTIVE, *LIMITED],
+        "+ marginal, limited": [*SYNC, *STREAMING, *MARGINAL, *LIMITED],  # the demo's budgets
         "+ relative limit (dearer)": [*SYNC, *STREAMING, *DEARER, *LIMITED],
         "+ sampling (none)": [*SYNC, *STREAMING, *FIXED, "darts.long_end=none"],
         "+ sampling (longest)": [*SYNC, *STREAMING, *FIXED, "darts.long_end=longest"],
