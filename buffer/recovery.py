@@ -19,7 +19,7 @@ import msgspec
 
 from buffer.records.event_log import Learner, LoggedEvent, Policy, Rewound, Trained
 from buffer.records.token_log import TokenLog
-from buffer.run_state import RunFailed, RunState
+from buffer.run_state import RunState
 from buffer.wire import messages as msg
 from darts import events as ev
 from darts.core import Core
@@ -36,7 +36,7 @@ def replay(
 ) -> None:
     """Restore the core, the prompts and the records.
 
-    Raises `RunFailed` if the core decides otherwise than it did when the log was written.
+    Raises `ValueError` if the core decides otherwise than it did when the log was written.
     """
     run.replaying = True
     announced: msg.SnapshotRef | None = None
@@ -71,7 +71,7 @@ def _decided_again(run: RunState, logged: LoggedEvent) -> Sequence[ev.Decision]:
     except ev.ProtocolError:
         decisions = ()  # a peer's mistake, which the core refused the first time, too
     if logged.complete and not agree(logged.decisions, decisions):
-        raise RunFailed(
+        raise ValueError(
             f"{run.folder} was logged by a version of this package that decides otherwise, and "
             "its rollouts would not be those of its records: continue it with that version, or "
             "start a run under another run.name "

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from buffer.recovery import agree
-from buffer.run_state import RunFailed
 from buffer.service import Service
 from buffer.wire import messages as msg
 from configs import cli
@@ -59,7 +58,7 @@ def test_a_run_is_not_continued_by_code_that_decides_otherwise(
     with monkeypatch.context() as patch:
         patch.setattr(Core, "handle", launches_fewer)
         service = Service(config)
-        with pytest.raises(RunFailed, match="decides otherwise.*tools.replay .*/r` shows"):
+        with pytest.raises(ValueError, match="decides otherwise.*tools.replay .*/r` shows"):
             service._recover()
         service.run.close("")
     service = Service(config)  # the version that wrote the log still can
