@@ -152,9 +152,9 @@ def groups_uniform(facts: RunFacts) -> Advice | None:
         )
     else:
         action = (
-            "Set darts.uniform=drop to replace them by groups of other prompts. If most prompts "
-            "are nearly always solved, or never, darts.pilot at about half of darts.group_size "
-            "saves their tokens."
+            "Other prompts, solved neither nearly always nor never, give more signal per token. "
+            "With the present ones, darts.uniform=drop puts more signal into a step at the cost "
+            "of more tokens, and darts.pilot at about half of darts.group_size saves some of these."
         )
     return Advice(
         f"{_percent(share)} of the groups had equal rewards and so no gradient "
