@@ -161,6 +161,7 @@ def test_groups_that_become_uniform_late_are_noticed() -> None:
     assert late.mean("darts/uniform_frac") == pytest.approx(0.8 / 3)
     assert late.late("darts/uniform_frac") == pytest.approx(0.6)
     assert [advice.weight for advice in advise(late)] == pytest.approx([0.6])
+    assert advise(facts({"darts/uniform_frac": 0.4})) == []
 
 
 def test_a_short_run_gets_no_advice() -> None:
